@@ -1,0 +1,190 @@
+"""The formulas: what an identity adds to a layer's activations.
+
+Two of them, one per family, both from ToTheBeginning/PuLID at commit 1aa2fc7:
+
+    SDXL   `pulid/attention_processor.py`, IDAttnProcessor2_0      -> cross_attention_residual
+    FLUX   `pulid/encoders_transformer.py`, PerceiverAttentionCA,
+           added in `flux/model.py`, Flux.forward                  -> add_image_stream
+
+The identity does not change while sampling, so all that depends on it alone is computed once
+(`prepare_cross_attention`, `fold_image_stream`).
+
+Letters: B rows of the batch, L tokens of the picture, C or W their width, H heads, d width of a head,
+N identity tokens, D their width, R identities of an injection (0 cond, 1 uncond).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights
+
+PROJECTIONS = ("none", "ortho", "ortho_v2")
+ID_TOKENS = 5  # the first tokens of an identity, made from ArcFace and the class token
+IMAGE_STREAM_HEAD_DIM = 128
+
+
+# ---------------------------------------------------------------- SDXL: beside the text cross-attention
+
+
+@dataclass(frozen=True)
+class CrossAttentionTensors:
+    """One SDXL site, ready. Args: k, v: [R, N, C]; `v` carries the injection's weight."""
+
+    k: Tensor
+    v: Tensor
+
+
+def prepare_cross_attention(weights: CrossAttentionWeights, tokens: Tensor, weight: float) -> CrossAttentionTensors:
+    """Keys and values of the tokens [R, N, D] float32. The residual is linear in `v`, so that takes `weight`."""
+    k = tokens @ weights.to_k.to(tokens).T
+    v = tokens @ weights.to_v.to(tokens).T
+    return CrossAttentionTensors(k, v * weight)
+
+
+def cross_attention_residual(
+    q: Tensor, h: Tensor, k: Tensor, v: Tensor, *, heads: int, projection: str = "ortho_v2", num_zero: int = 20
+) -> Tensor:
+    """What PuLID adds to the output of a text cross-attention, before its output projection.
+
+    With r the attention of q on the identity, and p the part of r along h (per channel, over the sequence):
+
+        r = softmax(q k^T / sqrt(d)) v        p = (sum_L h r / sum_L h h) h
+
+        none      r
+        ortho     r - p
+        ortho_v2  r + (a - 1) p,  a [B, L, 1] = the share of softmax(q k^T) on the first 5 tokens, mean over heads
+
+    The official code appends `num_zero` zero tokens to the identity. Keys and values have no bias, so each
+    of them has score 0 and value 0: together they are one more term, num_zero, in the softmax denominator.
+    (The missing 1 / sqrt(d) in `a` is the official code's.)
+
+    Args:
+        q, h: [B, L, C], the layer's query and the output of its text attention.
+        k, v: [B, N, C], of the identity of each row.
+        heads: number of heads H, C = H d.
+
+    Returns:
+        [B, L, C] in float32 (`none`: in the dtype of q); to be added to h.
+    """
+    q, k, v = (_split_heads(x, heads) for x in (q, k, v))  # [B, H, L or N, d]
+    scores = q @ k.transpose(-1, -2)  # [B, H, L, N]
+    attention = _softmax_with_zeros(scores * q.shape[-1] ** -0.5, num_zero)
+    if projection == "none":
+        return _merge_heads(attention.to(v.dtype) @ v)
+    # The official code goes on in float32 here. r itself is rounded to the layer's dtype first.
+    r = _merge_heads(attention.to(v.dtype) @ v).float()
+    h = h.float()
+    along_h = _coefficient(attention, v, h, heads)  # [B, 1, C]
+    if projection == "ortho":
+        return torch.addcmul(r, h, along_h, value=-1)
+    share = _softmax_with_zeros(scores, num_zero)[..., :ID_TOKENS].sum(-1).mean(1).unsqueeze(-1)  # [B, L, 1]
+    return torch.addcmul(r, h * (share - 1), along_h)
+
+
+def _coefficient(attention: Tensor, v: Tensor, h: Tensor, heads: int) -> Tensor:
+    """sum_L h r / sum_L h h -> [B, 1, C], without a pass over r: sum_L h_l (sum_n P_ln v_n) = sum_n v_n (P^T h)_n."""
+    weighted = attention.float().transpose(-1, -2) @ _split_heads(h, heads)  # [B, H, N, d]
+    h_r = (weighted * v.float()).sum(-2).flatten(1)  # [B, C]
+    h_h = torch.linalg.vector_norm(h, dim=1).square()  # [B, C]
+    # where a channel of h is all zero the projection on it is zero
+    return (h_r / h_h.clamp_min(torch.finfo(torch.float32).tiny)).unsqueeze(1)
+
+
+def _softmax_with_zeros(scores: Tensor, num_zero: int) -> Tensor:
+    """softmax over N scores and `num_zero` scores of 0, those then left out: [..., N] -> [..., N] float32."""
+    if num_zero == 0:
+        return scores.softmax(-1, dtype=torch.float32)
+    together = F.pad(scores.float(), (0, 1), value=torch.tensor(float(num_zero)).log().item())
+    return together.softmax(-1)[..., :-1]
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, L, H d] -> [B, H, L, d]
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # [B, H, L, d] -> [B, L, H d]
+
+
+# ---------------------------------------------------------------- FLUX: on the image stream, after a block
+
+
+@dataclass(frozen=True)
+class ImageStreamTensors:
+    """One FLUX site, folded.
+
+    Args:
+        score: [R, W, H N], from normalised image tokens to attention scores.
+        score_bias: [R, H N], what the LayerNorm's shift adds to them.
+        value: [R, H N, W], from attention to the residual; carries the injection's weight.
+        heads: H.
+    """
+
+    score: Tensor
+    score_bias: Tensor
+    value: Tensor
+    heads: int
+
+
+def fold_image_stream(weights: ImageStreamWeights, tokens: Tensor, weight: float) -> ImageStreamTensors:
+    """PerceiverAttentionCA for an identity that stays: its five matrices become two and a bias.
+
+    The official module computes, per head, with g and s the gain and shift of the image's LayerNorm and
+    LN0 a LayerNorm without either:
+
+        softmax((g LN0(img) + s) Wq^T k^T / sqrt(d)) v Wo^T = softmax(LN0(img) A + b) B
+        A = diag(g) Wq^T k^T / sqrt(d)    b = s Wq^T k^T / sqrt(d)    B = v Wo^T
+
+    Exact in real arithmetic, and cheaper as long as H N < H d (512 < 2048 in the official sizes).
+
+    Args:
+        tokens: [R, N, D] float32.
+    """
+    w = {name: tensor.to(tokens) for name, tensor in vars(weights).items()}
+    inner = w["to_q"].shape[0]
+    heads = inner // IMAGE_STREAM_HEAD_DIM
+    x = F.layer_norm(tokens, tokens.shape[-1:], w["norm_id_weight"], w["norm_id_bias"])
+    k, v = (_split_heads(part, heads) for part in (x @ w["to_kv"].T).chunk(2, dim=-1))  # [R, H, N, d]
+    to_q = w["to_q"].unflatten(0, (heads, -1))  # [H, d, W]
+    to_out = w["to_out"].T.unflatten(0, (heads, -1))  # [H, d, W]
+    score = torch.einsum("rhnd,hdw->rwhn", k, to_q).flatten(2) * IMAGE_STREAM_HEAD_DIM**-0.5  # [R, W, H N]
+    value = torch.einsum("rhnd,hdw->rhnw", v, to_out).flatten(1, 2) * weight  # [R, H N, W]
+    return ImageStreamTensors(
+        score=w["norm_image_weight"][:, None] * score, score_bias=w["norm_image_bias"] @ score, value=value, heads=heads
+    )
+
+
+def add_image_stream(
+    total: Tensor, image: Tensor, site: ImageStreamTensors, rows: Sequence[int | None], mask: Tensor | None = None
+) -> Tensor:
+    """total + weight x CA(identity, image), by the folded form of `fold_image_stream`.
+
+    Args:
+        total, image: [B, L, W]; the residual is read off `image` and added to `total`.
+        rows: for each row of the batch its identity in `site` (0 cond, 1 uncond), or None for no identity.
+        mask: [L, 1], 0..1, share of the residual that each token gets.
+
+    Returns:
+        [B, L, W], a new tensor.
+    """
+    if rows[0] is not None and all(row == rows[0] for row in rows):  # one identity: one product for the batch
+        mask = None if mask is None else mask.repeat(len(rows), 1)
+        return _add_one(total.flatten(0, 1), image.flatten(0, 1), site, rows[0], mask).view_as(total)
+    parts = [t if row is None else _add_one(t, x, site, row, mask) for t, x, row in zip(total, image, rows)]
+    return torch.stack(parts)
+
+
+def _add_one(total: Tensor, image: Tensor, site: ImageStreamTensors, row: int, mask: Tensor | None) -> Tensor:
+    """total, image: [L, W] -> [L, W]."""
+    normal = F.layer_norm(image, image.shape[-1:])
+    scores = torch.addmm(site.score_bias[row], normal, site.score[row])  # [L, H N]
+    attention = scores.unflatten(-1, (site.heads, -1)).softmax(-1, dtype=torch.float32).flatten(1)
+    if mask is not None:
+        attention = attention * mask
+    return torch.addmm(total, attention.to(total.dtype), site.value[row])

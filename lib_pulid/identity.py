@@ -1,0 +1,261 @@
+"""Faces -> Identity: the tokens that a denoiser is shown instead of a photo.
+
+    Face --vision tower--> FaceFeatures --identity encoder--> Identity
+
+Formulas: official `get_id_embedding` in `pulid/pipeline.py`, `pipeline_v1_1.py`, `pipeline_flux.py`, and `run`
+in `app.py` for several photos (commit 1aa2fc7). An Identity can be saved; using it later needs neither photo nor
+encoders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lib_pulid import __version__
+from lib_pulid.encoders import IDEncoder
+from lib_pulid.errors import IdentityMismatchError, SettingError
+from lib_pulid.weights import Adapter
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lib_pulid.faces import Face, FaceChoice
+    from lib_pulid.vision import VisionTower
+
+FUSIONS = ("official", "id_mix", "average")
+FILE_FORMAT = "sd-webui-pulid identity"
+FILE_VERSION = "1"
+
+
+# ---------------------------------------------------------------- Identity
+
+
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """One person, as an adapter's encoder says it.
+
+    Args:
+        cond: [1, N, D] float32, tokens for conditional rows (N 10 per photo in v1, 32 in v1.1 and FLUX; D 2048).
+        uncond: [1, N, D], for unconditional rows: the encoder run on zeros. None leaves those rows untouched.
+        info: what made it, all text: "adapter", "encoder" (its fingerprint), "photos", "fusion", "made_by", "name".
+        thumbnail: uint8 RGB [h, w, 3], the aligned face, for lists; or None.
+    """
+
+    cond: Tensor
+    uncond: Tensor | None = None
+    info: Mapping[str, str] = field(default_factory=dict)
+    thumbnail: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name, tokens in (("cond", self.cond), ("uncond", self.uncond)):
+            if tokens is not None and (tokens.ndim != 3 or tokens.shape[0] != 1):
+                raise SettingError(f"Identity.{name} has shape {tuple(tokens.shape)}; it has to be [1, N, D]")
+        if self.uncond is not None and self.uncond.shape != self.cond.shape:
+            raise SettingError("Identity.cond and Identity.uncond differ in shape")
+
+    @property
+    def short_hash(self) -> str:
+        """Ten hex digits that name the tokens."""
+        return hashlib.sha256(self.cond.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()[:10]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a safetensors file, whole or not at all. Returns its path."""
+        from safetensors.torch import save_file
+
+        tensors = {"cond": self.cond.detach().cpu().float().contiguous()}
+        if self.uncond is not None:
+            tensors["uncond"] = self.uncond.detach().cpu().float().contiguous()
+        if self.thumbnail is not None:
+            tensors["thumbnail"] = torch.from_numpy(self.thumbnail.copy())
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata={"format": FILE_FORMAT, "version": FILE_VERSION, **self.info})
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Identity:
+        """Reads a file written by `save`.
+
+        Raises:
+            IdentityMismatchError: it is missing, damaged, of a later version, or no saved identity.
+        """
+        path = Path(path)
+        tensors, info = _read(path)
+        if info.pop("format", None) != FILE_FORMAT or "cond" not in tensors:
+            raise IdentityMismatchError(f"{path.name} is not a saved identity.")
+        if info.pop("version", None) != FILE_VERSION:
+            raise IdentityMismatchError(f"{path.name} was written by a later version of this program.")
+        thumbnail = tensors.get("thumbnail")
+        try:
+            identity = cls(
+                tensors["cond"], tensors.get("uncond"), info, None if thumbnail is None else thumbnail.numpy()
+            )
+        except SettingError as error:
+            raise IdentityMismatchError(f"{path.name} is damaged: {error}") from error
+        if not all(torch.isfinite(t).all() for t in (identity.cond, identity.uncond) if t is not None):
+            raise IdentityMismatchError(f"{path.name} is damaged: its tokens are not numbers.")
+        return identity
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise IdentityMismatchError(f"The saved identity {path.name} was not found in {path.parent}.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except Exception as error:  # whatever the reader raises, the file is at fault
+        raise IdentityMismatchError(f"{path.name} is not a saved identity, or is damaged ({error}).") from error
+
+
+# ---------------------------------------------------------------- Faces -> Identity
+
+
+@dataclass(frozen=True, eq=False)
+class FaceFeatures:
+    """What the encoders are shown of one photo.
+
+    Args:
+        id_cond: [1, 1280], ArcFace (512, raw) and the vision tower's class token (768, L2-normalised).
+        vit_hidden: five tensors [1, 577, 1024].
+    """
+
+    id_cond: Tensor
+    vit_hidden: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def face_features(face: Face, tower: VisionTower) -> FaceFeatures:
+    """Runs the vision tower on a face, on the tower's device."""
+    from lib_pulid.faces import vision_input
+
+    device = next(tower.parameters()).device
+    class_token, hidden = tower(vision_input(face.features).to(device))
+    arcface = torch.from_numpy(face.embedding).to(device)[None]
+    id_cond = torch.cat((arcface, class_token / class_token.norm(dim=1, keepdim=True)), dim=1)
+    return FaceFeatures(id_cond, tuple(hidden))
+
+
+@torch.no_grad()
+def encode_identity(
+    photos: Sequence[FaceFeatures],
+    adapter: Adapter,
+    *,
+    fusion: str = "official",
+    info: Mapping[str, str] | None = None,
+    thumbnail: np.ndarray | None = None,
+) -> Identity:
+    """Makes one identity of one or several photos of a person, on the encoder's device.
+
+    Args:
+        photos: the main photo first.
+        fusion: "official": v1 keeps all tokens of the main photo and the first five of the others; v1.1
+            and FLUX encode all photos in one pass. "id_mix" (v1 only): all tokens of all photos, to mix two persons.
+            "average": the mean of each photo's own tokens, which is not the official way.
+        info, thumbnail: kept with the identity.
+    """
+    if fusion not in FUSIONS:
+        raise SettingError(f"fusion is {fusion!r}; it has to be one of {', '.join(FUSIONS)}")
+    if not photos:
+        raise SettingError("an identity needs at least one photo")
+    in_encoder = not isinstance(adapter.encoder, IDEncoder)
+    if fusion == "id_mix" and in_encoder:
+        raise SettingError(f"fusion id_mix exists in PuLID v1 only; the loaded file is {adapter.label}")
+    device = next(adapter.encoder.parameters()).device
+    photos = [_to(photo, device) for photo in photos]
+    if fusion == "average":
+        each = [_encode(adapter, photo) for photo in photos]
+        cond, uncond = (torch.stack(tokens).mean(0) for tokens in zip(*each))
+    elif in_encoder:
+        cond, uncond = _encode(adapter, _stacked(photos))
+    else:
+        first, *others = [_encode(adapter, photo) for photo in photos]
+        keep = None if fusion == "id_mix" else adapter.encoder.num_token
+        cond, uncond = (torch.cat([one, *(t[:, :keep] for t in rest)], dim=1) for one, *rest in zip(first, *others))
+    made = {"adapter": adapter.label, "encoder": adapter.fingerprint, "photos": str(len(photos)), "fusion": fusion}
+    made["made_by"] = f"sd-webui-pulid {__version__}"
+    return Identity(cond.cpu().float(), uncond.cpu().float(), {**made, **(info or {})}, thumbnail)
+
+
+def _encode(adapter: Adapter, photo: FaceFeatures) -> tuple[Tensor, Tensor]:
+    """-> tokens of the photo and of nothing (zeros in the place of one photo), each [1, N, D]."""
+    cond = adapter.encoder(photo.id_cond, photo.vit_hidden)
+    one = photo.id_cond.shape[-2] if photo.id_cond.ndim == 3 else 1  # photos that were stacked
+    zeros = [torch.zeros_like(hidden[:, : hidden.shape[1] // one]) for hidden in photo.vit_hidden]
+    uncond = adapter.encoder(torch.zeros_like(photo.id_cond.reshape(one, -1)[:1]), zeros)
+    return cond, uncond
+
+
+def _stacked(photos: Sequence[FaceFeatures]) -> FaceFeatures:
+    """Several photos as one: id_cond [1, n, 1280], hidden states [1, n * 577, 1024]."""
+    id_cond = torch.stack([photo.id_cond for photo in photos], dim=1)
+    return FaceFeatures(id_cond, tuple(torch.cat(scale, dim=1) for scale in zip(*(p.vit_hidden for p in photos))))
+
+
+def _to(photo: FaceFeatures, device: torch.device) -> FaceFeatures:
+    return FaceFeatures(photo.id_cond.to(device), tuple(hidden.to(device) for hidden in photo.vit_hidden))
+
+
+# ---------------------------------------------------------------- remembered by content
+
+
+class IdentityCache:
+    """Identities by what they were made from, in memory and, with a folder, on disk.
+
+    Args:
+        folder: where files are kept (one of about 0.5 MB per identity), or None.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._memory: dict[str, Identity] = {}
+
+    def get(self, key: str) -> Identity | None:
+        """The identity made under `key`, or None. A damaged file counts as none."""
+        if key not in self._memory and self._folder is not None:
+            try:
+                self._memory[key] = Identity.load(self._folder / f"{key}.safetensors")
+            except IdentityMismatchError:
+                return None
+        return self._memory.get(key)
+
+    def put(self, key: str, identity: Identity) -> None:
+        self._memory[key] = identity
+        if self._folder is not None:
+            identity.save(self._folder / f"{key}.safetensors")
+
+
+def identity_key(
+    photos: Sequence[np.ndarray], adapter: Adapter, *, models: str, choice: FaceChoice, fusion: str = "official"
+) -> str:
+    """The key under which an identity is remembered: a hash of all that it depends on.
+
+    Args:
+        photos: uint8 RGB [H, W, 3], as read.
+        models: fingerprint of the face models and the vision tower.
+    """
+    digest = hashlib.sha256()
+    settings = [adapter.fingerprint, models, choice.order, choice.index, fusion, FILE_VERSION]
+    digest.update(json.dumps(settings).encode())
+    for photo in photos:
+        digest.update(repr(photo.shape).encode())
+        digest.update(photo.tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,327 @@
+"""Identity x Adapter -> Injection -> the denoiser, for one call.
+
+    injection = compile_injection(adapter, identity, weight=0.8, device="cuda", dtype=torch.float16)
+    for i, t in enumerate(timesteps):
+        step = DenoiseStep(progress=i / len(timesteps), is_cond=[False, True], latent_hw=(128, 128))
+        with inject(unet, [injection], step):
+            noise = unet(latents, t, ...)
+
+The identity is compiled once; `inject` hooks the denoiser's sites for one call and unhooks them whatever happens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib_pulid.attention import (
+    PROJECTIONS,
+    CrossAttentionTensors,
+    ImageStreamTensors,
+    add_image_stream,
+    cross_attention_residual,
+    fold_image_stream,
+    prepare_cross_attention,
+)
+from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError
+from lib_pulid.identity import Identity
+from lib_pulid.sites import Site, Sites, find_sites
+from lib_pulid.weights import Adapter
+
+
+@dataclass(frozen=True)
+class DenoiseStep:
+    """One call of the denoiser, as the host sees it.
+
+    Args:
+        progress: share of the sampling that is done, 0 at the first step, i / n at step i of n.
+        is_cond: for each row of the batch, whether it is conditional (gets the identity) or unconditional
+            (gets the uncond identity). A single bool speaks for all rows.
+        latent_hw: height and width of the latent in the VAE's own pixels, not packed (image / 8). Used
+            by region masks, and on FLUX to tell the picture's own tokens from reference tokens behind them.
+            None: all image tokens are the picture's, and masks cannot be used.
+    """
+
+    progress: float
+    is_cond: bool | Sequence[bool]
+    latent_hw: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Injection:
+    """An identity, compiled for a family of denoisers, with how and when it acts. Made by `compile_injection`."""
+
+    family: str
+    sites: tuple[CrossAttentionTensors, ...] | tuple[ImageStreamTensors, ...]
+    has_uncond: bool
+    weight: float
+    projection: str
+    num_zero: int
+    start: float
+    end: float
+    mask: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept on the device while sampling."""
+        tensors = [t for site in self.sites for t in vars(site).values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in (*tensors, *([] if self.mask is None else [self.mask])))
+
+    def is_active(self, progress: float) -> bool:
+        """Whether it acts at this point: from `start` on and before `end`; an end of 1 includes 1."""
+        slack = 1e-6  # i / n against a share that a user typed
+        return self.weight != 0 and self.start - slack <= progress and (progress < self.end - slack or self.end >= 1)
+
+    def identity_of(self, is_cond: bool) -> int | None:
+        """Index of a row's identity in the compiled tensors."""
+        return 0 if is_cond else 1 if self.has_uncond else None
+
+
+@torch.no_grad()
+def compile_injection(
+    adapter: Adapter,
+    identity: Identity,
+    *,
+    weight: float = 1.0,
+    projection: str = "ortho_v2",
+    num_zero: int = 20,
+    start: float = 0.0,
+    end: float = 1.0,
+    mask: Tensor | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Injection:
+    """Computes, once, all that depends on the identity alone.
+
+    Args:
+        weight: strength. Official 0.8 on SDXL (range 0-5), 1 on FLUX (0-3). 0 changes nothing at all.
+        projection: "none", "ortho" or "ortho_v2"; SDXL only, see `attention.cross_attention_residual`.
+        num_zero: zero tokens beside the identity, 0-80; SDXL only. More leave more freedom to the prompt.
+        start, end: shares of the sampling between which it acts; official FLUX "start step" n of N is n / N.
+        mask: [H, W], 0..1, region of the picture that gets the identity, any resolution.
+        device, dtype: of the denoiser's computation. The products are made in float32 and rounded once.
+
+    Returns:
+        The Injection. Without `identity.uncond`, rows that are not cond stay untouched.
+
+    Raises:
+        SettingError: a value is out of range. IdentityMismatchError: the identity belongs to another adapter.
+    """
+    _check_settings(weight, projection, num_zero, start, end, mask)
+    _check_match(adapter, identity)
+    device = torch.device(device)
+    rows = [identity.cond] if identity.uncond is None else [identity.cond, identity.uncond]
+    tokens = torch.cat(rows).to(device, torch.float32)  # [R, N, D]
+    prepare = prepare_cross_attention if adapter.family == "sdxl" else fold_image_stream
+    sites = tuple(_cast(prepare(site, tokens, float(weight)), dtype) for site in adapter.sites)  # type: ignore[arg-type]
+    return Injection(
+        family=adapter.family,
+        sites=sites,
+        has_uncond=identity.uncond is not None,
+        weight=float(weight),
+        projection=projection,
+        num_zero=int(num_zero),
+        start=float(start),
+        end=float(end),
+        mask=None if mask is None else mask.detach().to(device, torch.float32),
+    )
+
+
+@contextmanager
+def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: DenoiseStep) -> Iterator[None]:
+    """Hooks the denoiser for one call; all injections at a site read the same input, and their residuals add up.
+
+    Args:
+        denoiser: see `sites.find_sites`; or its Sites, found before.
+        injections: of the denoiser's family. Those that are not active at `step.progress` cost nothing.
+        step: the call's place in the sampling and its rows.
+
+    Raises:
+        UnsupportedModelError: the denoiser does not fit the injections.
+    """
+    active = [injection for injection in injections if injection.is_active(step.progress)]
+    if not active:
+        yield
+        return
+    found = denoiser if isinstance(denoiser, Sites) else find_sites(denoiser)
+    for injection in active:
+        _check_fit(found, injection)
+    attach = _attach_cross_attention if found.family == "sdxl" else _attach_image_stream
+    with ExitStack() as hooks:
+        masks = _Masks(active, step)
+        for n, site in enumerate(found.sites):
+            for handle in attach(site, n, active, step, masks):
+                hooks.callback(handle.remove)
+        yield
+
+
+# ---------------------------------------------------------------- at one site
+
+
+def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> list:
+    def add(q: Tensor, h: Tensor) -> Tensor:
+        total = h
+        is_cond = _rows(step, len(h))
+        for index, injection in enumerate(active):
+            rows = [injection.identity_of(cond) for cond in is_cond]
+            present = [b for b, row in enumerate(rows) if row is not None]
+            if not present:
+                continue
+            tensors: CrossAttentionTensors = injection.sites[n]  # type: ignore[assignment]
+            chosen = [row for row in rows if row is not None]
+            everyone = len(present) == len(rows)
+            residual = cross_attention_residual(
+                q if everyone else q[present],
+                h if everyone else h[present],
+                tensors.k[chosen].to(q),
+                tensors.v[chosen].to(q),
+                heads=site.heads,
+                projection=injection.projection,
+                num_zero=injection.num_zero,
+            )
+            if injection.mask is not None:
+                residual = residual * masks.over(index, h.shape[1])
+            if not everyone:
+                residual = torch.zeros_like(h, dtype=residual.dtype).index_copy(0, _index(present, h), residual)
+            total = total + residual
+        return total.to(h.dtype)
+
+    return site.attach(add)
+
+
+def _attach_image_stream(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> list:
+    def add(image: Tensor) -> Tensor:
+        own, reference = _own_tokens(image, step)
+        total = own
+        is_cond = _rows(step, len(image))
+        for index, injection in enumerate(active):
+            rows = [injection.identity_of(cond) for cond in is_cond]
+            mask = None if injection.mask is None else masks.over(index, own.shape[1])
+            total = add_image_stream(total, own, injection.sites[n], rows, mask)  # type: ignore[arg-type]
+        return total if reference is None else torch.cat((total, reference), dim=1)
+
+    return site.attach(add)
+
+
+def _own_tokens(image: Tensor, step: DenoiseStep) -> tuple[Tensor, Tensor | None]:
+    """Splits [B, L, W] into the picture's tokens and reference tokens (Kontext) that follow them."""
+    if step.latent_hw is None:
+        return image, None
+    height, width = _packed(step.latent_hw)
+    count = height * width
+    if image.shape[1] < count:
+        raise ValueError(f"latent_hw {step.latent_hw} means {count} image tokens, but the block has {image.shape[1]}")
+    return (image, None) if image.shape[1] == count else (image[:, :count], image[:, count:])
+
+
+def _rows(step: DenoiseStep, batch: int) -> list[bool]:
+    if isinstance(step.is_cond, bool):
+        return [step.is_cond] * batch
+    rows = [bool(cond) for cond in step.is_cond]
+    if len(rows) != batch:
+        raise ValueError(f"is_cond has {len(rows)} rows, but the denoiser was called with {batch}")
+    return rows
+
+
+def _index(rows: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, device=like.device)
+
+
+class _Masks:
+    """The regions of the active injections on the token grids of one call."""
+
+    def __init__(self, active: Sequence[Injection], step: DenoiseStep) -> None:
+        self._masks = [injection.mask for injection in active]
+        self._family = active[0].family
+        self._latent_hw = step.latent_hw
+        self._made: dict[tuple[int, int], Tensor] = {}
+        if step.latent_hw is None and any(mask is not None for mask in self._masks):
+            raise ValueError("region masks need DenoiseStep.latent_hw")
+
+    def over(self, index: int, tokens: int) -> Tensor:
+        """The mask of injection `index` as [tokens, 1]: each token gets the mean of the region's share in it."""
+        if (index, tokens) not in self._made:
+            grid = token_grid(tokens, self._latent_hw, self._family)  # type: ignore[arg-type]
+            mask = F.interpolate(self._masks[index][None, None], size=grid, mode="area")  # type: ignore[index]
+            self._made[index, tokens] = mask.flatten()[:, None]
+        return self._made[index, tokens]
+
+
+def token_grid(tokens: int, latent_hw: tuple[int, int], family: str) -> tuple[int, int]:
+    """Height and width of the token grid of a layer.
+
+    An SDXL layer sees the latent, or the latent halved (rounded up) once or several times; FLUX sees it in 2 x 2 packs.
+
+    Raises:
+        ValueError: no such grid has `tokens` tokens.
+    """
+    height, width = latent_hw
+    for _ in range(4):
+        if height * width == tokens:
+            return height, width
+        height, width = _packed((height, width))
+    raise ValueError(f"a layer has {tokens} tokens, which no halving of the {family} latent {latent_hw} gives")
+
+
+def _packed(hw: tuple[int, int]) -> tuple[int, int]:
+    return math.ceil(hw[0] / 2), math.ceil(hw[1] / 2)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_settings(
+    weight: float, projection: str, num_zero: int, start: float, end: float, mask: Tensor | None
+) -> None:
+    if not math.isfinite(weight):
+        raise SettingError(f"weight is {weight}; it has to be a number")
+    if projection not in PROJECTIONS:
+        raise SettingError(f"projection is {projection!r}; it has to be one of {', '.join(PROJECTIONS)}")
+    if not (isinstance(num_zero, int) and 0 <= num_zero <= 1000):
+        raise SettingError(f"num_zero is {num_zero!r}; it has to be a whole number from 0 (to 80 officially)")
+    if not (0 <= start <= 1 and 0 <= end <= 1):
+        raise SettingError(f"start and end are {start} and {end}; both have to be in 0..1")
+    if mask is not None and (mask.ndim != 2 or not mask.numel()):
+        raise SettingError(f"mask has shape {tuple(mask.shape)}; it has to be [H, W]")
+
+
+def _check_match(adapter: Adapter, identity: Identity) -> None:
+    made_with = identity.info.get("encoder", "")
+    if made_with and made_with != adapter.fingerprint:
+        raise IdentityMismatchError(
+            f"This identity was made with {identity.info.get('adapter', 'another PuLID file')} (encoder {made_with}); "
+            f"{adapter.path.name} is {adapter.label} (encoder {adapter.fingerprint}). Make it again from the photo."
+        )
+    if identity.cond.shape[-1] != adapter.encoder.output_dim:
+        raise IdentityMismatchError(
+            f"The identity's tokens are {identity.cond.shape[-1]} wide, "
+            f"{adapter.path.name} needs {adapter.encoder.output_dim}."
+        )
+
+
+def _check_fit(found: Sites, injection: Injection) -> None:
+    if found.family != injection.family:
+        raise UnsupportedModelError(
+            f"The PuLID file is for {injection.family.upper()}, "
+            f"but the checkpoint is of the {found.family.upper()} kind."
+        )
+    if len(found.sites) != len(injection.sites):
+        raise UnsupportedModelError(
+            f"The checkpoint has {len(found.sites)} places for an identity, PuLID for {injection.family.upper()} "
+            f"needs {len(injection.sites)}. Is it an SDXL or FLUX.1 model of the usual size?"
+        )
+    for site, tensors in zip(found.sites, injection.sites):
+        width = tensors.v.shape[-1] if isinstance(tensors, CrossAttentionTensors) else tensors.value.shape[-1]
+        if site.width != width:
+            raise UnsupportedModelError(f"{site.name} is {site.width} wide, the PuLID file expects {width}.")
+
+
+def _cast(site: CrossAttentionTensors | ImageStreamTensors, dtype: torch.dtype):
+    """Everything of a site in `dtype`, each tensor of its own memory (no view keeps a larger one alive)."""
+    return type(site)(**{k: v.to(dtype).contiguous() if isinstance(v, Tensor) else v for k, v in vars(site).items()})

@@ -1,0 +1,154 @@
+"""A denoiser -> its injection sites, in the order of the adapter's weights.
+
+A Site is a place where a residual is added. `attach` hooks it with PyTorch's own forward hooks and returns
+their handles; nothing of the denoiser is replaced or copied.
+
+    SDXL   every cross-attention layer: `to_q`'s output is the query, `to_out[0]`'s input the text attention
+    FLUX   the image tokens after double block i when i % 2 == 0, after single block i when i % 4 == 0
+           (official `flux/model.py`, `pulid_double_interval` and `pulid_single_interval`, commit 1aa2fc7)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lib_pulid.errors import UnsupportedModelError
+
+DOUBLE_INTERVAL = 2
+SINGLE_INTERVAL = 4
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of injection.
+
+    Args:
+        name: for messages, "input_blocks.4.1.transformer_blocks.0.attn2".
+        width: channels of the activations there.
+        heads: heads of the cross-attention (SDXL), 0 on an image stream.
+        attach: takes the function that adds the residual, `(q, h) -> h'` for a cross-attention and
+            `img -> img'` for an image stream, all [B, L, width]; returns the hooks' handles.
+    """
+
+    name: str
+    width: int
+    heads: int
+    attach: Callable[[Callable[..., Tensor]], list[RemovableHandle]]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All sites of a denoiser. Args: family: "sdxl" or "flux". sites: in the order of an adapter's weights."""
+
+    family: str
+    sites: tuple[Site, ...]
+
+
+def find_sites(denoiser: nn.Module) -> Sites:
+    """The sites of a UNet or transformer.
+
+    Args:
+        denoiser: diffusers' UNet2DConditionModel or FluxTransformer2DModel, a UNet of the sgm layout (A1111, Forge),
+            or a transformer of the BFL layout (Forge).
+
+    Raises:
+        UnsupportedModelError: it is none of these.
+    """
+    if hasattr(denoiser, "distilled_guidance_layer"):
+        raise UnsupportedModelError("Chroma has FLUX's layout, but PuLID was not trained for it.")
+    if hasattr(denoiser, "input_blocks") and hasattr(denoiser, "output_blocks"):
+        return _unet_sites(denoiser, ("input_blocks", "output_blocks", "middle_block"))
+    if hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks"):
+        return _unet_sites(denoiser, ("down_blocks", "up_blocks", "mid_block"))
+    if hasattr(denoiser, "double_blocks") and hasattr(denoiser, "single_blocks"):
+        return _transformer_sites(denoiser, "double_blocks", "single_blocks", image_first=True)
+    if hasattr(denoiser, "transformer_blocks") and hasattr(denoiser, "single_transformer_blocks"):
+        return _transformer_sites(denoiser, "transformer_blocks", "single_transformer_blocks", image_first=False)
+    raise UnsupportedModelError(f"{type(denoiser).__name__} is neither an SDXL UNet nor a FLUX.1 transformer.")
+
+
+# ---------------------------------------------------------------- SDXL
+
+
+def _unet_sites(unet: nn.Module, parts: Sequence[str]) -> Sites:
+    # The adapter counts attention processors of the diffusers UNet, whose order is down, up, mid.
+    return Sites("sdxl", tuple(site for part in parts for site in _cross_attentions(unet, part)))
+
+
+def _cross_attentions(unet: nn.Module, part: str) -> Iterator[Site]:
+    for name, module in getattr(unet, part).named_modules(prefix=part):
+        attention = getattr(module, "attn2", None)
+        if attention is not None and hasattr(attention, "to_q"):
+            yield cross_attention_site(f"{name}.attn2", attention)
+
+
+def cross_attention_site(name: str, attention: Any) -> Site:
+    """The site of a cross-attention layer with `to_q`, `to_k`, `to_out[0]` and `heads`."""
+
+    def attach(add: Callable[[Tensor, Tensor], Tensor]) -> list[RemovableHandle]:
+        queries: list[Tensor] = []
+
+        def keep_query(module: nn.Module, args: tuple, output: Tensor) -> None:
+            queries.append(output)
+
+        def add_residual(module: nn.Module, args: tuple) -> tuple:
+            return (add(queries.pop(), args[0]), *args[1:])
+
+        return [
+            attention.to_q.register_forward_hook(keep_query),
+            attention.to_out[0].register_forward_pre_hook(add_residual),
+        ]
+
+    return Site(name, attention.to_q.out_features, attention.heads, attach)
+
+
+# ---------------------------------------------------------------- FLUX
+
+
+def _transformer_sites(transformer: Any, double: str, single: str, image_first: bool) -> Sites:
+    """image_first: a double block returns (img, txt), as in BFL's code, not (txt, img), as in diffusers."""
+    width = getattr(transformer, "hidden_size", None) or transformer.inner_dim
+    text_length: list[int] = []  # of the call under way; the single blocks see text and image as one sequence
+    sites = [
+        Site(f"{double}.{i}", width, 0, _after_double(block, 0 if image_first else 1, text_length))
+        for i, block in enumerate(getattr(transformer, double))
+        if i % DOUBLE_INTERVAL == 0
+    ]
+    sites += [
+        Site(f"{single}.{i}", width, 0, _after_single(block, text_length))
+        for i, block in enumerate(getattr(transformer, single))
+        if i % SINGLE_INTERVAL == 0
+    ]
+    return Sites("flux", tuple(sites))
+
+
+def _after_double(block: nn.Module, image: int, text_length: list[int]) -> Callable:
+    def attach(add: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
+        def add_residual(module: nn.Module, args: tuple, output: tuple) -> tuple:
+            both = list(output)
+            text_length[:] = [both[1 - image].shape[1]]
+            both[image] = add(both[image])
+            return tuple(both)
+
+        return [block.register_forward_hook(add_residual)]
+
+    return attach
+
+
+def _after_single(block: nn.Module, text_length: list[int]) -> Callable:
+    def attach(add: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
+        def add_residual(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+            if isinstance(output, tuple):  # diffusers from 0.35 on: (txt, img)
+                return (output[0], add(output[1]))
+            text, image = output.split([text_length[0], output.shape[1] - text_length[0]], dim=1)
+            return torch.cat((text, add(image)), dim=1)
+
+        return [block.register_forward_hook(add_residual)]
+
+    return attach

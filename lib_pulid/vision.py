@@ -1,0 +1,93 @@
+"""EVA02-CLIP-L/14-336, the vision tower, through timm.
+
+The official code carries its own tower (`eva_clip/eva_vit_model.py`, commit 1aa2fc7). timm's
+`eva02_large_patch14_clip_336` is the same network: its `checkpoint_filter_fn` renames the official weights
+with no key left over. The official code reads the hidden state *before* blocks 4, 8, 12, 16, 20, which is
+the output of blocks 3, 7, 11, 15, 19 here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib_pulid.errors import WrongWeightsError
+from lib_pulid.weights import describe, read_state_dict
+
+BLOCKS = (3, 7, 11, 15, 19)  # 0-based; their outputs are the hidden states
+HEAD_DIM = 64
+
+
+class VisionTower(nn.Module):
+    """Normalised images -> class token and hidden states.
+
+    Args:
+        trunk: timm's Eva with a projection as its classifier.
+    """
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """images [B, 3, 336, 336], RGB, CLIP mean and std.
+
+        Returns:
+            The projected class token [B, 768], not normalised, and five hidden states [B, 577, 1024], the
+            class token first.
+        """
+        final, pairs = self.trunk.forward_intermediates(
+            images, indices=list(BLOCKS), return_prefix_tokens=True, output_fmt="NLC", norm=False
+        )
+        # timm hands patches and prefix (the class token) apart
+        hidden = [torch.cat((prefix, patches), dim=1) for patches, prefix in pairs]
+        return self.trunk.forward_head(final), hidden
+
+
+def load_vision_tower(path: str | Path) -> VisionTower:
+    """Builds the tower from `EVA02_CLIP_L_336_psz14_s6B.pt`, strictly; the text half of the file is left out.
+
+    Args:
+        path: the official file, or one of the same layout with other widths.
+
+    Returns:
+        The tower in float32 and eval mode, on the CPU.
+
+    Raises:
+        MissingWeightsError, WrongWeightsError: the message says what the file is.
+    """
+    path = Path(path)
+    state = read_state_dict(path)
+    visual = {key.removeprefix("visual."): value.float() for key, value in state.items() if key.startswith("visual.")}
+    if "patch_embed.proj.weight" not in visual or "head.weight" not in visual:
+        raise WrongWeightsError(f"{path.name} is {describe(state)}. Needed: EVA02_CLIP_L_336_psz14_s6B.pt.")
+    from timm.models.eva import checkpoint_filter_fn
+
+    try:
+        trunk = _build(visual)
+        trunk.load_state_dict(checkpoint_filter_fn(visual, trunk), strict=True, assign=True)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise WrongWeightsError(f"{path.name} is another vision tower than EVA02-CLIP-L/14-336: {error}") from error
+    return VisionTower(trunk).eval().requires_grad_(False)
+
+
+def _build(visual: Mapping[str, Tensor]) -> nn.Module:
+    import timm
+
+    width, _, patch, _ = visual["patch_embed.proj.weight"].shape
+    grid = math.isqrt(visual["pos_embed"].shape[1] - 1)
+    hidden = visual["blocks.0.mlp.w1.weight"].shape[0]
+    if grid != 24 or patch != 14:
+        raise ValueError(f"it reads {grid * patch} x {grid * patch} pixels in patches of {patch}")
+    return timm.create_model(
+        "eva02_large_patch14_clip_336",
+        num_classes=visual["head.weight"].shape[0],
+        embed_dim=width,
+        depth=1 + max(int(key.split(".")[1]) for key in visual if key.startswith("blocks.")),
+        num_heads=width // HEAD_DIM,
+        mlp_ratio=(hidden + 0.5) / width,  # timm rounds width x ratio down
+    )

@@ -1,0 +1,308 @@
+"""A weight file -> Adapter, told apart by its keys and shapes, never by its name.
+
+Layouts (names and shapes: official `pulid/pipeline.py`, `pipeline_v1_1.py`, `pipeline_flux.py`, commit 1aa2fc7):
+
+    id_adapter.*    id_adapter_attn_layers.{i}.id_to_k/id_to_v.weight    SDXL, v1 and v1.1
+    image_proj.*    ip_adapter.{i}.to_k_ip/to_v_ip.weight                SDXL, v1 converted for IP-Adapter loaders
+    pulid_encoder.* pulid_ca.{n}.*                                       FLUX, v0.9.0 and v0.9.1
+
+A new ID method enters here: one more layout that yields an encoder and the weights of its sites.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib_pulid.encoders import IDEncoder, IDFormer
+from lib_pulid.errors import MissingWeightsError, WrongWeightsError
+
+
+@dataclass(frozen=True)
+class CrossAttentionWeights:
+    """SDXL, one cross-attention layer of width C: keys and values of the identity tokens.
+
+    Args:
+        to_k, to_v: [C, D], D the width of an identity token.
+    """
+
+    to_k: Tensor
+    to_v: Tensor
+
+
+@dataclass(frozen=True)
+class ImageStreamWeights:
+    """FLUX, one PerceiverAttentionCA (official `pulid/encoders_transformer.py`), inner width I = heads x 128.
+
+    Args:
+        norm_id_weight, norm_id_bias: [D], LayerNorm of the identity tokens (`norm1`).
+        norm_image_weight, norm_image_bias: [W], LayerNorm of the image tokens (`norm2`).
+        to_q: [I, W]. to_kv: [2 I, D]. to_out: [W, I].
+    """
+
+    norm_id_weight: Tensor
+    norm_id_bias: Tensor
+    norm_image_weight: Tensor
+    norm_image_bias: Tensor
+    to_q: Tensor
+    to_kv: Tensor
+    to_out: Tensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a PuLID file holds: an identity encoder, and weights for every site in the order of injection.
+
+    Args:
+        family: "sdxl" or "flux".
+        version: "v1", "v1.1" (SDXL), "v0.9" (FLUX; 0.9.0 and 0.9.1 have the same keys and shapes, so
+            nothing but `fingerprint` tells them apart).
+        encoder: IDEncoder or IDFormer, float32, in eval mode: `encoder(id_cond, vit_hidden)` -> [B, N, D].
+        sites: CrossAttentionWeights (70 in SDXL) or ImageStreamWeights (20 in FLUX), in the file's dtype.
+        path: where it was read from.
+    """
+
+    family: str
+    version: str
+    encoder: nn.Module
+    sites: tuple[CrossAttentionWeights, ...] | tuple[ImageStreamWeights, ...]
+    path: Path
+
+    @property
+    def label(self) -> str:
+        """The name a user knows it by: "PuLID v1.1 for SDXL"."""
+        return f"PuLID {self.version} for {self.family.upper()}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that name the encoder's weights.
+
+        Taken over the float16 values, so that a half precision conversion of a file counts as that file.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.encoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Reads any PuLID file.
+
+    Args:
+        path: a `.safetensors` file or a torch pickle (read with `weights_only=True`). All sizes are taken
+            from its shapes, except the width of an attention head, which is the official 64 (encoder)
+            and 128 (FLUX).
+
+    Returns:
+        The Adapter, on the CPU.
+
+    Raises:
+        MissingWeightsError: there is no such file.
+        WrongWeightsError: it is something else, is incomplete or unreadable; the message says what it is.
+    """
+    path = Path(path)
+    state = read_state_dict(path)
+    for prefixes, build in _LAYOUTS.items():
+        if all(any(key.startswith(prefix) for key in state) for prefix in prefixes):
+            return build(state, path)
+    raise WrongWeightsError(
+        f"{path.name} is {describe(state)}. Needed: a PuLID file, for SDXL (pulid_v1.bin, pulid_v1.1.safetensors, "
+        "ip-adapter_pulid_sdxl_fp16.safetensors) or for FLUX (pulid_flux_v0.9.x.safetensors)."
+    )
+
+
+# ---------------------------------------------------------------- reading a file
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Reads a safetensors file or a torch pickle, whichever its first bytes say it is.
+
+    Returns:
+        name -> tensor on the CPU; one level of nesting ({"image_proj": {...}}, {"state_dict": {...}}) is made flat.
+
+    Raises:
+        MissingWeightsError, WrongWeightsError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingWeightsError(f"{path.name} was not found in {path.parent}.")
+    with path.open("rb") as file:
+        head = file.read(64)
+    try:
+        loaded = _load_safetensors(path) if _looks_like_safetensors(head) else _load_pickle(path, head)
+    except WrongWeightsError:
+        raise
+    except Exception as error:  # whatever the two readers raise, the user's file is at fault
+        size = path.stat().st_size
+        raise WrongWeightsError(
+            f"{path.name} ({size:,} bytes) cannot be read: it is damaged, truncated (an interrupted download?) "
+            f"or refused for safety. Download it again. ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+    return _flat(loaded, path)
+
+
+def _looks_like_safetensors(head: bytes) -> bool:
+    return len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
+
+
+def _load_safetensors(path: Path) -> Mapping[str, object]:
+    from safetensors.torch import load_file
+
+    return load_file(str(path), device="cpu")
+
+
+def _load_pickle(path: Path, head: bytes) -> Mapping[str, object]:
+    if not head:
+        raise WrongWeightsError(f"{path.name} is empty. Download it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise WrongWeightsError(f"{path.name} is a Git LFS pointer, not the file itself. Download the file.")
+    if head.lstrip()[:1] == b"<":
+        raise WrongWeightsError(f"{path.name} is a web page, not a weight file. Download the file itself.")
+    return torch.load(str(path), map_location="cpu", weights_only=True)
+
+
+def _flat(loaded: object, path: Path) -> dict[str, Tensor]:
+    if not isinstance(loaded, Mapping):
+        raise WrongWeightsError(f"{path.name} holds no table of weights ({type(loaded).__name__}).")
+    flat: dict[str, Tensor] = {}
+    for key, value in loaded.items():
+        if isinstance(value, Tensor):
+            flat[str(key)] = value
+        elif isinstance(value, Mapping):
+            inner = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
+            wrapper = key in ("state_dict", "model", "module")
+            flat.update(inner if wrapper else {f"{key}.{k}": v for k, v in inner.items()})
+    if not flat:
+        raise WrongWeightsError(f"{path.name} holds no weights.")
+    return flat
+
+
+def describe(state: Mapping[str, Tensor]) -> str:
+    """What a table of weights most likely is, in words, for error messages."""
+    for pattern, words in _KNOWN_FILES:
+        if any(re.search(pattern, key) for key in state):
+            return words
+    return f"of an unknown kind (its first keys: {', '.join(sorted(state)[:3])})"
+
+
+_KNOWN_FILES: tuple[tuple[str, str], ...] = (
+    (r"^pulid_(encoder|ca)\.", "part of a PuLID file for FLUX"),
+    (r"^id_adapter", "part of a PuLID file for SDXL"),
+    (r"^visual\.blocks\.|^blocks\.\d+\.attn\.", "a vision transformer (EVA-CLIP), not PuLID itself"),
+    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, but no PuLID"),
+    (r"lora_|\.lora[_.]|\.alpha$", "a LoRA"),
+    (r"^control_model\.|input_hint_block|controlnet_", "a ControlNet"),
+    (r"^(model\.diffusion_model\.)?double_blocks\.|^transformer_blocks\.", "a FLUX transformer"),
+    (r"^model\.diffusion_model\.|^down_blocks\.|^input_blocks\.", "a Stable Diffusion checkpoint"),
+    (r"^(first_stage_model\.|encoder\.down|decoder\.)", "a VAE"),
+    (r"^(module\.)?(body\.conv1|fpn\.|ssh1|BboxHead)", "a RetinaFace detector"),
+    (r"^(cp\.resnet|ffm\.)", "a BiSeNet face parser"),
+)
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def _build_sdxl(state: Mapping[str, Tensor], path: Path) -> Adapter:
+    return _sdxl(state, path, "id_adapter.", r"id_adapter_attn_layers\.(\d+)\.id_to_(k|v)\.weight")
+
+
+def _build_sdxl_converted(state: Mapping[str, Tensor], path: Path) -> Adapter:
+    return _sdxl(state, path, "image_proj.", r"ip_adapter\.(\d+)\.to_(k|v)_ip\.weight")
+
+
+def _sdxl(state: Mapping[str, Tensor], path: Path, encoder_prefix: str, pair: str) -> Adapter:
+    encoder, version = _encoder(_under(state, encoder_prefix), path)
+    matches = {key: re.fullmatch(pair, key) for key in state if not key.startswith(encoder_prefix)}
+    if foreign := sorted(key for key, match in matches.items() if match is None):
+        raise WrongWeightsError(f"{path.name} looks like PuLID for SDXL, but also holds {foreign[0]!r}.")
+    table = {(int(m[1]), m[2]): state[key] for key, m in matches.items() if m}
+    # i counts every attention processor of the UNet; cross-attention is every second one: 1, 3, 5, ...
+    count = 1 + max(i for i, _ in table) // 2
+    sites = []
+    for i in range(1, 2 * count, 2):
+        if (i, "k") not in table or (i, "v") not in table or len(table) != 2 * count:
+            raise WrongWeightsError(f"{path.name} is PuLID for SDXL, but the layers are not complete (layer {i}).")
+        site = CrossAttentionWeights(to_k=table[i, "k"], to_v=table[i, "v"])
+        if site.to_k.shape != site.to_v.shape or site.to_k.shape[1:] != (encoder.output_dim,):
+            raise WrongWeightsError(f"{path.name}: layer {i} does not fit tokens of width {encoder.output_dim}.")
+        sites.append(site)
+    return Adapter("sdxl", version, encoder, tuple(sites), path)
+
+
+def _build_flux(state: Mapping[str, Tensor], path: Path) -> Adapter:
+    encoder, version = _encoder(_under(state, "pulid_encoder."), path)
+    if version != "v1.1":
+        raise WrongWeightsError(f"{path.name} has the cross-attention of PuLID for FLUX, but another encoder.")
+    modules = _under(state, "pulid_ca.")
+    count = 1 + max((int(key.split(".")[0]) for key in modules if key.split(".")[0].isdigit()), default=-1)
+    expected = {f"{n}.{key}" for n in range(count) for key in _IMAGE_STREAM_KEYS}
+    stray = sorted((set(modules) ^ expected) | {k for k in state if not k.startswith(("pulid_encoder.", "pulid_ca."))})
+    if stray:
+        raise WrongWeightsError(f"{path.name} is PuLID for FLUX, but is not complete or not pure: see {stray[0]!r}.")
+    sites = tuple(
+        ImageStreamWeights(**{name: modules[f"{n}.{key}"] for key, name in _IMAGE_STREAM_KEYS.items()})
+        for n in range(count)
+    )
+    for n, site in enumerate(sites):
+        _check_image_stream(site, encoder.output_dim, f"{path.name}: pulid_ca.{n}")
+    return Adapter("flux", "v0.9", encoder, sites, path)
+
+
+_IMAGE_STREAM_KEYS = {
+    "norm1.weight": "norm_id_weight",
+    "norm1.bias": "norm_id_bias",
+    "norm2.weight": "norm_image_weight",
+    "norm2.bias": "norm_image_bias",
+    "to_q.weight": "to_q",
+    "to_kv.weight": "to_kv",
+    "to_out.weight": "to_out",
+}
+
+
+def _check_image_stream(site: ImageStreamWeights, token_dim: int, name: str) -> None:
+    inner, width = site.to_q.shape
+    expected = {
+        "norm_id_weight": (token_dim,),
+        "norm_id_bias": (token_dim,),
+        "norm_image_weight": (width,),
+        "norm_image_bias": (width,),
+        "to_kv": (2 * inner, token_dim),
+        "to_out": (width, inner),
+    }
+    for field, shape in expected.items():
+        if tuple(getattr(site, field).shape) != shape:
+            raise WrongWeightsError(f"{name}.{field} has shape {tuple(getattr(site, field).shape)}, expected {shape}.")
+
+
+def _encoder(state: dict[str, Tensor], path: Path) -> tuple[IDEncoder | IDFormer, str]:
+    """The identity encoder, v1's or v1.1's, told apart by its keys."""
+    kinds = {"body.0.weight": (IDEncoder, "v1"), "proj_out": (IDFormer, "v1.1")}
+    for key, (kind, version) in kinds.items():
+        if key in state:
+            try:
+                return kind.from_state_dict(state), version
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise WrongWeightsError(
+                    f"{path.name}: the identity encoder ({kind.__name__}) is not complete or has other shapes: {error}"
+                ) from error
+    raise WrongWeightsError(f"{path.name} is {describe({f'image_proj.{key}': t for key, t in state.items()})}.")
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+_LAYOUTS = {
+    ("id_adapter.", "id_adapter_attn_layers."): _build_sdxl,
+    ("image_proj.", "ip_adapter."): _build_sdxl_converted,
+    ("pulid_encoder.", "pulid_ca."): _build_flux,
+}
