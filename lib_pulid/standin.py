@@ -1,0 +1,149 @@
+"""Small seeded random weights in the real file formats, for machines without the real ones.
+
+The demo and the tests load them with the real loaders into the real architectures. Pictures made with them show that
+the machinery works, not what PuLID can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib_pulid.encoders import IDEncoder, IDFormer
+from lib_pulid.vision import HEAD_DIM
+
+TOKEN_WIDTH = 64  # 2048 in the real files
+TOWER_WIDTH = 128  # 1024 in the real tower
+ID_COND = 512 + 768
+
+
+@dataclass(frozen=True)
+class StandInFiles:
+    """What `write_files` wrote. Args: sdxl, flux: PuLID files. tower: an EVA-CLIP file."""
+
+    sdxl: Path
+    flux: Path
+    tower: Path
+
+
+def write_files(folder: str | Path, sdxl_widths: Sequence[int], flux_width: int, sites: int = 20) -> StandInFiles:
+    """Writes a PuLID v1.1 file, a PuLID FLUX file and a vision tower, of sizes that fit small denoisers.
+
+    Args:
+        sdxl_widths: width of each cross-attention layer, in the order down, up, mid.
+        flux_width: hidden size of the transformer, and its number of sites.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = StandInFiles(
+        folder / "standin_pulid_sdxl.safetensors", folder / "standin_pulid_flux.safetensors", folder / "standin_eva.pt"
+    )
+    encoder = random_weights(id_former().state_dict(), seed=1)
+    pairs = nn.ModuleList(cross_attention_pair(width, TOKEN_WIDTH) for width in sdxl_widths)
+    modules = nn.ModuleList(image_stream(flux_width, TOKEN_WIDTH) for _ in range(sites))
+    save_file(sdxl_file(encoder, random_weights(pairs.state_dict(), seed=2)), files.sdxl)
+    save_file(flux_file(encoder, random_weights(modules.state_dict(), seed=3)), files.flux)
+    tower = random_weights(tower_shapes(TOWER_WIDTH, 768), seed=4)
+    torch.save({f"visual.{key}": value for key, value in tower.items()}, files.tower)
+    return files
+
+
+def random_weights(shapes: Mapping[str, Tensor | tuple[int, ...]], seed: int, gain: float = 1.0) -> dict[str, Tensor]:
+    """Random values that keep activations at their size; gains of norms lie around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, like in sorted(shapes.items()):
+        shape = tuple(like.shape) if isinstance(like, Tensor) else like
+        values = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            weights[name] = 1 + 0.1 * values if name.endswith(("weight", "scale")) else 0.1 * values
+        else:
+            weights[name] = values * gain / values[0].numel() ** 0.5
+    return weights
+
+
+# ---------------------------------------------------------------- the files' parts
+
+
+def sdxl_file(encoder: Mapping[str, Tensor], pairs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """pulid_v1.bin's and pulid_v1.1.safetensors' layout. pairs: "{n}.id_to_k.weight", n counts cross-attentions."""
+    state = {f"id_adapter.{key}": value for key, value in encoder.items()}
+    for key, value in pairs.items():
+        n, name = key.split(".", 1)
+        state[f"id_adapter_attn_layers.{2 * int(n) + 1}.{name}"] = value
+    return state
+
+
+def flux_file(encoder: Mapping[str, Tensor], modules: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """pulid_flux_v0.9.x.safetensors' layout. modules: "{n}.to_q.weight" ..."""
+    state = {f"pulid_encoder.{key}": value for key, value in encoder.items()}
+    return state | {f"pulid_ca.{key}": value for key, value in modules.items()}
+
+
+def id_encoder(output_dim: int = TOKEN_WIDTH, vit_width: int = TOWER_WIDTH, hidden: int = 256) -> IDEncoder:
+    return IDEncoder([ID_COND, hidden, hidden, 5 * output_dim], [vit_width, vit_width, vit_width, output_dim])
+
+
+def id_former(output_dim: int = TOKEN_WIDTH, vit_width: int = TOWER_WIDTH, dim: int = 64) -> IDFormer:
+    return IDFormer(
+        dim=dim,
+        depth=10,
+        inner_dim=2 * HEAD_DIM,
+        ff_dim=4 * dim,
+        num_queries=32,
+        output_dim=output_dim,
+        id_mapping=[ID_COND, 256, 256, 5 * dim],
+        mapping=[vit_width, vit_width, vit_width, dim],
+    )
+
+
+def cross_attention_pair(width: int, token_width: int) -> nn.ModuleDict:
+    names = ("id_to_k", "id_to_v")
+    return nn.ModuleDict({name: nn.Linear(token_width, width, bias=False) for name in names})
+
+
+def image_stream(width: int, token_width: int, inner: int = 128) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "norm1": nn.LayerNorm(token_width),
+            "norm2": nn.LayerNorm(width),
+            "to_q": nn.Linear(width, inner, bias=False),
+            "to_kv": nn.Linear(token_width, 2 * inner, bias=False),
+            "to_out": nn.Linear(inner, width, bias=False),
+        }
+    )
+
+
+def tower_shapes(width: int, classes: int, depth: int = 24) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the visual half of EVA02_CLIP_L_336_psz14_s6B.pt, with other widths."""
+    hidden = int(width * 2.6667)
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 577, width),
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "head.weight": (classes, width),
+        "head.bias": (classes,),
+    }
+    linear = {
+        "attn.proj": (width, width),
+        "mlp.w1": (hidden, width),
+        "mlp.w2": (hidden, width),
+        "mlp.w3": (width, hidden),
+    }
+    norms = {"norm1": width, "norm2": width, "attn.inner_attn_ln": width, "mlp.ffn_ln": hidden}
+    for block in (f"blocks.{i}" for i in range(depth)):
+        shapes |= {f"{block}.attn.{name}_proj.weight": (width, width) for name in "qkv"}
+        shapes |= {f"{block}.attn.{name}_bias": (width,) for name in "qv"}
+        shapes |= {f"{block}.{name}.weight": shape for name, shape in linear.items()}
+        shapes |= {f"{block}.{name}.bias": shape[:1] for name, shape in linear.items()}
+        shapes |= {f"{block}.{name}.{part}": (size,) for name, size in norms.items() for part in ("weight", "bias")}
+    return shapes

@@ -1,0 +1,291 @@
+"""Small denoisers and weight files of every layout, for the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lib_pulid import sites
+from lib_pulid.encoders import IDEncoder, IDFormer
+from lib_pulid.standin import flux_file, image_stream
+from lib_pulid.weights import Adapter, ImageStreamWeights, load_adapter
+from tests.reference import cases
+
+# ---------------------------------------------------------------- files
+
+
+def write(path: Path, state: Mapping[str, Tensor]) -> Path:
+    if path.suffix == ".safetensors":
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save(dict(state), path)
+    return path
+
+
+def v1_encoder(seed: int = 11, **sizes: int) -> dict[str, Tensor]:
+    """The IDEncoder of `cases.ID_ENCODER`, or of another token width (context_dim)."""
+    official = {**cases.ID_ENCODER, **sizes}
+    dim, wide = official["context_dim"], official["context_dim"] * official["num_token"]
+    body = [official["width"], min(wide // 4, 1024), min(wide // 2, 1024), wide]
+    return _filled(IDEncoder(body, [1024, 1024, 1024, dim]), seed)
+
+
+def v11_encoder(seed: int = 12) -> dict[str, Tensor]:
+    """The IDFormer of `cases.ID_FORMER`."""
+    p = cases.ID_FORMER
+    former = IDFormer(
+        dim=p["dim"],
+        depth=p["depth"],
+        inner_dim=p["dim_head"] * p["heads"],
+        ff_dim=4 * p["dim"],
+        num_queries=p["num_queries"],
+        output_dim=p["output_dim"],
+        id_mapping=[1280, 1024, 1024, 5 * p["dim"]],
+        mapping=[1024, 1024, 1024, p["dim"]],
+    )
+    return _filled(former, seed)
+
+
+def _filled(module: nn.Module, seed: int) -> dict[str, Tensor]:
+    return cases.fill(module, seed).state_dict()
+
+
+def pairs(widths: Sequence[int], token_width: int, seed: int = 18) -> dict[str, Tensor]:
+    """ "{i}.id_to_k.weight" and "{i}.id_to_v.weight", i = 1, 3, 5, ... as in the official files."""
+    shapes = {f"{2 * n + 1}.id_to_{x}.weight": (width, token_width) for n, width in enumerate(widths) for x in "kv"}
+    return cases.fill_shapes(shapes, seed)
+
+
+def write_sdxl(path: Path, encoder: Mapping[str, Tensor], attention: Mapping[str, Tensor]) -> Path:
+    state = cases.prefixed(encoder, "id_adapter.") | cases.prefixed(attention, "id_adapter_attn_layers.")
+    return write(path, state)
+
+
+def write_flux(path: Path, encoder: Mapping[str, Tensor], modules: nn.Module) -> Path:
+    return write(path, flux_file(encoder, modules.state_dict()))
+
+
+def unet_adapter(path: Path, model: nn.Module) -> Adapter:
+    """PuLID v1 for `unet()`, with the weights that the official one was recorded with."""
+    width = cases.UNET["cross_attention_dim"]
+    widths = [site.width for site in sites.find_sites(model).sites]
+    return load_adapter(write_sdxl(path, v1_encoder(context_dim=width), pairs(widths, width)))
+
+
+def flux_adapter(path: Path) -> Adapter:
+    """PuLID for `diffusers_flux()`, likewise."""
+    modules = streams(20, cases.FLUX["hidden_size"], 64, seed=20)
+    return load_adapter(write_flux(path, v11_encoder(), modules))
+
+
+def image_stream_weights(module: nn.Module) -> ImageStreamWeights:
+    return ImageStreamWeights(
+        norm_id_weight=module["norm1"].weight,
+        norm_id_bias=module["norm1"].bias,
+        norm_image_weight=module["norm2"].weight,
+        norm_image_bias=module["norm2"].bias,
+        to_q=module["to_q"].weight,
+        to_kv=module["to_kv"].weight,
+        to_out=module["to_out"].weight,
+    )
+
+
+def streams(count: int, width: int, token_width: int, seed: int) -> nn.ModuleList:
+    return cases.fill(nn.ModuleList(image_stream(width, token_width, inner=256) for _ in range(count)), seed)
+
+
+# ---------------------------------------------------------------- UNets
+
+
+def unet() -> UNet2DConditionModel:
+    return cases.fill(UNet2DConditionModel(**cases.UNET), 17)
+
+
+def run_unet(model: nn.Module) -> Tensor:
+    inputs = cases.unet_inputs()
+    added = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
+    args = (inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"])
+    return model(*args, added_cond_kwargs=added).sample
+
+
+class SgmUNet(nn.Module):
+    """diffusers' UNet under the names of the sgm layout; `named_modules` yields input, middle, output."""
+
+    def __init__(self, model: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.input_blocks = model.down_blocks
+        self.middle_block = model.mid_block
+        self.output_blocks = model.up_blocks
+        self._whole = [model]
+
+    def forward(self) -> Tensor:
+        return run_unet(self._whole[0])
+
+
+# ---------------------------------------------------------------- FLUX
+
+
+def flux_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a FLUX.1-dev checkpoint in BFL's layout, with the sizes of `cases.FLUX`."""
+    p, w = cases.FLUX, cases.FLUX["hidden_size"]
+    head, hidden = w // p["num_heads"], int(w * p["mlp_ratio"])
+    linear = {"img_in": (w, p["in_channels"]), "txt_in": (w, p["context_in_dim"])}
+    for name, size in (("time_in", 256), ("guidance_in", 256), ("vector_in", p["vec_in_dim"])):
+        linear |= {f"{name}.in_layer": (w, size), f"{name}.out_layer": (w, w)}
+    linear |= {"final_layer.linear": (p["in_channels"], w), "final_layer.adaLN_modulation.1": (2 * w, w)}
+    scales = []
+    for i in range(p["depth"]):
+        for stream in (f"double_blocks.{i}.img", f"double_blocks.{i}.txt"):
+            linear |= {f"{stream}_mod.lin": (6 * w, w), f"{stream}_attn.qkv": (3 * w, w), f"{stream}_attn.proj": (w, w)}
+            linear |= {f"{stream}_mlp.0": (hidden, w), f"{stream}_mlp.2": (w, hidden)}
+            scales += [f"{stream}_attn.norm.query_norm.scale", f"{stream}_attn.norm.key_norm.scale"]
+    for block in (f"single_blocks.{i}" for i in range(p["depth_single_blocks"])):
+        linear |= {f"{block}.linear1": (3 * w + hidden, w), f"{block}.linear2": (w, w + hidden)}
+        linear |= {f"{block}.modulation.lin": (3 * w, w)}
+        scales += [f"{block}.norm.query_norm.scale", f"{block}.norm.key_norm.scale"]
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linear.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in linear.items()}
+    return shapes | dict.fromkeys(scales, (head,))
+
+
+def diffusers_flux(seed: int = 19) -> FluxTransformer2DModel:
+    """diffusers' transformer with the weights that the official one was recorded with."""
+    p = cases.FLUX
+    model = FluxTransformer2DModel(
+        in_channels=p["in_channels"],
+        num_layers=p["depth"],
+        num_single_layers=p["depth_single_blocks"],
+        attention_head_dim=p["hidden_size"] // p["num_heads"],
+        num_attention_heads=p["num_heads"],
+        joint_attention_dim=p["context_in_dim"],
+        pooled_projection_dim=p["vec_in_dim"],
+        guidance_embeds=True,
+        axes_dims_rope=tuple(p["axes_dim"]),
+    )
+    model.load_state_dict(_to_diffusers(cases.fill_shapes(flux_shapes(), seed)), strict=True)
+    return model.eval().requires_grad_(False)
+
+
+_RENAMED = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "double_blocks": "transformer_blocks",
+    "single_blocks": "single_transformer_blocks",
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+    "modulation.lin": "norm.linear",
+    "linear2": "proj_out",
+    ".norm.query_norm.scale": ".attn.norm_q.weight",
+    ".norm.key_norm.scale": ".attn.norm_k.weight",
+}
+_SPLIT = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+}
+
+
+def _to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    width, converted = cases.FLUX["hidden_size"], {}
+    for key, value in state.items():
+        split = next((old for old in _SPLIT if f".{old}." in key), None)
+        if key.startswith("final_layer.adaLN"):  # (shift, scale) there, (scale, shift) here
+            value = torch.cat(value.chunk(2)[::-1])
+        new = key
+        for old, name in _RENAMED.items():
+            new = new.replace(old, name)
+        if split is None:
+            converted[new] = value
+            continue
+        sizes = [width, width, width, *([len(value) - 3 * width] if split == "linear1" else [])]
+        for name, part in zip(_SPLIT[split], value.split(sizes)):
+            converted[new.replace(split, name)] = part
+    return converted
+
+
+def run_flux(model: nn.Module) -> Tensor:
+    i = cases.flux_inputs()
+    return model(
+        hidden_states=i["img"],
+        img_ids=i["img_ids"][0],
+        encoder_hidden_states=i["txt"],
+        txt_ids=i["txt_ids"][0],
+        timestep=i["timesteps"],
+        pooled_projections=i["y"],
+        guidance=i["guidance"],
+        return_dict=False,
+    )[0]
+
+
+class _BflDouble(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: object) -> tuple[Tensor, Tensor]:
+        txt, img = self.block(hidden_states=img, encoder_hidden_states=txt, temb=vec, image_rotary_emb=pe)
+        return img, txt
+
+
+class _BflSingle(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.text = 0
+
+    def forward(self, x: Tensor, vec: Tensor, pe: object) -> Tensor:
+        both = self.block(hidden_states=x[:, self.text :], encoder_hidden_states=x[:, : self.text], temb=vec,
+                          image_rotary_emb=pe)  # fmt: skip
+        return torch.cat(both, dim=1)
+
+
+class BflFlux(nn.Module):
+    """diffusers' blocks, called as BFL's (and Forge's) transformer calls its own: text and image as one sequence."""
+
+    def __init__(self, model: FluxTransformer2DModel) -> None:
+        super().__init__()
+        self.hidden_size = model.inner_dim
+        self.double_blocks = nn.ModuleList(map(_BflDouble, model.transformer_blocks))
+        self.single_blocks = nn.ModuleList(map(_BflSingle, model.single_transformer_blocks))
+        self._whole = [model]
+
+    def forward(self, extra_tokens: int = 0) -> Tensor:
+        i, model = cases.flux_inputs(), self._whole[0]
+        ids = torch.cat((i["txt_ids"][0], i["img_ids"][0], i["img_ids"][0][:extra_tokens]))
+        vec = model.time_text_embed(i["timesteps"] * 1000, i["guidance"] * 1000, i["y"])
+        img, txt, pe = model.x_embedder(i["img"]), model.context_embedder(i["txt"]), model.pos_embed(ids)
+        img = torch.cat((img, img[:, :extra_tokens]), dim=1)
+        for block in self.double_blocks:
+            img, txt = block(img=img, txt=txt, vec=vec, pe=pe)
+        x = torch.cat((txt, img), dim=1)
+        for block in self.single_blocks:
+            block.text = txt.shape[1]
+            x = block(x, vec=vec, pe=pe)
+        return model.proj_out(model.norm_out(x[:, txt.shape[1] :], vec))
+
+
+def count_hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
