@@ -27,6 +27,7 @@ from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights
 PROJECTIONS = ("none", "ortho", "ortho_v2")
 ID_TOKENS = 5  # the first tokens of an identity, made from ArcFace and the class token
 IMAGE_STREAM_HEAD_DIM = 128
+CHUNK = 2048  # image tokens that are worked on at once
 
 
 # ---------------------------------------------------------------- SDXL: beside the text cross-attention
@@ -75,25 +76,17 @@ def cross_attention_residual(
     q, k, v = (_split_heads(x, heads) for x in (q, k, v))  # [B, H, L or N, d]
     scores = q @ k.transpose(-1, -2)  # [B, H, L, N]
     attention = _softmax_with_zeros(scores * q.shape[-1] ** -0.5, num_zero)
+    r = _merge_heads(attention.to(v.dtype) @ v)
     if projection == "none":
-        return _merge_heads(attention.to(v.dtype) @ v)
-    # The official code goes on in float32 here. r itself is rounded to the layer's dtype first.
-    r = _merge_heads(attention.to(v.dtype) @ v).float()
-    h = h.float()
-    along_h = _coefficient(attention, v, h, heads)  # [B, 1, C]
+        return r
+    r, h = r.float(), h.float()  # the official code goes on in float32 here
+    # Where a channel of h is zero all along the sequence, so is the projection on it.
+    h_h = (h * h).sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    along_h = (h * r).sum(1, keepdim=True) / h_h  # [B, 1, C]; p = along_h * h
     if projection == "ortho":
         return torch.addcmul(r, h, along_h, value=-1)
     share = _softmax_with_zeros(scores, num_zero)[..., :ID_TOKENS].sum(-1).mean(1).unsqueeze(-1)  # [B, L, 1]
     return torch.addcmul(r, h * (share - 1), along_h)
-
-
-def _coefficient(attention: Tensor, v: Tensor, h: Tensor, heads: int) -> Tensor:
-    """sum_L h r / sum_L h h -> [B, 1, C], without a pass over r: sum_L h_l (sum_n P_ln v_n) = sum_n v_n (P^T h)_n."""
-    weighted = attention.float().transpose(-1, -2) @ _split_heads(h, heads)  # [B, H, N, d]
-    h_r = (weighted * v.float()).sum(-2).flatten(1)  # [B, C]
-    h_h = torch.linalg.vector_norm(h, dim=1).square()  # [B, C]
-    # where a channel of h is all zero the projection on it is zero
-    return (h_r / h_h.clamp_min(torch.finfo(torch.float32).tiny)).unsqueeze(1)
 
 
 def _softmax_with_zeros(scores: Tensor, num_zero: int) -> Tensor:
@@ -162,29 +155,22 @@ def fold_image_stream(weights: ImageStreamWeights, tokens: Tensor, weight: float
 
 def add_image_stream(
     total: Tensor, image: Tensor, site: ImageStreamTensors, rows: Sequence[int | None], mask: Tensor | None = None
-) -> Tensor:
-    """total + weight x CA(identity, image), by the folded form of `fold_image_stream`.
+) -> None:
+    """total += weight x CA(identity, image), in place, by the folded form of `fold_image_stream`.
 
     Args:
         total, image: [B, L, W]; the residual is read off `image` and added to `total`.
         rows: for each row of the batch its identity in `site` (0 cond, 1 uncond), or None for no identity.
         mask: [L, 1], 0..1, share of the residual that each token gets.
-
-    Returns:
-        [B, L, W], a new tensor.
     """
-    if rows[0] is not None and all(row == rows[0] for row in rows):  # one identity: one product for the batch
-        mask = None if mask is None else mask.repeat(len(rows), 1)
-        return _add_one(total.flatten(0, 1), image.flatten(0, 1), site, rows[0], mask).view_as(total)
-    parts = [t if row is None else _add_one(t, x, site, row, mask) for t, x, row in zip(total, image, rows)]
-    return torch.stack(parts)
-
-
-def _add_one(total: Tensor, image: Tensor, site: ImageStreamTensors, row: int, mask: Tensor | None) -> Tensor:
-    """total, image: [L, W] -> [L, W]."""
-    normal = F.layer_norm(image, image.shape[-1:])
-    scores = torch.addmm(site.score_bias[row], normal, site.score[row])  # [L, H N]
-    attention = scores.unflatten(-1, (site.heads, -1)).softmax(-1, dtype=torch.float32).flatten(1)
-    if mask is not None:
-        attention = attention * mask
-    return torch.addmm(total, attention.to(total.dtype), site.value[row])
+    for b, row in enumerate(rows):
+        if row is None:
+            continue
+        for first in range(0, image.shape[1], CHUNK):  # bounds what the LayerNorm has to keep
+            tokens = slice(first, first + CHUNK)
+            normal = F.layer_norm(image[b, tokens], image.shape[-1:])
+            scores = torch.addmm(site.score_bias[row], normal, site.score[row])  # [L, H N]
+            attention = scores.unflatten(-1, (site.heads, -1)).softmax(-1, dtype=torch.float32).flatten(1)
+            if mask is not None:
+                attention = attention * mask[tokens]
+            total[b, tokens].addmm_(attention.to(total.dtype), site.value[row])

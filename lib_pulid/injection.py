@@ -196,28 +196,25 @@ def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: D
 
 
 def _attach_image_stream(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> list:
-    def add(image: Tensor) -> Tensor:
-        own, reference = _own_tokens(image, step)
-        total = own
+    def add(total: Tensor, image: Tensor) -> None:
+        own = _own_tokens(image.shape[1], step)
         is_cond = _rows(step, len(image))
         for index, injection in enumerate(active):
             rows = [injection.identity_of(cond) for cond in is_cond]
-            mask = None if injection.mask is None else masks.over(index, own.shape[1])
-            total = add_image_stream(total, own, injection.sites[n], rows, mask)  # type: ignore[arg-type]
-        return total if reference is None else torch.cat((total, reference), dim=1)
+            mask = None if injection.mask is None else masks.over(index, own)
+            add_image_stream(total[:, :own], image[:, :own], injection.sites[n], rows, mask)  # type: ignore[arg-type]
 
     return site.attach(add)
 
 
-def _own_tokens(image: Tensor, step: DenoiseStep) -> tuple[Tensor, Tensor | None]:
-    """Splits [B, L, W] into the picture's tokens and reference tokens (Kontext) that follow them."""
+def _own_tokens(tokens: int, step: DenoiseStep) -> int:
+    """How many image tokens are the picture's own; reference tokens (Kontext) follow them."""
     if step.latent_hw is None:
-        return image, None
-    height, width = _packed(step.latent_hw)
-    count = height * width
-    if image.shape[1] < count:
-        raise ValueError(f"latent_hw {step.latent_hw} means {count} image tokens, but the block has {image.shape[1]}")
-    return (image, None) if image.shape[1] == count else (image[:, :count], image[:, count:])
+        return tokens
+    own = math.prod(_packed(step.latent_hw))
+    if tokens < own:
+        raise ValueError(f"latent_hw {step.latent_hw} means {own} image tokens, but the block has {tokens}")
+    return own
 
 
 def _rows(step: DenoiseStep, batch: int) -> list[bool]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -32,14 +31,15 @@ class Site:
         name: for messages, "input_blocks.4.1.transformer_blocks.0.attn2".
         width: channels of the activations there.
         heads: heads of the cross-attention (SDXL), 0 on an image stream.
-        attach: takes the function that adds the residual, `(q, h) -> h'` for a cross-attention and
-            `img -> img'` for an image stream, all [B, L, width]; returns the hooks' handles.
+        attach: takes the function that adds the residual and returns the hooks' handles. The function is
+            `(q, h) -> h with residual` for a cross-attention, and on an image stream `(total, image)`, which adds
+            to `total`, a copy of `image`, in place. All are [B, L, width].
     """
 
     name: str
     width: int
     heads: int
-    attach: Callable[[Callable[..., Tensor]], list[RemovableHandle]]
+    attach: Callable[[Callable[..., Tensor | None]], list[RemovableHandle]]
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,12 @@ def _transformer_sites(transformer: Any, double: str, single: str, image_first: 
 
 
 def _after_double(block: nn.Module, image: int, text_length: list[int]) -> Callable:
-    def attach(add: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
+    def attach(add: Callable[[Tensor, Tensor], None]) -> list[RemovableHandle]:
         def add_residual(module: nn.Module, args: tuple, output: tuple) -> tuple:
             both = list(output)
             text_length[:] = [both[1 - image].shape[1]]
-            both[image] = add(both[image])
+            both[image] = both[image].clone()
+            add(both[image], output[image])
             return tuple(both)
 
         return [block.register_forward_hook(add_residual)]
@@ -142,12 +143,15 @@ def _after_double(block: nn.Module, image: int, text_length: list[int]) -> Calla
 
 
 def _after_single(block: nn.Module, text_length: list[int]) -> Callable:
-    def attach(add: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
+    def attach(add: Callable[[Tensor, Tensor], None]) -> list[RemovableHandle]:
         def add_residual(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
             if isinstance(output, tuple):  # diffusers from 0.35 on: (txt, img)
-                return (output[0], add(output[1]))
-            text, image = output.split([text_length[0], output.shape[1] - text_length[0]], dim=1)
-            return torch.cat((text, add(image)), dim=1)
+                total = output[1].clone()
+                add(total, output[1])
+                return (output[0], total)
+            total, text = output.clone(), text_length[0]
+            add(total[:, text:], output[:, text:])
+            return total
 
         return [block.register_forward_hook(add_residual)]
 
