@@ -10,7 +10,6 @@ encoders.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from lib_pulid.weights import Adapter
 if TYPE_CHECKING:
     import numpy as np
 
-    from lib_pulid.faces import Face, FaceChoice
+    from lib_pulid.faces import Face
     from lib_pulid.vision import VisionTower
 
 FUSIONS = ("official", "id_mix", "average")
@@ -212,50 +211,3 @@ def _stacked(photos: Sequence[FaceFeatures]) -> FaceFeatures:
 
 def _to(photo: FaceFeatures, device: torch.device) -> FaceFeatures:
     return FaceFeatures(photo.id_cond.to(device), tuple(hidden.to(device) for hidden in photo.vit_hidden))
-
-
-# ---------------------------------------------------------------- remembered by content
-
-
-class IdentityCache:
-    """Identities by what they were made from, in memory and, with a folder, on disk.
-
-    Args:
-        folder: where files are kept (one of about 0.5 MB per identity), or None.
-    """
-
-    def __init__(self, folder: str | Path | None = None) -> None:
-        self._folder = None if folder is None else Path(folder)
-        self._memory: dict[str, Identity] = {}
-
-    def get(self, key: str) -> Identity | None:
-        """The identity made under `key`, or None. A damaged file counts as none."""
-        if key not in self._memory and self._folder is not None:
-            try:
-                self._memory[key] = Identity.load(self._folder / f"{key}.safetensors")
-            except IdentityMismatchError:
-                return None
-        return self._memory.get(key)
-
-    def put(self, key: str, identity: Identity) -> None:
-        self._memory[key] = identity
-        if self._folder is not None:
-            identity.save(self._folder / f"{key}.safetensors")
-
-
-def identity_key(
-    photos: Sequence[np.ndarray], adapter: Adapter, *, models: str, choice: FaceChoice, fusion: str = "official"
-) -> str:
-    """The key under which an identity is remembered: a hash of all that it depends on.
-
-    Args:
-        photos: uint8 RGB [H, W, 3], as read.
-        models: fingerprint of the face models and the vision tower.
-    """
-    digest = hashlib.sha256()
-    settings = [adapter.fingerprint, models, choice.order, choice.index, fusion, FILE_VERSION]
-    digest.update(json.dumps(settings).encode())
-    for photo in photos:
-        digest.update(repr(photo.shape).encode())
-        digest.update(photo.tobytes())
-    return digest.hexdigest()[:32]

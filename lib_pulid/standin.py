@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lib_pulid.encoders import IDEncoder, IDFormer
+from lib_pulid.faces import Detection, FaceModels
 from lib_pulid.vision import HEAD_DIM
 
 TOKEN_WIDTH = 64  # 2048 in the real files
@@ -147,3 +149,31 @@ def tower_shapes(width: int, classes: int, depth: int = 24) -> dict[str, tuple[i
         shapes |= {f"{block}.{name}.bias": shape[:1] for name, shape in linear.items()}
         shapes |= {f"{block}.{name}.{part}": (size,) for name, size in norms.items() for part in ("weight", "bias")}
     return shapes
+
+
+# ---------------------------------------------------------------- faces
+
+
+class RandomRecogniser:
+    """In the place of ArcFace: a seeded random projection of the 112 x 112 crop that ArcFace would see. [512]."""
+
+    def __init__(self, seed: int = 5) -> None:
+        self._projection = torch.randn(512, 3 * 28 * 28, generator=torch.Generator().manual_seed(seed)).numpy()
+
+    def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
+        from insightface.utils.face_align import norm_crop
+
+        return self.embed_crop(norm_crop(image_bgr, detection.landmarks))
+
+    def embed_crop(self, aligned_bgr: np.ndarray) -> np.ndarray:
+        import cv2
+
+        small = cv2.resize(aligned_bgr, (28, 28), interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
+        return self._projection @ ((small - small.mean()) / (small.std() + 1e-6)) / small.size**0.5
+
+
+def face_models() -> FaceModels:
+    """Faces are really found, by OpenCV's Haar cascades; who they are is a random projection of how they look."""
+    from lib_pulid.face_models import EllipseParser, HaarDetector
+
+    return FaceModels(detector=HaarDetector(), recogniser=RandomRecogniser(), landmarker=None, parser=EllipseParser())

@@ -1,0 +1,5 @@
+import sys
+
+from lib_pulid.cli import main
+
+sys.exit(main())

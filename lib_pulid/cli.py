@@ -1,0 +1,269 @@
+"""The command line: `python -m lib_pulid demo | generate | embed | doctor | models`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib_pulid import __version__, catalog
+from lib_pulid.errors import MissingWeightsError, PulidError, SettingError
+
+FORMATTER = argparse.ArgumentDefaultsHelpFormatter
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns the exit status: 0 done, 1 something is missing or wrong (said on stderr)."""
+    arguments = _parser().parse_args(argv)
+    _be_quiet()
+    try:
+        return arguments.run(arguments)
+    except (PulidError, FileNotFoundError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _be_quiet() -> None:
+    """Keeps the libraries' chatter off a terminal that is meant to be read."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lib_pulid",
+        description="PuLID: a person's face in pictures of SDXL and FLUX, from one photo. Try `demo` first.",
+    )
+    parser.add_argument("--version", action="version", version=f"sd-webui-pulid {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_generate, _add_embed, _add_doctor, _add_models):
+        add(commands)
+    return parser
+
+
+def _command(commands, name: str, run, help: str, description: str = "") -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=description or help, formatter_class=FORMATTER)
+    parser.add_argument(
+        "--models-dir",
+        type=Path,
+        default=catalog.default_models_dir(),
+        help=f"where the weights are; ${catalog.MODELS_DIR_VARIABLE} sets the default",
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_demo(commands) -> None:
+    parser = _command(commands, "demo", run_demo, "photo in, contact sheets out; needs no weights")
+    parser.add_argument("--face", type=Path, help="your photo (default: a sample photograph of a library)")
+    parser.add_argument("-o", "--out", type=Path, default=Path("outputs"), help="folder for the sheets")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
+def _add_faces(parser: argparse.ArgumentParser) -> None:
+    from lib_pulid.faces import FACE_ORDERS
+    from lib_pulid.identity import FUSIONS
+
+    parser.add_argument(
+        "--face",
+        type=Path,
+        action="append",
+        default=[],
+        help="photo of the person; repeat it for several of one person",
+    )
+    parser.add_argument("--pulid", type=Path, help="PuLID file (default: the first that fits in the models folder)")
+    parser.add_argument(
+        "--face-order", choices=FACE_ORDERS, default="largest", help="which face, if a photo has several"
+    )
+    parser.add_argument("--face-index", type=int, default=0, help="0 for the first face in that order, 1 for the next")
+    parser.add_argument("--fusion", choices=FUSIONS, default="official", help="how several photos become one identity")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
+def _add_generate(commands) -> None:
+    from lib_pulid.attention import PROJECTIONS
+
+    parser = _command(commands, "generate", run_generate, "make a picture of a person")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument(
+        "--model",
+        default="tiny-sdxl",
+        help="single-file SDXL checkpoint, diffusers folder (SDXL or FLUX), or the stand-ins tiny-sdxl and tiny-flux",
+    )
+    _add_faces(parser)
+    parser.add_argument("--identity", type=Path, help="a saved identity, in the place of photos")
+    parser.add_argument("--weight", type=float, help="strength (default: 0.8 on SDXL, 1 on FLUX; 0 changes nothing)")
+    parser.add_argument(
+        "--projection", choices=PROJECTIONS, default="ortho_v2", help="SDXL: how the face is kept apart"
+    )
+    parser.add_argument("--num-zero", type=int, default=20, help="SDXL, 0-80: more leaves more to the prompt")
+    parser.add_argument("--start", type=float, default=0.0, help="share of the steps before the face begins to act")
+    parser.add_argument("--end", type=float, default=1.0, help="share of the steps after which it no longer acts")
+    parser.add_argument("--mask", type=Path, help="picture whose white part is where the face may act")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", type=int, help="side in pixels (default: 1024, stand-ins 256)")
+    parser.add_argument(
+        "--guidance", type=float, help="CFG on SDXL (default 7), distilled guidance on FLUX (default 4)"
+    )
+    parser.add_argument("-o", "--out", type=Path, default=Path("outputs/picture.png"))
+
+
+def _add_embed(commands) -> None:
+    parser = _command(commands, "embed", run_embed, "photos -> a saved identity, which later needs no photo")
+    parser.add_argument("--model", default="tiny-sdxl", help="the base model that it is for, as in generate")
+    _add_faces(parser)
+    parser.add_argument("--name", default="", help="kept in the file")
+    parser.add_argument("-o", "--out", type=Path, default=Path("outputs/identity.safetensors"))
+
+
+def _add_doctor(commands) -> None:
+    _command(commands, "doctor", run_doctor, "what is there, what is missing, and what to do about it")
+
+
+def _add_models(commands) -> None:
+    parser = _command(commands, "models", run_models, "list or download the weight files")
+    parser.add_argument("action", choices=("list", "download"))
+    parser.add_argument(
+        "names", nargs="*", help="files to download (default: the encoders, PuLID v1.1 and FLUX v0.9.1)"
+    )
+    parser.add_argument(
+        "--accept-licence", action="store_true", help="accept non-commercial licences without being asked"
+    )
+
+
+# ---------------------------------------------------------------- commands
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    from lib_pulid import demo
+
+    photo = arguments.face or demo.sample_photo()
+    demo.run_demo(photo, arguments.out, arguments.models_dir, arguments.device)
+    return 0
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    from lib_pulid.identity import Identity
+    from lib_pulid.injection import compile_injection
+
+    if bool(arguments.face) == bool(arguments.identity):
+        raise SettingError("Give either --face (once or more) or --identity.")
+    workshop = _workshop(arguments)
+    identity = Identity.load(arguments.identity) if arguments.identity else _identity(workshop, arguments)
+    family = workshop.base.family
+    weight = arguments.weight if arguments.weight is not None else 0.8 if family == "sdxl" else 1.0
+    injection = compile_injection(
+        workshop.adapter,
+        identity,
+        weight=weight,
+        projection=arguments.projection,
+        num_zero=arguments.num_zero,
+        start=arguments.start,
+        end=arguments.end,
+        mask=_mask(arguments.mask),
+        device=arguments.device,
+        dtype=workshop.base.dtype,
+    )
+    size = arguments.size or (256 if workshop.base.stand_in else 1024)
+    settings = {"seed": arguments.seed, "steps": arguments.steps, "size": size, "guidance": arguments.guidance}
+    picture, used = workshop.paint([injection], arguments.prompt, **settings)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(arguments.out)
+    print(f"{arguments.out}: identity {identity.short_hash}, weight {weight}, injected at {used} sites")
+    return 0
+
+
+def run_embed(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    if not arguments.face:
+        raise SettingError("Give at least one photo with --face.")
+    identity = _identity(_workshop(arguments), arguments)
+    identity = replace(identity, info={**identity.info, "name": arguments.name}) if arguments.name else identity
+    identity.save(arguments.out)
+    print(
+        f"{arguments.out}: identity {identity.short_hash}, {identity.cond.shape[1]} tokens, {identity.info['adapter']}"
+    )
+    return 0
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    from lib_pulid import doctor
+
+    return doctor.report(arguments.models_dir)
+
+
+def run_models(arguments: argparse.Namespace) -> int:
+    by_name = {file.name: file for file in catalog.CATALOG}
+    if unknown := [name for name in arguments.names if name not in by_name]:
+        raise SettingError(f"Unknown: {', '.join(unknown)}. Known: {', '.join(by_name)}.")
+    if arguments.action == "list":
+        for file in catalog.CATALOG:
+            path = catalog.find(file, arguments.models_dir)
+            print(f"{'there  ' if path else 'missing'}  {file.name:42} {file.purpose:32} {path or file.folder}")
+        return 0
+    default = [
+        *catalog.in_group("encoders"),
+        by_name["pulid_v1.1.safetensors"],
+        by_name["pulid_flux_v0.9.1.safetensors"],
+    ]
+    for file in [by_name[name] for name in arguments.names] or default:
+        if catalog.find(file, arguments.models_dir) is None and file.restricted and not arguments.accept_licence:
+            _ask_licence(file)
+        print(f"{file.name}: {catalog.download(file, arguments.models_dir)}")
+    return 0
+
+
+def _ask_licence(file: catalog.WeightFile) -> None:
+    question = f"{file.name} ({file.purpose}) may be used under this licence: {file.licence}. Accept? [y/N] "
+    if not sys.stdin.isatty():
+        raise MissingWeightsError(f"{file.name} needs its licence accepted ({file.licence}): --accept-licence.")
+    if input(question).strip().lower() not in ("y", "yes"):
+        raise MissingWeightsError(f"{file.name} was not downloaded: its licence was not accepted.")
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _workshop(arguments: argparse.Namespace):
+    from lib_pulid.standalone import open_workshop
+
+    workshop = open_workshop(arguments.model, arguments.models_dir, arguments.pulid, arguments.device)
+    for note in workshop.notes:
+        print(f"stand-in: {note}")
+    return workshop
+
+
+def _identity(workshop, arguments: argparse.Namespace):
+    from lib_pulid.faces import FaceChoice
+
+    def tell(name: str, face) -> None:
+        x0, y0, x1, y1 = face.detection.box.round().astype(int)
+        print(f"{name}: face at ({x0}, {y0}), {x1 - x0} x {y1 - y0} pixels", *face.notes, sep="\n  ")
+
+    choice = FaceChoice(arguments.face_order, arguments.face_index)
+    return workshop.identity(arguments.face, choice, arguments.fusion, tell)
+
+
+def _mask(path: Path | None):
+    if path is None:
+        return None
+    import torch
+
+    from lib_pulid.images import load_image
+
+    return torch.from_numpy(load_image(path)).float().mean(-1) / 255

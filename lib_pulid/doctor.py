@@ -1,0 +1,87 @@
+"""What a machine has and lacks for PuLID, in words."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from lib_pulid import catalog
+
+PACKAGES = {
+    "torch": "everything",
+    "timm": "vision tower",
+    "facexlib": "face landmarks and parser",
+    "insightface": "face detector and recogniser",
+    "onnxruntime": "runs insightface's models (onnxruntime-gpu will do as well)",
+    "opencv-python": "images",
+    "safetensors": "weight files",
+    "diffusers": "demo and generate; the WebUI does not need it",
+}
+_INSTEAD = {"onnxruntime": ("onnxruntime-gpu",), "opencv-python": ("opencv-python-headless", "opencv-contrib-python")}
+
+
+def report(models_dir: Path) -> int:
+    """Prints the report. Returns 0 if nothing is missing for at least one family, else 1."""
+    print(f"Python     {platform.python_version()} on {platform.system()} {platform.machine()}")
+    problems = [*_packages(), *_device(), *_files(models_dir)]
+    print()
+    for problem in problems:
+        print(f"to do: {problem}")
+    if not problems:
+        print("Nothing is missing.")
+    return 1 if problems else 0
+
+
+def _packages() -> list[str]:
+    problems = []
+    for name, purpose in PACKAGES.items():
+        versions = [(alias, _version(alias)) for alias in (name, *_INSTEAD.get(name, ()))]
+        found = [f"{alias} {version}" for alias, version in versions if version]
+        print(f"{'there' if found else 'MISSING':10} {', '.join(found) or name:40} {purpose}")
+        if not found:
+            problems.append(f"pip install {name}")
+        if name == "onnxruntime" and len(found) > 1:
+            problems.append("onnxruntime and onnxruntime-gpu hide each other: pip uninstall onnxruntime")
+    return problems
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> list[str]:
+    if _version("torch") is None:
+        return []
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        print(f"GPU        {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    else:
+        print("GPU        none that torch can use; pictures are made on the CPU")
+    return []
+
+
+def _files(models_dir: Path) -> list[str]:
+    print(f"\nWeights in {models_dir}")
+    problems = []
+    for file in catalog.CATALOG:
+        path = catalog.find(file, models_dir)
+        state = "there" if path else "missing"
+        if path and file.size and path.stat().st_size != file.size:
+            state = "DAMAGED"
+            problems.append(
+                f"{path} has {path.stat().st_size:,} bytes, not {file.size:,}: delete it, download it again"
+            )
+        print(f"{state:10} {file.name:40} {file.purpose}{f'  ({path.parent})' if path else ''}")
+        if path is None and file.group == "encoders":
+            problems.append(f"python -m lib_pulid models download {file.name}   ({file.licence})")
+    for family in ("sdxl", "flux"):
+        if catalog.find_adapter(family, models_dir) is None:
+            names = " or ".join(file.name for file in catalog.in_group(family))
+            problems.append(f"for {family.upper()}: one of {names} into {models_dir / 'pulid'}")
+    return problems

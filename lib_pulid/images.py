@@ -1,0 +1,168 @@
+"""Photos in: whatever a user gives becomes uint8 RGB [H, W, 3], 0..255, upright and opaque."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+import numpy as np
+
+from lib_pulid.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImageSource = Union[str, "os.PathLike[str]", bytes, "Image.Image", np.ndarray]
+
+# Checked before a pixel is decoded. Above PIL's warning (89 million), so that a 108 MP phone photo passes without one,
+# and below PIL's own error (179 million), which is reported the same way.
+MAX_PIXELS = 150_000_000
+
+
+def load_image(source: ImageSource, name: str = "image") -> np.ndarray:
+    """Read a photo as uint8 RGB [H, W, 3], 0..255.
+
+    `source`: a path, the bytes of an image file, a PIL image, or an array [H, W] or [H, W, 1..4], RGB order: uint8,
+    uint16 (0..65535) or float (0..1). Transparency is laid over white, EXIF rotation is applied, of an animation the
+    first frame is taken. `name` is what an ImageError calls the image; a file is called by its own name by default.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name)
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        return _decode(path, path.name if name == "image" else name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        if len(source) == 0:
+            raise ImageError(f"{name}: the file is empty.")
+        return _decode(io.BytesIO(source), name)
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return _from_pil(source, name)
+    raise ImageError(f"{name}: a {type(source).__name__} is not an image.")
+
+
+def resize_long_edge(image: np.ndarray, limit: int = 1024) -> np.ndarray:
+    """Reduce an image, uint8 [H, W, 3], so that its long edge is at most `limit`; never enlarge it.
+
+    Equal to `resize_numpy_image_long` of pulid/utils.py (1aa2fc7), which the official app calls with 1024, save that
+    no edge becomes 0 (a strip of 1 x 4000 pixels).
+    """
+    height, width = image.shape[:2]
+    if max(height, width) <= limit:
+        return image
+    import cv2
+
+    factor = limit / max(height, width)
+    # int() and not round(): as the official function does it.
+    size = (max(1, int(width * factor)), max(1, int(height * factor)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_LANCZOS4)
+
+
+def thumbnail(image: np.ndarray, size: int = 96) -> np.ndarray:
+    """A small copy of an image, uint8 RGB [H, W, 3]: long edge at most `size`, never enlarged."""
+    height, width = image.shape[:2]
+    factor = size / max(height, width)
+    if factor >= 1:
+        return image.copy()
+    import cv2
+
+    target = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return cv2.resize(image, target, interpolation=cv2.INTER_AREA)
+
+
+def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        # The size is checked by _from_pil before decoding, so that PIL's warning about large images says nothing new.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                return _from_pil(image, name)
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"{name}: there is no such file.") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(_too_large(name)) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: this is not an image, or of a kind that cannot be read.") from error
+    except Exception as error:  # PIL's decoders raise nearly anything when they meet a damaged file
+        raise ImageError(f"{name}: the image cannot be read ({error}).") from error
+
+
+def _from_pil(image: Image.Image, name: str) -> np.ndarray:
+    from PIL import ImageOps
+
+    _check_size(image.width, image.height, name)
+    try:
+        image.load()
+    except Exception as error:  # as above; a PIL image may be decoded only now
+        raise ImageError(f"{name}: the image is truncated or damaged ({error}).") from error
+    with contextlib.suppress(Exception):  # damaged metadata is no reason to refuse a good photo
+        image = ImageOps.exif_transpose(image) or image
+    if image.mode == "F" or image.mode.startswith("I"):
+        # 16-bit greyscale; PIL's own conversion to 8 bit would cut everything above 255 to white.
+        values = np.asarray(image)
+        return _from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16), name)
+    transparent = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+    try:
+        if image.mode in ("La", "RGBa"):  # alpha already multiplied in: PIL undoes that for these modes only
+            image = image.convert("LA" if image.mode == "La" else "RGBA")
+        return _from_array(np.asarray(image.convert("RGBA" if transparent else "RGB")), name)
+    except ValueError as error:
+        raise ImageError(f"{name}: images of the kind {image.mode} cannot be read.") from error
+
+
+def _from_array(array: np.ndarray, name: str) -> np.ndarray:
+    """An array [H, W] or [H, W, 1..4] of any of the ranges load_image names -> uint8 RGB [H, W, 3]."""
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4):
+        raise ImageError(f"{name}: an array of shape {array.shape} is not an image; [height, width, 3] is.")
+    _check_size(array.shape[1], array.shape[0], name)
+    pixels = _to_8_bit(array, name)
+    colour = pixels[:, :, :-1] if pixels.shape[2] in (2, 4) else pixels
+    if colour is not pixels:
+        alpha = pixels[:, :, -1:].astype(np.uint16)
+        # Over white, rounded: (c a + 255 (255 - a)) / 255. The products fit into 16 bits.
+        colour = ((colour * alpha + np.uint16(255) * (255 - alpha) + 127) // 255).astype(np.uint8)
+    if colour.shape[2] == 1:
+        colour = colour.repeat(3, axis=2)
+    # A copy where needed: cv2 wants contiguous memory, and the caller keeps the array that was passed in.
+    return np.array(colour, dtype=np.uint8, order="C")
+
+
+def _to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # either byte order
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
+    if array.dtype.kind not in "uif":
+        raise ImageError(f"{name}: {array.dtype} values are not an image; uint8 ones are.")
+    low, high = float(array.min()), float(array.max())
+    if array.dtype.kind == "f":
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # written so that NaN fails
+            raise ImageError(f"{name}: a float image has to be in 0..1; this one is in {low:g}..{high:g}.")
+        return (array.clip(0, 1).astype(np.float32) * 255).round().astype(np.uint8)
+    if low >= 0 and high <= 255:
+        return array.astype(np.uint8)
+    raise ImageError(f"{name}: {array.dtype} values in {low:g}..{high:g} are not an image; uint8 ones are.")
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: the image has no pixels ({width} x {height}).")
+    if width * height > MAX_PIXELS:
+        raise ImageError(_too_large(name, f"{width} x {height}: "))
+
+
+def _too_large(name: str, size: str = "") -> str:
+    return f"{name}: the image is too large ({size}more than {MAX_PIXELS // 10**6} million pixels)."

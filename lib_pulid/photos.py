@@ -1,0 +1,122 @@
+"""Photos -> Identity, each photo encoded once.
+
+The chain of `faces.py`, `vision.py` and `identity.py` in one call, remembered by the content of all that it
+depends on: the photos, the choice of face, the weights. What is remembered needs no encoder, so none is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lib_pulid.errors import IdentityMismatchError
+from lib_pulid.faces import LARGEST, Face, FaceChoice, FaceModels, read_face
+from lib_pulid.identity import FILE_VERSION, Identity, encode_identity, face_features
+from lib_pulid.images import ImageSource, load_image, thumbnail
+from lib_pulid.vision import VisionTower
+from lib_pulid.weights import Adapter
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The models between a photo and an identity encoder."""
+
+    faces: FaceModels
+    tower: VisionTower
+
+
+class IdentityCache:
+    """Identities by what they were made from, in memory and, with a folder, on disk (about 0.5 MB each)."""
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._memory: dict[str, Identity] = {}
+
+    def get(self, key: str) -> Identity | None:
+        """The identity made under `key`, or None. A damaged file counts as none."""
+        if key not in self._memory and self._folder is not None:
+            try:
+                self._memory[key] = Identity.load(self._folder / f"{key}.safetensors")
+            except IdentityMismatchError:
+                return None
+        return self._memory.get(key)
+
+    def put(self, key: str, identity: Identity) -> None:
+        self._memory[key] = identity
+        if self._folder is not None:
+            identity.save(self._folder / f"{key}.safetensors")
+
+
+def make_identity(
+    photos: Sequence[ImageSource],
+    adapter: Adapter,
+    *,
+    encoders: Callable[[], Encoders],
+    encoders_id: str,
+    cache: IdentityCache,
+    choice: FaceChoice = LARGEST,
+    fusion: str = "official",
+    on_face: Callable[[str, Face], None] = lambda name, face: None,
+) -> Identity:
+    """Makes the identity of one person, or takes it from the cache.
+
+    Args:
+        photos: of one person, the main one first; anything `images.load_image` reads.
+        encoders: gives the models; called only if the cache does not have the identity.
+        encoders_id: names their weights, see `fingerprint_files`.
+        choice: which face of each photo. fusion: see `identity.encode_identity`.
+        on_face: told of each photo's name and face as it is read.
+
+    Raises:
+        ImageError, NoFaceError: they name the photo.
+    """
+    names = [_name(photo, i) for i, photo in enumerate(photos)]
+    images = [load_image(photo, name) for photo, name in zip(photos, names)]
+    key = identity_key(images, adapter, encoders_id=encoders_id, choice=choice, fusion=fusion)
+    if (known := cache.get(key)) is not None:
+        return known
+    models = encoders()
+    faces = []
+    for name, image in zip(names, images):
+        faces.append(read_face(image, models.faces, choice, name))
+        on_face(name, faces[-1])
+    identity = encode_identity(
+        [face_features(face, models.tower) for face in faces],
+        adapter,
+        fusion=fusion,
+        thumbnail=thumbnail(faces[0].aligned, 128) if faces else None,
+    )
+    cache.put(key, identity)
+    return identity
+
+
+def identity_key(
+    images: Sequence[np.ndarray], adapter: Adapter, *, encoders_id: str, choice: FaceChoice, fusion: str
+) -> str:
+    """A hash of all that an identity depends on. images: uint8 RGB [H, W, 3]."""
+    digest = hashlib.sha256()
+    settings = [adapter.fingerprint, encoders_id, choice.order, choice.index, fusion, FILE_VERSION]
+    digest.update(json.dumps(settings).encode())
+    for image in images:
+        digest.update(repr(image.shape).encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def fingerprint_files(paths: Sequence[Path]) -> str:
+    """Sixteen hex digits that name the content of several files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _name(photo: ImageSource, index: int) -> str:
+    return Path(photo).name if isinstance(photo, (str, Path)) else f"photo {index + 1}"

@@ -1,0 +1,169 @@
+"""PuLID without a WebUI: what the command line works with, real weights or stand-ins, and which is which."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lib_pulid import catalog, standin
+from lib_pulid.errors import MissingWeightsError
+from lib_pulid.face_models import FaceFiles, load_face_models
+from lib_pulid.faces import LARGEST, Face, FaceChoice
+from lib_pulid.hosts.diffusers import apply, denoiser_of
+from lib_pulid.hosts.diffusers_base import Base, load_base, paint
+from lib_pulid.identity import Identity
+from lib_pulid.images import ImageSource
+from lib_pulid.injection import Injection
+from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, make_identity
+from lib_pulid.sites import Site, Sites, find_sites
+from lib_pulid.vision import load_vision_tower
+from lib_pulid.weights import Adapter, load_adapter
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A base model, the adapter for it, and the way from photos to identities.
+
+    Args:
+        encoders_id: names the encoders' weights, for the cache. notes: which weights are stand-ins, in plain words.
+    """
+
+    base: Base
+    adapter: Adapter
+    encoders: Callable[[], Encoders]
+    encoders_id: str
+    cache: IdentityCache
+    notes: tuple[str, ...]
+
+    def identity(
+        self,
+        photos: Sequence[ImageSource],
+        choice: FaceChoice = LARGEST,
+        fusion: str = "official",
+        on_face: Callable[[str, Face], None] = lambda name, face: None,
+    ) -> Identity:
+        """See `photos.make_identity`."""
+        return make_identity(
+            photos,
+            self.adapter,
+            encoders=self.encoders,
+            encoders_id=self.encoders_id,
+            cache=self.cache,
+            choice=choice,
+            fusion=fusion,
+            on_face=on_face,
+        )
+
+    def paint(
+        self, injections: Sequence[Injection], prompt: str, **settings: int | float | None
+    ) -> tuple[Image.Image, int]:
+        """A picture with the injections, and at how many sites a residual was really added."""
+        sites, used = _counted(find_sites(denoiser_of(self.base.pipeline)))
+        with apply(self.base.pipeline, injections, sites):
+            picture = paint(self.base, prompt, **settings)  # type: ignore[arg-type]
+        return picture, len(used)
+
+
+def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, device: str = "cpu") -> Workshop:
+    """Loads what `model` needs: real weights for a real model, stand-ins for `tiny-sdxl` and `tiny-flux`.
+
+    Args:
+        pulid: a PuLID file; None takes the first of the right family in the models folder.
+
+    Raises:
+        MissingWeightsError, WrongWeightsError.
+    """
+    base = load_base(model, device)
+    cache = IdentityCache(models_dir / "pulid" / "cache")
+    if base.stand_in:
+        return _stand_in_workshop(base, models_dir, pulid, cache)
+    path = pulid or catalog.find_adapter(base.family, models_dir)
+    if path is None:
+        wanted = " or ".join(file.name for file in catalog.in_group(base.family))
+        raise MissingWeightsError(f"No PuLID file for {base.family.upper()} in {models_dir / 'pulid'}: {wanted}.")
+    files = catalog.require_encoders(models_dir)
+    return Workshop(
+        base=base,
+        adapter=load_adapter(path),
+        encoders=lambda: Encoders(load_face_models(_face_files(files), device), _tower(files, device)),
+        encoders_id=fingerprint_files(list(files.values())),
+        cache=cache,
+        notes=(),
+    )
+
+
+def real_model(family: str, models_dir: Path) -> str | None:
+    """A base model that lies in `sdxl` or `flux` below the models folder: a single file or a diffusers folder."""
+    candidates = sorted((models_dir / family).glob("*"))
+    for path in candidates:
+        if path.suffix == ".safetensors" or (path / "model_index.json").is_file():
+            return str(path)
+    return None
+
+
+def has_real_weights(family: str, models_dir: Path) -> bool:
+    """Whether all is there that a real picture needs."""
+    try:
+        catalog.require_encoders(models_dir)
+    except MissingWeightsError:
+        return False
+    return bool(real_model(family, models_dir) and catalog.find_adapter(family, models_dir))
+
+
+def _stand_in_workshop(base: Base, models_dir: Path, pulid: Path | None, cache: IdentityCache) -> Workshop:
+    notes = [f"base model: {base.label}; there is no text encoder, a prompt is turned into noise"]
+    folder = tempfile.TemporaryDirectory(prefix="pulid-standin-")
+    widths = [site.width for site in find_sites(denoiser_of(base.pipeline)).sites]
+    sdxl = base.family == "sdxl"
+    files = standin.write_files(folder.name, widths if sdxl else [64], 64 if sdxl else widths[0])
+    adapter = load_adapter(pulid or (files.sdxl if sdxl else files.flux))
+    tower = load_vision_tower(files.tower)
+    encoders_id = "stand-in " + fingerprint_files([files.tower])
+    folder.cleanup()
+    notes.append("PuLID file and vision tower: stand-ins in the real formats, random weights")
+    try:
+        real = catalog.require_encoders(models_dir)
+    except MissingWeightsError:
+        notes.append("faces: found by OpenCV's Haar cascades (real); recogniser and parser are stand-ins")
+        return Workshop(base, adapter, lambda: Encoders(standin.face_models(), tower), encoders_id, cache, tuple(notes))
+    encoders_id += fingerprint_files(list(real.values()))
+    faces = _face_files(real)
+    return Workshop(base, adapter, lambda: Encoders(load_face_models(faces), tower), encoders_id, cache, tuple(notes))
+
+
+def _face_files(files: dict[str, Path]) -> FaceFiles:
+    return FaceFiles(
+        detector=files["scrfd_10g_bnkps.onnx"],
+        recogniser=files["glintr100.onnx"],
+        landmarker=files["detection_Resnet50_Final.pth"],
+        parser=files["parsing_bisenet.pth"],
+    )
+
+
+def _tower(files: dict[str, Path], device: str):
+    return load_vision_tower(files["EVA02_CLIP_L_336_psz14_s6B.pt"]).to(device)
+
+
+def _counted(sites: Sites) -> tuple[Sites, set[str]]:
+    """The same sites, and the names of those at which a residual was added, filled as it happens."""
+    used: set[str] = set()
+
+    def counting(site: Site) -> Site:
+        def attach(add: Callable[..., Tensor | None]):
+            def add_and_count(*args: Tensor) -> Tensor | None:
+                used.add(site.name)
+                return add(*args)
+
+            return site.attach(add_and_count)
+
+        return replace(site, attach=attach)
+
+    return Sites(sites.family, tuple(map(counting, sites.sites))), used

@@ -1,0 +1,227 @@
+"""Every kind of photo becomes upright, opaque uint8 RGB; everything else an ImageError that names it."""
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib_pulid import images
+from lib_pulid.errors import ImageError
+from lib_pulid.images import load_image, resize_long_edge, thumbnail
+
+RNG = np.random.default_rng(0)
+PHOTO = RNG.integers(0, 256, (12, 18, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_a_file_its_bytes_a_pil_image_and_an_array_are_the_same(tmp_path):
+    path = tmp_path / "face.png"
+    path.write_bytes(encoded(Image.fromarray(PHOTO)))
+    for source in (path, str(path), path.read_bytes(), Image.open(path), PHOTO, PHOTO[:, ::-1][:, ::-1]):
+        image = load_image(source)
+        assert image.dtype == np.uint8 and image.flags.c_contiguous and image.flags.writeable
+        np.testing.assert_array_equal(image, PHOTO)
+
+
+def test_an_array_is_not_shared_with_the_caller():
+    array = PHOTO.copy()
+    load_image(array)[:] = 0
+    np.testing.assert_array_equal(array, PHOTO)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(PHOTO)
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    if orientation in undo:
+        stored = stored.transpose(undo[orientation])
+    np.testing.assert_array_equal(load_image(encoded(stored, exif=exif)), PHOTO)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_is_no_reason_to_refuse_a_photo():
+    data = encoded(Image.fromarray(PHOTO), "PNG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff" + b"\x01" * 9)
+    np.testing.assert_array_equal(load_image(data), PHOTO)
+
+
+def test_grey_and_two_level_images():
+    grey = PHOTO[:, :, 0]
+    for source in (grey, grey[:, :, None], Image.fromarray(grey), encoded(Image.fromarray(grey))):
+        np.testing.assert_array_equal(load_image(source), np.repeat(grey[:, :, None], 3, axis=2))
+    bits = Image.fromarray(grey > 127)
+    assert bits.mode == "1"
+    np.testing.assert_array_equal(load_image(bits)[:, :, 1], np.where(grey > 127, 255, 0))
+    np.testing.assert_array_equal(load_image(grey > 127)[:, :, 1], np.where(grey > 127, 255, 0))
+
+
+@pytest.mark.parametrize("alpha", [0, 51, 128, 255])
+def test_transparency_is_laid_over_white(alpha):
+    rgba = np.dstack([PHOTO, np.full(PHOTO.shape[:2], alpha, np.uint8)])
+    expected = np.rint(PHOTO * (alpha / 255) + 255 * (1 - alpha / 255))
+    la = rgba[:, :, [0, 3]]
+    for source in (rgba, Image.fromarray(rgba), encoded(Image.fromarray(rgba))):
+        np.testing.assert_allclose(load_image(source), expected, atol=0.5)
+    for source in (la, Image.fromarray(la), encoded(Image.fromarray(la))):
+        np.testing.assert_allclose(load_image(source), np.repeat(expected[:, :, :1], 3, axis=2), atol=0.5)
+
+
+def test_palettes_with_and_without_transparency():
+    palette = Image.fromarray(PHOTO).quantize(16)
+    opaque = np.asarray(palette.convert("RGB"))
+    np.testing.assert_array_equal(load_image(encoded(palette)), opaque)
+    data = encoded(palette, transparency=3)
+    hidden = np.asarray(palette) == 3
+    assert hidden.any()
+    np.testing.assert_array_equal(load_image(data), np.where(hidden[:, :, None], 255, opaque))
+
+
+def test_grey_and_rgb_png_with_a_transparent_colour():
+    grey = Image.fromarray(np.array([[10, 200]], np.uint8))
+    assert load_image(encoded(grey, transparency=10))[0, :, 0].tolist() == [255, 200]
+    rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    assert load_image(encoded(rgb, transparency=(1, 2, 3)))[0].tolist() == [[255] * 3, [4, 5, 6]]
+
+
+def test_cmyk_and_premultiplied_alpha():
+    flat = Image.new("RGB", (8, 8), (200, 100, 50)).convert("CMYK")
+    image = load_image(encoded(flat, "JPEG", quality=95))
+    np.testing.assert_allclose(image, np.full((8, 8, 3), (200, 100, 50)), atol=3)
+    half = Image.new("RGBA", (2, 2), (200, 100, 50, 128)).convert("RGBa")
+    np.testing.assert_allclose(load_image(half)[0, 0], [227, 177, 152], atol=2)
+
+
+def test_16_bit_greyscale_is_scaled_to_8_bit():
+    deep = np.array([[0, 128, 129, 257, 32896, 65535]], np.uint16)
+    expected = [0, 0, 1, 1, 128, 255]
+    sources = (deep, deep.astype(">u2"), Image.fromarray(deep), encoded(Image.fromarray(deep)))
+    for source in (*sources, encoded(Image.fromarray(deep), "TIFF"), Image.fromarray(deep.astype(np.int32))):
+        image = load_image(source)
+        assert image[0, :, 0].tolist() == expected and image.shape == (1, 6, 3)
+
+
+def test_float_images():
+    image = load_image(PHOTO.astype(np.float64) / 255)
+    np.testing.assert_array_equal(image, PHOTO)
+    grey = Image.fromarray(PHOTO[:, :, 0].astype(np.float32) / 255)
+    assert grey.mode == "F"
+    np.testing.assert_array_equal(load_image(grey)[:, :, 2], PHOTO[:, :, 0])
+    for wrong in (PHOTO.astype(np.float32), np.full((2, 2), np.nan), np.full((2, 2), -1.0)):
+        with pytest.raises(ImageError, match=r"photo: .*0\.\.1"):
+            load_image(wrong, "photo")
+
+
+def test_whole_numbers_within_8_bits():
+    np.testing.assert_array_equal(load_image(PHOTO.astype(np.int64)), PHOTO)
+    with pytest.raises(ImageError, match="photo"):
+        load_image(PHOTO.astype(np.int64) + 1000, "photo")
+
+
+def test_of_an_animation_the_first_frame():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "WEBP", "PNG"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert load_image(data)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (3, 2)])
+def test_small_images_are_fine(size):
+    assert load_image(encoded(Image.new("RGB", size))).shape == (size[1], size[0], 3)
+
+
+def test_errors_name_the_file(tmp_path):
+    whole = encoded(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
+    contents = {"empty.png": b"", "half.jpg": whole[: len(whole) // 2], "text.png": b"this is no image at all"}
+    for file, content in contents.items():
+        (tmp_path / file).write_bytes(content)
+        with pytest.raises(ImageError, match=file):
+            load_image(tmp_path / file)
+        with pytest.raises(ImageError, match="photo 2"):
+            load_image(tmp_path / file, "photo 2")
+        with pytest.raises(ImageError, match="photo 2"):
+            load_image(content, "photo 2")
+    with pytest.raises(ImageError, match=r"gone\.png.*no such file"):
+        load_image(tmp_path / "gone.png")
+    (tmp_path / "folder").mkdir()
+    for source in (tmp_path / "folder", "a\0b.png", "x" * 5000):
+        with pytest.raises(ImageError):
+            load_image(source)
+
+
+@pytest.mark.parametrize("cut", range(1, 10))
+def test_damaged_png_bytes_end_in_an_image_error(cut):
+    data = bytearray(encoded(Image.fromarray(PHOTO)))
+    del data[len(data) * cut // 10 :]
+    with pytest.raises(ImageError, match="photo"):
+        load_image(bytes(data), "photo")
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (0, 0), (4,), (2, 4, 4, 3), (4, 4, 5)])
+def test_arrays_that_are_no_image(shape):
+    with pytest.raises(ImageError, match="photo"):
+        load_image(np.zeros(shape, np.uint8), "photo")
+
+
+def test_other_types_are_refused():
+    for source in (None, 3, [[0]], np.array([["a"]])):
+        with pytest.raises(ImageError, match="photo"):
+            load_image(source, "photo")
+
+
+def test_pixel_limit_is_checked_before_decoding(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 18 * 12 - 1)
+    decoded = []
+    monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(self))
+    for source in (PHOTO, Image.fromarray(PHOTO), encoded(Image.new("RGB", (18, 12)), "BMP")):
+        decoded.clear()
+        with pytest.raises(ImageError, match="photo: .*too large.*18 x 12"):
+            load_image(source, "photo")
+        assert not decoded
+
+
+def test_pil_bomb_error_becomes_an_image_error_and_its_warning_none(monkeypatch):
+    data = encoded(Image.fromarray(PHOTO))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 18 * 12 - 1)
+        np.testing.assert_array_equal(load_image(data), PHOTO)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 18 * 12 // 2 - 1)
+        with pytest.raises(ImageError, match="photo: .*too large"):
+            load_image(data, "photo")
+
+
+@pytest.mark.parametrize("size", [(1500, 1100), (1023, 2047), (1025, 7), (3000, 1999)])
+def test_resize_equals_the_official_formula(size):
+    image = RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    k = 1024 / max(size)
+    expected = cv2.resize(image, (int(size[0] * k), int(size[1] * k)), interpolation=cv2.INTER_LANCZOS4)
+    np.testing.assert_array_equal(resize_long_edge(image), expected)
+
+
+def test_resize_never_enlarges_and_keeps_a_pixel():
+    assert resize_long_edge(PHOTO) is PHOTO
+    assert resize_long_edge(np.zeros((1, 4000, 3), np.uint8)).shape == (1, 1024, 3)
+    assert resize_long_edge(PHOTO, 9).shape == (6, 9, 3)
+
+
+def test_thumbnail():
+    image = np.full((300, 200, 3), (10, 20, 30), np.uint8)
+    small = thumbnail(image)
+    assert small.shape == (96, 64, 3) and small.dtype == np.uint8
+    assert (small == (10, 20, 30)).all()
+    assert thumbnail(PHOTO).shape == PHOTO.shape and thumbnail(PHOTO) is not PHOTO
+    assert thumbnail(np.zeros((1, 4000, 3), np.uint8)).shape == (1, 96, 3)
