@@ -1,0 +1,351 @@
+"""inject(): when it acts, on which rows and tokens, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib_pulid import attention
+from lib_pulid.attention import cross_attention_residual, fold_image_stream, prepare_cross_attention
+from lib_pulid.errors import SettingError, UnsupportedModelError
+from lib_pulid.identity import Identity
+from lib_pulid.injection import DenoiseStep, compile_injection, inject, token_grid
+from lib_pulid.sites import find_sites
+from lib_pulid.standin import image_stream
+from lib_pulid.weights import CrossAttentionWeights
+from tests import layouts
+from tests.reference import cases
+
+TOKENS = cases.UNET["cross_attention_dim"]
+BOTH = DenoiseStep(0.0, [False, True], (16, 16))
+FLUX_HW = (2 * cases.FLUX_GRID[0], 2 * cases.FLUX_GRID[1])
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def unet() -> nn.Module:
+    return layouts.unet()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, unet):
+    return layouts.unet_adapter(tmp_path_factory.mktemp("sdxl") / "v1.bin", unet)
+
+
+@pytest.fixture(scope="module")
+def flux() -> nn.Module:
+    return layouts.diffusers_flux()
+
+
+@pytest.fixture(scope="module")
+def flux_adapter(tmp_path_factory):
+    return layouts.flux_adapter(tmp_path_factory.mktemp("flux") / "flux.safetensors")
+
+
+def person(seed: int = 77, width: int = TOKENS) -> Identity:
+    return Identity(*cases.tokens(seed, width=width))
+
+
+def run(unet: nn.Module, injections: list, step: DenoiseStep = BOTH) -> Tensor:
+    with inject(unet, injections, step):
+        return layouts.run_unet(unet)
+
+
+def effect(with_identity: Tensor, without: Tensor) -> Tensor:
+    return (with_identity - without).flatten(1).norm(dim=1)
+
+
+# ---------------------------------------------------------------- nothing where there should be nothing
+
+
+@pytest.mark.parametrize(
+    ("settings", "progress"),
+    [({"weight": 0.0}, 0.0), ({"start": 0.4}, 0.3), ({"end": 0.4}, 0.4), ({"start": 0.5, "end": 0.5}, 0.5)],
+)
+def test_inactive_is_bit_identical_and_hooks_nothing(unet, adapter, settings, progress):
+    plain = layouts.run_unet(unet)
+    injection = compile_injection(adapter, person(), **settings)
+    with inject(unet, [injection], DenoiseStep(progress, [False, True], (16, 16))):
+        assert layouts.count_hooks(unet) == 0
+        assert torch.equal(layouts.run_unet(unet), plain)
+
+
+def test_range_is_half_open_and_reaches_the_last_step(adapter):
+    injection = compile_injection(adapter, person(), start=0.2, end=0.6)
+    assert [injection.is_active(i / 10) for i in range(10)] == [i in (2, 3, 4, 5) for i in range(10)]
+    assert compile_injection(adapter, person(), start=0.9).is_active(1.0)
+    # 3 / 10 typed by a user and 0.1 + 0.2 made by a sampler are the same step
+    assert compile_injection(adapter, person(), start=0.1 + 0.2).is_active(0.3)
+
+
+def test_no_hook_is_left(unet, adapter):
+    plain = layouts.run_unet(unet)
+    injection = compile_injection(adapter, person())
+    for failure in (None, RuntimeError, KeyboardInterrupt):
+        try:
+            with inject(unet, [injection], BOTH):
+                assert layouts.count_hooks(unet) == 140  # two at each of 70 sites
+                layouts.run_unet(unet)
+                if failure:
+                    raise failure
+        except (RuntimeError, KeyboardInterrupt):
+            assert failure is not None
+        assert layouts.count_hooks(unet) == 0
+        assert torch.equal(layouts.run_unet(unet), plain)
+
+
+def test_no_hook_is_left_when_a_layer_fails(unet, adapter):
+    broken = unet.up_blocks[0].attentions[1].transformer_blocks[3].ff
+    handle = broken.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(unet, [compile_injection(adapter, person())])
+    handle.remove()
+    assert layouts.count_hooks(unet) == 0
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_rows_get_their_identity_in_any_order(unet, adapter):
+    """A swapped is_cond swaps what the rows get: both rows are made equal, so the outputs swap."""
+    handle = unet.register_forward_pre_hook(_same_rows, with_kwargs=True)
+    try:
+        injection = compile_injection(adapter, person())
+        one = run(unet, [injection], DenoiseStep(0.0, [False, True], (16, 16)))
+        other = run(unet, [injection], DenoiseStep(0.0, [True, False], (16, 16)))
+        both = run(unet, [injection], DenoiseStep(0.0, True, (16, 16)))
+    finally:
+        handle.remove()
+    assert torch.allclose(one[0], other[1], atol=1e-5)
+    assert torch.allclose(one[1], other[0], atol=1e-5)
+    assert torch.allclose(both[0], both[1], atol=1e-5)
+    assert torch.allclose(both[0], one[1], atol=1e-5)
+    assert not torch.allclose(one[0], one[1], atol=1e-2)
+
+
+def _same_rows(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    text = args[2][:1].repeat(2, 1, 1)
+    added = {key: value[:1].repeat(2, 1) for key, value in kwargs["added_cond_kwargs"].items()}
+    return (args[0][:1].repeat(2, 1, 1, 1), args[1], text), {**kwargs, "added_cond_kwargs": added}
+
+
+def test_without_uncond_the_other_rows_stay(unet, adapter, flux, flux_adapter):
+    plain = layouts.run_unet(unet)
+    changed = run(unet, [compile_injection(adapter, Identity(person().cond))])
+    assert torch.allclose(changed[0], plain[0], atol=1e-5)
+    assert effect(changed, plain)[1] > 1
+    injection = compile_injection(flux_adapter, Identity(person(79, 64).cond))
+    plain = layouts.run_flux(flux)
+    with inject(flux, [injection], DenoiseStep(0.0, [False, True], FLUX_HW)):
+        changed = layouts.run_flux(flux)
+    assert torch.equal(changed[0], plain[0])
+    assert effect(changed, plain)[1] > 1
+
+
+def test_wrong_number_of_rows_is_refused(unet, adapter):
+    with pytest.raises(ValueError, match="3 rows"):
+        run(unet, [compile_injection(adapter, person())], DenoiseStep(0.0, [True, False, True], (16, 16)))
+
+
+# ---------------------------------------------------------------- several persons, regions
+
+
+def residual(unet: nn.Module, injections: list) -> Tensor:
+    """What is added at the first site, whose input nothing has touched yet. [2, 64, 64]"""
+    layer = unet.get_submodule(find_sites(unet).sites[0].name)
+    seen: list[Tensor] = []
+    for chosen in ([], injections):
+        with inject(unet, chosen, BOTH):  # our hook comes after the injection's and sees what that made
+            handle = layer.to_out[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+            layouts.run_unet(unet)
+        handle.remove()
+    return seen[1] - seen[0]
+
+
+def test_several_persons_add_up_from_the_same_input(unet, adapter):
+    a = compile_injection(adapter, person(77), weight=0.8)
+    b = compile_injection(adapter, person(177), weight=0.5, projection="ortho", num_zero=16)
+    together, only_a, only_b = (residual(unet, i) for i in ([a, b], [a], [b]))
+    assert torch.allclose(together, only_a + only_b, atol=1e-5)
+    assert (only_a - only_b).norm() > 0.1
+
+
+def test_regions(unet, adapter):
+    left = torch.zeros(64, 64)
+    left[:, :32] = 1
+    whole, masked = (
+        residual(unet, [compile_injection(adapter, person(), mask=mask)]).unflatten(1, (8, 8)) for mask in (None, left)
+    )
+    assert torch.allclose(masked[:, :, :4], whole[:, :, :4], atol=1e-6)
+    assert masked[:, :, 4:].abs().max() == 0
+
+
+def test_a_mask_of_ones_changes_nothing_and_of_zeros_removes_all(flux, flux_adapter):
+    def shot(mask: Tensor | None) -> Tensor:
+        injection = compile_injection(flux_adapter, person(79, 64), mask=mask)
+        with inject(flux, [injection], DenoiseStep(0.0, True, FLUX_HW)):
+            return layouts.run_flux(flux)
+
+    assert torch.allclose(shot(torch.ones(5, 9)), shot(None), atol=1e-5)
+    assert torch.allclose(shot(torch.zeros(5, 9)), layouts.run_flux(flux), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "latent", "grid"),
+    [(64 * 64, (128, 128), (64, 64)), (17 * 26, (67, 101), (17, 26)), (15 * 10, (30, 20), (15, 10))],
+)
+def test_token_grid(tokens, latent, grid):
+    assert token_grid(tokens, latent, "sdxl") == grid
+
+
+def test_token_grid_that_does_not_fit():
+    with pytest.raises(ValueError, match="no halving"):
+        token_grid(100, (64, 64), "sdxl")
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def test_sgm_layout_has_the_same_order(unet, adapter):
+    """named_modules of the sgm layout yields the middle before the output blocks; the sites must not."""
+    sgm = layouts.SgmUNet(unet)
+    names = [site.name.split(".")[0] for site in find_sites(sgm).sites]
+    assert names == ["input_blocks"] * 24 + ["output_blocks"] * 36 + ["middle_block"] * 10
+    injection = compile_injection(adapter, person())
+    with inject(sgm, [injection], BOTH):
+        ours = sgm()
+    assert torch.equal(ours, run(unet, [injection]))
+    assert not torch.equal(ours, sgm())
+
+
+def test_flux_sites(flux):
+    for denoiser in (flux, layouts.BflFlux(flux)):
+        names = [site.name.split(".") for site in find_sites(denoiser).sites]
+        assert [int(name[-1]) for name in names] == [*range(0, 19, 2), *range(0, 38, 4)]
+
+
+def test_reference_tokens_get_no_identity(flux, flux_adapter):
+    """Kontext appends tokens to the image; only the picture's own tokens may be touched by the first site."""
+    bfl, seen = layouts.BflFlux(flux), []
+    injection = compile_injection(flux_adapter, person(79, 64))
+    for injections in ([], [injection]):
+        with inject(bfl, injections, DenoiseStep(0.0, True, FLUX_HW)):
+            handle = bfl.double_blocks[0].register_forward_hook(lambda m, a, out: seen.append(out[0]))
+            bfl(extra_tokens=6)
+        handle.remove()
+    change = (seen[1] - seen[0]).abs().amax(dim=(0, 2))
+    assert (change[:24] > 0).all()
+    assert (change[24:] == 0).all()
+
+
+def test_masks_need_a_latent_size(unet, adapter):
+    with pytest.raises(ValueError, match="latent_hw"):
+        run(unet, [compile_injection(adapter, person(), mask=torch.ones(4, 4))], DenoiseStep(0.0, [False, True]))
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_family_mismatch(unet, flux, adapter, flux_adapter):
+    with pytest.raises(UnsupportedModelError, match="for FLUX"):
+        run(unet, [compile_injection(flux_adapter, person(79, 64))])
+    with (
+        pytest.raises(UnsupportedModelError, match="for SDXL"),
+        inject(flux, [compile_injection(adapter, person())], BOTH),
+    ):
+        pass
+
+
+def test_other_models_are_refused(unet, adapter):
+    injection = compile_injection(adapter, person())
+    smaller = type(unet)(**{**cases.UNET, "transformer_layers_per_block": (1, 1, 1)})
+    wider = type(unet)(**{**cases.UNET, "block_out_channels": (32, 64, 128)})
+    for model, message in ((smaller, "places for an identity"), (wider, "wide"), (nn.Linear(2, 2), "neither")):
+        with pytest.raises(UnsupportedModelError, match=message):
+            run(model, [injection])
+        assert layouts.count_hooks(model) == 0
+    chroma = nn.Module()
+    chroma.distilled_guidance_layer = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="Chroma"):
+        run(chroma, [injection])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight": float("nan")},
+        {"projection": "orthogonal"},
+        {"num_zero": -1},
+        {"num_zero": 1.5},
+        {"start": -0.1},
+        {"end": 1.1},
+        {"mask": torch.ones(3)},
+    ],
+)
+def test_settings_out_of_range(adapter, settings):
+    with pytest.raises(SettingError, match=next(iter(settings))):
+        compile_injection(adapter, person(), **settings)
+
+
+# ---------------------------------------------------------------- exactness of what was rearranged
+
+
+@pytest.mark.parametrize("num_zero", [0, 7])
+def test_zero_tokens_have_a_closed_form(num_zero):
+    """Against the definition: zero rows appended to the identity, in float64."""
+    q, h, k, v = (cases.normal(i, 2, n, 64).double() for i, n in ((1, 30), (2, 30), (3, 9), (4, 9)))
+    long_k, long_v = (F.pad(x, (0, 0, 0, num_zero)) for x in (k, v))
+    shape = (2, -1, 2, 32)
+    heads = [x.view(shape).transpose(1, 2) for x in (q, long_k, long_v)]
+    scores = heads[0] @ heads[1].transpose(-1, -2)
+    r = ((scores / 32**0.5).softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
+    share = scores.softmax(-1).mean(1)[..., :5].sum(-1, keepdim=True)
+    p = (h * r).sum(1, keepdim=True) / (h * h).sum(1, keepdim=True) * h
+    expected = {"none": r, "ortho": r - p, "ortho_v2": r + (share - 1) * p}
+    for projection, definition in expected.items():
+        inputs = [x.float() for x in (q, h, k, v)]
+        ours = cross_attention_residual(*inputs, heads=2, projection=projection, num_zero=num_zero)
+        assert ((ours - definition).norm() / definition.norm()).item() < 1e-6
+
+
+def test_more_tokens_than_a_chunk(monkeypatch, flux, flux_adapter):
+    injection = compile_injection(flux_adapter, person(79, 64))
+
+    def shot() -> Tensor:
+        with inject(flux, [injection], DenoiseStep(0.0, [True, False], FLUX_HW)):
+            return layouts.run_flux(flux)
+
+    whole = shot()
+    monkeypatch.setattr(attention, "CHUNK", 5)
+    assert torch.allclose(shot(), whole, atol=1e-5)
+
+
+def test_half_precision(unet, adapter):
+    """bfloat16: half the memory, the same residual to the precision of bfloat16."""
+    full, half = (compile_injection(adapter, person(), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert half.nbytes * 2 == full.nbytes
+    q, h = cases.normal(1, 2, 64, 64), cases.normal(2, 2, 64, 64)
+    expected = cross_attention_residual(q, h, full.sites[0].k, full.sites[0].v, heads=2)
+    ours = cross_attention_residual(q.bfloat16(), h.bfloat16(), half.sites[0].k, half.sites[0].v, heads=2)
+    assert ((ours - expected).norm() / expected.norm()).item() < 2e-2
+
+
+def test_what_is_kept_for_sampling():
+    """In the real sizes, 16 bit: at most 130 MB a set of rows for FLUX, 20 MB for SDXL v1.1 (2048-wide tokens)."""
+    stream = layouts.image_stream_weights(image_stream(3072, 2048, inner=2048).requires_grad_(False))
+    folded = fold_image_stream(stream, torch.zeros(1, 32, 2048), 1.0)
+    assert 20 * 2 * sum(t.numel() for t in (folded.score, folded.score_bias, folded.value)) <= 130e6
+    elements = 0
+    for width, layers in ((640, 10), (1280, 60)):
+        pair = prepare_cross_attention(
+            CrossAttentionWeights(torch.zeros(width, 2048), torch.zeros(width, 2048)), torch.zeros(1, 32, 2048), 1.0
+        )
+        elements += layers * (pair.k.numel() + pair.v.numel())
+    assert 2 * elements <= 20e6
