@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights
+from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights, SiteWeights
 
 PROJECTIONS = ("none", "ortho", "ortho_v2")
 ID_TOKENS = 5  # the first tokens of an identity, made from ArcFace and the class token
@@ -39,6 +39,17 @@ class CrossAttentionTensors:
 
     k: Tensor
     v: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.v.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    def to(self, dtype: torch.dtype) -> CrossAttentionTensors:
+        return CrossAttentionTensors(self.k.to(dtype), self.v.to(dtype))
 
 
 def prepare_cross_attention(weights: CrossAttentionWeights, tokens: Tensor, weight: float) -> CrossAttentionTensors:
@@ -124,6 +135,19 @@ class ImageStreamTensors:
     value: Tensor
     heads: int
 
+    @property
+    def width(self) -> int:
+        return self.value.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.score.nbytes + self.score_bias.nbytes + self.value.nbytes
+
+    def to(self, dtype: torch.dtype) -> ImageStreamTensors:
+        # contiguous, for the matrix products of every step read them
+        score, value = (t.to(dtype).contiguous() for t in (self.score, self.value))
+        return ImageStreamTensors(score, self.score_bias.to(dtype), value, self.heads)
+
 
 def fold_image_stream(weights: ImageStreamWeights, tokens: Tensor, weight: float) -> ImageStreamTensors:
     """PerceiverAttentionCA for an identity that stays: its five matrices become two and a bias.
@@ -174,3 +198,15 @@ def add_image_stream(
             if mask is not None:
                 attention = attention * mask[tokens]
             total[b, tokens].addmm_(attention.to(total.dtype), site.value[row])
+
+
+# ---------------------------------------------------------------- either
+
+SiteTensors = CrossAttentionTensors | ImageStreamTensors
+
+
+def prepare_site(weights: SiteWeights, tokens: Tensor, weight: float) -> SiteTensors:
+    """What a site needs of an identity while sampling. tokens: [R, N, D] float32."""
+    if isinstance(weights, CrossAttentionWeights):
+        return prepare_cross_attention(weights, tokens, weight)
+    return fold_image_stream(weights, tokens, weight)

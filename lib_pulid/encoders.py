@@ -103,10 +103,17 @@ class PerceiverAttention(nn.Module):
         return x.unflatten(-1, (self.heads, HEAD_DIM)).transpose(1, 2)  # [B, heads, tokens, 64]
 
 
-def feed_forward(dim: int, inner_dim: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.LayerNorm(dim), nn.Linear(dim, inner_dim, bias=False), nn.GELU(), nn.Linear(inner_dim, dim, bias=False)
-    )
+class PerceiverLayer(nn.ModuleList):
+    """Perceiver attention and a feed-forward, each with a residual connection."""
+
+    def __init__(self, dim: int, inner_dim: int, ff_dim: int) -> None:
+        up, down = nn.Linear(dim, ff_dim, bias=False), nn.Linear(ff_dim, dim, bias=False)
+        super().__init__([PerceiverAttention(dim, inner_dim), nn.Sequential(nn.LayerNorm(dim), up, nn.GELU(), down)])
+
+    def forward(self, context: Tensor, latents: Tensor) -> Tensor:
+        attention, feed_forward = self
+        latents = attention(context, latents) + latents
+        return feed_forward(latents) + latents
 
 
 class IDFormer(nn.Module):
@@ -142,9 +149,7 @@ class IDFormer(nn.Module):
             raise ValueError(f"depth {depth} or the id mapping's width {id_mapping[-1]} does not fit IDFormer")
         self.latents = nn.Parameter(torch.empty(1, num_queries, dim))
         self.proj_out = nn.Parameter(torch.empty(dim, output_dim))
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim, inner_dim), feed_forward(dim, ff_dim)]) for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(PerceiverLayer(dim, inner_dim, ff_dim) for _ in range(depth))
         for i in range(SCALES):
             setattr(self, f"mapping_{i}", mlp(mapping))
         self.id_embedding_mapping = mlp(id_mapping)
@@ -174,7 +179,6 @@ class IDFormer(nn.Module):
         for i in range(SCALES):
             context = torch.cat((id_tokens, getattr(self, f"mapping_{i}")(vit_hidden[i])), dim=1)
             first = i * self.layers_per_scale
-            for attention, ff in self.layers[first : first + self.layers_per_scale]:
-                latents = attention(context, latents) + latents
-                latents = ff(latents) + latents
+            for layer in self.layers[first : first + self.layers_per_scale]:
+                latents = layer(context, latents)
         return latents[:, : self.num_queries] @ self.proj_out

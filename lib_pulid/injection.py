@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,10 @@ from lib_pulid.attention import (
     PROJECTIONS,
     CrossAttentionTensors,
     ImageStreamTensors,
+    SiteTensors,
     add_image_stream,
     cross_attention_residual,
-    fold_image_stream,
-    prepare_cross_attention,
+    prepare_site,
 )
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
@@ -58,7 +59,7 @@ class Injection:
     """An identity, compiled for a family of denoisers, with how and when it acts. Made by `compile_injection`."""
 
     family: str
-    sites: tuple[CrossAttentionTensors, ...] | tuple[ImageStreamTensors, ...]
+    sites: tuple[SiteTensors, ...]
     has_uncond: bool
     weight: float
     projection: str
@@ -70,8 +71,7 @@ class Injection:
     @property
     def nbytes(self) -> int:
         """Bytes kept on the device while sampling."""
-        tensors = [t for site in self.sites for t in vars(site).values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in (*tensors, *([] if self.mask is None else [self.mask])))
+        return sum(site.nbytes for site in self.sites) + (0 if self.mask is None else self.mask.nbytes)
 
     def is_active(self, progress: float) -> bool:
         """Whether it acts at this point: from `start` on and before `end`; an end of 1 includes 1."""
@@ -118,8 +118,7 @@ def compile_injection(
     device = torch.device(device)
     rows = [identity.cond] if identity.uncond is None else [identity.cond, identity.uncond]
     tokens = torch.cat(rows).to(device, torch.float32)  # [R, N, D]
-    prepare = prepare_cross_attention if adapter.family == "sdxl" else fold_image_stream
-    sites = tuple(_cast(prepare(site, tokens, float(weight)), dtype) for site in adapter.sites)  # type: ignore[arg-type]
+    sites = tuple(prepare_site(site, tokens, float(weight)).to(dtype) for site in adapter.sites)
     return Injection(
         family=adapter.family,
         sites=sites,
@@ -173,7 +172,7 @@ def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: D
             present = [b for b, row in enumerate(rows) if row is not None]
             if not present:
                 continue
-            tensors: CrossAttentionTensors = injection.sites[n]  # type: ignore[assignment]
+            tensors = cast(CrossAttentionTensors, injection.sites[n])
             chosen = [row for row in rows if row is not None]
             everyone = len(present) == len(rows)
             residual = cross_attention_residual(
@@ -202,7 +201,8 @@ def _attach_image_stream(site: Site, n: int, active: list[Injection], step: Deno
         for index, injection in enumerate(active):
             rows = [injection.identity_of(cond) for cond in is_cond]
             mask = None if injection.mask is None else masks.over(index, own)
-            add_image_stream(total[:, :own], image[:, :own], injection.sites[n], rows, mask)  # type: ignore[arg-type]
+            tensors = cast(ImageStreamTensors, injection.sites[n])
+            add_image_stream(total[:, :own], image[:, :own], tensors, rows, mask)
 
     return site.attach(add)
 
@@ -314,11 +314,5 @@ def _check_fit(found: Sites, injection: Injection) -> None:
             f"needs {len(injection.sites)}. Is it an SDXL or FLUX.1 model of the usual size?"
         )
     for site, tensors in zip(found.sites, injection.sites):
-        width = tensors.v.shape[-1] if isinstance(tensors, CrossAttentionTensors) else tensors.value.shape[-1]
-        if site.width != width:
-            raise UnsupportedModelError(f"{site.name} is {site.width} wide, the PuLID file expects {width}.")
-
-
-def _cast(site: CrossAttentionTensors | ImageStreamTensors, dtype: torch.dtype):
-    """Everything of a site in `dtype`, each tensor of its own memory (no view keeps a larger one alive)."""
-    return type(site)(**{k: v.to(dtype).contiguous() if isinstance(v, Tensor) else v for k, v in vars(site).items()})
+        if site.width != tensors.width:
+            raise UnsupportedModelError(f"{site.name} is {site.width} wide, the PuLID file expects {tensors.width}.")

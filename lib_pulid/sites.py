@@ -39,7 +39,7 @@ class Site:
     name: str
     width: int
     heads: int
-    attach: Callable[[Callable[..., Tensor | None]], list[RemovableHandle]]
+    attach: Callable[[Callable[..., Any]], list[RemovableHandle]]
 
 
 @dataclass(frozen=True)

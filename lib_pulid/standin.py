@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.faces import Detection, FaceModels
+from lib_pulid.haar import EllipseParser, HaarDetector
 from lib_pulid.vision import HEAD_DIM
 
 TOKEN_WIDTH = 64  # 2048 in the real files
@@ -174,6 +175,4 @@ class RandomRecogniser:
 
 def face_models() -> FaceModels:
     """Faces are really found, by OpenCV's Haar cascades; who they are is a random projection of how they look."""
-    from lib_pulid.face_models import EllipseParser, HaarDetector
-
     return FaceModels(detector=HaarDetector(), recogniser=RandomRecogniser(), landmarker=None, parser=EllipseParser())

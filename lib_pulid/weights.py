@@ -56,6 +56,9 @@ class ImageStreamWeights:
     to_out: Tensor
 
 
+SiteWeights = CrossAttentionWeights | ImageStreamWeights
+
+
 @dataclass(frozen=True)
 class Adapter:
     """What a PuLID file holds: an identity encoder, and weights for every site in the order of injection.
@@ -72,7 +75,7 @@ class Adapter:
     family: str
     version: str
     encoder: nn.Module
-    sites: tuple[CrossAttentionWeights, ...] | tuple[ImageStreamWeights, ...]
+    sites: tuple[SiteWeights, ...]
     path: Path
 
     @property
@@ -285,6 +288,7 @@ def _check_image_stream(site: ImageStreamWeights, token_dim: int, name: str) -> 
 
 def _encoder(state: dict[str, Tensor], path: Path) -> tuple[IDEncoder | IDFormer, str]:
     """The identity encoder, v1's or v1.1's, told apart by its keys."""
+    kinds: dict[str, tuple[type[IDEncoder | IDFormer], str]]
     kinds = {"body.0.weight": (IDEncoder, "v1"), "proj_out": (IDFormer, "v1.1")}
     for key, (kind, version) in kinds.items():
         if key in state:

@@ -17,14 +17,13 @@ from lib_pulid.errors import MissingWeightsError, NoFaceError, SettingError, Wro
 from lib_pulid.face_models import (
     ArcFaceRecogniser,
     BiSeNetParser,
-    EllipseParser,
-    HaarDetector,
     InsightFaceDetector,
     RetinaFaceLandmarker,
     load_face_models,
     onnx_providers,
 )
 from lib_pulid.faces import Detection, FaceChoice, face_features, read_face, vision_input
+from lib_pulid.haar import EllipseParser, HaarDetector
 from lib_pulid.images import load_image, resize_long_edge
 from tests.face_standins import FACE_POINTS, blank, draw_face, write_arcface, write_face_files, write_scrfd
 

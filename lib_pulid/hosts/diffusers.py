@@ -72,7 +72,7 @@ class _UNetCalls(_Calls):
         batch = len(sample)
         guided = self._pipeline.do_classifier_free_guidance
         is_cond = [i >= batch // 2 for i in range(batch)] if guided else [True] * batch
-        return DenoiseStep(self.progress(_first(timestep)), is_cond, tuple(sample.shape[-2:]))
+        return DenoiseStep(self.progress(_first(timestep)), is_cond, (sample.shape[-2], sample.shape[-1]))
 
 
 class _TransformerCalls(_Calls):

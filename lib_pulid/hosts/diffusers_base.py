@@ -42,7 +42,7 @@ class Base:
     @property
     def dtype(self) -> torch.dtype:
         """Of the denoiser's computation."""
-        return denoiser_of(self.pipeline).dtype
+        return next(denoiser_of(self.pipeline).parameters()).dtype
 
 
 def load_base(model: str, device: str = "cpu") -> Base:
