@@ -85,8 +85,8 @@ class HaarDetector:
         import cv2
 
         size = 128
-        matrix = cv2.getRotationMatrix2D((x, y), tilt, size / side)
-        matrix[:, 2] += (size / 2 - x, size / 2 - y)
+        matrix = np.asarray(cv2.getRotationMatrix2D((x, y), tilt, size / side))
+        matrix[:, 2] += np.array([size / 2 - x, size / 2 - y])
         upright = cv2.warpAffine(grey, matrix, (size, size), borderMode=cv2.BORDER_REPLICATE)
         eyes = self._eyes(upright)
         # The similarity (rotation, scale) as one complex factor: it takes the template's eyes to these.
