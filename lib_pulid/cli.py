@@ -13,7 +13,12 @@ from pathlib import Path
 from lib_pulid import __version__, catalog
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError
 
-FORMATTER = argparse.ArgumentDefaultsHelpFormatter
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names a default only where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, [], "", False) else super()._get_help_string(action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands, name: str, run, help: str, description: str = "") -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=description or help, formatter_class=FORMATTER)
+    parser = commands.add_parser(name, help=help, description=description or help, formatter_class=_Formatter)
     parser.add_argument(
         "--models-dir",
         type=Path,
@@ -97,7 +102,7 @@ def _add_generate(commands) -> None:
     from lib_pulid.attention import PROJECTIONS
 
     parser = _command(commands, "generate", run_generate, "make a picture of a person")
-    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--prompt", required=True, help="what to paint")
     parser.add_argument(
         "--model",
         default="tiny-sdxl",
@@ -113,13 +118,13 @@ def _add_generate(commands) -> None:
     parser.add_argument("--start", type=float, default=0.0, help="share of the steps before the face begins to act")
     parser.add_argument("--end", type=float, default=1.0, help="share of the steps after which it no longer acts")
     parser.add_argument("--mask", type=Path, help="picture whose white part is where the face may act")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; the same seed gives the same picture")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--size", type=int, help="side in pixels (default: 1024, stand-ins 256)")
     parser.add_argument(
         "--guidance", type=float, help="CFG on SDXL (default 7), distilled guidance on FLUX (default 4)"
     )
-    parser.add_argument("-o", "--out", type=Path, default=Path("outputs/picture.png"))
+    parser.add_argument("-o", "--out", type=Path, default=Path("outputs/picture.png"), help="where to write it")
 
 
 def _add_embed(commands) -> None:
@@ -127,7 +132,7 @@ def _add_embed(commands) -> None:
     parser.add_argument("--model", default="tiny-sdxl", help="the base model that it is for, as in generate")
     _add_faces(parser)
     parser.add_argument("--name", default="", help="kept in the file")
-    parser.add_argument("-o", "--out", type=Path, default=Path("outputs/identity.safetensors"))
+    parser.add_argument("-o", "--out", type=Path, default=Path("outputs/identity.safetensors"), help="where to write")
 
 
 def _add_doctor(commands) -> None:
@@ -136,7 +141,7 @@ def _add_doctor(commands) -> None:
 
 def _add_models(commands) -> None:
     parser = _command(commands, "models", run_models, "list or download the weight files")
-    parser.add_argument("action", choices=("list", "download"))
+    parser.add_argument("action", choices=("list", "download"), help="what to do")
     parser.add_argument(
         "names", nargs="*", help="files to download (default: the encoders, PuLID v1.1 and FLUX v0.9.1)"
     )

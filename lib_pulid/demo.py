@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lib_pulid.hosts.diffusers import denoiser_of
 from lib_pulid.identity import Identity
 from lib_pulid.images import load_image
 from lib_pulid.injection import compile_injection
+from lib_pulid.photos import IdentityCache
 from lib_pulid.sites import find_sites
 from lib_pulid.standalone import Workshop, has_real_weights, open_workshop, real_model
 
@@ -33,13 +35,16 @@ def sample_photo() -> Path:
 def run_demo(photo: Path, out: Path, models_dir: Path, device: str = "cpu") -> list[Path]:
     """Writes one contact sheet per family and says in one line each what it did. Returns the sheets' paths."""
     out.mkdir(parents=True, exist_ok=True)
+    print(f"Photo: {photo}")
     return [_run_family(family, photo, out, models_dir, device) for family in ("sdxl", "flux")]
 
 
 def _run_family(family: str, photo: Path, out: Path, models_dir: Path, device: str) -> Path:
     real = has_real_weights(family, models_dir)
     print(f"\n{family.upper()}: loading {'your models' if real else 'stand-in models'} ...", flush=True)
-    workshop = open_workshop(real_model(family, models_dir) if real else f"tiny-{family}", models_dir, device=device)  # type: ignore[arg-type]
+    model = (real_model(family, models_dir) if real else None) or f"tiny-{family}"
+    # A demo shows the whole way each time, so nothing is remembered.
+    workshop = replace(open_workshop(model, models_dir, device=device), cache=IdentityCache())
     for note in workshop.notes:
         print(f"  stand-in   {note}")
     identity = _identity(workshop, photo)
@@ -65,10 +70,7 @@ def _run_family(family: str, photo: Path, out: Path, models_dir: Path, device: s
 
 
 def _identity(workshop: Workshop, photo: Path) -> Identity:
-    told: list[Face] = []
-
     def tell(name: str, face: Face) -> None:
-        told.append(face)
         x0, y0, x1, y1 = face.detection.box.round().astype(int)
         print(f"  face       {name}: found at ({x0}, {y0}), {x1 - x0} x {y1 - y0} pixels")
         for note in face.notes:
@@ -76,8 +78,7 @@ def _identity(workshop: Workshop, photo: Path) -> Identity:
 
     identity = workshop.identity([photo], on_face=tell)
     tokens = "x".join(map(str, identity.cond.shape[1:]))
-    source = "made" if told else "taken from the cache (no encoder ran)"
-    print(f"  identity   {identity.short_hash}: {tokens} tokens, {source}, {workshop.adapter.label}")
+    print(f"  identity   {identity.short_hash}: {tokens} tokens, by the encoder of {workshop.adapter.path.name}")
     return identity
 
 
@@ -99,10 +100,9 @@ def _sheet(
         *((f"weight {weight}", picture) for weight, picture in zip(weights, pictures)),
         (f"difference at {weights[len(weights) // 2]}", Image.fromarray(change)),
     ]
-    title = f"{workshop.adapter.label} on {workshop.base.label}"
     sheet = Image.new("RGB", (len(tiles) * (TILE + 8) + 8, TILE + 64), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((8, 8), title, fill="black")
+    draw.text((8, 8), workshop.label, fill="black")
     for i, (caption, picture) in enumerate(tiles):
         fitted = picture.convert("RGB").copy()
         fitted.thumbnail((TILE, TILE)) if fitted.width > TILE else None

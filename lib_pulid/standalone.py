@@ -43,6 +43,11 @@ class Workshop:
     cache: IdentityCache
     notes: tuple[str, ...]
 
+    @property
+    def label(self) -> str:
+        """What paints, for captions."""
+        return f"{'stand-in ' if self.base.stand_in else ''}{self.adapter.label} on {self.base.label}"
+
     def identity(
         self,
         photos: Sequence[ImageSource],

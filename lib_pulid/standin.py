@@ -47,11 +47,11 @@ def write_files(folder: str | Path, sdxl_widths: Sequence[int], flux_width: int,
     files = StandInFiles(
         folder / "standin_pulid_sdxl.safetensors", folder / "standin_pulid_flux.safetensors", folder / "standin_eva.pt"
     )
-    encoder = random_weights(id_former().state_dict(), seed=1)
+    encoders = [random_weights(id_former().state_dict(), seed) for seed in (1, 6)]
     pairs = nn.ModuleList(cross_attention_pair(width, TOKEN_WIDTH) for width in sdxl_widths)
     modules = nn.ModuleList(image_stream(flux_width, TOKEN_WIDTH) for _ in range(sites))
-    save_file(sdxl_file(encoder, random_weights(pairs.state_dict(), seed=2)), files.sdxl)
-    save_file(flux_file(encoder, random_weights(modules.state_dict(), seed=3)), files.flux)
+    save_file(sdxl_file(encoders[0], random_weights(pairs.state_dict(), seed=2)), files.sdxl)
+    save_file(flux_file(encoders[1], random_weights(modules.state_dict(), seed=3)), files.flux)
     tower = random_weights(tower_shapes(TOWER_WIDTH, 768), seed=4)
     torch.save({f"visual.{key}": value for key, value in tower.items()}, files.tower)
     return files
