@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights, SiteWeights
+from lib_pulid.weights import IMAGE_STREAM_HEAD_DIM, CrossAttentionWeights, ImageStreamWeights, SiteWeights
 
 PROJECTIONS = ("none", "ortho", "ortho_v2")
 ID_TOKENS = 5  # the first tokens of an identity, made from ArcFace and the class token
-IMAGE_STREAM_HEAD_DIM = 128
 CHUNK = 2048  # image tokens that are worked on at once
 
 

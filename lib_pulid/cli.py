@@ -167,6 +167,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
     if bool(arguments.face) == bool(arguments.identity):
         raise SettingError("Give either --face (once or more) or --identity.")
+    _check_picture(arguments)
     workshop = _workshop(arguments)
     identity = Identity.load(arguments.identity) if arguments.identity else _identity(workshop, arguments)
     family = workshop.base.family
@@ -244,9 +245,31 @@ def _ask_licence(file: catalog.WeightFile) -> None:
 # ---------------------------------------------------------------- helpers
 
 
+def _check_picture(arguments: argparse.Namespace) -> None:
+    """What can be told before the work begins."""
+    from PIL import Image
+
+    if arguments.steps < 1:
+        raise SettingError(f"--steps is {arguments.steps}; it has to be 1 or more.")
+    if arguments.size is not None and (arguments.size < 64 or arguments.size % 16):
+        raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16, from 64 on.")
+    if arguments.out.suffix.lower() not in Image.registered_extensions():
+        raise SettingError(f"--out is {arguments.out.name}; its ending has to name a picture format, .png for example.")
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def _workshop(arguments: argparse.Namespace):
     from lib_pulid.standalone import open_workshop
 
+    _check_device(arguments.device)
     workshop = open_workshop(arguments.model, arguments.models_dir, arguments.pulid, arguments.device)
     for note in workshop.notes:
         print(f"stand-in: {note}")

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image, ImageDraw, ImageOps
 
 from lib_pulid.faces import Face
 from lib_pulid.hosts.diffusers import denoiser_of
@@ -45,6 +46,8 @@ def _run_family(family: str, photo: Path, out: Path, models_dir: Path, device: s
     model = (real_model(family, models_dir) if real else None) or f"tiny-{family}"
     # A demo shows the whole way each time, so nothing is remembered.
     workshop = replace(open_workshop(model, models_dir, device=device), cache=IdentityCache())
+    if not real:
+        torch.set_num_threads(2)  # small models are slower on more
     for note in workshop.notes:
         print(f"  stand-in   {note}")
     identity = _identity(workshop, photo)
@@ -104,10 +107,7 @@ def _sheet(
     draw = ImageDraw.Draw(sheet)
     draw.text((8, 8), workshop.label, fill="black")
     for i, (caption, picture) in enumerate(tiles):
-        fitted = picture.convert("RGB").copy()
-        fitted.thumbnail((TILE, TILE)) if fitted.width > TILE else None
-        if max(fitted.size) < TILE:
-            fitted = fitted.resize((TILE, TILE * fitted.height // fitted.width), Image.Resampling.BICUBIC)
+        fitted = ImageOps.contain(picture.convert("RGB"), (TILE, TILE))
         x = 8 + i * (TILE + 8)
         sheet.paste(fitted, (x + (TILE - fitted.width) // 2, 32 + (TILE - fitted.height) // 2))
         draw.text((x, TILE + 40), caption, fill="black")

@@ -24,13 +24,21 @@ _INSTEAD = {"onnxruntime": ("onnxruntime-gpu",), "opencv-python": ("opencv-pytho
 def report(models_dir: Path) -> int:
     """Prints the report. Returns 0 if nothing is missing for at least one family, else 1."""
     print(f"Python     {platform.python_version()} on {platform.system()} {platform.machine()}")
-    problems = [*_packages(), *_device(), *_files(models_dir)]
+    problems = _packages()
+    _device()
+    problems += _files(models_dir)
+    families = {family: _lacks(family, models_dir) for family in ("sdxl", "flux")}
     print()
-    for problem in problems:
+    for problem in [*problems, *filter(None, families.values())]:
         print(f"to do: {problem}")
-    if not problems:
-        print("Nothing is missing.")
-    return 1 if problems else 0
+    able = [family.upper() for family, lack in families.items() if not lack]
+    ready = bool(able) and not problems
+    print(
+        f"Ready for {' and '.join(able)}."
+        if ready
+        else "Until then there are only the stand-ins: python -m lib_pulid demo"
+    )
+    return 0 if ready else 1
 
 
 def _packages() -> list[str]:
@@ -53,9 +61,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _device() -> list[str]:
+def _device() -> None:
     if _version("torch") is None:
-        return []
+        return
     import torch
 
     if torch.cuda.is_available():
@@ -63,7 +71,6 @@ def _device() -> list[str]:
         print(f"GPU        {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
     else:
         print("GPU        none that torch can use; pictures are made on the CPU")
-    return []
 
 
 def _files(models_dir: Path) -> list[str]:
@@ -80,8 +87,12 @@ def _files(models_dir: Path) -> list[str]:
         print(f"{state:10} {file.name:40} {file.purpose}{f'  ({path.parent})' if path else ''}")
         if path is None and file.group == "encoders":
             problems.append(f"python -m lib_pulid models download {file.name}   ({file.licence})")
-    for family in ("sdxl", "flux"):
-        if catalog.find_adapter(family, models_dir) is None:
-            names = " or ".join(file.name for file in catalog.in_group(family))
-            problems.append(f"for {family.upper()}: one of {names} into {models_dir / 'pulid'}")
     return problems
+
+
+def _lacks(family: str, models_dir: Path) -> str:
+    """What to do to get a PuLID file of the family, or nothing."""
+    if catalog.find_adapter(family, models_dir):
+        return ""
+    first, *others = (file.name for file in catalog.in_group(family))
+    return f"for {family.upper()}: python -m lib_pulid models download {first}   (or {', '.join(others)})"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +69,7 @@ class Identity:
 
     def save(self, path: str | Path) -> Path:
         """Writes a safetensors file, whole or not at all. Returns its path."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {"cond": self.cond.detach().cpu().float().contiguous()}
         if self.uncond is not None:
@@ -78,13 +78,12 @@ class Identity:
             tensors["thumbnail"] = torch.from_numpy(self.thumbnail.copy())
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            save_file(tensors, temporary, metadata={"format": FILE_FORMAT, "version": FILE_VERSION, **self.info})
+            temporary.write_bytes(save(tensors, {"format": FILE_FORMAT, "version": FILE_VERSION, **self.info}))
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         return path
 

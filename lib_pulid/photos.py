@@ -6,6 +6,7 @@ depends on: the photos, the choice of face, the weights. What is remembered need
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -49,7 +50,8 @@ class IdentityCache:
     def put(self, key: str, identity: Identity) -> None:
         self._memory[key] = identity
         if self._folder is not None:
-            identity.save(self._folder / f"{key}.safetensors")
+            with contextlib.suppress(OSError):  # a full or read-only disk: it is remembered in memory all the same
+                identity.save(self._folder / f"{key}.safetensors")
 
 
 def make_identity(

@@ -56,6 +56,7 @@ class ImageStreamWeights:
     to_out: Tensor
 
 
+IMAGE_STREAM_HEAD_DIM = 128  # width of an attention head there; no shape in a file tells it
 SiteWeights = CrossAttentionWeights | ImageStreamWeights
 
 
@@ -230,12 +231,15 @@ def _sdxl(state: Mapping[str, Tensor], path: Path, encoder_prefix: str, pair: st
     table = {(int(m[1]), m[2]): state[key] for key, m in matches.items() if m}
     # i counts every attention processor of the UNet; cross-attention is every second one: 1, 3, 5, ...
     count = 1 + max(i for i, _ in table) // 2
+    expected = {(i, x) for i in range(1, 2 * count, 2) for x in "kv"}
+    if stray := sorted(set(table) ^ expected):
+        raise WrongWeightsError(
+            f"{path.name} is PuLID for SDXL, but its layers are not complete (layer {stray[0][0]})."
+        )
     sites = []
     for i in range(1, 2 * count, 2):
-        if (i, "k") not in table or (i, "v") not in table or len(table) != 2 * count:
-            raise WrongWeightsError(f"{path.name} is PuLID for SDXL, but the layers are not complete (layer {i}).")
         site = CrossAttentionWeights(to_k=table[i, "k"], to_v=table[i, "v"])
-        if site.to_k.shape != site.to_v.shape or site.to_k.shape[1:] != (encoder.output_dim,):
+        if site.to_k.shape != site.to_v.shape or tuple(site.to_k.shape[1:]) != (encoder.output_dim,):
             raise WrongWeightsError(f"{path.name}: layer {i} does not fit tokens of width {encoder.output_dim}.")
         sites.append(site)
     return Adapter("sdxl", version, encoder, tuple(sites), path)
@@ -272,6 +276,11 @@ _IMAGE_STREAM_KEYS = {
 
 
 def _check_image_stream(site: ImageStreamWeights, token_dim: int, name: str) -> None:
+    if site.to_q.ndim != 2 or not site.to_q.numel() or site.to_q.shape[0] % IMAGE_STREAM_HEAD_DIM:
+        shape = tuple(site.to_q.shape)
+        raise WrongWeightsError(
+            f"{name}.to_q has shape {shape}; it has to be [heads x {IMAGE_STREAM_HEAD_DIM}, width]."
+        )
     inner, width = site.to_q.shape
     expected = {
         "norm_id_weight": (token_dim,),
@@ -294,7 +303,7 @@ def _encoder(state: dict[str, Tensor], path: Path) -> tuple[IDEncoder | IDFormer
         if key in state:
             try:
                 return kind.from_state_dict(state), version
-            except (KeyError, RuntimeError, ValueError) as error:
+            except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError) as error:
                 raise WrongWeightsError(
                     f"{path.name}: the identity encoder ({kind.__name__}) is not complete or has other shapes: {error}"
                 ) from error

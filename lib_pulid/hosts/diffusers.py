@@ -54,13 +54,21 @@ class _Calls:
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
+        self._schedule: Tensor | None = None  # of the run under way; each run of a pipeline sets a new one
+        self._first = 0
 
     def progress(self, timestep: float) -> float:
-        """Share of the steps that are done. Image-to-image pipelines run only the last of the scheduler's timesteps."""
-        timesteps = self._pipeline.scheduler.timesteps
-        index = int((timesteps.float() - timestep).abs().argmin())
-        steps = getattr(self._pipeline, "_num_timesteps", None) or len(timesteps)
-        return max(0.0, (index - (len(timesteps) - steps)) / steps)
+        """Share of the steps that are done.
+
+        Some pipelines run only the last of the scheduler's timesteps (image to image) or only the first
+        (`denoising_end`), so it is counted from the step that a run begins with.
+        """
+        schedule = self._pipeline.scheduler.timesteps
+        index = int((schedule.float() - timestep).abs().argmin())
+        if schedule is not self._schedule:
+            self._schedule, self._first = schedule, index
+        steps = getattr(self._pipeline, "_num_timesteps", None) or len(schedule)
+        return min(max(0.0, (index - self._first) / steps), 1.0)
 
 
 class _UNetCalls(_Calls):
@@ -80,17 +88,20 @@ class _TransformerCalls(_Calls):
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
-        self._last: tuple[float, Tensor] | None = None
+        self._last: tuple[Tensor, Any] | None = None
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> DenoiseStep:
-        timestep, schedule = 1000 * _first(kwargs["timestep"]), self._pipeline.scheduler.timesteps
-        # The pipeline asks with the prompt first and then, at the same point of the same run, with the negative one.
-        is_cond = self._last is None or self._last[0] != timestep or self._last[1] is not schedule
-        self._last = (timestep, schedule) if is_cond else None
+        # The pipeline asks with the prompt first and then, in the same step of the same run, with the negative one.
+        # In half precision neighbouring timesteps may be equal, so the scheduler's own count tells the steps apart.
+        scheduler = self._pipeline.scheduler
+        last, self._last = self._last, (scheduler.timesteps, getattr(scheduler, "step_index", None))
+        is_cond = last is None or last[0] is not self._last[0] or last[1] != self._last[1]
+        if not is_cond:
+            self._last = None
         ids = kwargs["img_ids"].flatten(0, -2)
         own = ids[ids[:, 0] == 0]  # Kontext's reference tokens have 1 there
         rows, columns = (int(own[:, axis].max()) + 1 for axis in (1, 2))
-        return DenoiseStep(self.progress(timestep), is_cond, (2 * rows, 2 * columns))
+        return DenoiseStep(self.progress(1000 * _first(kwargs["timestep"])), is_cond, (2 * rows, 2 * columns))
 
 
 def _first(timestep: Any) -> float:

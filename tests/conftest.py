@@ -1,0 +1,5 @@
+"""The models of these tests are so small that more threads only get in each other's way."""
+
+import torch
+
+torch.set_num_threads(2)

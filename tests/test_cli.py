@@ -1,0 +1,544 @@
+"""The command line in process: pictures of the stand-ins, identities, errors in words, downloads from a fake hub."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lib_pulid import catalog, cli, demo, doctor, standalone
+from lib_pulid.identity import Identity
+
+insightface = pytest.importorskip("insightface")
+SAMPLES = Path(insightface.__file__).parent / "data" / "images"
+GROUP, PORTRAIT = SAMPLES / "t1.jpg", SAMPLES / "Tom_Hanks_54745.png"
+BOX = re.compile(r"\((-?\d+), (-?\d+)\), (\d+) x (\d+) pixels")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine threads that wait for each other take tenfold as long."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    yield
+    torch.set_num_threads(before[0])
+    cv2.setNumThreads(before[1])
+
+
+@dataclass
+class Said:
+    status: int
+    out: str
+    err: str
+
+    def box(self) -> tuple[int, ...]:
+        return tuple(map(int, BOX.search(self.out).groups()))
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory) -> Path:
+    """One for all that only reads: the identities in its cache save time."""
+    return tmp_path_factory.mktemp("models")
+
+
+load_base = functools.lru_cache(standalone.load_base)  # the same few pipelines for all tests; errors are not kept
+
+
+@pytest.fixture
+def run(capsys, models_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    monkeypatch.setattr(standalone, "load_base", load_base)
+
+    def _run(command: str, *rest: object, models: Path | None = models_dir) -> Said:
+        where = [] if models is None else ["--models-dir", str(models)]
+        capsys.readouterr()
+        status = cli.main([command, *map(str, rest), *where])
+        return Said(status, *capsys.readouterr())
+
+    return _run
+
+
+@pytest.fixture
+def generate(run, tmp_path):
+    """Runs `generate`; gives what was said and the picture, if there is one."""
+
+    def _generate(*rest: object, name: str = "picture.png") -> tuple[Said, np.ndarray | None]:
+        path = tmp_path / "pictures" / name
+        path.unlink(missing_ok=True)
+        given = ("--prompt", "a sailor", "--steps", 2, "--size", 64, "-o", path)
+        said = run("generate", *given, *rest)
+        return said, np.asarray(Image.open(path)) if path.is_file() else None
+
+    return _generate
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", ["", "demo", "generate", "embed", "doctor", "models"])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as left:
+        cli.main([*([command] if command else []), "--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert f"python -m lib_pulid {command}".rstrip() in said
+    if not command:
+        assert all(name in said for name in ("demo", "generate", "embed", "doctor", "models"))
+
+
+def test_version_and_no_command(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert re.fullmatch(r"sd-webui-pulid \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    for wrong in ([], ["paint"], ["generate"], ["models", "remove"], ["generate", "--prompt", "x", "--fusion", "mean"]):
+        with pytest.raises(SystemExit) as left:
+            cli.main(wrong)
+        assert left.value.code == 2
+
+
+# ---------------------------------------------------------------- generate
+
+
+@pytest.mark.parametrize(("model", "sites", "weight"), [("tiny-sdxl", 70, 0.8), ("tiny-flux", 20, 1.0)])
+def test_generate(generate, model, sites, weight):
+    said, picture = generate("--model", model, "--face", GROUP)
+    assert (said.status, said.err.count("Error")) == (0, 0)
+    assert picture.shape == (64, 64, 3)
+    assert "stand-in: base model: stand-in" in said.out
+    assert "random weights" in said.out
+    assert re.search(rf"picture\.png: identity [0-9a-f]{{10}}, weight {weight}, injected at {sites} sites", said.out)
+    unchanged, plain = generate("--model", model, "--face", GROUP, "--weight", 0)
+    assert "weight 0.0, injected at 0 sites" in unchanged.out
+    assert not np.array_equal(picture, plain)
+    _, other = generate("--model", model, "--face", PORTRAIT)
+    assert not np.array_equal(picture, other)
+    assert np.array_equal(generate("--model", model, "--face", GROUP)[1], picture)  # and again, bit for bit
+    if model == "tiny-sdxl":
+        assert not np.array_equal(generate("--face", GROUP, "--projection", "none")[1], picture)
+        assert not np.array_equal(generate("--face", GROUP, "--num-zero", 0)[1], picture)
+    late, same = generate("--model", model, "--face", GROUP, "--start", 0.9)
+    assert "injected at 0 sites" in late.out
+    assert np.array_equal(same, plain)
+
+
+def test_generate_with_a_mask(generate, tmp_path):
+    for name, shade in (("white", 255), ("black", 0)):
+        Image.new("L", (40, 30), shade).save(tmp_path / f"{name}.png")
+    half = Image.new("RGB", (40, 40), "black")
+    half.paste((255, 255, 255), (0, 0, 20, 40))
+    half.save(tmp_path / "half.png")
+    whole, plain = generate("--face", GROUP)[1], generate("--face", GROUP, "--weight", 0)[1]
+    drawn = {n: generate("--face", GROUP, "--mask", tmp_path / f"{n}.png")[1] for n in ("white", "black", "half")}
+    assert abs(drawn["white"].astype(int) - whole).max() <= 1
+    assert abs(drawn["black"].astype(int) - plain).max() <= 1
+    for other in (whole, plain):
+        assert abs(drawn["half"].astype(int) - other).max() > 1
+    said, picture = generate("--face", GROUP, "--mask", tmp_path / "gone.png")
+    assert (said.status, picture) == (1, None)
+    assert "ImageError: gone.png: there is no such file" in said.err
+
+
+def test_a_saved_identity_in_the_place_of_the_photo(run, generate, tmp_path):
+    path = tmp_path / "new" / "person.safetensors"
+    said = run("embed", "--face", GROUP, "--name", "Ada", "-o", path)
+    identity = Identity.load(path)
+    assert said.status == 0
+    assert f"person.safetensors: identity {identity.short_hash}, 32 tokens, PuLID v1.1 for SDXL" in said.out
+    assert identity.info["name"] == "Ada"
+    assert identity.info["photos"] == "1"
+    of_photo, of_file = generate("--face", GROUP)[1], generate("--identity", path)[1]
+    assert np.array_equal(of_photo, of_file)
+    several = run("embed", "--face", GROUP, "--face", PORTRAIT, "--fusion", "average", "-o", path)
+    assert several.status == 0
+    assert Identity.load(path).info["photos"] == "2"
+    assert Identity.load(path).info["fusion"] == "average"
+    assert Identity.load(path).short_hash != identity.short_hash
+
+
+def test_an_identity_of_another_pulid_file_is_refused(generate, tmp_path):
+    Identity(torch.zeros(1, 32, 64), info={"encoder": "0" * 16, "adapter": "PuLID v7"}).save(tmp_path / "x.safetensors")
+    said, picture = generate("--identity", tmp_path / "x.safetensors")
+    assert (said.status, picture) == (1, None)
+    assert "IdentityMismatchError: This identity was made with PuLID v7" in said.err
+
+
+def test_embed_needs_a_photo(run, tmp_path):
+    said = run("embed", "-o", tmp_path / "x.safetensors")
+    assert said.status == 1
+    assert "SettingError: Give at least one photo with --face." in said.err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_which_face(run, tmp_path):
+    """The group's faces, asked for one by one, are different ones, in the order that was asked for."""
+    boxes = []
+    for index in (0, 2):
+        given = ("--face", GROUP, "--face-order", "left-to-right", "--face-index", index)
+        boxes.append(run("embed", *given, "-o", tmp_path / "x.safetensors", models=tmp_path / f"m{index}").box())
+    assert boxes[0][0] + boxes[0][2] < boxes[1][0]
+
+
+def test_the_face_is_found_not_assumed(run, tmp_path):
+    """Each photo has its own box, and in the mirrored photo it is on the other side."""
+    said = {}
+    image = Image.open(PORTRAIT).convert("RGB")
+    canvas = Image.new("RGB", (image.width * 2, image.height * 2), "grey")
+    canvas.paste(image, (0, image.height))
+    canvas.save(tmp_path / "moved.png")
+    canvas.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
+    for path in (GROUP, tmp_path / "moved.png", tmp_path / "mirrored.png"):
+        out = run("embed", "--face", path, "-o", tmp_path / "x.safetensors", models=tmp_path / "m")
+        said[path.name] = out.box()
+        assert f"{path.name}: face at" in out.out
+    x, y, width, height = said["moved.png"]
+    assert 0 <= x < x + width <= image.width
+    assert image.height <= y < y + height <= 2 * image.height
+    assert abs(said["mirrored.png"][0] - (canvas.width - x - width)) < 0.3 * width
+    assert abs(said["mirrored.png"][1] - y) < 0.3 * height
+    assert said["t1.jpg"] != said["moved.png"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((), "SettingError: Give either --face (once or more) or --identity."),
+        (("--face", GROUP, "--identity", "x.safetensors"), "SettingError: Give either --face"),
+        (("--face", "gone.jpg"), "ImageError: gone.jpg: there is no such file"),
+        (("--face", "grey.png"), "NoFaceError: grey.png: no face was found"),
+        (("--face", GROUP, "--face-index", 50), "NoFaceError: t1.jpg: face number 51 was asked for, but only"),
+        (("--face", GROUP, "--face-index", -1), "SettingError: The face's index"),
+        (
+            ("--identity", "gone.safetensors"),
+            "IdentityMismatchError: The saved identity gone.safetensors was",
+        ),
+        (("--identity", "grey.png"), "IdentityMismatchError: grey.png is not a saved identity"),
+        (
+            ("--face", GROUP, "--model", "sdxl.safetensors"),
+            "MissingWeightsError: There is no model at sdxl.s",
+        ),
+        (("--face", GROUP, "--model", "grey.png"), "WrongWeightsError: grey.png could not be opened"),
+        (("--face", GROUP, "--pulid", "gone.bin"), "MissingWeightsError: gone.bin was not found"),
+        (("--face", GROUP, "--pulid", "page.bin"), "WrongWeightsError: page.bin is a web page"),
+        (("--face", GROUP, "--pulid", "lora.bin"), "WrongWeightsError: lora.bin is a LoRA"),
+        (("--face", GROUP, "--num-zero", -1), "SettingError: num_zero is -1"),
+        (("--face", GROUP, "--weight", "nan"), "SettingError: weight is nan"),
+        (("--face", GROUP, "--start", 1.5), "SettingError: start and end are 1.5 and 1.0"),
+        (("--face", GROUP, "--fusion", "id_mix"), "SettingError: fusion id_mix exists in PuLID v1 only"),
+    ],
+    ids=lambda value: re.sub(r"\W+", " ", str(value))[-30:] if isinstance(value, str) else "",
+)
+def test_errors_in_words(generate, tmp_path, given, words):
+    Image.new("RGB", (200, 200), "grey").save(tmp_path / "grey.png")
+    (tmp_path / "page.bin").write_text("<html></html>")
+    torch.save({"lora_unet_x.lora_down.weight": torch.zeros(2)}, tmp_path / "lora.bin")
+    said, picture = generate(*given)
+    assert (said.status, picture) == (1, None)
+    assert words in said.err
+    assert "Traceback" not in said.err
+
+
+def test_a_pulid_file_of_the_other_family(generate, tmp_path):
+    from lib_pulid.standin import write_files
+
+    files = write_files(tmp_path, [8], 64)
+    said, picture = generate("--face", GROUP, "--pulid", files.flux)
+    assert (said.status, picture) == (1, None)
+    assert "UnsupportedModelError: The PuLID file is for FLUX, but the checkpoint is of the SDXL kind." in said.err
+    said, picture = generate("--face", GROUP, "--pulid", files.sdxl)
+    assert (said.status, picture) == (1, None)
+    assert "The checkpoint has 70 places for an identity, PuLID for SDXL needs 1." in said.err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(("-o", "picture"), id="no suffix, seen after the work"),
+        pytest.param(("-o", "picture.xyz"), id="unknown suffix, seen after the work"),
+        pytest.param(("--size", 100), id="size not of 8"),
+        pytest.param(("--steps", -1), id="negative steps"),
+        pytest.param(
+            ("--device", "cuda:77"), id="no such device"
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_settings_in_words(generate, given):
+    said, _ = generate("--face", GROUP, *given)
+    assert said.status == 1
+    assert "Error: " in said.err
+
+
+def test_no_steps_are_no_picture(generate):
+    assert generate("--face", GROUP, "--steps", 0)[0].status == 1
+
+
+def test_interrupted(run, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "report", interrupt)
+    said = run("doctor")
+    assert (said.status, said.err) == (130, "interrupted\n")
+
+
+# ---------------------------------------------------------------- models
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub whose files are four bytes long; what was asked of it, as (source, name)."""
+    asked: list[tuple[str, str]] = []
+
+    def from_hub(repository, name, local_dir):
+        asked.append((repository, name))
+        (Path(local_dir) / name).write_bytes(b"file")
+
+    def from_url(url, target, progress):
+        asked.append((url, Path(target).name))
+        Path(target).write_bytes(b"file")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", from_hub)
+    monkeypatch.setattr("torch.hub.download_url_to_file", from_url)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # facexlib's own folder may hold weights
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    return asked
+
+
+def test_list(run, hub, tmp_path):
+    (tmp_path / "m" / "pulid").mkdir(parents=True)
+    (tmp_path / "m" / "pulid" / "pulid_v1.bin").write_bytes(b"x")
+    said = run("models", "list", models=tmp_path / "m")
+    assert (said.status, hub) == (0, [])
+    lines = {line.split()[1]: line for line in said.out.splitlines()}
+    assert set(lines) == {file.name for file in catalog.CATALOG}
+    there = [name for name, line in lines.items() if line.startswith("there")]
+    assert there == ["pulid_v1.bin"]
+    assert str(tmp_path / "m" / "pulid" / "pulid_v1.bin") in lines["pulid_v1.bin"]
+    assert lines["glintr100.onnx"].startswith("missing")
+    assert "insightface/models/antelopev2" in lines["glintr100.onnx"]
+
+
+def test_download_of_everything(run, hub, tmp_path):
+    said = run("models", "download", "--accept-licence", models=tmp_path / "m")
+    assert said.status == 0
+    assert sorted(hub) == [
+        ("DIAMONIK7777/antelopev2", "glintr100.onnx"),
+        ("DIAMONIK7777/antelopev2", "scrfd_10g_bnkps.onnx"),
+        ("QuanSun/EVA-CLIP", "EVA02_CLIP_L_336_psz14_s6B.pt"),
+        ("guozinan/PuLID", "pulid_flux_v0.9.1.safetensors"),
+        ("guozinan/PuLID", "pulid_v1.1.safetensors"),
+        *sorted((f.source, f.name) for f in catalog.CATALOG if f.folder == "facexlib"),
+    ]
+    written = {str(p.relative_to(tmp_path / "m")) for p in (tmp_path / "m").rglob("*") if p.is_file()}
+    assert "pulid/pulid_v1.1.safetensors" in written
+    assert "insightface/models/antelopev2/scrfd_10g_bnkps.onnx" in written
+    assert "facexlib/parsing_bisenet.pth" in written
+    assert len(written) == len(hub) == 7
+    assert set(catalog.require_encoders(tmp_path / "m")) == {f.name for f in catalog.in_group("encoders")}
+    assert said.out.count("non-commercial research purposes only") == 2
+    hub.clear()  # what is there is left alone, and no licence is asked for again
+    assert run("models", "download", models=tmp_path / "m").status == 0
+    assert hub == []
+
+
+def test_download_by_name(run, hub, tmp_path):
+    said = run("models", "download", "pulid_v1.bin", models=tmp_path / "m")
+    assert said.status == 0
+    assert hub == [("guozinan/PuLID", "pulid_v1.bin")]
+    assert f"pulid_v1.bin: {tmp_path / 'm' / 'pulid' / 'pulid_v1.bin'}" in said.out
+    said = run("models", "download", "pulid_v2.bin", "pulid_v1.bin", models=tmp_path / "m")
+    assert said.status == 1
+    assert "SettingError: Unknown: pulid_v2.bin. Known: pulid_v1.1.safetensors, " in said.err
+
+
+@pytest.mark.parametrize("name", ["glintr100.onnx", "scrfd_10g_bnkps.onnx"])
+def test_a_licence_that_was_not_accepted(run, hub, tmp_path, name):
+    said = run("models", "download", name, models=tmp_path / "m")
+    assert said.status == 1
+    assert f"MissingWeightsError: {name} needs its licence accepted (InsightFace model licence: non-comm" in said.err
+    assert "--accept-licence" in said.err
+    assert hub == []
+    assert not list(tmp_path.rglob(name))
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted"), [("y", True), ("Yes", True), ("", False), ("n", False), ("yup", False)]
+)
+def test_a_licence_is_asked_for_on_a_terminal(run, hub, tmp_path, monkeypatch, answer, accepted):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal(f"{answer}\n"))
+    said = run("models", "download", "glintr100.onnx", models=tmp_path / "m")
+    assert "non-commercial research purposes only. Accept? [y/N]" in said.out
+    assert (said.status, len(hub)) == ((0, 1) if accepted else (1, 0))
+    assert accepted or "glintr100.onnx was not downloaded: its licence was not accepted." in said.err
+
+
+@pytest.mark.parametrize("name", ["pulid_v1.1.safetensors", "parsing_bisenet.pth"])
+def test_a_download_that_fails(run, hub, tmp_path, monkeypatch, name):
+    def fail(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    said = run("models", "download", name, models=tmp_path / "m")
+    file = next(f for f in catalog.CATALOG if f.name == name)
+    assert said.status == 1
+    assert f"MissingWeightsError: {name} could not be downloaded (ConnectionError)" in said.err
+    assert f"Put it into {tmp_path / 'm' / file.folder} by hand; it comes from {file.source}." in said.err
+
+
+def test_the_default_folder(run, monkeypatch, tmp_path):
+    monkeypatch.setenv(catalog.MODELS_DIR_VARIABLE, str(tmp_path / "elsewhere"))
+    assert f"Weights in {tmp_path / 'elsewhere'}\n" in run("doctor", models=None).out
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def put(models: Path, *names: str) -> None:
+    """Files of the right size (sparse) in their places."""
+    for file in catalog.CATALOG:
+        if file.name in names:
+            path = models / file.folder / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as handle:
+                handle.truncate(file.size or 10)
+
+
+ENCODERS = [file.name for file in catalog.in_group("encoders")]
+
+
+def test_doctor_where_nothing_is(run, hub, tmp_path):
+    said = run("doctor", models=tmp_path / "m")
+    assert said.status == 1
+    for name in ENCODERS:
+        assert re.search(rf"missing +{re.escape(name)}", said.out)
+        assert f"to do: python -m lib_pulid models download {name}   (" in said.out
+    assert "models download glintr100.onnx   (InsightFace model licence: non-commercial" in said.out
+    for family in ("SDXL", "FLUX"):
+        assert f"to do: for {family}: python -m lib_pulid models download pulid_" in said.out
+    assert re.search(r"there +torch \d", said.out)
+    assert re.search(r"Python +3\.\d+", said.out)
+    assert "Ready for" not in said.out
+
+
+def test_doctor_where_all_is(run, hub, tmp_path):
+    put(tmp_path, *ENCODERS, "pulid_v1.bin", "pulid_flux_v0.9.0.safetensors")
+    said = run("doctor", models=tmp_path)
+    assert (said.status, said.out.splitlines()[-1]) == (0, "Ready for SDXL and FLUX.")
+    assert "to do" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("adapter", "able", "other"),
+    [("pulid_v1.1.safetensors", "SDXL", "FLUX"), ("pulid_flux_v0.9.1.safetensors", "FLUX", "SDXL")],
+)
+def test_doctor_is_content_with_one_family(run, hub, tmp_path, adapter, able, other):
+    put(tmp_path, *ENCODERS, adapter)
+    said = run("doctor", models=tmp_path)
+    assert said.status == 0
+    assert said.out.splitlines()[-1] == f"Ready for {able}."
+    assert f"to do: for {other}: " in said.out
+
+
+def test_doctor_sees_a_truncated_file(run, hub, tmp_path):
+    put(tmp_path, *ENCODERS, "pulid_v1.bin", "pulid_flux_v0.9.1.safetensors")
+    path = tmp_path / "insightface/models/antelopev2/glintr100.onnx"
+    path.write_bytes(b"half")
+    said = run("doctor", models=tmp_path)
+    assert said.status == 1
+    assert re.search(r"DAMAGED +glintr100\.onnx", said.out)
+    assert f"to do: {path} has 4 bytes, not 260,665,334: delete it, download it again" in said.out
+    assert said.out.count("to do") == said.out.count("DAMAGED") == 1
+
+
+def test_doctor_sees_missing_packages(run, monkeypatch):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "timm" else real(name))
+    said = run("doctor")
+    assert re.search(r"MISSING +timm", said.out)
+    assert "to do: pip install timm" in said.out
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "opencv-python" else "1.0")
+    said = run("doctor")
+    assert "pip install opencv" not in said.out  # the headless one does as well
+    assert "onnxruntime and onnxruntime-gpu hide each other" in said.out
+
+
+# ---------------------------------------------------------------- demo
+
+
+def test_demo(run, tmp_path, monkeypatch):
+    """Once end to end, as it is shown to a newcomer."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # see one_thread
+    said = run("demo", "--face", GROUP, "--out", tmp_path / "sheets", models=tmp_path / "m")
+    assert said.status == 0
+    assert len(re.findall(r"weight [\d.]+: injected at 70 of 70 sites, [\d.]+ MB kept", said.out)) == 3
+    assert len(re.findall(r"weight [\d.]+: injected at 20 of 20 sites, [\d.]+ MB kept", said.out)) == 3
+    assert re.search(r"face +t1\.jpg: found at \(\d+, \d+\)", said.out)
+    assert said.out.count("stand-in   ") >= 6
+    x, y, width, height = said.box()
+    assert 40 < width < 300
+    assert 40 < height < 300
+    sheets = sorted((tmp_path / "sheets").iterdir())
+    assert [sheet.name for sheet in sheets] == ["demo_flux.png", "demo_sdxl.png"]
+    for sheet in sheets:
+        assert f"wrote      {sheet}" in said.out
+        picture = Image.open(sheet)
+        assert picture.size == (7 * 264 + 8, 320)
+        tiles = [np.asarray(picture)[32:288, 8 + 264 * i : 264 + 264 * i].astype(int) for i in range(7)]
+        for i in range(3, 6):  # each weight gives another picture than none, and more of it changes more
+            assert abs(tiles[i] - tiles[2]).max() > 10
+        changes = [abs(tiles[i] - tiles[2]).mean() for i in (3, 4, 5)]
+        assert changes == sorted(changes)
+        assert np.array_equal(tiles[6], abs(tiles[4] - tiles[2]))  # the difference is that of the middle weight
+
+
+def test_demo_without_insightface(monkeypatch, run):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    said = run("demo")
+    assert said.status == 1
+    assert "give a photo with --face" in said.err
+
+
+def test_the_sample_photo_is_there():
+    assert demo.sample_photo() == GROUP
+
+
+def test_demo_without_a_face(run, tmp_path):
+    Image.new("RGB", (300, 300), "grey").save(tmp_path / "grey.png")
+    said = run("demo", "--face", tmp_path / "grey.png", "--out", tmp_path / "sheets")
+    assert said.status == 1
+    assert "NoFaceError: grey.png: no face was found" in said.err
+    assert not list((tmp_path / "sheets").glob("*.png"))
+
+
+@pytest.mark.parametrize("size", [(400, 300), (300, 400), (40, 30), (30, 40), (200, 600)])
+def test_a_photo_of_any_shape_stays_in_its_tile(tmp_path, size):
+    from types import SimpleNamespace
+
+    red, white = (255, 0, 0), Image.new("RGB", (256, 256), "white")
+    Image.new("RGB", size, red).save(tmp_path / "photo.png")
+    names = SimpleNamespace(label="")
+    identity = Identity(torch.zeros(1, 1, 4), thumbnail=np.full((128, 128, 3), 255, np.uint8))
+    sheet = demo._sheet(tmp_path / "photo.png", identity, white, [white] * 3, (1, 2, 3), names)
+    painted = np.argwhere((np.asarray(sheet) == red).all(axis=2))
+    (top, left), (bottom, right) = painted.min(0), painted.max(0)
+    assert top >= 32
+    assert bottom < 288
+    assert left >= 8
+    assert right < 264
+    assert max(bottom - top, right - left) == 255  # fills it
+    assert abs((right - left + 1) / (bottom - top + 1) - size[0] / size[1]) < 0.02

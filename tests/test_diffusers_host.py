@@ -1,0 +1,520 @@
+"""apply() on whole diffusers pipelines: what changes, what does not, what each call is told, what is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lib_pulid.errors import UnsupportedModelError
+from lib_pulid.hosts import diffusers as host
+from lib_pulid.hosts.diffusers import apply, denoiser_of
+from lib_pulid.hosts.diffusers_base import POOLED_WIDTH, TEXT_WIDTH, Base, load_base, paint
+from lib_pulid.identity import Identity
+from lib_pulid.injection import DenoiseStep, Injection, compile_injection
+from lib_pulid.sites import find_sites
+from lib_pulid.standin import TOKEN_WIDTH, write_files
+from lib_pulid.weights import Adapter, load_adapter
+from tests.layouts import count_hooks
+
+FAMILIES = ("sdxl", "flux")
+STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine threads that wait for each other take tenfold as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def bases() -> dict[str, Base]:
+    made = {family: load_base(f"tiny-{family}") for family in FAMILIES}
+    for base in made.values():
+        base.pipeline.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def adapters(bases, tmp_path_factory) -> dict[str, Adapter]:
+    widths = {family: [s.width for s in find_sites(denoiser_of(base.pipeline)).sites] for family, base in bases.items()}
+    files = write_files(tmp_path_factory.mktemp("files"), widths["sdxl"], widths["flux"][0])
+    return {"sdxl": load_adapter(files.sdxl), "flux": load_adapter(files.flux)}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(seed: int) -> Tensor:
+    return normal(seed, 1, 32, TOKEN_WIDTH)
+
+
+def person(seed: int = 1, uncond: int | None = 2) -> Identity:
+    return Identity(tokens(seed), None if uncond is None else tokens(uncond))
+
+
+def text(family: str, batch: int = 1) -> dict[str, Tensor]:
+    named = {"prompt_embeds": normal(21, batch, 8, TEXT_WIDTH), "pooled_prompt_embeds": normal(22, batch, POOLED_WIDTH)}
+    return {**named, **negative(batch)} if family == "sdxl" else named
+
+
+def negative(batch: int = 1) -> dict[str, Tensor]:
+    shapes = {"negative_prompt_embeds": (8, TEXT_WIDTH), "negative_pooled_prompt_embeds": (POOLED_WIDTH,)}
+    return {name: normal(23 + i, batch, *shape) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def draw(base: Base, injections: list[Injection] | None = None, **options: Any) -> Tensor:
+    """The final latents. `injections` None: without apply()."""
+    settings = {
+        "num_inference_steps": STEPS,
+        "height": 64,
+        "width": 64,
+        "guidance_scale": 4.0,
+        "generator": torch.Generator().manual_seed(3),
+        "output_type": "latent",
+        **(options if "prompt_embeds" in options else {**text(base.family), **options}),
+    }
+    if injections is None:
+        return base.pipeline(**settings).images
+    with apply(base.pipeline, injections):
+        return base.pipeline(**settings).images
+
+
+def every_step(base: Base, injections: list[Injection] | None, **options: Any) -> list[Tensor]:
+    """The latents after each step."""
+    seen: list[Tensor] = []
+
+    def keep(pipeline: Any, step: int, timestep: Any, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        seen.append(values["latents"].clone())
+        return values
+
+    draw(base, injections, callback_on_step_end=keep, **options)
+    return seen
+
+
+@dataclass
+class Calls:
+    """What the denoiser was told, and the text that it was really called with."""
+
+    steps: list[DenoiseStep] = field(default_factory=list)
+    texts: list[Tensor] = field(default_factory=list)
+
+    @property
+    def progress(self) -> list[float]:
+        return [round(step.progress, 6) for step in self.steps]
+
+    @property
+    def is_cond(self) -> list:
+        return [step.is_cond for step in self.steps]
+
+
+@pytest.fixture
+def calls(monkeypatch, bases) -> Calls:
+    recorded, real = Calls(), host.inject
+
+    def recording(sites, injections, step):
+        recorded.steps.append(step)
+        return real(sites, injections, step)
+
+    def keep_text(module, args, kwargs):
+        recorded.texts.append(kwargs["encoder_hidden_states"])
+
+    monkeypatch.setattr(host, "inject", recording)
+    handles = [denoiser_of(b.pipeline).register_forward_pre_hook(keep_text, with_kwargs=True) for b in bases.values()]
+    yield recorded
+    for handle in handles:
+        handle.remove()
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def test_nothing_asked_nothing_changed(bases, adapters, family):
+    """Bit for bit: weight 0, a window without a step, no injection at all."""
+    base, adapter = bases[family], adapters[family]
+    plain = draw(base)
+    assert torch.equal(draw(base), plain)
+    settings = [{"weight": 0.0}, {"start": 0.0, "end": 0.0}, {"start": 1.0, "end": 1.0}, {"start": 0.8, "end": 1.0}]
+    for setting in settings:
+        assert torch.equal(draw(base, [compile_injection(adapter, person(), **setting)]), plain), setting
+    assert torch.equal(draw(base, []), plain)
+    assert torch.equal(draw(base, [compile_injection(adapter, person())] * 0), plain)
+
+
+def test_an_identity_changes_the_picture(bases, adapters, family):
+    base, adapter = bases[family], adapters[family]
+    plain = draw(base)
+    pictures = [
+        draw(base, [compile_injection(adapter, person(seed), weight=w)]) for seed, w in ((1, 1), (1, 0.5), (9, 1))
+    ]
+    again = draw(base, [compile_injection(adapter, person(1), weight=1)])
+    assert torch.equal(again, pictures[0])
+    everything = [plain, *pictures]
+    for i, one in enumerate(everything):
+        assert torch.isfinite(one).all()
+        for other in everything[:i]:
+            assert (one - other).abs().max() > 1e-3
+    assert torch.equal(draw(base), plain)
+
+
+def test_two_identities_add_up(bases, adapters, family):
+    base = bases[family]
+    one, other = (compile_injection(adapters[family], person(seed), weight=0.5) for seed in (1, 9))
+    both = draw(base, [one, other])
+    assert all((both - draw(base, [single])).abs().max() > 1e-3 for single in (one, other))
+    assert torch.allclose(both, draw(base, [other, one]), atol=1e-3)
+
+
+def test_start_and_end(bases, adapters, family):
+    """Before `start` each step's latents are those without an identity, bit for bit; from there on they are not."""
+    base, adapter = bases[family], adapters[family]
+    plain, whole = every_step(base, None), every_step(base, [compile_injection(adapter, person())])
+    late = every_step(base, [compile_injection(adapter, person(), start=0.5)])
+    assert len(plain) == STEPS
+    assert [torch.equal(a, b) for a, b in zip(late, plain)] == [True, True, False, False]
+    early = every_step(base, [compile_injection(adapter, person(), end=0.5)])
+    assert [torch.equal(a, b) for a, b in zip(early, whole)] == [True, True, False, False]
+    assert not torch.equal(early[0], plain[0])
+    middle = every_step(base, [compile_injection(adapter, person(), start=0.25, end=0.5)])
+    assert [torch.equal(a, b) for a, b in zip(middle, plain)] == [True, False, False, False]
+    # After its end nothing acts: from the same latents on, the steps are the plain ones.
+    assert not torch.equal(middle[3], late[3])
+
+
+def test_masks(bases, adapters, family):
+    """On a picture that is not square: white is no mask, black is no identity, a part is neither."""
+    base, adapter, size = bases[family], adapters[family], {"height": 64, "width": 128}
+    left = torch.zeros(16, 32)
+    left[:, :8] = 1
+    masks = {"none": None, "white": torch.ones(5, 7), "black": torch.zeros(64, 128), "left": left}
+    drawn = {name: draw(base, [compile_injection(adapter, person(), mask=m)], **size) for name, m in masks.items()}
+    assert torch.allclose(drawn["white"], drawn["none"], atol=1e-4)
+    assert torch.allclose(drawn["black"], draw(base, **size), atol=1e-5)
+    for name in ("none", "black"):
+        assert (drawn["left"] - drawn[name]).abs().max() > 1e-3
+
+
+def test_paint(bases, adapters, family):
+    """The picture itself, as the command line makes it."""
+    base = bases[family]
+    plain = paint(base, "a sailor", seed=1, steps=2, size=64)
+    assert plain.size == (64, 64)
+    assert np.array_equal(plain, paint(base, "a sailor", seed=1, steps=2, size=64))
+    for other in (("a sailor", 2), ("a baker", 1)):
+        assert not np.array_equal(plain, paint(base, other[0], seed=other[1], steps=2, size=64))
+    assert not np.array_equal(plain, paint(base, "a sailor", seed=1, steps=2, size=64, guidance=2))
+    with apply(base.pipeline, [compile_injection(adapters[family], person())]):
+        assert not np.array_equal(plain, paint(base, "a sailor", seed=1, steps=2, size=64))
+    assert np.array_equal(plain, paint(base, "a sailor", seed=1, steps=2, size=64))
+
+
+# ---------------------------------------------------------------- what each call is told
+
+
+def test_progress_over_the_steps(bases, family, calls):
+    for steps in (1, 4, 5):
+        calls.steps.clear()
+        draw(bases[family], [], num_inference_steps=steps)
+        assert calls.progress == [round(i / steps, 6) for i in range(steps)]
+
+
+def test_latent_size(bases, family, calls):
+    draw(bases[family], [], num_inference_steps=1, height=64, width=128)
+    assert [step.latent_hw for step in calls.steps] == [(8, 16)]
+
+
+SCHEDULERS = ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler"]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_progress_with_other_schedulers(bases, calls, monkeypatch, name):
+    pipeline = bases["sdxl"].pipeline
+    monkeypatch.setattr(pipeline, "scheduler", getattr(diffusers, name).from_config(pipeline.scheduler.config))
+    draw(bases["sdxl"], [])
+    assert calls.progress == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_progress_with_a_second_order_scheduler(bases, calls, monkeypatch):
+    """Heun asks twice a step; progress never goes back and covers the whole range."""
+    pipeline = bases["sdxl"].pipeline
+    heun = diffusers.HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
+    monkeypatch.setattr(pipeline, "scheduler", heun)
+    draw(bases["sdxl"], [], num_inference_steps=8)
+    assert len(calls.steps) == 15
+    assert calls.progress == sorted(calls.progress)
+    assert calls.progress[0] == 0
+    assert 0.85 < calls.progress[-1] < 1
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sdxl_rows_with_cfg(bases, calls, batch):
+    draw(bases["sdxl"], [], **text("sdxl", batch))
+    assert calls.is_cond == [[False] * batch + [True] * batch] * STEPS
+    prompt, wrong = text("sdxl", batch)["prompt_embeds"], negative(batch)["negative_prompt_embeds"]
+    for rows in calls.texts:
+        assert torch.equal(rows, torch.cat((wrong, prompt)))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sdxl_rows_without_cfg(bases, calls, batch):
+    draw(bases["sdxl"], [], guidance_scale=1.0, **text("sdxl", batch))
+    assert calls.is_cond == [[True] * batch] * STEPS
+
+
+def test_several_images_per_prompt(bases, calls):
+    draw(bases["sdxl"], [], num_images_per_prompt=3, num_inference_steps=1)
+    assert calls.is_cond == [[False] * 3 + [True] * 3]
+
+
+def test_sdxl_uncond_rows_get_the_uncond_identity(bases, adapters):
+    """It matters with CFG, and only with CFG."""
+    base = bases["sdxl"]
+    for guidance, matters in ((7.0, True), (1.0, False)):
+        variants = [
+            draw(base, [compile_injection(adapters["sdxl"], person(1, uncond))], guidance_scale=guidance)
+            for uncond in (2, 8, None)
+        ]
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            difference = (variants[i] - variants[j]).abs().max()
+            assert difference > 1e-3 if matters else difference < 1e-4  # compiled with and without it: rounding
+
+
+def test_flux_without_true_cfg(bases, calls):
+    draw(bases["flux"], [])
+    assert calls.is_cond == [True] * STEPS
+
+
+TRUE_CFG = {"true_cfg_scale": 3.0, **negative()}
+
+
+def test_flux_true_cfg_rows(bases, calls):
+    """The call with the prompt is cond, the one with the negative prompt is not; progress is that of the step."""
+    draw(bases["flux"], [], **text("flux"), **TRUE_CFG)
+    assert calls.is_cond == [True, False] * STEPS
+    assert calls.progress == [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    prompt, wrong = text("flux")["prompt_embeds"], TRUE_CFG["negative_prompt_embeds"]
+    for is_cond, used in zip(calls.is_cond, calls.texts):
+        assert torch.equal(used, prompt if is_cond else wrong)
+
+
+def test_flux_uncond_calls_get_the_uncond_identity(bases, adapters):
+    base = bases["flux"]
+    for options, matters in ((TRUE_CFG, True), ({}, False)):
+        variants = [
+            draw(base, [compile_injection(adapters["flux"], person(1, uncond))], **text("flux"), **options)
+            for uncond in (2, 8, None)
+        ]
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            difference = (variants[i] - variants[j]).abs().max()
+            assert difference > 1e-3 if matters else difference < 1e-4  # compiled with and without it: rounding
+
+
+class Breaking(Exception):
+    pass
+
+
+def test_flux_true_cfg_after_a_run_that_broke_off(bases, calls):
+    """A run that stops between its two calls does not turn the next one's around."""
+    base = bases["flux"]
+    broken = base.pipeline.transformer.proj_out.register_forward_hook(_raise_at(1))
+    with apply(base.pipeline, []):
+        with pytest.raises(Breaking):
+            _unwrapped(base, **TRUE_CFG)
+        broken.remove()
+        assert calls.is_cond == [True]
+        calls.steps.clear()
+        _unwrapped(base, **TRUE_CFG)
+    assert calls.is_cond == [True, False] * STEPS
+
+
+def _unwrapped(base: Base, **options: Any) -> Tensor:
+    """A picture inside an apply() of the caller's."""
+    return draw(base, None, **text(base.family), **options)
+
+
+def _raise_at(call: int, seen: list | None = None):
+    count = []
+
+    def hook(module, args, output):
+        count.append(1)
+        if len(count) == call:
+            raise Breaking("in the denoiser")
+
+    return hook
+
+
+@pytest.mark.parametrize("steps", [50, 120])
+def test_flux_in_half_precision_with_many_steps(bases, calls, monkeypatch, steps):
+    """In bfloat16 neighbouring timesteps become equal; without a negative prompt every call is cond all the same."""
+    pipeline = load_base("tiny-flux").pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer.to(torch.bfloat16)
+    monkeypatch.setattr(pipeline.transformer, "forward", lambda hidden_states, **_: (torch.zeros_like(hidden_states),))
+    half = {name: value.bfloat16() for name, value in text("flux").items()}
+    draw(Base(pipeline, "flux", True), [], num_inference_steps=steps, **half)
+    assert len(calls.steps) == steps
+    assert calls.is_cond == [True] * steps
+    for i, progress in enumerate(calls.progress):
+        assert abs(progress - i / steps) < 0.02
+
+
+# ---------------------------------------------------------------- image to image
+
+
+def image_to_image(base: Base) -> Base:
+    kind = {"sdxl": diffusers.StableDiffusionXLImg2ImgPipeline, "flux": diffusers.FluxImg2ImgPipeline}[base.family]
+    keep = {} if base.family == "flux" else {"add_watermarker": False}
+    pipeline = kind(**base.pipeline.components, **keep)
+    pipeline.set_progress_bar_config(disable=True)
+    return Base(pipeline, base.family, stand_in=True)
+
+
+def of_image(strength: float, steps: int) -> dict[str, Any]:
+    picture = normal(31, 1, 3, 64, 64).clamp(-1, 1) / 2 + 0.5
+    return {"image": picture, "strength": strength, "num_inference_steps": steps, "height": None, "width": None}
+
+
+@pytest.mark.parametrize(("strength", "steps", "run"), [(0.5, 8, 4), (1.0, 4, 4), (0.3, 10, 3)])
+def test_image_to_image_progress(bases, family, calls, strength, steps, run):
+    """Only the last of the scheduler's timesteps are run; progress goes over those."""
+    options = of_image(strength, steps)
+    draw(image_to_image(bases[family]), [], **{k: v for k, v in options.items() if v is not None} | _size(family))
+    assert calls.progress == [round(i / run, 6) for i in range(run)]
+
+
+def _size(family: str) -> dict[str, int]:
+    return {"height": 64, "width": 64} if family == "flux" else {}
+
+
+def test_image_to_image(bases, adapters, family, monkeypatch):
+    base = image_to_image(bases[family])
+    options = {k: v for k, v in of_image(0.5, 8).items() if v is not None} | _size(family)
+    adapter = adapters[family]
+    plain = every_step(base, None, **options)
+    assert torch.equal(every_step(base, [compile_injection(adapter, person(), weight=0)], **options)[-1], plain[-1])
+    late = every_step(base, [compile_injection(adapter, person(), start=0.5)], **options)
+    assert [torch.equal(a, b) for a, b in zip(late, plain)] == [True, True, False, False]
+
+
+def test_progress_with_denoising_end(bases, calls):
+    """The base of a base-and-refiner pair runs only the first of the scheduler's timesteps."""
+    draw(bases["sdxl"], [], num_inference_steps=10, denoising_end=0.5)
+    count = len(calls.steps)
+    assert 4 <= count <= 6
+    # Whether as a share of the steps that are run or of all of them: it grows from the first step on.
+    assert calls.progress in ([round(i / count, 6) for i in range(count)], [round(i / 10, 6) for i in range(count)])
+
+
+# ---------------------------------------------------------------- what is left behind
+
+
+def test_no_hook_is_left(bases, adapters, family):
+    base = bases[family]
+    denoiser = denoiser_of(base.pipeline)
+    before = count_hooks(denoiser)
+    injection = compile_injection(adapters[family], person())
+    during = []
+    handle = list(denoiser.children())[-1].register_forward_hook(lambda *_: during.append(count_hooks(denoiser)))
+    with apply(base.pipeline, [injection]):
+        assert count_hooks(denoiser) == before + 3  # two on the denoiser itself, and the one above
+        draw(base, None)
+        assert count_hooks(denoiser) == before + 3
+    handle.remove()
+    # While it runs: two hooks a site on SDXL (70), one on FLUX (20).
+    assert set(during) == {before + 3 + {"sdxl": 2 * 70, "flux": 20}[family]}
+    assert count_hooks(denoiser) == before
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_no_hook_is_left_after_an_exception(bases, adapters, family, call):
+    """In the midst of the denoiser; what comes after it, inside the `with` and outside, is as if nothing had been."""
+    base, injection = bases[family], compile_injection(adapters[family], person())
+    denoiser = denoiser_of(base.pipeline)
+    before, plain, changed = count_hooks(denoiser), draw(base), draw(base, [injection])
+    inner = denoiser.mid_block if family == "sdxl" else denoiser.transformer_blocks[-1]
+    with apply(base.pipeline, [injection]):
+        handle = inner.register_forward_hook(_raise_at(call))
+        with pytest.raises(Breaking, match="in the denoiser"):
+            draw(base, None)
+        handle.remove()
+        assert count_hooks(denoiser) == before + 2
+        assert torch.equal(draw(base, None), changed)
+    assert count_hooks(denoiser) == before
+    handle = inner.register_forward_hook(_raise_at(call))
+    with pytest.raises(Breaking):
+        draw(base, [injection])
+    handle.remove()
+    assert count_hooks(denoiser) == before
+    assert torch.equal(draw(base), plain)
+
+
+def test_no_hook_is_left_after_an_exception_between_calls(bases, adapters, family):
+    base, injection = bases[family], compile_injection(adapters[family], person())
+    denoiser = denoiser_of(base.pipeline)
+    before = count_hooks(denoiser)
+
+    def stop(*_):
+        raise Breaking("user pressed stop")
+
+    with pytest.raises(Breaking):
+        draw(base, [injection], callback_on_step_end=stop)
+    assert count_hooks(denoiser) == before
+
+
+def test_the_wrong_family_is_refused(bases, adapters, family):
+    base, other = bases[family], {"sdxl": "flux", "flux": "sdxl"}[family]
+    denoiser, plain = denoiser_of(base.pipeline), draw(base)
+    before = count_hooks(denoiser)
+    with pytest.raises(UnsupportedModelError, match=f"The PuLID file is for {other.upper()}"):
+        draw(base, [compile_injection(adapters[other], person())])
+    assert count_hooks(denoiser) == before
+    assert torch.equal(draw(base), plain)
+
+
+def test_another_denoiser_is_refused():
+    class Pipeline:
+        unet = torch.nn.Linear(2, 2)
+
+    with pytest.raises(UnsupportedModelError, match="Linear is neither"), apply(Pipeline(), []):
+        pass
+    assert count_hooks(Pipeline.unet) == 0
+
+
+def test_several_pictures_in_one_with(bases, adapters, family, calls):
+    """Each as if alone, also with the same number of steps, and with one step only."""
+    base, injection = bases[family], compile_injection(adapters[family], person(), start=0.25)
+    options = [{}, {}, {"num_inference_steps": 1}, {"num_inference_steps": 1}, {"num_inference_steps": 3}]
+    alone = [draw(base, [injection], **o) for o in options]
+    calls.steps.clear()
+    with apply(base.pipeline, [injection]):
+        together = [draw(base, None, **o) for o in options]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+    expected = [i / n for n in (4, 4, 1, 1, 3) for i in range(n)]
+    assert calls.progress == [round(p, 6) for p in expected]
+    assert calls.is_cond == [[False, True] if family == "sdxl" else True] * len(expected)
+
+
+def test_one_with_inside_another(bases, adapters, family):
+    base = bases[family]
+    one, other = (compile_injection(adapters[family], person(seed)) for seed in (1, 9))
+    before = count_hooks(denoiser_of(base.pipeline))
+    with apply(base.pipeline, [one]):
+        inner = draw(base, [other])
+        assert torch.equal(draw(base, None), draw(base, []))
+    assert count_hooks(denoiser_of(base.pipeline)) == before
+    assert not torch.equal(inner, draw(base, [one]))

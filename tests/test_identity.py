@@ -1,0 +1,370 @@
+"""Identities: saved whole or not at all, made of several photos the official way, refused by other adapters."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lib_pulid.errors import IdentityMismatchError, SettingError
+from lib_pulid.identity import FILE_FORMAT, FaceFeatures, Identity, encode_identity
+from lib_pulid.injection import compile_injection
+from lib_pulid.standin import (
+    ID_COND,
+    TOKEN_WIDTH,
+    TOWER_WIDTH,
+    cross_attention_pair,
+    flux_file,
+    id_encoder,
+    id_former,
+    image_stream,
+    random_weights,
+    sdxl_file,
+)
+from lib_pulid.weights import Adapter, load_adapter
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def an_identity(**changes: object) -> Identity:
+    values = {
+        "cond": normal(1, 1, 10, 64),
+        "uncond": normal(2, 1, 10, 64),
+        "info": {"adapter": "PuLID v1 for SDXL", "name": "Zoë 李", "photos": "1"},
+        "thumbnail": np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3),
+    }
+    return Identity(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def photo(seed: int, patches: int = 3) -> FaceFeatures:
+    hidden = tuple(normal(seed + 1 + i, 1, 1 + patches, TOWER_WIDTH) for i in range(5))
+    return FaceFeatures(normal(seed, 1, ID_COND), hidden)
+
+
+PHOTOS = [photo(10), photo(30), photo(50)]
+
+
+def adapters(folder: Path, seed: int = 1) -> dict[str, Adapter]:
+    pairs = random_weights(nn.ModuleList(cross_attention_pair(16, TOKEN_WIDTH) for _ in range(2)).state_dict(), 2)
+    modules = random_weights(nn.ModuleList(image_stream(24, TOKEN_WIDTH) for _ in range(2)).state_dict(), 3)
+    v1, v11 = (random_weights(encoder.state_dict(), seed) for encoder in (id_encoder(), id_former()))
+    states = {"v1": sdxl_file(v1, pairs), "v1.1": sdxl_file(v11, pairs), "flux": flux_file(v11, modules)}
+    for name, state in states.items():
+        save_file(state, folder / f"{name}_{seed}.safetensors")
+    return {name: load_adapter(folder / f"{name}_{seed}.safetensors") for name in states}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return adapters(tmp_path_factory.mktemp("adapters"))
+
+
+# ---------------------------------------------------------------- the identity itself
+
+
+@pytest.mark.parametrize("shape", [(10, 64), (2, 10, 64), (1, 1, 10, 64)])
+def test_tokens_have_to_be_of_one_person(shape):
+    with pytest.raises(SettingError, match=r"Identity\.cond has shape .*\[1, N, D\]"):
+        Identity(torch.zeros(shape))
+
+
+def test_cond_and_uncond_have_one_shape():
+    with pytest.raises(SettingError, match="differ in shape"):
+        Identity(torch.zeros(1, 10, 64), torch.zeros(1, 5, 64))
+
+
+def test_short_hash():
+    identity = an_identity()
+    name = identity.short_hash
+    assert len(name) == 10
+    int(name, 16)
+    other_layout = identity.cond.transpose(1, 2).contiguous().transpose(1, 2)
+    assert Identity(other_layout).short_hash == Identity(identity.cond.double()).short_hash == name
+    changed = identity.cond.clone()
+    changed[0, 9, 63] = torch.nextafter(changed[0, 9, 63], torch.tensor(9.0))
+    assert Identity(changed).short_hash != name
+
+
+# ---------------------------------------------------------------- saved and loaded
+
+
+def test_round_trip(tmp_path):
+    identity = an_identity()
+    identity.cond[0, 0, 0], identity.cond[0, 0, 1] = 1e-42, -0.0  # bit-identical means these, too
+    path = identity.save(tmp_path / "new" / "folder" / "person.safetensors")
+    assert path == tmp_path / "new" / "folder" / "person.safetensors"
+    loaded = Identity.load(path)
+    for ours, theirs in ((loaded.cond, identity.cond), (loaded.uncond, identity.uncond)):
+        assert ours.dtype == torch.float32
+        assert ours.numpy().tobytes() == theirs.numpy().tobytes()
+    assert loaded.info == identity.info
+    assert loaded.thumbnail.dtype == np.uint8
+    assert np.array_equal(loaded.thumbnail, identity.thumbnail)
+    assert loaded.short_hash == identity.short_hash
+    assert os.listdir(path.parent) == ["person.safetensors"]
+
+
+def test_round_trip_of_the_least(tmp_path):
+    loaded = Identity.load(Identity(normal(1, 1, 3, 4)).save(tmp_path / "x.safetensors"))
+    assert (loaded.uncond, loaded.thumbnail, dict(loaded.info)) == (None, None, {})
+
+
+def test_round_trip_of_views_and_half_precision(tmp_path):
+    turned, mirrored = normal(1, 1, 64, 10).transpose(1, 2), an_identity().thumbnail[:, ::-1, ::-1]
+    loaded = Identity.load(an_identity(cond=turned, thumbnail=mirrored).save(tmp_path / "x.safetensors"))
+    assert torch.equal(loaded.cond, turned)
+    assert np.array_equal(loaded.thumbnail, mirrored)
+    half = Identity(normal(1, 1, 3, 4).half())
+    assert torch.equal(Identity.load(half.save(tmp_path / "h.safetensors")).cond, half.cond.float())
+
+
+def test_saving_replaces(tmp_path):
+    path = an_identity().save(tmp_path / "x.safetensors")
+    loaded = Identity.load(path)
+    other = an_identity(cond=normal(7, 1, 10, 64))
+    other.save(path)
+    assert torch.equal(Identity.load(path).cond, other.cond)
+    assert torch.equal(loaded.cond, an_identity().cond)  # what was read before is not touched
+
+
+def test_a_saved_file_can_be_read_by_others(tmp_path):
+    """As any file that a program writes: by the umask, not 0600 as tempfile makes them."""
+    before = os.umask(0o022)
+    try:
+        mode = an_identity().save(tmp_path / "x.safetensors").stat().st_mode & 0o777
+    finally:
+        os.umask(before)
+    assert mode == 0o644
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("where", ["write", "replace"])
+@pytest.mark.parametrize("error", [OSError, Interrupted])
+@pytest.mark.parametrize("old_file", [True, False])
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, old_file, where, error):
+    path = tmp_path / "x.safetensors"
+    if old_file:
+        an_identity().save(path)
+
+    def half_written(*args, **_):
+        with open(next(arg for arg in args if isinstance(arg, (str, Path))), "wb") as file:
+            file.write(b"half of a fi")
+        raise error("disk full")
+
+    def not_replaced(source, target):
+        assert Path(source).stat().st_size > 1000
+        raise error("target is open")
+
+    with monkeypatch.context() as patch:
+        if where == "write":
+            patch.setattr(safetensors.torch, "save_file", half_written)  # whichever of these it writes with
+            patch.setattr(Path, "write_bytes", half_written)
+        else:
+            patch.setattr(os, "replace", not_replaced)
+        with pytest.raises(error):
+            an_identity(cond=normal(7, 1, 10, 64)).save(path)
+    assert os.listdir(tmp_path) == (["x.safetensors"] if old_file else [])
+    if old_file:
+        assert torch.equal(Identity.load(path).cond, an_identity().cond)
+
+
+# ---------------------------------------------------------------- files that are no identity
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(IdentityMismatchError, match=r"The saved identity x\.safetensors was not found in "):
+        Identity.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.3, 0.99])
+def test_truncated_file(tmp_path, keep):
+    path = an_identity().save(tmp_path / "x.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(IdentityMismatchError, match=r"x\.safetensors is not a saved identity, or is damaged"):
+        Identity.load(path)
+
+
+def test_foreign_files(tmp_path, made):
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    torch.save({"cond": torch.zeros(1, 2, 3)}, tmp_path / "pickle.bin")
+    save_file({"cond": torch.zeros(1, 2, 3)}, tmp_path / "plain.safetensors")
+    save_file({"cond": torch.zeros(1, 2, 3)}, tmp_path / "other.safetensors", {"format": "pt", "version": "1"})
+    save_file({"uncond": torch.zeros(1, 2, 3)}, tmp_path / "no_cond", {"format": FILE_FORMAT, "version": "1"})
+    for path in [*tmp_path.iterdir(), made["v1.1"].path]:
+        with pytest.raises(IdentityMismatchError, match=f"{path.name} is not a saved identity"):
+            Identity.load(path)
+
+
+def saved(path: Path, version: str | None = "1", **tensors: Tensor) -> Path:
+    metadata = {"format": FILE_FORMAT} if version is None else {"format": FILE_FORMAT, "version": version}
+    save_file({"cond": normal(1, 1, 10, 64), **tensors}, path, metadata)
+    return path
+
+
+def test_a_later_version(tmp_path):
+    for version in ("2", "1.1"):
+        with pytest.raises(IdentityMismatchError, match=r"x\.safetensors was written by a later version"):
+            Identity.load(saved(tmp_path / "x.safetensors", version))
+    with pytest.raises(IdentityMismatchError):
+        Identity.load(saved(tmp_path / "x.safetensors", None))
+    assert Identity.load(saved(tmp_path / "x.safetensors")).info == {}
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"cond": torch.zeros(10, 64)},
+        {"cond": torch.zeros(2, 10, 64)},
+        {"uncond": torch.zeros(1, 9, 64)},
+        {"cond": normal(1, 1, 10, 64).index_fill(1, torch.tensor([9]), float("nan"))},
+        {"cond": normal(1, 1, 10, 64).index_fill(2, torch.tensor([0]), float("inf"))},
+        {"uncond": normal(1, 1, 10, 64).index_fill(1, torch.tensor([3]), float("nan"))},
+    ],
+    ids=["cond shape", "two persons", "uncond shape", "cond nan", "cond inf", "uncond nan"],
+)
+def test_damaged_tokens(tmp_path, tensors):
+    with pytest.raises(IdentityMismatchError, match=r"x\.safetensors is damaged"):
+        Identity.load(saved(tmp_path / "x.safetensors", **tensors))
+
+
+# ---------------------------------------------------------------- several photos of one person
+
+
+def tokens(adapter: Adapter, features: FaceFeatures) -> Tensor:
+    with torch.no_grad():
+        return adapter.encoder(features.id_cond, features.vit_hidden)
+
+
+def nothing(features: FaceFeatures) -> FaceFeatures:
+    return FaceFeatures(torch.zeros_like(features.id_cond), tuple(torch.zeros_like(h) for h in features.vit_hidden))
+
+
+@pytest.mark.parametrize(("fusion", "kept"), [("official", 5), ("id_mix", 10)])
+def test_v1_fusion(made, fusion, kept):
+    adapter = made["v1"]
+    identity = encode_identity(PHOTOS, adapter, fusion=fusion)
+    main, *others = [tokens(adapter, p) for p in PHOTOS]
+    assert main.shape[1] == 10
+    assert torch.equal(identity.cond, torch.cat([main, *(t[:, :kept] for t in others)], dim=1))
+    empty = tokens(adapter, nothing(PHOTOS[0]))
+    assert torch.equal(identity.uncond, torch.cat([empty, empty[:, :kept], empty[:, :kept]], dim=1))
+    assert identity.cond.shape == (1, 10 + 2 * kept, TOKEN_WIDTH)
+
+
+@pytest.mark.parametrize("name", ["v1.1", "flux"])
+def test_fusion_in_the_encoder(made, name):
+    adapter = made[name]
+    identity = encode_identity(PHOTOS, adapter)
+    hidden = tuple(torch.cat([p.vit_hidden[i] for p in PHOTOS], dim=1) for i in range(5))
+    together = FaceFeatures(torch.stack([p.id_cond for p in PHOTOS], dim=1), hidden)
+    assert together.id_cond.shape == (1, 3, ID_COND)
+    assert torch.equal(identity.cond, tokens(adapter, together))
+    assert torch.equal(identity.uncond, tokens(adapter, nothing(PHOTOS[0])))
+    assert identity.cond.shape == (1, 32, TOKEN_WIDTH)
+
+
+@pytest.mark.parametrize("name", ["v1", "v1.1", "flux"])
+def test_average(made, name):
+    adapter = made[name]
+    identity = encode_identity(PHOTOS, adapter, fusion="average")
+    mean = sum(tokens(adapter, p) for p in PHOTOS) / 3
+    assert identity.cond.shape == mean.shape
+    assert torch.allclose(identity.cond, mean, atol=1e-5)
+    assert torch.allclose(identity.uncond, tokens(adapter, nothing(PHOTOS[0])), atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["official", "id_mix", "average"])
+def test_one_photo_is_the_same_in_every_fusion(made, fusion):
+    identity = encode_identity(PHOTOS[:1], made["v1"], fusion=fusion)
+    assert torch.equal(identity.cond, tokens(made["v1"], PHOTOS[0]))
+    assert identity.info["fusion"] == fusion
+
+
+def test_the_main_photo_is_the_first(made):
+    forwards, backwards = (encode_identity(order, made["v1"]) for order in (PHOTOS, PHOTOS[::-1]))
+    assert torch.equal(backwards.cond[:, :10], tokens(made["v1"], PHOTOS[2]))
+    assert forwards.short_hash != backwards.short_hash
+
+
+@pytest.mark.parametrize("name", ["v1.1", "flux"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_id_mix_exists_in_v1_only(made, name, count):
+    with pytest.raises(SettingError, match=f"id_mix exists in PuLID v1 only; the loaded file is {made[name].label}"):
+        encode_identity(PHOTOS[:count], made[name], fusion="id_mix")
+
+
+def test_unknown_fusion_and_no_photo(made):
+    with pytest.raises(SettingError, match="official, id_mix, average"):
+        encode_identity(PHOTOS, made["v1"], fusion="mean")
+    with pytest.raises(SettingError, match="at least one photo"):
+        encode_identity([], made["v1"])
+
+
+def test_info_and_thumbnail_are_kept(made, tmp_path):
+    thumbnail = an_identity().thumbnail
+    identity = encode_identity(PHOTOS, made["flux"], info={"name": "Ada", "photos": "four"}, thumbnail=thumbnail)
+    assert identity.info == {
+        "adapter": "PuLID v0.9 for FLUX",
+        "encoder": made["flux"].fingerprint,
+        "photos": "four",  # what the caller says, counts
+        "fusion": "official",
+        "made_by": identity.info["made_by"],
+        "name": "Ada",
+    }
+    assert identity.info["made_by"].startswith("sd-webui-pulid ")
+    loaded = Identity.load(identity.save(tmp_path / "x.safetensors"))
+    assert loaded.info == identity.info
+    assert np.array_equal(loaded.thumbnail, thumbnail)
+    assert encode_identity(PHOTOS, made["flux"]).info["photos"] == "3"
+
+
+def test_tokens_carry_no_gradient(made):
+    identity = encode_identity(PHOTOS[:1], made["v1"])
+    assert not identity.cond.requires_grad
+    assert not identity.uncond.requires_grad
+    assert identity.cond.dtype == torch.float32
+
+
+# ---------------------------------------------------------------- the adapter it belongs to
+
+
+def test_an_identity_of_other_weights_is_refused(made, tmp_path):
+    others = adapters(tmp_path, seed=9)
+    for name, adapter in made.items():
+        identity = Identity.load(encode_identity(PHOTOS[:1], adapter).save(tmp_path / "saved.safetensors"))
+        compile_injection(adapter, identity)
+        words = (
+            f"made with {adapter.label} .*{adapter.fingerprint}.*{name}_9.safetensors is .*{others[name].fingerprint}"
+        )
+        with pytest.raises(IdentityMismatchError, match=words):
+            compile_injection(others[name], identity)
+
+
+def test_an_identity_of_another_version_is_refused(made):
+    identity = encode_identity(PHOTOS[:1], made["v1"])
+    with pytest.raises(IdentityMismatchError, match="Make it again from the photo"):
+        compile_injection(made["v1.1"], identity)
+
+
+def test_an_identity_fits_the_half_precision_file(made, tmp_path):
+    state = safetensors.torch.load_file(made["v1.1"].path)
+    save_file({key: value.half() for key, value in state.items()}, tmp_path / "half.safetensors")
+    identity = encode_identity(PHOTOS[:1], made["v1.1"])
+    assert len(compile_injection(load_adapter(tmp_path / "half.safetensors"), identity).sites) == 2
+
+
+def test_tokens_of_another_width_are_refused(made):
+    with pytest.raises(IdentityMismatchError, match=r"tokens are 2048 wide, v1_1\.safetensors needs 64"):
+        compile_injection(made["v1"], Identity(torch.zeros(1, 10, 2048)))

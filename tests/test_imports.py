@@ -1,0 +1,188 @@
+"""Imports point downward; what is heavy or belongs to a host is imported only where it may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module imports from layers below its own only. A new module has to be given its place here.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("lib_pulid",),
+    ("errors",),
+    ("images", "encoders", "sites", "catalog"),
+    ("weights", "faces"),
+    ("vision", "face_models", "haar", "attention"),
+    ("identity",),
+    ("photos", "injection", "standin", "units"),
+    ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other
+    ("standalone", "webui"),
+    ("demo", "doctor"),
+    ("cli",),
+    ("__main__",),
+)
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+HOST_MODULES = {"modules", "modules_forge", "backend", "launch", "ldm", "sgm", "ldm_patched", "k_diffusion"}
+GRADIO = {"gradio", "gradio_client", "fastapi"}
+
+
+def sources(root: Path) -> dict[str, Path]:
+    """Dotted name -> file, of the package, of scripts/ and of the files beside them."""
+    files = [*(root / "lib_pulid").rglob("*.py"), *(root / "scripts").glob("*.py"), *root.glob("*.py")]
+    names = {}
+    for path in files:
+        parts = path.relative_to(root).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imports(name: str, path: Path, modules: dict[str, Path]) -> Iterator[tuple[int, str]]:
+    """Line and full name of every import, also of those inside functions and for types only."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                source = ".".join([*above, *([source] if source else [])])
+            for alias in node.names:  # `from lib_pulid import catalog` imports a module
+                full = f"{source}.{alias.name}"
+                yield node.lineno, full if full in modules else source
+
+
+def part(name: str) -> str:
+    """lib_pulid.hosts.forge -> hosts: what has a layer."""
+    pieces = name.split(".")
+    return pieces[0] if len(pieces) == 1 else pieces[1]
+
+
+def problems(root: Path) -> list[str]:
+    modules, found = sources(root), []
+    for name, path in sorted(modules.items()):
+        for line, target in imports(name, path, modules):
+            where = f"{path.relative_to(root)}:{line} imports {target}"
+            if target.split(".")[0] == "lib_pulid":
+                if target not in modules:
+                    found.append(f"{where}, which does not exist")
+                elif name.startswith("lib_pulid") and part(name) != part(target):
+                    mine, theirs = LAYER.get(part(name)), LAYER.get(part(target))
+                    if mine is None or theirs is None:
+                        found.append(f"{where}: one of them has no place in LAYERS")
+                    elif theirs >= mine:
+                        found.append(f"{where}, which is not below it")
+                continue
+            top = target.split(".")[0]
+            home = part(name) if name.startswith("lib_pulid") else name.split(".")[0]
+            if top in HOST_MODULES and home not in ("hosts", "webui", "scripts", "install", "preload"):
+                found.append(f"{where}: only hosts, webui and scripts know a host")
+            if top in GRADIO and home not in ("webui", "scripts"):
+                found.append(f"{where}: only webui knows gradio")
+            if top == "diffusers" and not name.startswith("lib_pulid.hosts.diffusers"):
+                found.append(f"{where}: only hosts/diffusers*.py know diffusers")
+    return [*found, *cycles(modules)]
+
+
+def cycles(modules: dict[str, Path]) -> list[str]:
+    edges = {
+        name: {t for _, t in imports(name, path, modules) if t in modules and t != name}
+        for name, path in modules.items()
+    }
+    found, done = [], set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if name in trail:
+            found.append("a circle: " + " -> ".join((*trail[trail.index(name) :], name)))
+        elif name not in done:
+            for target in sorted(edges[name]):
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in sorted(edges):
+        visit(name, ())
+    return found
+
+
+def test_imports_point_downward():
+    assert problems(ROOT) == []
+
+
+def test_every_module_was_looked_at():
+    seen = sources(ROOT)
+    assert {"lib_pulid", "lib_pulid.errors", "lib_pulid.hosts.diffusers", "lib_pulid.cli"} <= set(seen)
+    assert len(LAYER) == sum(map(len, LAYERS))  # no module has two places
+
+
+def test_hosts_do_not_know_each_other():
+    """Each host is one file over what they share; the package itself knows none of them."""
+    modules = sources(ROOT)
+    shared = {"lib_pulid.hosts", "lib_pulid.hosts.webui"}
+    own = {"lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers"}}
+    for name, path in modules.items():
+        if name.startswith("lib_pulid.hosts"):
+            others = {t for _, t in imports(name, path, modules) if t.startswith("lib_pulid.hosts")} - {name}
+            assert others <= ((shared | own.get(name, set())) if name not in shared else {"lib_pulid.hosts"}), name
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "words"),
+    [
+        ("lib_pulid/errors.py", "from lib_pulid.images import load_image", "not below it"),
+        ("lib_pulid/encoders.py", "def f():\n    from lib_pulid import weights", "not below it"),
+        ("lib_pulid/faces.py", "from .weights import Adapter", "not below it"),
+        ("lib_pulid/injection.py", "import lib_pulid.hosts.diffusers", "not below it"),
+        ("lib_pulid/photos.py", "from lib_pulid.hosts import diffusers", "not below it"),
+        ("lib_pulid/hosts/diffusers.py", "from ..standalone import Workshop", "not below it"),
+        ("lib_pulid/hosts/diffusers.py", "from . import diffusers_base", "a circle: "),
+        ("lib_pulid/images.py", "def f():\n    from modules import shared", "know a host"),
+        ("lib_pulid/standalone.py", "import backend.memory_management", "know a host"),
+        ("lib_pulid/hosts/diffusers.py", "import gradio as gr", "knows gradio"),
+        ("lib_pulid/cli.py", "import gradio", "knows gradio"),
+        ("lib_pulid/attention.py", "from diffusers.models import attention", "know diffusers"),
+        ("lib_pulid/new.py", "from lib_pulid.errors import PulidError", "no place in LAYERS"),
+        ("lib_pulid/cli.py", "from lib_pulid.gone import x", "does not exist"),
+    ],
+)
+def test_a_wrong_import_is_found(tmp_path, file, line, words):
+    """The check itself: one wrong line in a copy of the sources."""
+    for path in sources(ROOT).values():
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    assert problems(tmp_path) == problems(ROOT)
+    with (tmp_path / file).open("a") as handle:
+        handle.write(f"\n{line}\n")
+    new = set(problems(tmp_path)) - set(problems(ROOT))
+    assert new
+    assert any(words in problem for problem in new)
+
+
+HEAVY = "torch numpy cv2 PIL insightface onnxruntime timm facexlib diffusers transformers torchvision safetensors"
+OF_INJECTION = "insightface onnxruntime timm facexlib diffusers cv2 torchvision transformers PIL"
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("lib_pulid", HEAVY),
+        ("lib_pulid.errors", HEAVY),
+        ("lib_pulid.catalog", HEAVY),
+        ("lib_pulid.injection", OF_INJECTION),
+        ("lib_pulid.hosts.diffusers", OF_INJECTION),
+        ("lib_pulid.photos", "insightface onnxruntime timm facexlib diffusers cv2 torchvision transformers"),
+    ],
+)
+def test_heavy_libraries_load_when_used(module, forbidden):
+    code = (
+        f"import sys, {module}; print(*sorted({{m.split('.')[0] for m in sys.modules}} & set({forbidden.split()!r})))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []

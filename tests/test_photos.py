@@ -1,0 +1,361 @@
+"""Photos -> Identity with the real insightface and facexlib on small files; what is remembered runs no encoder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from lib_pulid.errors import ImageError, NoFaceError, SettingError
+from lib_pulid.faces import Face, FaceChoice, read_face
+from lib_pulid.identity import Identity, encode_identity, face_features
+from lib_pulid.images import thumbnail
+from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, identity_key, make_identity
+from lib_pulid.standin import (
+    TOKEN_WIDTH,
+    TOWER_WIDTH,
+    cross_attention_pair,
+    id_encoder,
+    random_weights,
+    sdxl_file,
+    tower_shapes,
+)
+from lib_pulid.vision import load_vision_tower
+from lib_pulid.weights import load_adapter
+from tests.face_standins import blank, draw_face, write_face_files
+
+pytest.importorskip("insightface")
+pytest.importorskip("facexlib")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("photos")
+
+
+@pytest.fixture(scope="module")
+def models(folder) -> Encoders:
+    from lib_pulid.face_models import load_face_models
+
+    tower = random_weights(tower_shapes(TOWER_WIDTH, 768), seed=4)
+    torch.save({f"visual.{key}": value for key, value in tower.items()}, folder / "eva.pt")
+    faces = load_face_models(write_face_files(folder))
+    faces = replace(faces, landmarker=Remembering(faces.landmarker))
+    return Encoders(faces, load_vision_tower(folder / "eva.pt"))
+
+
+class Remembering:
+    """A detector that looks at the same image only once: RetinaFace takes most of these tests' time."""
+
+    def __init__(self, detector) -> None:
+        self._detector, self._seen = detector, {}
+
+    def detect(self, image: np.ndarray) -> list:
+        key = (image.shape, image.tobytes())
+        if key not in self._seen:
+            self._seen[key] = self._detector.detect(image)
+        return list(self._seen[key])
+
+
+def write_adapter(path: Path, seed: int) -> Path:
+    pair = random_weights(nn.ModuleList([cross_attention_pair(8, TOKEN_WIDTH)]).state_dict(), 2)
+    save_file(sdxl_file(random_weights(id_encoder().state_dict(), seed), pair), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(folder):
+    return load_adapter(write_adapter(folder / "v1.safetensors", seed=1))
+
+
+def two_faces(shade: int = 0) -> np.ndarray:
+    """A large face on the left, a smaller one on the right."""
+    image = blank(300, 220)
+    draw_face(image, (100, 120), 90, shade=shade)
+    draw_face(image, (235, 100), 60, shade=6)
+    return image
+
+
+def png(path: Path, image: np.ndarray) -> Path:
+    Image.fromarray(image).save(path)
+    return path
+
+
+class Counting:
+    """Gives the models and counts how often it was asked."""
+
+    def __init__(self, models: Encoders) -> None:
+        self.models, self.calls = models, 0
+
+    def __call__(self) -> Encoders:
+        self.calls += 1
+        return self.models
+
+
+@pytest.fixture
+def encoders(models) -> Counting:
+    return Counting(models)
+
+
+@pytest.fixture
+def make(adapter, encoders) -> Callable[..., Identity]:
+    def _make(photos, cache, **changes):
+        settings = {"adapter": adapter, "encoders": encoders, "encoders_id": "e", "cache": cache, **changes}
+        return make_identity(photos, settings.pop("adapter"), **settings)
+
+    return _make
+
+
+# ---------------------------------------------------------------- the chain
+
+
+def test_the_chain(make, models, adapter, tmp_path):
+    """As the parts do it one by one, and it says what it read."""
+    told: list[tuple[str, Face]] = []
+    photos = [png(tmp_path / "main.png", two_faces()), two_faces(shade=3)]
+    identity = make(photos, IdentityCache(), on_face=lambda name, face: told.append((name, face)))
+    faces = [read_face(two_faces(shade), models.faces) for shade in (0, 3)]
+    expected = encode_identity([face_features(face, models.tower) for face in faces], adapter)
+    assert torch.equal(identity.cond, expected.cond)
+    assert torch.equal(identity.uncond, expected.uncond)
+    assert identity.cond.shape == (1, 15, TOKEN_WIDTH)
+    assert identity.info == expected.info
+    assert np.array_equal(identity.thumbnail, thumbnail(faces[0].aligned, 128))
+    assert [name for name, _ in told] == ["main.png", "photo 2"]
+    for (_, face), own in zip(told, faces):
+        assert np.array_equal(face.embedding, own.embedding)
+        assert face.faces_found == 2
+        assert abs(face.detection.box - [55, 75, 145, 165]).max() < 6
+
+
+def test_both_detectors_and_the_parser_matter(make, models):
+    """None of the four models is left out of the chain."""
+    plain = make([two_faces()], IdentityCache())
+
+    class Otherwise:
+        def __init__(self, what: str) -> None:
+            self.what, self.faces = what, models.faces
+
+        def detect(self, image):
+            return [replace(d, landmarks=d.landmarks + 7) for d in self.faces.landmarker.detect(image)]
+
+        def labels(self, aligned):
+            return np.zeros(aligned.shape[:2], int)
+
+        def embed(self, image, detection):
+            return self.faces.recogniser.embed(image, detection) + 1
+
+    for part in ("landmarker", "parser", "recogniser"):
+        changed = Encoders(replace(models.faces, **{part: Otherwise(part)}), models.tower)
+        other = make([two_faces()], IdentityCache(), encoders=lambda changed=changed: changed)
+        assert other.short_hash != plain.short_hash, part
+
+
+def test_the_choice_of_face_makes_another_person(make, models):
+    largest = make([two_faces()], IdentityCache())
+    right = make([two_faces()], IdentityCache(), choice=FaceChoice("right-to-left"))
+    second = make([two_faces()], IdentityCache(), choice=FaceChoice("largest", 1))
+    assert right.short_hash == second.short_hash != largest.short_hash
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def fail() -> Encoders:
+    raise AssertionError("an encoder was loaded")
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_the_second_use_runs_no_encoder(make, encoders, tmp_path, on_disk):
+    cache = IdentityCache(tmp_path / "cache" if on_disk else None)
+    first = make([two_faces()], cache)
+    told = []
+    again = make([two_faces()], cache, encoders=fail, on_face=lambda *face: told.append(face))
+    assert encoders.calls == 1
+    assert told == []
+    assert torch.equal(again.cond, first.cond)
+    assert (tmp_path / "cache").exists() == on_disk
+
+
+def test_a_new_cache_with_the_same_folder(make, tmp_path):
+    first = make([two_faces()], IdentityCache(tmp_path / "cache"))
+    again = make([two_faces()], IdentityCache(str(tmp_path / "cache")), encoders=fail)
+    assert torch.equal(again.cond, first.cond)
+    assert torch.equal(again.uncond, first.uncond)
+    assert again.info == first.info
+    assert np.array_equal(again.thumbnail, first.thumbnail)
+    with pytest.raises(AssertionError, match="encoder was loaded"):  # memory alone is not enough
+        make([two_faces()], IdentityCache(), encoders=fail)
+
+
+IN_A_NEW_PROCESS = """
+import sys
+from lib_pulid.photos import IdentityCache, make_identity
+from lib_pulid.weights import load_adapter
+photo, adapter, cache = sys.argv[1:]
+def fail():
+    raise AssertionError("an encoder was loaded")
+adapter, cache = load_adapter(adapter), IdentityCache(cache)
+print(make_identity([photo], adapter, encoders=fail, encoders_id="e", cache=cache).short_hash)
+heavy = {"insightface", "facexlib", "onnxruntime", "timm"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_a_new_process(make, adapter, tmp_path):
+    photo = png(tmp_path / "a.png", two_faces())
+    first = make([photo], IdentityCache(tmp_path / "cache"))
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(photo), str(adapter.path), str(tmp_path / "cache")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == first.short_hash
+
+
+def test_the_same_pixels_are_the_same_photo(make, encoders, tmp_path):
+    """Whatever the file is called and however it is given."""
+    cache, image = IdentityCache(), two_faces()
+    make([image], cache)
+    path = png(tmp_path / "a.png", image)
+    for source in (path, str(path), path.read_bytes(), Image.fromarray(image), png(tmp_path / "b.bmp", image)):
+        make([source], cache, encoders=fail)
+
+
+def test_whatever_it_depends_on_makes_a_new_one(make, encoders, folder, adapter, tmp_path):
+    cache = IdentityCache(tmp_path)
+    other = load_adapter(write_adapter(folder / "other.safetensors", seed=2))
+    pixel = two_faces()
+    pixel[0, 0, 0] ^= 1
+    variants = [
+        ([two_faces()], {}),
+        ([pixel], {}),
+        ([two_faces(), two_faces(shade=3)], {}),
+        ([two_faces(shade=3), two_faces()], {}),
+        ([two_faces()], {"choice": FaceChoice("smallest")}),
+        ([two_faces()], {"choice": FaceChoice("largest", 1)}),
+        ([two_faces()], {"fusion": "average"}),
+        ([two_faces()], {"fusion": "id_mix"}),
+        ([two_faces()], {"adapter": other}),
+        ([two_faces()], {"encoders_id": "f"}),
+    ]
+    made = [make(photos, cache, **changes) for photos, changes in variants]
+    assert encoders.calls == len(variants) == len(list(tmp_path.iterdir()))
+    for memory in (cache, IdentityCache(tmp_path)):  # and each is found again as itself
+        for (photos, changes), identity in zip(variants, made):
+            again = make(photos, memory, **{**changes, "encoders": fail})
+            assert again.info == identity.info
+            assert torch.equal(again.cond, identity.cond)
+
+
+def test_the_key_tells_shapes_and_photos_apart(adapter):
+    def key(*images: np.ndarray) -> str:
+        return identity_key(images, adapter, encoders_id="e", choice=FaceChoice(), fusion="official")
+
+    flat = np.arange(6 * 4 * 3, dtype=np.uint8)
+    images = [
+        (flat.reshape(6, 4, 3),),
+        (flat.reshape(4, 6, 3),),
+        (flat[:36].reshape(3, 4, 3), flat[36:].reshape(3, 4, 3)),
+        (flat.reshape(6, 4, 3), flat.reshape(6, 4, 3)),
+        (),
+    ]
+    assert len({key(*several) for several in images}) == len(images)
+    assert key(*images[0]) == key(images[0][0].copy())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "nan"])
+def test_a_damaged_cache_file_is_made_again(make, encoders, tmp_path, damage):
+    first = make([two_faces()], IdentityCache(tmp_path))
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    if damage == "nan":
+        Identity(first.cond * float("nan")).save(path)
+    elif damage == "foreign":
+        save_file({"cond": torch.zeros(1, 10, 64)}, path)
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    again = make([two_faces()], IdentityCache(tmp_path))
+    assert encoders.calls == 2
+    assert torch.equal(again.cond, first.cond)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert torch.equal(make([two_faces()], IdentityCache(tmp_path), encoders=fail).cond, first.cond)
+
+
+@pytest.mark.parametrize("folder_is", ["a file", "read-only"])
+def test_a_folder_that_cannot_be_written_loses_nothing(make, tmp_path, folder_is):
+    """The identity is made all the same, and remembered in memory."""
+    (tmp_path / "file").write_bytes(b"a file where the folder should be")
+    folder = tmp_path / "file" if folder_is == "a file" else Path("/proc")
+    if folder_is == "read-only" and not (folder / "self").exists():
+        pytest.skip("no folder here that root cannot write to")
+    cache = IdentityCache(folder)
+    made = make([two_faces()], cache)
+    assert torch.equal(make([two_faces()], cache, encoders=fail).cond, made.cond)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_no_face_names_the_photo(make, tmp_path):
+    """Also if only one of several has none; nothing is remembered then."""
+    cache = IdentityCache(tmp_path / "cache")
+    nobody = png(tmp_path / "nobody.png", blank(200, 200))
+    with pytest.raises(NoFaceError, match=r"^nobody\.png: no face was found"):
+        make([two_faces(), nobody], cache)
+    with pytest.raises(NoFaceError, match=r"^photo 2: no face was found"):
+        make([two_faces(), blank(200, 200)], cache)
+    with pytest.raises(NoFaceError, match=r"^photo 1: face number 3 was asked for, but only 2 faces were found"):
+        make([two_faces()], cache, choice=FaceChoice("largest", 2))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_unreadable_photo_is_named_before_anything_is_loaded(make, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(cv2.imencode(".jpg", two_faces())[1].tobytes()[:200])
+    text = tmp_path / "letter.png"
+    text.write_text("no image")
+    cases = {broken: "broken.jpg", text: "letter.png", tmp_path / "gone.png": "gone.png", b"abc": "photo 2"}
+    for source, name in cases.items():
+        with pytest.raises(ImageError, match=f"^{name}: "):
+            make([two_faces(), source], IdentityCache(), encoders=fail)
+
+
+def test_no_photo_and_an_unknown_fusion(make, tmp_path):
+    for photos, changes in (([], {}), ([two_faces()], {"fusion": "mean"})):
+        with pytest.raises(SettingError):
+            make(photos, IdentityCache(tmp_path), **changes)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- naming files
+
+
+def test_fingerprint_files(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"one" * 3_000_000)  # more than one block
+    b.write_bytes(b"two")
+    name = fingerprint_files([a, b])
+    assert len(name) == 16
+    assert fingerprint_files([a.rename(tmp_path / "c"), b]) == name
+    b.write_bytes(b"twO")
+    assert fingerprint_files([tmp_path / "c", b]) != name
+    assert fingerprint_files([b, tmp_path / "c"]) != fingerprint_files([tmp_path / "c", b])

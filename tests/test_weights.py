@@ -1,0 +1,454 @@
+"""Weight files of every layout are told apart by what is in them; whatever is no PuLID file is called what it is."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from lib_pulid.encoders import IDEncoder, IDFormer
+from lib_pulid.errors import MissingWeightsError, WrongWeightsError
+from lib_pulid.standin import (
+    cross_attention_pair,
+    flux_file,
+    id_encoder,
+    id_former,
+    image_stream,
+    random_weights,
+    sdxl_file,
+    tower_shapes,
+)
+from lib_pulid.vision import load_vision_tower
+from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights, load_adapter, read_state_dict
+
+SITES = 12  # i goes to 23: as text, "11" comes before "3"
+WIDTHS = [8 + 4 * n for n in range(SITES)]  # all different, so that a wrong order shows
+STREAM_WIDTH, TOKEN = 24, 64
+
+
+def v1_state(seed: int = 1) -> dict[str, Tensor]:
+    return sdxl_file(random_weights(id_encoder().state_dict(), seed), pairs())
+
+
+def v11_state(seed: int = 1) -> dict[str, Tensor]:
+    return sdxl_file(random_weights(id_former().state_dict(), seed), pairs())
+
+
+def pairs() -> dict[str, Tensor]:
+    return random_weights(nn.ModuleList(cross_attention_pair(w, TOKEN) for w in WIDTHS).state_dict(), 2)
+
+
+def converted_state(seed: int = 1) -> dict[str, Tensor]:
+    """What ip-adapter_pulid_sdxl_fp16.safetensors made of v1."""
+    state = {}
+    for key, value in v1_state(seed).items():
+        key = key.replace("id_adapter_attn_layers.", "ip_adapter.").replace("id_adapter.", "image_proj.")
+        state[key.replace("id_to_k", "to_k_ip").replace("id_to_v", "to_v_ip")] = value.half()
+    return state
+
+
+def nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    tree: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in flat.items():
+        first, rest = key.split(".", 1)
+        tree[first][rest] = value
+    return tree
+
+
+def flux_state(seed: int = 1) -> dict[str, Tensor]:
+    modules = nn.ModuleList(image_stream(STREAM_WIDTH, TOKEN) for _ in range(SITES))
+    return flux_file(random_weights(id_former().state_dict(), seed), random_weights(modules.state_dict(), 3))
+
+
+def pickled(state: Mapping, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer, **options)
+    return buffer.getvalue()
+
+
+def as_safetensors(state: Mapping[str, Tensor]) -> bytes:
+    return safetensors_bytes({key: value.contiguous() for key, value in state.items()})
+
+
+def shuffled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same table, its keys in reversed alphabetical order."""
+    return {key: state[key] for key in sorted(state, reverse=True)}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(name: str, content: bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content)
+        return path
+
+    return _write
+
+
+# ---------------------------------------------------------------- layouts
+
+STATES = {"v1": v1_state, "v1.1": v11_state, "converted": converted_state, "flux": flux_state}
+EXPECTED = {
+    "v1": ("sdxl", "v1", IDEncoder, "PuLID v1 for SDXL"),
+    "converted": ("sdxl", "v1", IDEncoder, "PuLID v1 for SDXL"),
+    "v1.1": ("sdxl", "v1.1", IDFormer, "PuLID v1.1 for SDXL"),
+    "flux": ("flux", "v0.9", IDFormer, "PuLID v0.9 for FLUX"),
+}
+# For each layout the names that another one goes by.
+MISLEADING = {
+    "v1": ("pulid_flux_v0.9.1.safetensors", "pulid_v1.1.bin"),
+    "v1.1": ("pulid_v1.bin", "pulid_flux_v0.9.0.safetensors"),
+    "converted": ("pulid_v1.1.safetensors", "pulid_flux.pt"),
+    "flux": ("pulid_v1.bin", "ip-adapter_pulid_sdxl_fp16.safetensors"),
+}
+
+
+@pytest.mark.parametrize("container", [as_safetensors, pickled])
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("layout", STATES)
+def test_layouts_are_told_apart_by_content(write, layout, index, container):
+    path = write(MISLEADING[layout][index], container(shuffled(STATES[layout]())))
+    adapter = load_adapter(path)
+    assert (adapter.family, adapter.version, type(adapter.encoder), adapter.label) == EXPECTED[layout]
+    assert adapter.path == path
+    assert len(adapter.sites) == SITES
+
+
+def test_nested_conversion(write):
+    flat = load_adapter(write("flat.safetensors", as_safetensors(converted_state())))
+    deep = load_adapter(write("nested.bin", pickled(nested(converted_state()))))
+    assert (deep.family, deep.version, deep.fingerprint) == (flat.family, flat.version, flat.fingerprint)
+    for a, b in zip(flat.sites, deep.sites):
+        assert torch.equal(a.to_k, b.to_k)
+        assert torch.equal(a.to_v, b.to_v)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "module"])
+def test_a_wrapped_table_is_opened(write, wrapper):
+    assert load_adapter(write("x.bin", pickled({wrapper: v11_state(), "step": 3}))).version == "v1.1"
+
+
+def test_legacy_pickles_are_read(write):
+    content = pickled(v1_state(), _use_new_zipfile_serialization=False)
+    assert load_adapter(write("pulid_v1.bin", content)).version == "v1"
+
+
+@pytest.mark.parametrize("layout", ["v1", "v1.1", "converted"])
+def test_sdxl_sites_in_numeric_order(write, layout):
+    sites = load_adapter(write("x", pickled(shuffled(STATES[layout]())))).sites
+    assert [site.to_k.shape for site in sites] == [(width, TOKEN) for width in WIDTHS]
+    for n, site in enumerate(sites):
+        assert isinstance(site, CrossAttentionWeights)
+        for ours, name in ((site.to_k, "id_to_k"), (site.to_v, "id_to_v")):
+            assert torch.equal(ours, pairs()[f"{n}.{name}.weight"].to(ours.dtype))
+
+
+def test_flux_sites_in_numeric_order(write):
+    state = flux_state()
+    sites = load_adapter(write("x", as_safetensors(state))).sites
+    names = {
+        "norm_id_weight": "norm1.weight",
+        "norm_id_bias": "norm1.bias",
+        "norm_image_weight": "norm2.weight",
+        "norm_image_bias": "norm2.bias",
+        "to_q": "to_q.weight",
+        "to_kv": "to_kv.weight",
+        "to_out": "to_out.weight",
+    }
+    for n, site in enumerate(sites):
+        assert isinstance(site, ImageStreamWeights)
+        assert set(vars(site)) == set(names)
+        for field, key in names.items():
+            assert torch.equal(getattr(site, field), state[f"pulid_ca.{n}.{key}"])
+
+
+@pytest.mark.parametrize("layout", STATES)
+def test_encoder_is_float32_sites_stay_as_stored(write, layout):
+    adapter = load_adapter(write("x", as_safetensors({k: v.half() for k, v in STATES[layout]().items()})))
+    assert {p.dtype for p in adapter.encoder.parameters()} == {torch.float32}
+    assert not any(p.requires_grad or p.is_meta for p in adapter.encoder.parameters())
+    assert not adapter.encoder.training
+    assert {t.dtype for site in adapter.sites for t in vars(site).values()} == {torch.float16}
+    prefix = {"converted": "image_proj.", "flux": "pulid_encoder."}.get(layout, "id_adapter.")
+    state = STATES[layout]()
+    for name, value in adapter.encoder.state_dict().items():
+        assert torch.equal(value, state[prefix + name].half().float())
+
+
+def test_bytes_of_flux_versions_differ_only_in_fingerprint(write):
+    old, new = (load_adapter(write(f"{seed}", as_safetensors(flux_state(seed)))) for seed in (1, 5))
+    assert (old.label, old.version) == (new.label, new.version)
+    assert old.fingerprint != new.fingerprint
+
+
+# ---------------------------------------------------------------- fingerprint
+
+
+def test_fingerprint_of_a_half_precision_conversion(write):
+    full = load_adapter(write("a", pickled(v1_state())))
+    half = load_adapter(write("b", as_safetensors({k: v.half() for k, v in v1_state().items()})))
+    conversion = load_adapter(write("c", as_safetensors(converted_state())))
+    assert full.fingerprint == half.fingerprint == conversion.fingerprint
+    assert len(full.fingerprint) == 16
+    int(full.fingerprint, 16)
+
+
+def test_fingerprint_tells_weights_apart(write):
+    state = v1_state()
+    changed = {**state, "id_adapter.mapping_patch_4.6.bias": state["id_adapter.mapping_patch_4.6.bias"].clone()}
+    changed["id_adapter.mapping_patch_4.6.bias"][-1] += 0.01
+    swapped = dict(state)
+    swapped["id_adapter.mapping_0.1.bias"] = state["id_adapter.mapping_1.1.bias"]
+    swapped["id_adapter.mapping_1.1.bias"] = state["id_adapter.mapping_0.1.bias"]
+    states = [state, changed, swapped, v1_state(seed=9), v11_state(), flux_state(seed=4)]
+    prints = {load_adapter(write(f"{i}", as_safetensors(s))).fingerprint for i, s in enumerate(states)}
+    assert len(prints) == len(states)
+
+
+# ---------------------------------------------------------------- files that are something else
+
+
+def tensors(*names: str) -> dict[str, Tensor]:
+    return {name: torch.zeros(2, 2) for name in names}
+
+
+FOREIGN = {
+    "kohya lora": (tensors("lora_unet_down_blocks_1.lora_down.weight", "lora_unet_down_blocks_1.alpha"), "a LoRA"),
+    "peft lora": (tensors("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"), "a LoRA"),
+    "ip-adapter plus": (
+        tensors("image_proj.latents", "image_proj.proj_out.weight", "ip_adapter.1.to_k_ip.weight"),
+        "an IP-Adapter, but no PuLID",
+    ),
+    "ip-adapter faceid": (
+        tensors("image_proj.proj.0.weight", "ip_adapter.1.to_k_ip.weight", "ip_adapter.1.to_v_ip.weight"),
+        "an IP-Adapter, but no PuLID",
+    ),
+    "sdxl checkpoint": (
+        tensors(
+            "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
+            "first_stage_model.decoder.conv_in.weight",
+            "model.diffusion_model.input_blocks.0.0.weight",
+        ),
+        "a Stable Diffusion checkpoint",
+    ),
+    "diffusers unet": (tensors("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"), "a Stable Diffusion"),
+    "flux transformer": (tensors("double_blocks.0.img_attn.qkv.weight", "img_in.weight"), "a FLUX transformer"),
+    "flux checkpoint": (
+        tensors("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "vae.decoder.conv_in.weight"),
+        "a FLUX transformer",
+    ),
+    "diffusers flux": (tensors("transformer_blocks.0.attn.to_q.weight", "x_embedder.weight"), "a FLUX transformer"),
+    "eva": (tensors("logit_scale", "visual.blocks.0.attn.q_bias", "text.ln_final.weight"), "a vision transformer"),
+    "controlnet": (tensors("control_model.input_blocks.0.0.weight"), "a ControlNet"),
+    "vae": (tensors("decoder.conv_in.weight", "encoder.conv_in.weight"), "a VAE"),
+    "retinaface": (tensors("module.body.conv1.weight", "module.fpn.output1.0.weight"), "a RetinaFace detector"),
+    "bisenet": (tensors("cp.resnet.conv1.weight", "ffm.convblk.conv.weight"), "a BiSeNet face parser"),
+    "flux half": (tensors("pulid_encoder.latents"), "part of a PuLID file for FLUX"),
+    "sdxl half": (tensors("id_adapter_attn_layers.1.id_to_k.weight"), "part of a PuLID file for SDXL"),
+    "unknown": (tensors("some.strange.name"), r"unknown kind \(its first keys: some\.strange\.name\)"),
+}
+
+
+@pytest.mark.parametrize("container", [as_safetensors, pickled])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_files_are_named(write, kind, container):
+    state, words = FOREIGN[kind]
+    with pytest.raises(WrongWeightsError, match=rf"^pulid_v1\.1\.safetensors is .*{words}.*(Needed: a PuLID file|\.$)"):
+        load_adapter(write("pulid_v1.1.safetensors", container(state)))
+
+
+NOT_TABLES = {
+    "empty": (b"", "is empty"),
+    "html": (b"\n  <!DOCTYPE html>\n<html><body>Access to this model is restricted</body></html>", "is a web page"),
+    "lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1142099520\n",
+        "is a Git LFS pointer",
+    ),
+    "text": (b"Entry not found", r"\(15 bytes\) cannot be read"),
+    "zeros": (bytes(4096), "cannot be read"),
+    "short": (b"PK", r"\(2 bytes\) cannot be read"),
+    "no tensors": (as_safetensors({}), "holds no weights"),
+    "numbers": (pickled({"epoch": 3}), "holds no weights"),
+}
+
+
+@pytest.mark.parametrize("name", ["pulid_v1.bin", "pulid_v1.1.safetensors"])
+@pytest.mark.parametrize("kind", NOT_TABLES)
+def test_files_that_hold_no_table(write, kind, name):
+    content, words = NOT_TABLES[kind]
+    with pytest.raises(WrongWeightsError, match=rf"^{name} .*{words}"):
+        load_adapter(write(name, content))
+
+
+def test_a_pickled_list_is_no_table(write):
+    buffer = io.BytesIO()
+    torch.save([torch.zeros(2)], buffer)
+    with pytest.raises(WrongWeightsError, match=r"holds no table of weights \(list\)"):
+        load_adapter(write("x.bin", buffer.getvalue()))
+
+
+@pytest.mark.parametrize("keep", [0.001, 0.5, 0.999])
+@pytest.mark.parametrize("container", [as_safetensors, pickled])
+def test_truncated_files(write, container, keep):
+    content = container(v11_state())
+    with pytest.raises(WrongWeightsError, match=r"^cut\.safetensors \([\d,]+ bytes\) cannot be read: .*truncated"):
+        load_adapter(write("cut.safetensors", content[: int(len(content) * keep)]))
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(MissingWeightsError, match=r"pulid_v1\.bin was not found in "):
+        load_adapter(tmp_path / "pulid_v1.bin")
+    with pytest.raises(MissingWeightsError):  # a folder is no file
+        load_adapter(tmp_path)
+
+
+class Hostile:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
+@pytest.mark.parametrize("name", ["pulid_v1.bin", "pulid_v1.safetensors"])
+def test_a_hostile_pickle_is_not_executed(write, tmp_path, name, form):
+    trap = tmp_path / "executed"
+    state = {**v1_state(), "z": Hostile(trap)}
+    if form == "bare":
+        content = pickle.dumps({"z": Hostile(trap)})
+        pickle.loads(content)  # the trap works
+        assert trap.exists()
+        trap.unlink()
+    else:
+        content = pickled(state, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(WrongWeightsError, match="refused for safety"):
+        load_adapter(write(name, content))
+    assert not trap.exists()
+    with pytest.raises(WrongWeightsError):
+        load_vision_tower(write(name, content))
+    assert not trap.exists()
+
+
+# ---------------------------------------------------------------- PuLID files with something wrong
+
+
+def without(state: dict[str, Tensor], *keys: str) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key not in keys}
+
+
+LAYER = "id_adapter_attn_layers.{}.id_to_{}.weight"
+BROKEN = {
+    "a layer": (without(v1_state(), LAYER.format(5, "k"), LAYER.format(5, "v")), "layers are not complete"),
+    "keys of a layer": (without(v11_state(), LAYER.format(11, "k")), "layers are not complete"),
+    "values of the last": (without(v11_state(), LAYER.format(23, "v")), "layers are not complete"),
+    "self-attention": ({**v1_state(), LAYER.format(4, "k"): torch.zeros(8, TOKEN)}, "not complete"),
+    "foreign key": ({**v1_state(), "extra.weight": torch.zeros(1)}, r"also holds 'extra\.weight'"),
+    "converted layer": (without(converted_state(), "ip_adapter.3.to_k_ip.weight"), "layers are not complete"),
+    "token width": ({**v11_state(), LAYER.format(3, "k"): torch.zeros(WIDTHS[1], 32),
+                     LAYER.format(3, "v"): torch.zeros(WIDTHS[1], 32)}, "layer 3 does not fit tokens of width 64"),
+    "pair of two widths": ({**v11_state(), LAYER.format(3, "v"): torch.zeros(40, TOKEN)}, "layer 3 does not fit"),
+    "encoder v1": (without(v1_state(), "id_adapter.mapping_3.0.bias"), r"encoder \(IDEncoder\).*mapping_3\.0\.bias"),
+    "encoder v1.1": (without(v11_state(), "id_adapter.latents"), r"encoder \(IDFormer\) is not complete"),
+    "encoder layer": (without(v11_state(), "id_adapter.layers.9.1.3.weight"), r"layers\.9\.1\.3\.weight"),
+    "encoder extra": ({**v11_state(), "id_adapter.new.weight": torch.zeros(1)}, r"other shapes: .*new\.weight"),
+    "encoder shape": ({**v1_state(), "id_adapter.mapping_2.3.weight": torch.zeros(3, 5)}, r"size mismatch"),
+    "flux encoder": (flux_file(random_weights(id_encoder().state_dict(), 1),
+                               {"0.to_q.weight": torch.zeros(128, 24)}), "but another encoder"),
+    "flux key": (without(flux_state(), "pulid_ca.7.norm2.bias"), r"not complete or not pure: see '7\.norm2\.bias'"),
+    "flux module": (without(flux_state(), *(k for k in flux_state() if k.startswith("pulid_ca.2."))), r"see '2\."),
+    "flux extra": ({**flux_state(), "pulid_ca.3.to_x.weight": torch.zeros(1)}, r"see '3\.to_x\.weight'"),
+    "flux foreign": ({**flux_state(), "other": torch.zeros(1)}, "see 'other'"),
+    "flux shape": ({**flux_state(), "pulid_ca.4.to_kv.weight": torch.zeros(256, 32)},
+                   r"pulid_ca\.4\.to_kv has shape \(256, 32\), expected \(256, 64\)"),
+    "flux norm": ({**flux_state(), "pulid_ca.4.norm1.bias": torch.zeros(24)}, r"pulid_ca\.4\.norm_id_bias has shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_incomplete_and_wrong_shapes(write, what):
+    state, words = BROKEN[what]
+    with pytest.raises(WrongWeightsError, match=rf"(?s)^broken\.bin.*{words}"):
+        load_adapter(write("broken.bin", pickled(state)))
+
+
+@pytest.mark.parametrize("i", [5, 11, 23])
+def test_the_missing_layer_is_named(write, i):
+    state = without(v11_state(), LAYER.format(i, "k"))
+    with pytest.raises(WrongWeightsError, match=rf"not complete \(layer {i}\)"):
+        load_adapter(write("broken.bin", pickled(state)))
+
+
+@pytest.mark.parametrize(
+    ("state", "key", "value"),
+    [
+        pytest.param(flux_state, "pulid_ca.0.to_q.weight", torch.zeros(128), id="flux to_q of one dimension"),
+        pytest.param(v1_state, "id_adapter.body.0.weight", torch.zeros(256), id="v1 body of one dimension"),
+        pytest.param(v11_state, "id_adapter.proj_out", torch.zeros(64), id="v1.1 proj_out of one dimension"),
+        pytest.param(v11_state, "id_adapter.mapping_0.0.weight", torch.zeros(128), id="v1.1 mapping of one dimension"),
+        pytest.param(v1_state, "id_adapter.mapping_0.6.weight", torch.zeros(0, 128), id="v1 tokens of no width"),
+        pytest.param(v11_state, "id_adapter.layers.0.0.to_q.weight", torch.zeros(0, 64), id="v1.1 without heads"),
+    ],
+)
+def test_wrong_number_of_dimensions(write, state, key, value):
+    with pytest.raises(WrongWeightsError, match=r"broken\.bin"):
+        load_adapter(write("broken.bin", pickled({**state(), key: value})))
+
+
+def test_flux_heads_have_to_be_128_wide(write):
+    """Else the file loads and fails later, in the midst of compiling."""
+    state = flux_state()
+    for n in range(SITES):
+        state[f"pulid_ca.{n}.to_q.weight"] = torch.zeros(100, STREAM_WIDTH)
+        state[f"pulid_ca.{n}.to_kv.weight"] = torch.zeros(200, TOKEN)
+        state[f"pulid_ca.{n}.to_out.weight"] = torch.zeros(STREAM_WIDTH, 100)
+    with pytest.raises(WrongWeightsError, match=r"broken\.bin"):
+        load_adapter(write("broken.bin", pickled(state)))
+
+
+# ---------------------------------------------------------------- the vision tower's file
+
+
+def test_pulid_is_no_vision_tower(write):
+    for state, words in ((v11_state(), "PuLID file for SDXL"), (flux_state(), "PuLID file for FLUX")):
+        with pytest.raises(WrongWeightsError, match=rf"^eva\.pt is .*{words}.* Needed: EVA02_CLIP_L_336_psz14_s6B\.pt"):
+            load_vision_tower(write("eva.pt", as_safetensors(state)))
+
+
+def tower_state(**changed: Tensor) -> dict[str, Tensor]:
+    shapes = tower_shapes(64, 32, depth=2)
+    state = {f"visual.{key}": torch.zeros(shape) for key, shape in shapes.items()}
+    return {**state, **{f"visual.{key}": value for key, value in changed.items()}}
+
+
+def test_another_eva_is_refused(write):
+    eva_224 = tower_state(pos_embed=torch.zeros(1, 257, 64))
+    eva_patch_16 = tower_state(**{"patch_embed.proj.weight": torch.zeros(64, 3, 16, 16)})
+    for state, words in ((eva_224, "224 x 224"), (eva_patch_16, "384 x 384 pixels in patches of 16")):
+        with pytest.raises(WrongWeightsError, match=rf"eva\.pt is another vision tower .*{words}"):
+            load_vision_tower(write("eva.pt", pickled(state)))
+
+
+def test_an_incomplete_tower_is_refused(write):
+    for missing in ("visual.pos_embed", "visual.blocks.0.mlp.w1.weight", "visual.blocks.1.attn.q_bias"):
+        with pytest.raises(WrongWeightsError, match=r"^eva\.pt is another vision tower"):
+            load_vision_tower(write("eva.pt", pickled(without(tower_state(), missing))))
+
+
+def test_a_tower_without_a_projection_and_a_missing_one(write, tmp_path):
+    with pytest.raises(WrongWeightsError, match=r"^eva\.pt is a vision transformer .*Needed: EVA02"):
+        load_vision_tower(write("eva.pt", pickled(without(tower_state(), "visual.head.weight"))))
+    with pytest.raises(MissingWeightsError, match="nothing.pt"):
+        load_vision_tower(tmp_path / "nothing.pt")
+
+
+def test_read_state_dict_makes_nesting_flat(write):
+    inner = {"a": torch.ones(1), "note": "text"}
+    content = pickled({"image_proj": inner, "state_dict": {"b": torch.ones(2)}, "c": torch.ones(3), "epoch": 4})
+    assert {k: len(v) for k, v in read_state_dict(write("x", content)).items()} == {"image_proj.a": 1, "b": 2, "c": 3}
