@@ -75,7 +75,7 @@ def _add_demo(commands) -> None:
     parser = _command(commands, "demo", run_demo, "photo in, contact sheets out; needs no weights")
     parser.add_argument("--face", type=Path, help="your photo (default: a sample photograph of a library)")
     parser.add_argument("-o", "--out", type=Path, default=Path("outputs"), help="folder for the sheets")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto (the GPU, if torch can use one), cpu, cuda, cuda:1 ...")
 
 
 def _add_faces(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +95,7 @@ def _add_faces(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--face-index", type=int, default=0, help="0 for the first face in that order, 1 for the next")
     parser.add_argument("--fusion", choices=FUSIONS, default="official", help="how several photos become one identity")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto (the GPU, if torch can use one), cpu, cuda, cuda:1 ...")
 
 
 def _add_generate(commands) -> None:
@@ -157,7 +157,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     from lib_pulid import demo
 
     photo = arguments.face or demo.sample_photo()
-    demo.run_demo(photo, arguments.out, arguments.models_dir, arguments.device)
+    demo.run_demo(photo, arguments.out, arguments.models_dir, _device(arguments.device))
     return 0
 
 
@@ -181,7 +181,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
         start=arguments.start,
         end=arguments.end,
         mask=_mask(arguments.mask),
-        device=arguments.device,
+        device=workshop.device,
         dtype=workshop.base.dtype,
     )
     size = arguments.size or (256 if workshop.base.stand_in else 1024)
@@ -257,20 +257,22 @@ def _check_picture(arguments: argparse.Namespace) -> None:
         raise SettingError(f"--out is {arguments.out.name}; its ending has to name a picture format, .png for example.")
 
 
-def _check_device(name: str) -> None:
+def _device(name: str) -> str:
     import torch
 
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise SettingError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name
 
 
 def _workshop(arguments: argparse.Namespace):
     from lib_pulid.standalone import open_workshop
 
-    _check_device(arguments.device)
-    workshop = open_workshop(arguments.model, arguments.models_dir, arguments.pulid, arguments.device)
+    workshop = open_workshop(arguments.model, arguments.models_dir, arguments.pulid, _device(arguments.device))
     for note in workshop.notes:
         print(f"stand-in: {note}")
     return workshop

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lib_pulid import catalog, standin
@@ -42,6 +43,11 @@ class Workshop:
     encoders_id: str
     cache: IdentityCache
     notes: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the denoiser."""
+        return next(denoiser_of(self.base.pipeline).parameters()).device
 
     @property
     def label(self) -> str:

@@ -213,7 +213,11 @@ def schema() -> dict[str, Any]:
     properties = {}
     for field in FIELDS:
         default = list(field.default) if isinstance(field.default, tuple) else field.default
-        entry = {"type": kinds.get(field.kind, "string"), "title": field.label, "description": field.tip}
+        entry: dict[str, Any] = {
+            "type": kinds.get(field.kind, "string"),
+            "title": field.label,
+            "description": field.tip,
+        }
         entry |= {"default": default, "minimum": field.minimum, "maximum": field.maximum}
         entry["enum"] = list(field.choices) or None
         entry["items"] = {"type": "string"} if field.kind == "images" else None
