@@ -198,8 +198,8 @@ def describe(state: Mapping[str, Tensor]) -> str:
 
 
 _KNOWN_FILES: tuple[tuple[str, str], ...] = (
-    (r"^pulid_(encoder|ca)\.", "part of a PuLID file for FLUX"),
-    (r"^id_adapter", "part of a PuLID file for SDXL"),
+    (r"^pulid_(encoder|ca)\.", "a PuLID file for FLUX, or a part of one"),
+    (r"^id_adapter", "a PuLID file for SDXL, or a part of one"),
     (r"^visual\.blocks\.|^blocks\.\d+\.attn\.", "a vision transformer (EVA-CLIP), not PuLID itself"),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, but no PuLID"),
     (r"lora_|\.lora[_.]|\.alpha$", "a LoRA"),

@@ -249,8 +249,8 @@ FOREIGN = {
     "vae": (tensors("decoder.conv_in.weight", "encoder.conv_in.weight"), "a VAE"),
     "retinaface": (tensors("module.body.conv1.weight", "module.fpn.output1.0.weight"), "a RetinaFace detector"),
     "bisenet": (tensors("cp.resnet.conv1.weight", "ffm.convblk.conv.weight"), "a BiSeNet face parser"),
-    "flux half": (tensors("pulid_encoder.latents"), "part of a PuLID file for FLUX"),
-    "sdxl half": (tensors("id_adapter_attn_layers.1.id_to_k.weight"), "part of a PuLID file for SDXL"),
+    "flux half": (tensors("pulid_encoder.latents"), "a PuLID file for FLUX, or a part of one"),
+    "sdxl half": (tensors("id_adapter_attn_layers.1.id_to_k.weight"), "a PuLID file for SDXL, or a part of one"),
     "unknown": (tensors("some.strange.name"), r"unknown kind \(its first keys: some\.strange\.name\)"),
 }
 

@@ -96,8 +96,6 @@ class _TransformerCalls(_Calls):
         scheduler = self._pipeline.scheduler
         last, self._last = self._last, (scheduler.timesteps, getattr(scheduler, "step_index", None))
         is_cond = last is None or last[0] is not self._last[0] or last[1] != self._last[1]
-        if not is_cond:
-            self._last = None
         ids = kwargs["img_ids"].flatten(0, -2)
         own = ids[ids[:, 0] == 0]  # Kontext's reference tokens have 1 there
         rows, columns = (int(own[:, axis].max()) + 1 for axis in (1, 2))
