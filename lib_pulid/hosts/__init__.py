@@ -1,0 +1,77 @@
+"""The programs that PuLID runs inside, one file each. What the WebUIs' files have in common:
+
+    NAME                        the host's name, for messages
+    loaded_model(p)             the denoiser that is loaded now, or UnsupportedModelError
+    start(p, plan)              from now on every denoiser call of `p` injects what the plan says
+    before_sampling(p)          a pass is about to be sampled
+    stop()                      takes everything out again; may be called at any time
+
+`p` is the host's StableDiffusionProcessing. A batch of `p` lies between `start` and `stop`: other generations may run
+inside `p` between its batches (a detailer that repaints faces), and each has a start and a stop of its own.
+
+Exceptions of a Plan come out of the denoiser call, since that is the one place from where the hosts let them end the
+generation: in script hooks and callbacks they are printed and forgotten, and the picture is made without the face.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+import torch
+
+from lib_pulid.errors import UnsupportedModelError
+from lib_pulid.injection import Injection
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A denoiser inside a host.
+
+    Args:
+        family: "sdxl" or "flux".
+        denoiser: the UNet or transformer.
+        device, dtype: of its computation (its weights may be stored elsewhere and smaller).
+        name: the checkpoint's, for messages.
+    """
+
+    family: str
+    denoiser: torch.nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    name: str
+
+
+class Plan(Protocol):
+    """What a generation injects."""
+
+    def injections(self, model: LoadedModel, *, hires: bool) -> Sequence[Injection]:
+        """Compiled for the model's family, device and dtype; kept by the plan.
+
+        It is asked once for each model and pass, also in the middle of a generation (refiner, hires checkpoint).
+
+        Raises:
+            PulidError: no picture is to be made, with the reason.
+        """
+        ...
+
+
+def current() -> ModuleType:
+    """`hosts.forge` or `hosts.a1111`, whichever this program is. Told by what the host brings, nothing is imported.
+
+    Raises:
+        UnsupportedModelError: it is neither.
+    """
+    if _has("modules_forge"):
+        return importlib.import_module("lib_pulid.hosts.forge")
+    if _has("modules") and _has("modules.sd_hijack"):
+        return importlib.import_module("lib_pulid.hosts.a1111")
+    raise UnsupportedModelError("PuLID runs in AUTOMATIC1111's Stable Diffusion WebUI and in Forge; this is neither.")
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,167 @@
+// The page's side of PuLID: a badge on the accordion that says what is on, and photos by drag and drop or paste.
+
+class Pulid {
+    constructor(tab) {
+        this.tab = tab;
+    }
+
+    /** An element of the accordion: element("1_weight") is #pulid_txt2img_1_weight. */
+    element(name) {
+        return gradioApp().getElementById?.(`pulid_${this.tab}${name && "_" + name}`)
+            ?? gradioApp().querySelector(`#pulid_${this.tab}${name && "_" + name}`);
+    }
+
+    get accordion() {
+        return this.element("");
+    }
+
+    /** Once per page; gradio builds the accordion late, so this is tried again until it is there. */
+    connect() {
+        if (!this.accordion || this.accordion.dataset.pulid) return;
+        this.accordion.dataset.pulid = "connected";
+        for (const event of ["input", "change", "click", "keyup"]) {
+            this.accordion.addEventListener(event, () => setTimeout(() => this.refresh(), 60));
+        }
+        this.accordion.addEventListener("keydown", (event) => Pulid.openByKey(event));
+        this.accordion.addEventListener("dragover", (event) => this.hover(event, true));
+        this.accordion.addEventListener("dragleave", (event) => this.hover(event, false));
+        this.accordion.addEventListener("drop", (event) => this.drop(event), true);
+    }
+
+    /** gradio 3's accordions open by mouse only: their titles are no buttons. */
+    static openByKey(event) {
+        const title = event.target;
+        if (!title.matches("div.label-wrap") || !["Enter", " "].includes(event.key)) return;
+        event.preventDefault();
+        title.click();
+    }
+
+    // ---------------------------------------------------------------- badge
+
+    refresh() {
+        if (!this.accordion) return;
+        for (const title of this.accordion.querySelectorAll("div.label-wrap:not([tabindex])")) {
+            title.tabIndex = 0;
+            title.setAttribute("role", "button");
+        }
+        const label = this.accordion.querySelector(".label-wrap");
+        if (!label) return;
+        let badge = label.querySelector(".pulid-badge");
+        if (!badge) {
+            badge = document.createElement("span");
+            badge.className = "pulid-badge";
+            label.insertBefore(badge, label.children[1] ?? null);
+        }
+        const text = this.isOn() ? this.units().map((unit) => unit.text).join(" · ") || "on, nobody chosen" : "";
+        if (badge.textContent !== text) badge.textContent = text;
+        badge.classList.toggle("pulid-missing", this.isOn() && !this.units().every((unit) => unit.ready));
+    }
+
+    isOn() {
+        const box = gradioApp().querySelector(`#pulid_${this.tab}-checkbox input, #pulid_${this.tab}-visible-checkbox`);
+        return box ? box.checked : this.accordion.querySelector(".label-wrap").classList.contains("open");
+    }
+
+    /** The units that are on: what the badge says of each. */
+    units() {
+        const units = [];
+        for (let n = 1; this.element(`${n}_enabled`); n++) {
+            if (!this.element(`${n}_enabled`).querySelector("input").checked) continue;
+            const photos = this.element(`${n}_photos`).querySelectorAll("img").length;
+            const chosen = this.element(`${n}_identity`).querySelector("input")?.value ?? "";
+            const saved = chosen === "None" ? "" : chosen;
+            const who = saved || (photos ? `${photos} photo${photos > 1 ? "s" : ""}` : "no photo");
+            const weight = this.element(`${n}_weight`).querySelector("input[type=number]")?.value ?? "";
+            units.push({ready: Boolean(saved || photos), text: `${n}: ${who}, ${weight}`});
+        }
+        return units;
+    }
+
+    // ---------------------------------------------------------------- photos
+
+    /** The drop zone that a place in the accordion belongs to. */
+    zone(target) {
+        for (let n = 1; this.element(`${n}`); n++) {
+            const row = this.element(`${n}_drop`)?.closest(".pulid-photos");
+            if (row && row.contains(target)) return this.element(`${n}_drop`);
+        }
+        return null;
+    }
+
+    /** The drop zone of the tab that is shown, for a paste. */
+    visibleZone() {
+        for (let n = 1; this.element(`${n}`); n++) {
+            const zone = this.element(`${n}_drop`);
+            if (zone && zone.offsetParent !== null) return zone;
+        }
+        return null;
+    }
+
+    hover(event, over) {
+        const zone = this.zone(event.target);
+        if (!zone) return;
+        event.preventDefault();
+        zone.classList.toggle("pulid-over", over);
+    }
+
+    drop(event) {
+        const zone = this.zone(event.target);
+        const files = Pulid.pictures(event.dataTransfer);
+        if (!zone) return;
+        zone.classList.remove("pulid-over");
+        if (!files.length) return;
+        event.preventDefault();
+        event.stopPropagation();
+        Pulid.give(zone, files);
+    }
+
+    /** Returns whether the pasted pictures found their place. */
+    paste(event) {
+        const zone = this.accordion && this.isOn() && this.visibleZone();
+        const files = Pulid.pictures(event.clipboardData);
+        const near = zone && (this.accordion.contains(event.target) || this.accordion.matches(":hover"));
+        if (!near || !files.length) return false;
+        Pulid.give(zone, files);
+        return true;
+    }
+
+    static pictures(transfer) {
+        return [...(transfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+    }
+
+    /** Hands files to gradio's own file input, as if they had been chosen there. */
+    static give(zone, files) {
+        const input = zone.querySelector("input[type=file]");
+        if (!input) return;
+        const transfer = new DataTransfer();
+        for (const file of files) transfer.items.add(file);
+        input.files = transfer.files;
+        input.dispatchEvent(new Event("change", {bubbles: true}));
+    }
+
+    // ---------------------------------------------------------------- both tabs
+
+    static start() {
+        const tabs = [new Pulid("txt2img"), new Pulid("img2img")];
+        const connect = () => tabs.forEach((tab) => {
+            tab.connect();
+            tab.refresh();
+        });
+        onUiLoaded(connect);
+        onAfterUiUpdate(connect);
+        document.addEventListener("paste", (event) => {
+            if (!tabs.some((tab) => tab.paste(event))) return;
+            event.preventDefault();
+            event.stopImmediatePropagation(); // the WebUI would put it into img2img
+        }, true);
+        return tabs;
+    }
+
+    /** Width and height that the picture will have, for an empty region. */
+    pictureSize(tab) {
+        const value = (side) => Number(gradioApp().querySelector(`#${tab}_${side} input[type=number]`)?.value) || 512;
+        return [value("width"), value("height")];
+    }
+}
+
+const pulid = Pulid.start()[0];

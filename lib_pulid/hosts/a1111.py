@@ -1,0 +1,162 @@
+"""PuLID in AUTOMATIC1111's WebUI, 1.8 to 1.10.
+
+    CFGDenoiser.forward           once per denoiser call of a sampler
+      callback cfg_denoiser       -> _Run.open: which UNet, which step, which rows
+      UNet, once or several times -> _Run.enter, _Run.leave: `inject` around each
+      callback cfg_denoised       -> _Run.close
+
+Rows: the sampler stacks [cond..., uncond...] and gives them to the UNet in one piece or in several, by options and
+prompt lengths. The pieces come in order, so counting them tells which rows each has. Halving the batch does not: AND
+makes several cond rows per picture, and some steps leave uncond out.
+
+After an exception the host calls no script; what was installed then waits, without effect, for the next `stop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lib_pulid.errors import UnsupportedModelError
+from lib_pulid.hosts import LoadedModel, Plan
+from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of
+from lib_pulid.injection import DenoiseStep
+
+NAME = "AUTOMATIC1111"
+
+
+def loaded_model(p: Any) -> LoadedModel:
+    """The model that `p` samples with now.
+
+    Raises:
+        UnsupportedModelError: it is not SDXL.
+    """
+    from modules import devices
+
+    name = getattr(getattr(p.sd_model, "sd_checkpoint_info", None), "name_for_extra", "")
+    unet = _unet(p)
+    return LoadedModel(family_of(unet, name), unet, devices.device, devices.dtype_unet, name)
+
+
+def start(p: Any, plan: Plan) -> None:
+    """Injects into every UNet call of `p` until `stop`. To be called before each batch is sampled."""
+    stop()
+    run = _Run(p, plan)
+    _running.append(run)  # first, so that `stop` finds it whatever happens
+    run.begin()
+
+
+def before_sampling(p: Any) -> None:
+    """Nothing to do: the UNet is looked at in every call."""
+
+
+def stop() -> None:
+    """Removes hooks and callbacks and lets go of everything."""
+    while _running:
+        _running.pop().end()
+
+
+# The hosts make one picture at a time, in one process-wide model: this is what we put into it.
+_running: list[_Run] = []
+
+
+def _unet(p: Any) -> Any:
+    return getattr(getattr(p.sd_model, "model", None), "diffusion_model", None)
+
+
+@dataclass
+class _Window:
+    """One call of the CFGDenoiser. rows: UNet rows so far."""
+
+    params: Any
+    progress: float
+    rows: int = 0
+
+    def take(self, batch: int) -> list[bool]:
+        """The next rows of the stack: whether each is cond. Tiling extensions go through the stack repeatedly."""
+        first, self.rows = self.rows, self.rows + batch
+        conds, stack = self.params.text_cond.shape[0], self.params.x.shape[0]
+        return [i % stack < conds for i in range(first, first + batch)]
+
+
+class _Run:
+    """What is put into the host between `start` and `stop`."""
+
+    def __init__(self, p: Any, plan: Plan) -> None:
+        self._p = p
+        self._injector = Injector(plan)
+        self._progress = Progress()
+        self._installed = ExitStack()  # callbacks
+        self._hooks = ExitStack()  # on the UNet
+        self._hooked: nn.Module | None = None
+        self._call = ExitStack()  # of the UNet call under way
+        self._step: DenoiseStep | None = None
+        self._window: _Window | None = None
+        self._seen = False
+        self._error: Exception | None = None
+
+    def begin(self) -> None:
+        for event, callback in (("cfg_denoiser", self.open), ("cfg_denoised", self.close)):
+            self._installed.callback(add_callback(event, callback))
+        self._hook(_unet(self._p))
+
+    def end(self) -> None:
+        for stack in (self._call, self._hooks, self._installed):
+            stack.close()
+        self._injector.end()
+        self._hooked = self._window = self._p = self._error = None
+
+    def _hook(self, unet: nn.Module | None) -> None:
+        """Moves the hooks to this UNet: the refiner or a hires checkpoint may have brought another one."""
+        if unet is self._hooked or unet is None:
+            return
+        self._call.close()
+        self._hooks.close()
+        self._hooks.callback(unet.register_forward_pre_hook(self.enter, with_kwargs=True).remove)
+        self._hooks.callback(unet.register_forward_hook(self.leave, always_call=True).remove)
+        self._hooked = unet
+
+    # ------------------------------------------------------------ called by the host
+
+    def open(self, params: Any) -> None:
+        """The CFGDenoiser is about to call the UNet. Exceptions here would be printed and forgotten: `enter` raises."""
+        self._window, self._error, self._seen = None, None, True
+        if self._p is None or params.denoiser.p is not self._p:
+            return  # another generation
+        self._hook(_unet(self._p))
+        try:
+            self._injector.prepare(loaded_model(self._p), hires=bool(getattr(self._p, "is_hr_pass", False)))
+            self._window = _Window(params, self._progress(params.denoiser, params.sigma))
+        except Exception as error:
+            self._error = error
+
+    def close(self, params: Any) -> None:
+        self._window = None
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self._call.close()  # a call that was left by something other than an Exception
+        if self._error is not None:
+            raise self._error
+        if self._window is None:
+            self._check_seen()
+            return  # not a sampler's call
+        x: Tensor = args[0] if args else kwargs["x"]  # [B, C, h, w]
+        self._step = DenoiseStep(self._window.progress, self._window.take(len(x)), (x.shape[-2], x.shape[-1]))
+        self._call.enter_context(self._injector.around(self._step))
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._call.close()
+        step, self._step = self._step, None
+        if step is not None and output is not None:  # None: an exception is under way
+            self._injector.check_reached(step)
+
+    def _check_seen(self) -> None:
+        if not self._seen:
+            raise UnsupportedModelError(
+                "The model was called by something other than a sampler (the script “img2img alternative test” does "
+                "so), and PuLID cannot tell the prompt's rows from the negative prompt's there. Switch it or PuLID off."
+            )

@@ -1,0 +1,188 @@
+"""PuLID in Forge, SDXL and FLUX.
+
+Before each sampling `forge_objects.unet` is cloned and gets a function wrapper, as Forge wants it: Forge goes back to
+the unpatched object by itself. The wrapper hooks the denoiser for the time of one call.
+
+Rows are read off the denoiser's own call, `transformer_options["cond_or_uncond"]`, not off the wrapper's: another
+wrapper between the two (MultiDiffusion) may cut the picture into tiles and call with other batch sizes.
+
+`clone` deep-copies a patcher's options, which for functions means the function itself, but for an object or a bound
+method a copy of all it holds. Hence the closures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib_pulid.hosts import LoadedModel, Plan
+from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of
+from lib_pulid.injection import DenoiseStep
+
+NAME = "Forge"
+_SLOT = "model_function_wrapper"
+_COND = 0
+
+
+def loaded_model(p: Any) -> LoadedModel:
+    """The model that `p` samples with now.
+
+    Raises:
+        UnsupportedModelError: it is neither SDXL nor FLUX.1.
+    """
+    name = getattr(getattr(p.sd_model, "sd_checkpoint_info", None), "name_for_extra", "")
+    unet = _patcher(p)
+    denoiser: Any = None if unet is None else unet.model.diffusion_model
+    family = family_of(denoiser, name, wanted="an SDXL or FLUX.1 checkpoint")
+    return LoadedModel(family, denoiser, unet.load_device, _computation_dtype(unet), name)
+
+
+def start(p: Any, plan: Plan) -> None:
+    """Injects into every denoiser call of `p` until `stop`. To be called before each batch is sampled."""
+    stop()
+    run = _Run(p, plan)
+    _running.append(run)  # first, so that `stop` finds it whatever happens
+    run.begin()
+
+
+def before_sampling(p: Any) -> None:
+    """Patches the unet of the coming pass. Does nothing when `p` was not started."""
+    for run in _running:
+        run.patch(p)
+
+
+def stop() -> None:
+    """Removes the callback, makes the patches idle and lets go of everything."""
+    while _running:
+        _running.pop().end()
+
+
+# The hosts make one picture at a time, in one process-wide model: this is what we put into it.
+_running: list[_Run] = []
+
+
+def _patcher(p: Any) -> Any:
+    # Before its first picture, Forge has a stand-in for a model here.
+    return getattr(getattr(p.sd_model, "forge_objects", None), "unet", None)
+
+
+def _computation_dtype(unet: Any) -> torch.dtype:
+    """Not that of the weights, which may be stored in 8 or 4 bits."""
+    model = unet.model
+    return getattr(model, "computation_dtype", None) or getattr(model, "manual_cast_dtype", None) or model.get_dtype()
+
+
+class _Run:
+    """What is put into the host between `start` and `stop`."""
+
+    def __init__(self, p: Any, plan: Plan) -> None:
+        self._p = p
+        self._injector = Injector(plan)
+        self._progress = Progress()
+        self._installed = ExitStack()
+        self._call = ExitStack()  # of the denoiser call under way
+        self._step: DenoiseStep | None = None
+        self._is_hooked = False
+        self._error: Exception | None = None
+
+    def begin(self) -> None:
+        # The refiner brings another model in the middle of a pass, and a later extension may take the one slot.
+        self._installed.callback(add_callback("cfg_denoiser", self.look_again))
+
+    def end(self) -> None:
+        for stack in (self._call, self._installed):
+            stack.close()
+        self._injector.end()
+        self._unpatch()
+        self._p = self._error = None
+
+    # ------------------------------------------------------------ patching
+
+    def patch(self, p: Any) -> None:
+        """Puts the wrapper into the unet that is sampled with, unless it is there. Exceptions wait for the wrapper:
+        here they would be printed and forgotten."""
+        unet = _patcher(p)
+        if p is not self._p or unet is None or self._is_patched(unet):
+            return
+        wrapper = _wrapper(self, unet.model.diffusion_model, unet.model_options.get(_SLOT))
+        patched = unet.clone()
+        patched.set_model_unet_function_wrapper(wrapper)
+        p.sd_model.forge_objects.unet = patched
+        try:
+            self._injector.prepare(loaded_model(p), hires=bool(getattr(p, "is_hr_pass", False)))
+            # What was compiled is on the device already; about as much is needed while a layer computes with it.
+            patched.add_extra_preserved_memory_during_sampling(self._injector.nbytes)
+            self._error = None
+        except Exception as error:
+            self._error = error
+
+    def _is_patched(self, unet: Any) -> bool:
+        return getattr(unet.model_options.get(_SLOT), "run", None) is self
+
+    def _unpatch(self) -> None:
+        """Forge drops the patched unet before the next sampling; until then it need not keep us."""
+        unet = None if self._p is None else _patcher(self._p)
+        if unet is not None and self._is_patched(unet):
+            previous = unet.model_options.pop(_SLOT).previous
+            if previous is not None:
+                unet.set_model_unet_function_wrapper(previous)
+
+    def look_again(self, params: Any) -> None:
+        """Before each step, after the refiner's turn: the unet may be another one."""
+        if self._p is not None and params.denoiser.p is self._p:
+            self.patch(self._p)
+
+    # ------------------------------------------------------------ one call
+
+    @contextmanager
+    def hooked(self, denoiser: nn.Module) -> Iterator[None]:
+        """Injects into the denoiser's calls inside the `with`."""
+        if self._p is None or self._is_hooked:  # over, or our own wrapper is further out
+            yield
+            return
+        if self._error is not None:
+            raise self._error
+        with ExitStack() as hooks:
+            self._is_hooked = True
+            hooks.callback(self._leave_all)
+            hooks.callback(denoiser.register_forward_pre_hook(self.enter, with_kwargs=True).remove)
+            hooks.callback(denoiser.register_forward_hook(self.leave, always_call=True).remove)
+            yield
+
+    def _leave_all(self) -> None:
+        self._is_hooked = False
+        self._call.close()
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        x: Tensor = args[0] if args else kwargs["x"]  # [B, C, h, w]
+        options = kwargs["transformer_options"]
+        progress = self._progress(self._p.sampler.model_wrap_cfg, options["sigmas"])
+        self._step = DenoiseStep(progress, _rows(options, len(x)), (x.shape[-2], x.shape[-1]))
+        self._call.enter_context(self._injector.around(self._step))
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._call.close()
+        step, self._step = self._step, None
+        if step is not None and output is not None:  # None: an exception is under way
+            self._injector.check_reached(step)
+
+
+def _wrapper(run: _Run, denoiser: nn.Module, previous: Callable | None) -> Callable:
+    def wrapper(apply_model: Callable, args: dict) -> Tensor:
+        with run.hooked(denoiser):
+            if previous is not None:
+                return previous(apply_model, args)
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    wrapper.run, wrapper.previous = run, previous  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _rows(options: Mapping[str, Any], batch: int) -> list[bool]:
+    """Whether each row is cond. Tiles repeat the whole stack of chunks."""
+    chunks, pictures = options["cond_or_uncond"], len(options["sigmas"])
+    return [chunks[i // pictures % len(chunks)] == _COND for i in range(batch)]

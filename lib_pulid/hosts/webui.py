@@ -1,0 +1,201 @@
+"""What A1111 and Forge have in common: how their samplers count, which models PuLID knows, and one denoiser call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lib_pulid.errors import UnsupportedModelError
+from lib_pulid.hosts import LoadedModel, Plan
+from lib_pulid.injection import DenoiseStep, Injection, inject
+from lib_pulid.sites import Site, Sites, find_sites
+
+SDXL_SITES = 70
+FLUX_SITES = 20
+# Width of the text that a UNet's cross-attention reads -> what it is then.
+TEXT_WIDTHS = {
+    768: "a Stable Diffusion 1.x model",
+    1024: "a Stable Diffusion 2.x model",
+    1280: "the SDXL refiner, which does not read the prompt as SDXL does",
+    2048: "SDXL",
+}
+
+
+# ---------------------------------------------------------------- which models
+
+
+def family_of(denoiser: nn.Module | None, name: str, wanted: str = "an SDXL checkpoint") -> str:
+    """ "sdxl" or "flux".
+
+    Args:
+        name: of the checkpoint. wanted: what the host could load instead, for the message.
+
+    Raises:
+        UnsupportedModelError: PuLID does not exist for this model.
+    """
+    problem = "no checkpoint is loaded" if denoiser is None else _problem(denoiser)
+    if problem is None:
+        return find_sites(denoiser).family  # type: ignore[arg-type]
+    what = f"{name}: {problem}" if name else problem[:1].upper() + problem[1:]
+    raise UnsupportedModelError(f"{what}. PuLID needs {wanted}: choose one, or switch PuLID off for this picture.")
+
+
+def _problem(denoiser: nn.Module) -> str | None:
+    try:
+        sites = find_sites(denoiser)
+    except UnsupportedModelError as error:
+        return str(error).rstrip(".")
+    if sites.family == "flux":
+        return None if len(sites.sites) == FLUX_SITES else "this is a FLUX model of another size than FLUX.1"
+    width = _text_width(denoiser)
+    if width != 2048:
+        return f"this is {TEXT_WIDTHS.get(width, f'a UNet that reads text {width} wide, which is none that I know')}"
+    if len(sites.sites) != SDXL_SITES:
+        return f"this is a shortened SDXL with {len(sites.sites)} of {SDXL_SITES} cross-attention layers"
+    return None
+
+
+def _text_width(unet: nn.Module) -> int:
+    attentions: Iterator[Any] = (module.attn2 for module in unet.modules() if hasattr(module, "attn2"))
+    for attention in attentions:
+        to_k = attention.to_k
+        # Forge's quantised layers have no in_features, and their weight may be packed.
+        return (
+            getattr(to_k, "in_features", None) or (getattr(to_k.weight, "quant_state", None) or to_k.weight).shape[-1]
+        )
+    return 0
+
+
+# ---------------------------------------------------------------- how far the sampling is
+
+# Samplers whose calls per step the hosts' `total_steps` does not know.
+_CALLS_PER_STEP = {"sample_heunpp2": 3}
+_RHO = 7.0
+
+
+class Progress:
+    """Share of a pass that is done, told from the host's CFGDenoiser: `step` counts its calls, from 0 in every pass.
+
+    `total_steps` is the number of calls that are expected: twice the steps for samplers of second order. (The host's
+    `state.sampling_step` is of no use: it is set after a step's first call, and so lags.)
+    """
+
+    def __init__(self) -> None:
+        self._first_sigma = 0.0
+
+    def __call__(self, denoiser: Any, sigma: Tensor) -> float:
+        """sigma: [B], of this call."""
+        if not denoiser.step:
+            self._first_sigma = float(sigma.max())
+        sampler = str(getattr(denoiser.sampler, "funcname", ""))
+        if sampler == "sample_dpm_adaptive":
+            return self._of_noise(float(sigma.max()), denoiser.model_wrap)
+        total = (denoiser.total_steps or 1) * _CALLS_PER_STEP.get(sampler, 1)
+        return min(denoiser.step / total, 1.0)
+
+    def _of_noise(self, sigma: float, model_wrap: Any) -> float:
+        """For a sampler that makes as many calls as it likes: where Karras' schedule would have this much noise."""
+        first, now, last = (s ** (1 / _RHO) for s in (self._first_sigma, sigma, float(model_wrap.sigmas[0])))
+        return min(max((first - now) / (first - last), 0.0), 1.0) if first > last else 0.0
+
+
+# ---------------------------------------------------------------- one call
+
+
+class Injector:
+    """Puts a plan into the calls of the denoiser that is loaded; asks again when that or the pass changes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan: Plan | None = plan
+        self._ready_for: tuple | None = None
+        self._sites: Sites | None = None
+        self._injections: Sequence[Injection] = ()
+        self._reached = False
+
+    @property
+    def nbytes(self) -> int:
+        """Of what was compiled."""
+        return sum(injection.nbytes for injection in self._injections)
+
+    def prepare(self, model: LoadedModel, *, hires: bool) -> None:
+        """Gets ready for a pass. Raises: PulidError."""
+        wanted = (model.denoiser, model.device, model.dtype, hires)
+        if self._ready_for == wanted:
+            return
+        assert self._plan is not None, "the generation is over"
+        self._release()
+        self._injections = tuple(self._plan.injections(model, hires=hires))
+        self._sites = _watched(find_sites(model.denoiser), self._note)
+        self._ready_for = wanted
+
+    def end(self) -> None:
+        """Lets go of the plan, of the denoiser and of what was compiled for it."""
+        self._plan = None
+        self._release()
+
+    def _release(self) -> None:
+        self._ready_for = self._sites = None
+        self._injections = ()
+
+    def around(self, step: DenoiseStep) -> AbstractContextManager[None]:
+        """Injects into the one denoiser call inside the `with`."""
+        assert self._sites is not None, "prepare comes first"
+        return inject(self._sites, self._injections, step)
+
+    def check_reached(self, step: DenoiseStep) -> None:
+        """After a call: the injection has taken place.
+
+        Raises:
+            UnsupportedModelError: the denoiser's layers did not run, something else ran in their place.
+        """
+        if not self._reached and any(injection.is_active(step.progress) for injection in self._injections):
+            raise UnsupportedModelError(
+                "Something else runs in the place of the model's own layers (TensorRT: Settings, SD Unet; or another "
+                "extension that replaces the UNet), where PuLID cannot add the face. Switch it or PuLID off."
+            )
+
+    def _note(self) -> None:
+        self._reached = True
+
+
+def _watched(sites: Sites, note: Any) -> Sites:
+    """The same sites, which call `note` when they are reached."""
+
+    def watched(site: Site) -> Site:
+        def attach(add: Any) -> list:
+            def noted(*tensors: Tensor) -> Tensor | None:
+                note()
+                return add(*tensors)
+
+            return site.attach(noted)
+
+        return replace(site, attach=attach)
+
+    return Sites(sites.family, tuple(watched(site) for site in sites.sites))
+
+
+# ---------------------------------------------------------------- the host's list of callbacks
+
+
+def add_callback(event: str, callback: Callable) -> Callable[[], None]:
+    """Registers for a script callback, "cfg_denoiser" or the like. Returns the function that removes it."""
+    from modules import script_callbacks
+
+    getattr(script_callbacks, f"on_{event}")(callback)
+    _forget_order(script_callbacks)
+
+    def remove() -> None:
+        script_callbacks.remove_callbacks_for_function(callback)
+        _forget_order(script_callbacks)
+
+    return remove
+
+
+def _forget_order(script_callbacks: Any) -> None:
+    """Later hosts keep the sorted callbacks until their *number* changes: after one is removed and another added, they
+    would go on calling the old one."""
+    getattr(script_callbacks, "ordered_callbacks_map", {}).clear()

@@ -1,0 +1,235 @@
+"""The accordion: its widgets and where they stand. What they do is in actions.py.
+
+Written for gradio 3.41 and 4.40; the hosts add `tooltip=` and `_js=` to both. Photos and the region travel as text in
+hidden fields, so that a unit's values are plain JSON whoever sends them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradio as gr
+
+from lib_pulid.units import CUSTOM, FIELD, FIELDS, NONE, PRESETS, Field, PulidUnit
+from lib_pulid.webui import canvas
+from lib_pulid.webui.actions import Actions
+from lib_pulid.webui.infotext import PastedField
+from lib_pulid.webui.library import Library
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a script's ui() has to hand over. controls: in the order of the positional list."""
+
+    controls: list[Any]
+    infotext_fields: list[tuple[Any, PastedField]]
+    paste_field_names: list[str]
+
+
+def build(tab: str, count: int, library: Library, actions: Actions) -> Built:
+    """tab: "txt2img" or "img2img". count: number of units."""
+    with _switch(tab) as on:
+        gr.HTML(
+            "<p>One tab is one person. Drop a photo in which the face is large and sharp, describe the picture in the "
+            "prompt, generate.</p>",
+            elem_classes=["pulid-hint"],
+        )
+        with gr.Tabs(elem_id=f"pulid_{tab}_units"):
+            units = []
+            for number in range(1, count + 1):
+                with gr.Tab(f"Person {number}", elem_id=f"pulid_{tab}_{number}"):
+                    units.append(_Unit(tab, number, library, actions).widgets)
+    controls, fields = [on.value], [(on.value, PastedField(1, None, library))]
+    for number, widgets in enumerate(units, 1):
+        controls += [widgets[field.name] for field in FIELDS]
+        fields += [(widgets[field.name], PastedField(number, field, library)) for field in FIELDS]
+    return Built(controls, fields, [str(name) for _, name in fields])
+
+
+class _switch:
+    """The accordion that is its own on/off; where the host has none, a checkbox in a plain accordion."""
+
+    def __init__(self, tab: str) -> None:
+        elem_id = f"pulid_{tab}"
+        try:
+            from modules.ui_components import InputAccordion
+        except ImportError:
+            self._box = gr.Accordion("PuLID", open=False, elem_id=elem_id)
+            self._plain = True
+            self.value: Any = None
+        else:
+            self._box = self.value = InputAccordion(False, label="PuLID", elem_id=elem_id)
+            self._plain = False
+        self._elem_id = elem_id
+
+    def __enter__(self) -> _switch:
+        self._box.__enter__()
+        if self._plain:
+            self.value = gr.Checkbox(False, label="Enable PuLID", elem_id=f"{self._elem_id}-checkbox")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._box.__exit__(*error)
+
+
+class _Unit:
+    """The widgets of one person, by field name."""
+
+    def __init__(self, tab: str, number: int, library: Library, actions: Actions) -> None:
+        self._tab, self._number, self._library, self._actions = tab, number, library, actions
+        self._defaults = replace(PulidUnit(), enabled=number == 1).positions()
+        self.widgets: dict[str, Any] = {}
+        self._photos()
+        self._faces()
+        self._strength()
+        with gr.Accordion("Advanced", open=False, elem_id=self._id("advanced")):
+            self._advanced()
+        self._wire()
+
+    def _id(self, name: str) -> str:
+        return f"pulid_{self._tab}_{self._number}_{name}"
+
+    def _common(self, field: Field, tip: bool = True) -> dict[str, Any]:
+        value = self._defaults[FIELDS.index(field)]
+        common = {"label": field.label, "value": value, "elem_id": self._id(field.name), "interactive": True}
+        return {**common, "info": field.tip} if tip else common
+
+    def _hidden(self, name: str) -> None:
+        label = f"PuLID {self._number} {name}"
+        self.widgets[name] = self._silent(gr.Textbox(value="", visible=False, elem_id=self._id(name), label=label))
+
+    def _silent(self, widget: Any) -> Any:
+        """Not to be kept in the host's ui-config.json."""
+        widget.do_not_save_to_config = True
+        return widget
+
+    # ------------------------------------------------------------ rows
+
+    def _photos(self) -> None:
+        self._hidden("images")
+        enabled = self.widgets["enabled"] = gr.Checkbox(**self._common(FIELD["enabled"], tip=False))
+        enabled.do_not_save_to_config = True  # kept by its label, it would be one and the same for all units
+        with gr.Row(elem_classes=["pulid-photos"]):
+            self.drop = gr.File(
+                label="Photos: drop, paste or click",
+                file_count="multiple",
+                file_types=["image"],
+                height=150,
+                elem_id=self._id("drop"),
+                elem_classes=["pulid-drop"],
+            )
+            self.gallery = gr.Gallery(
+                label="Photos of this person",
+                columns=3,
+                height=150,
+                object_fit="contain",
+                allow_preview=False,
+                show_download_button=False,
+                interactive=False,
+                elem_id=self._id("photos"),
+                elem_classes=["pulid-gallery"],
+            )
+        self.selected = self._silent(gr.Number(value=-1, visible=False, label=f"PuLID {self._number} selected photo"))
+        with gr.Row(elem_classes=["pulid-buttons"]):
+            self.preview = gr.Button("Preview face", size="sm", elem_id=self._id("preview"))
+            self.remove = gr.Button("Remove photo", size="sm", elem_id=self._id("remove"))
+            self.remove_all = gr.Button("Remove all photos", size="sm", elem_id=self._id("remove_all"))
+
+    def _faces(self) -> None:
+        self.note = gr.HTML("", elem_id=self._id("note"), elem_classes=["pulid-note"])
+        self.shown = gr.Gallery(
+            label="Preview",
+            columns=3,
+            object_fit="contain",
+            visible=False,
+            interactive=False,
+            elem_id=self._id("shown"),
+            elem_classes=["pulid-shown"],
+        )
+        with gr.Row(elem_classes=["pulid-line"]):
+            self.widgets["identity"] = gr.Dropdown(
+                choices=self._actions.identity_choices(),
+                allow_custom_value=True,
+                **{**self._common(FIELD["identity"], tip=False), "value": NONE, "label": "Or a saved identity"},
+            )
+            self.refresh = _tool("\U0001f504", self._id("refresh"), "Look for new identities and models")
+            self.name = self._silent(
+                gr.Textbox(label="Save these photos as", placeholder="name", max_lines=1, elem_id=self._id("save_name"))
+            )
+            self.save = gr.Button("Save identity", size="sm", elem_id=self._id("save"), elem_classes=["pulid-tool"])
+
+    def _strength(self) -> None:
+        with gr.Row():
+            self._slider("weight")
+            self.widgets["preset"] = gr.Radio(choices=[*PRESETS, CUSTOM], **self._common(FIELD["preset"]))
+        self.widgets["model"] = gr.Dropdown(
+            choices=self._actions.model_choices(), allow_custom_value=True, **self._common(FIELD["model"])
+        )
+
+    def _advanced(self) -> None:
+        with gr.Row():
+            self._choice("projection")
+            self._slider("num_zero")
+        with gr.Row():
+            self._slider("start")
+            self._slider("end")
+        with gr.Row():
+            self._choice("face_order")
+            self._slider("face_index")
+        with gr.Row():
+            self._choice("fusion")
+            self._choice("hires")
+        self._hidden("mask")
+        with gr.Accordion("Region: where this person's face may act", open=False, elem_id=self._id("region")):
+            gr.HTML(
+                "<p>Drop a picture (white yes, black no), or take an empty one and paint over the place. "
+                "Empty: everywhere.</p>",
+                elem_classes=["pulid-hint"],
+            )
+            self.canvas = canvas.build(self._id("canvas"))
+            self.blank = gr.Button("Empty picture to paint on", size="sm", elem_id=self._id("blank"))
+
+    def _slider(self, name: str) -> None:
+        field = FIELD[name]
+        limits = {"minimum": field.minimum, "maximum": field.maximum, "step": field.step}
+        self.widgets[name] = gr.Slider(**limits, **self._common(field))
+
+    def _choice(self, name: str) -> None:
+        field = FIELD[name]
+        self.widgets[name] = gr.Dropdown(choices=list(field.choices), **self._common(field))
+
+    # ------------------------------------------------------------ events
+
+    def _wire(self) -> None:
+        act, w = self._actions, self.widgets
+        images, face = w["images"], [w["face_order"], w["face_index"]]
+        self.drop.upload(
+            act.add_photos, [self.drop, images], [self.drop, images, w["enabled"], self.note], show_progress=False
+        )
+        images.change(act.show_photos, [images], [self.gallery, self.selected], show_progress=False)
+        self.gallery.select(act.select_photo, [], [self.selected], show_progress=False)
+        self.remove.click(act.remove_photo, [images, self.selected], [images], show_progress=False)
+        self.remove_all.click(lambda: "", [], [images], show_progress=False)
+        self.refresh.click(act.refresh, [], [w["identity"], w["model"]], show_progress=False)
+        self.preview.click(act.preview, [images, w["identity"], *face], [self.shown, self.note])
+        self.save.click(
+            act.save, [self.name, images, w["model"], *face, w["fusion"]], [w["identity"], self.name, self.note]
+        )
+        w["preset"].change(act.apply_preset, [w["preset"]], [w["projection"], w["num_zero"]], show_progress=False)
+        for name in ("projection", "num_zero"):
+            w[name].change(act.name_preset, [w["projection"], w["num_zero"]], [w["preset"]], show_progress=False)
+        for changed in self.canvas.changed:
+            changed(act.keep_region, self.canvas.values, [w["mask"]], show_progress=False)
+        size = f"() => pulid.pictureSize('{self._tab}')"
+        labels = (f"PuLID {self._number} {side}" for side in ("width", "height"))
+        width, height = (self._silent(gr.Number(visible=False, label=label)) for label in labels)
+        self.blank.click(act.empty_picture, [width, height], [self.canvas.picture], _js=size, show_progress=False)
+
+
+def _tool(text: str, elem_id: str, tooltip: str) -> Any:
+    try:
+        from modules.ui_components import ToolButton
+    except ImportError:
+        return gr.Button(text, elem_id=elem_id, elem_classes=["pulid-tool"])
+    return ToolButton(text, elem_id=elem_id, elem_classes=["pulid-tool"], tooltip=tooltip)

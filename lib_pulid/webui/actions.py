@@ -1,0 +1,186 @@
+"""What the accordion's buttons do: values of widgets in, values of widgets out."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from lib_pulid.errors import MissingWeightsError, PulidError, SettingError
+from lib_pulid.faces import FaceChoice
+from lib_pulid.images import load_image, thumbnail
+from lib_pulid.units import AUTO, CUSTOM, FIELD, NONE, PRESETS, check
+from lib_pulid.webui import pictures
+from lib_pulid.webui.library import Library
+
+THUMBNAIL = 256
+
+
+class Actions:
+    """See the module.
+
+    Args:
+        family: tells the family of the loaded checkpoint, "" where it cannot be told.
+    """
+
+    def __init__(self, library: Library, family: Callable[[], str]) -> None:
+        self._library, self._family = library, family
+
+    # ------------------------------------------------------------ lists
+
+    def identity_choices(self) -> list[str]:
+        return [NONE, *(one.name for one in self._library.identities())]
+
+    def model_choices(self) -> list[str]:
+        return [AUTO, *(file.name for file in self._library.adapters())]
+
+    def refresh(self) -> tuple[Any, Any]:
+        return gr.update(choices=self.identity_choices()), gr.update(choices=self.model_choices())
+
+    # ------------------------------------------------------------ photos
+
+    def add_photos(self, files: Any, images: str) -> tuple[Any, str, Any, str]:
+        """-> the drop zone emptied, all photos, the unit's checkbox ticked, a note."""
+        known, problems = list(_images(images)), []
+        for file in files if isinstance(files, list) else [files] if files else []:
+            path = Path(getattr(file, "name", None) or str(file))
+            try:
+                known.append(pictures.packed(load_image(path)))
+            except PulidError as error:
+                problems.append(str(error))
+        return None, json.dumps(known) if known else "", gr.update(value=True) if known else gr.update(), _bad(problems)
+
+    def show_photos(self, images: str) -> tuple[Any, int]:
+        """-> the gallery, no photo selected."""
+        photos = _images(images)
+        return gr.update(value=[thumbnail(pictures.decode(photo, "photo"), THUMBNAIL) for photo in photos]), -1
+
+    def select_photo(self, event: gr.SelectData) -> int:
+        return event.index
+
+    def remove_photo(self, images: str, selected: float) -> str:
+        """Removes the selected photo, or the last one."""
+        photos = list(_images(images))
+        index = int(selected) if 0 <= int(selected) < len(photos) else len(photos) - 1
+        rest = photos[:index] + photos[index + 1 :] if photos else []
+        return json.dumps(rest) if rest else ""
+
+    # ------------------------------------------------------------ faces
+
+    def preview(self, images: str, identity: str, order: str, index: float) -> tuple[Any, str]:
+        """-> the gallery of what was found, and what to know of it."""
+        shown: list[tuple[np.ndarray, str]] = []
+        lines: list[str] = []
+        try:
+            if identity not in ("", NONE):
+                shown, lines = self._preview_identity(identity)
+            elif not images:
+                lines = [_bad(["There is no photo yet: drop one above."])]
+            else:
+                self._preview_photos(_images(images), FaceChoice(order, int(index)), shown, lines)
+        except PulidError as error:
+            lines.append(_bad([str(error)]))
+        finally:
+            self._library.release()
+        return gr.update(value=shown, visible=bool(shown)), "".join(lines)
+
+    def _preview_identity(self, identity: str) -> tuple[list[tuple[np.ndarray, str]], list[str]]:
+        found = self._library.saved(identity)
+        shown = [] if found.thumbnail is None else [(found.thumbnail, identity)]
+        made = f"{identity}: {found.info.get('photos', '?')} photo(s), made for {found.info.get('adapter', '?')}."
+        return shown, [_good(made)]
+
+    def _preview_photos(
+        self, images: Sequence[str], choice: FaceChoice, shown: list[tuple[np.ndarray, str]], lines: list[str]
+    ) -> None:
+        for number, text in enumerate(images, 1):
+            name = f"photo {number}"
+            try:
+                photo = pictures.decode(text, name)
+                face = self._library.read_face(photo, choice, name)
+            except MissingWeightsError:
+                raise
+            except PulidError as error:
+                lines.append(_bad([str(error)]))
+                continue
+            found = "1 face" if len(face.detections) == 1 else f"{len(face.detections)} faces, the green one is taken"
+            shown += [
+                (pictures.marked(photo, face), f"{name}: {found}"),
+                (face.aligned, f"{name}: aligned"),
+                (pictures.parsed(face), f"{name}: what is read"),
+            ]
+            notes = pictures.warnings(face)
+            lines.append(_warn(f"{name}: {'; '.join(notes)}.") if notes else _good(f"{name}: a good face."))
+
+    def save(self, name: str, images: str, model: str, order: str, index: float, fusion: str) -> tuple[Any, Any, str]:
+        """-> the list of identities with the new one chosen, the name field emptied, a note."""
+        try:
+            if not name.strip():
+                raise SettingError("Give the identity a name first.")
+            photos = [pictures.decode(text, f"photo {i}") for i, text in enumerate(_images(images), 1)]
+            if not photos:
+                raise SettingError("There is no photo to save: drop one above.")
+            adapter = self._library.adapter(model or AUTO, self._family_for(model))
+            identity = self._library.encode(photos, adapter, FaceChoice(order, int(index)), fusion)
+            saved = self._library.save(name, identity)
+        except PulidError as error:
+            return gr.update(), gr.update(), _bad([str(error)])
+        finally:
+            self._library.release()
+        note = _good(f"{saved.name} ({saved.short_hash}) is saved for {saved.adapter} and chosen above.")
+        return gr.update(choices=self.identity_choices(), value=saved.name), gr.update(value=""), note
+
+    def _family_for(self, model: str) -> str:
+        """A named file's own; with auto the checkpoint's, or the only one there are files for."""
+        files = self._library.adapters()
+        named = [file.family for file in files if model in (file.name, file.path.stem) and file.family]
+        family = named[0] if named else self._family()
+        if not family:
+            families = {file.family for file in files if file.family} or {"sdxl"}
+            if len(families) > 1:
+                raise SettingError("Choose a PuLID model first: an identity is saved for SDXL or for FLUX.")
+            family = families.pop()
+        return family
+
+    # ------------------------------------------------------------ settings that belong together
+
+    def apply_preset(self, preset: str) -> tuple[Any, Any]:
+        values = PRESETS.get(preset)
+        return tuple(gr.update(value=values[name]) if values else gr.update() for name in ("projection", "num_zero"))  # type: ignore[return-value]
+
+    def name_preset(self, projection: str, num_zero: float) -> Any:
+        mine = {"projection": projection, "num_zero": int(num_zero or 0)}
+        return gr.update(value=next((name for name, values in PRESETS.items() if values == mine), CUSTOM))
+
+    # ------------------------------------------------------------ region
+
+    def keep_region(self, picture: Any, strokes: Any = None) -> str:
+        """gradio 3 hands over both in a dict."""
+        if isinstance(picture, dict):
+            picture, strokes = picture.get("image"), picture.get("mask")
+        return pictures.drawn_region(picture, strokes)
+
+    def empty_picture(self, width: float, height: float) -> np.ndarray:
+        """Black, as large as the picture will be."""
+        return np.zeros((int(height or 512), int(width or 512), 3), np.uint8)
+
+
+def _images(text: str) -> tuple[str, ...]:
+    return check(FIELD["images"], text or "", 0)
+
+
+def _good(text: str) -> str:
+    return f"<p class='pulid-good'>{html.escape(text)}</p>"
+
+
+def _warn(text: str) -> str:
+    return f"<p class='pulid-warn'>{html.escape(text)}</p>"
+
+
+def _bad(problems: Sequence[str]) -> str:
+    return "".join(f"<p class='pulid-bad'>{html.escape(problem)}</p>" for problem in problems)

@@ -1,0 +1,49 @@
+"""A widget that takes a picture and lets one paint on it; each host has another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+HEIGHT = 360
+WHITE = "#ffffff"
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Args: values: what holds picture and strokes. changed: gradio's events. picture: takes a new picture."""
+
+    values: list[Any]
+    changed: list[Callable[..., Any]]
+    picture: Any
+
+
+def build(elem_id: str) -> Canvas:
+    """Forge's own canvas; gradio 3's sketch pad; elsewhere an upload without a brush (gradio 4's editor, hidden in an
+    accordion, freezes the page)."""
+    try:
+        from modules_forge.forge_canvas.canvas import ForgeCanvas
+    except ImportError:
+        pass
+    else:
+        made = ForgeCanvas(
+            height=HEIGHT,
+            scribble_color=WHITE,
+            scribble_color_fixed=True,
+            scribble_width=6,
+            scribble_alpha_fixed=True,
+            scribble_softness_fixed=True,
+            numpy=True,
+            elem_id=elem_id,
+        )
+        values = [made.background, made.foreground]
+        return Canvas(values, [value.change for value in values], made.background)
+    common = {"type": "numpy", "label": "Region", "show_label": False, "height": HEIGHT, "elem_id": elem_id}
+    if gr.__version__.startswith("3."):
+        sketch = gr.Image(source="upload", tool="sketch", brush_color=WHITE, **common)
+        return Canvas([sketch], [sketch.change, sketch.edit], sketch)
+    upload = gr.Image(**common)
+    return Canvas([upload], [upload.change], upload)

@@ -1,0 +1,110 @@
+"""The parameters in the picture, and back.
+
+One entry per unit, `PuLID 1: "hash: 0123456789, identity: Anna, model: auto, weight: 0.8, ..."`. The face itself is
+there as a hash only; it is found again where it was saved, or is still in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from lib_pulid.units import AUTO, FIELDS, NONE, Field, PulidUnit
+from lib_pulid.webui.library import Library
+
+PREFIX = "PuLID "
+_ESCAPES = {"%": "%25", ",": "%2C", ":": "%3A", '"': "%22", "\n": "%0A", "\\": "%5C"}
+
+
+def key(number: int) -> str:
+    return f"{PREFIX}{number}"
+
+
+def clear(parameters: MutableMapping[str, Any]) -> None:
+    """Removes our entries: the cells of a grid share one table."""
+    for name in [name for name in parameters if name.startswith(PREFIX)]:
+        del parameters[name]
+
+
+def write(unit: PulidUnit, facts: Mapping[str, str]) -> str:
+    """All settings of a unit. facts: "hash" of the identity, "file" and "weights" of the PuLID model."""
+    entries = {"hash": facts["hash"], "weights": facts["weights"]}
+    for field in FIELDS:
+        if field.pasted:
+            entries[field.name] = _text(getattr(unit, field.name))
+    entries["file"] = facts["file"]
+    if unit.images:
+        entries["photos"] = str(len(unit.images))
+    if unit.mask:
+        entries["region"] = hashlib.sha256(unit.mask.encode()).hexdigest()[:10]
+    return ", ".join(f"{name}: {_escape(value)}" for name, value in entries.items() if value != "")
+
+
+def read(text: str) -> dict[str, str]:
+    """The inverse of `write`; what is no entry is left out."""
+    pairs = (entry.partition(": ") for entry in text.split(", "))
+    return {name.strip(): _unescape(value) for name, colon, value in pairs if colon}
+
+
+class PastedField(str):
+    """What the hosts want to know of a widget that is pasted into: a name, and a function from parameters to a value.
+
+    They take either; a name lets "Send to img2img" carry the widget's value over, a function lets us read our entries.
+    This is both.
+    """
+
+    _place: tuple[int, Field | None, Library]
+
+    def __new__(cls, number: int, field: Field | None, library: Library) -> PastedField:
+        made = super().__new__(cls, f"{PREFIX}{number} {field.name}" if field else f"{PREFIX}on")
+        made._place = number, field, library
+        return made
+
+    def __call__(self, parameters: Mapping[str, Any]) -> Any:
+        number, field, library = self._place
+        if field is None:
+            return any(name.startswith(PREFIX) and name[len(PREFIX) :].isdigit() for name in parameters)
+        if not any(name.startswith(PREFIX) for name in parameters):
+            return None  # a picture without PuLID switches it off and leaves the rest as it is
+        text = parameters.get(key(number))
+        if field.name == "enabled":
+            return text is not None
+        return None if text is None else _value(field, read(str(text)), library)
+
+
+def _value(field: Field, entries: Mapping[str, str], library: Library) -> Any:
+    """What to put into the widget, or None to leave it."""
+    if field.name in ("identity", "images"):
+        found = _find(entries, library)
+        return {"identity": found or NONE, "images": "" if found else None}[field.name]
+    if field.name not in entries:
+        return AUTO if field.name == "model" else None
+    text = entries[field.name]
+    try:
+        return {"float": float, "int": int}.get(field.kind, str)(text)
+    except ValueError:
+        return None
+
+
+def _find(entries: Mapping[str, str], library: Library) -> str:
+    """The name of the saved identity with this hash; the hash, where only the cache has it; or ""."""
+    short_hash = entries.get("hash", "")
+    saved = [one.name for one in library.identities() if one.short_hash == short_hash]
+    if saved:
+        return entries["identity"] if entries.get("identity") in saved else saved[0]
+    return short_hash if short_hash and library.find(short_hash) else ""
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _escape(text: str) -> str:
+    return "".join(_ESCAPES.get(character, character) for character in text)
+
+
+def _unescape(text: str) -> str:
+    for character, escape in reversed(_ESCAPES.items()):  # "%" last, as it was escaped first
+        text = text.replace(escape, character)
+    return text

@@ -1,0 +1,308 @@
+"""What lies in the models folder and what of it is loaded: PuLID files, saved identities, the way from a photo.
+
+One adapter stays loaded on the CPU; the models that read photos are released after use.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib_pulid import catalog
+from lib_pulid.errors import (
+    IdentityMismatchError,
+    MissingWeightsError,
+    SettingError,
+    UnsupportedModelError,
+    WrongWeightsError,
+)
+from lib_pulid.units import AUTO
+from lib_pulid.webui.readers import Readers
+
+if TYPE_CHECKING:
+    from lib_pulid.faces import Face, FaceChoice
+    from lib_pulid.identity import Identity
+    from lib_pulid.photos import IdentityCache
+    from lib_pulid.weights import Adapter
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+LARGEST_HEAD = 100_000_000  # bytes of a safetensors file's table of contents
+HASH = re.compile(r"[0-9a-f]{10}")
+NAME = re.compile(r"\w[\w .()'-]{0,79}")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A PuLID file. family: "sdxl", "flux", or "" where only loading it would tell."""
+
+    path: Path
+    family: str
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class SavedIdentity:
+    name: str
+    short_hash: str
+    adapter: str
+    path: Path
+
+
+class Library:
+    """See the module.
+
+    Args:
+        models_dir: gives the models folder, see `catalog`. device: gives the encoders' device.
+        keep: tells whether encoders stay loaded.
+    """
+
+    def __init__(
+        self,
+        models_dir: Callable[[], Path],
+        device: Callable[[], str] = lambda: "cpu",
+        keep: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._models_dir, self._keep = models_dir, keep
+        self._readers = Readers(device, lambda path: self._of(path, _fingerprint))
+        self._lock = threading.RLock()
+        self._adapter: tuple[Any, Adapter] | None = None
+        self._cache: tuple[Path, IdentityCache] | None = None
+        self._read: dict[Any, Any] = {}  # what was read of a file, by its path, size and time
+
+    @property
+    def models_dir(self) -> Path:
+        return self._models_dir()
+
+    @property
+    def folder(self) -> Path:
+        """Where PuLID files lie; a models folder without a `pulid` in it is taken for it."""
+        folder = self.models_dir / "pulid"
+        return folder if folder.is_dir() or not self.models_dir.is_dir() else _flat(self.models_dir) or folder
+
+    @property
+    def identities_dir(self) -> Path:
+        return self.folder / "identities"
+
+    # ------------------------------------------------------------ PuLID files
+
+    def adapters(self) -> list[AdapterFile]:
+        """The PuLID files, those of the catalogue first, in its order."""
+        order = {file.name: i for i, file in enumerate(catalog.CATALOG)}
+        skip = {file.name for file in catalog.in_group("encoders")}
+        paths = [path for path in _files(self.folder, WEIGHT_SUFFIXES) if path.name not in skip]
+        found = [AdapterFile(path, self._of(path, _family)) for path in paths]
+        found = [file for file in found if file.family != "other"]
+        return sorted(found, key=lambda file: (order.get(file.name, len(order)), file.name.lower()))
+
+    def adapter(self, name: str, family: str, encoder: str = "") -> Adapter:
+        """Loads a PuLID file. name: of the file, with or without its suffix, or "auto".
+
+        encoder: with "auto", the fingerprint that a saved identity needs.
+
+        Raises:
+            MissingWeightsError, WrongWeightsError, UnsupportedModelError.
+        """
+        with self._lock:
+            if name != AUTO:
+                return self._checked(self._load(self._named(name)), family)
+            adapters = self._of_family(family, encoder)
+            first = next(adapters, None)
+            if first is None:
+                wanted = " or ".join(file.name for file in catalog.in_group(family))
+                raise MissingWeightsError(f"no PuLID file for {family.upper()} in {self.folder}: {wanted}.")
+            if not encoder or first.fingerprint == encoder:
+                return first
+            return next((adapter for adapter in adapters if adapter.fingerprint == encoder), first)
+
+    def _of_family(self, family: str, encoder: str) -> Iterator[Adapter]:
+        files = [file for file in self.adapters() if file.family in (family, "")]
+        if self._adapter is not None and encoder:  # what is loaded costs nothing to look at
+            loaded = self._adapter[1].path
+            files.sort(key=lambda file: file.path != loaded)
+        for file in files:
+            try:
+                adapter = self._load(file.path)
+            except WrongWeightsError:
+                if file.family:
+                    raise  # its head says that it is one: damaged
+                continue  # something else that lies in the folder
+            if adapter.family == family:
+                yield adapter
+
+    def _named(self, name: str) -> Path:
+        for file in self.adapters():
+            if name in (file.name, file.path.stem):
+                return file.path
+        names = ", ".join(file.name for file in self.adapters()) or "there is none"
+        raise MissingWeightsError(f"{name} is not among the PuLID files in {self.folder} ({names}).")
+
+    def _checked(self, adapter: Adapter, family: str) -> Adapter:
+        if adapter.family != family:
+            raise UnsupportedModelError(
+                f"{adapter.path.name} is {adapter.label}, but the checkpoint is of the {family.upper()} kind; "
+                "choose auto or another PuLID file."
+            )
+        return adapter
+
+    def _load(self, path: Path) -> Adapter:
+        stamp = _stamp(path)
+        if self._adapter is None or self._adapter[0] != stamp:
+            from lib_pulid.weights import load_adapter
+
+            self._adapter = None  # before the next is loaded, so that both are never in memory
+            self._adapter = stamp, load_adapter(path)
+        return self._adapter[1]
+
+    # ------------------------------------------------------------ saved identities
+
+    def identities(self) -> list[SavedIdentity]:
+        """The saved identities by name; files that are none are left out."""
+        found = (self._of(path, _saved) for path in _files(self.identities_dir, (".safetensors",)))
+        return sorted((saved for saved in found if saved is not None), key=lambda saved: saved.name.lower())
+
+    def find(self, name_or_hash: str) -> Path | None:
+        """Where an identity lies: saved, by name or short hash, or by hash in the cache."""
+        saved = self.identities()
+        for one in saved:
+            if name_or_hash == one.name:
+                return one.path
+        if not HASH.fullmatch(name_or_hash):
+            return None
+        cached = (self._of(path, _saved) for path in _files(self.folder / "cache", (".safetensors",)))
+        hits = (one.path for one in (*saved, *cached) if one is not None and one.short_hash == name_or_hash)
+        return next(hits, None)
+
+    def saved(self, name_or_hash: str) -> Identity:
+        """Loads an identity.
+
+        Raises:
+            IdentityMismatchError: there is none of that name or hash, or its file is damaged.
+        """
+        from lib_pulid.identity import Identity
+
+        path = self.find(name_or_hash)
+        if path is None:
+            names = ", ".join(one.name for one in self.identities()) or "nothing is saved yet"
+            raise IdentityMismatchError(f"{name_or_hash} is not saved in {self.identities_dir} ({names}).")
+        return Identity.load(path)
+
+    def save(self, name: str, identity: Identity) -> SavedIdentity:
+        """Saves under a new name.
+
+        Raises:
+            SettingError: the name is taken, or cannot be one.
+        """
+        from dataclasses import replace
+
+        name = name.strip()
+        if not NAME.fullmatch(name) or name.endswith(".") or HASH.fullmatch(name):
+            raise SettingError("A name has letters, digits, blanks and -_.() only, and begins with a letter or digit.")
+        path = self.identities_dir / f"{name}.safetensors"
+        if path.exists():
+            raise SettingError(f"{name} is saved already; take another name, or delete {path} first.")
+        replace(identity, info={**identity.info, "name": name}).save(path)
+        return SavedIdentity(name, identity.short_hash, identity.info.get("adapter", ""), path)
+
+    # ------------------------------------------------------------ photos
+
+    def encode(
+        self,
+        photos: Sequence[np.ndarray],
+        adapter: Adapter,
+        choice: FaceChoice,
+        fusion: str,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> Identity:
+        """Photos, uint8 RGB [H, W, 3], of one person -> Identity; each set of photos is encoded once.
+
+        Raises:
+            ImageError, NoFaceError, MissingWeightsError, WrongWeightsError, SettingError.
+        """
+        with self._lock:
+            return self._readers.encode(photos, adapter, choice, fusion, self.models_dir, self._identity_cache(), tell)
+
+    def read_face(self, photo: np.ndarray, choice: FaceChoice, name: str) -> Face:
+        """The face of one photo, for a preview; needs the face models only.
+
+        Raises:
+            NoFaceError, MissingWeightsError, WrongWeightsError.
+        """
+        with self._lock:
+            return self._readers.read_face(photo, choice, name, self.models_dir)
+
+    def release(self) -> None:
+        """Lets go of the encoders, unless the settings keep them."""
+        with self._lock:
+            if not self._keep():
+                self._readers.release()
+
+    def _identity_cache(self) -> IdentityCache:
+        from lib_pulid.photos import IdentityCache
+
+        folder = self.folder / "cache"
+        if self._cache is None or self._cache[0] != folder:
+            self._cache = folder, IdentityCache(folder)
+        return self._cache[1]
+
+    def _of(self, path: Path, read: Callable[[Path], Any]) -> Any:
+        """What `read` says of a file; asked once as long as the file does not change."""
+        key = (read.__qualname__, _stamp(path))
+        if key not in self._read:
+            self._read[key] = read(path)
+        return self._read[key]
+
+
+def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
+
+
+def _flat(models_dir: Path) -> Path | None:
+    known = {file.name for file in catalog.CATALOG}
+    return models_dir if any(path.name in known for path in models_dir.iterdir()) else None
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
+def _family(path: Path) -> str:
+    """By the names of a safetensors file's tensors, which stand at its head; of a pickle only the catalogue tells."""
+    if path.suffix.lower() != ".safetensors":
+        return next((file.group for file in catalog.CATALOG if file.name == path.name), "")
+    try:
+        with path.open("rb") as file:
+            keys = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEAD)))
+    except (ValueError, MemoryError, OverflowError, OSError):
+        return ""  # damaged: listed, and loading it says what is wrong
+    if any(key.startswith("pulid_ca.") for key in keys):
+        return "flux"
+    return "sdxl" if any(key.startswith(("id_adapter", "ip_adapter.")) for key in keys) else "other"
+
+
+def _fingerprint(path: Path) -> str:
+    from lib_pulid.photos import fingerprint_files
+
+    return fingerprint_files([path])
+
+
+def _saved(path: Path) -> SavedIdentity | None:
+    from lib_pulid.identity import Identity
+
+    try:
+        identity = Identity.load(path)
+    except IdentityMismatchError:
+        return None
+    return SavedIdentity(path.stem, identity.short_hash, identity.info.get("adapter", ""), path)

@@ -1,0 +1,109 @@
+"""The units of one generation, compiled when a model first asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
+from lib_pulid.injection import Injection, compile_injection
+from lib_pulid.units import AUTO, PulidUnit, at_unit
+from lib_pulid.webui.pictures import decode, region
+
+if TYPE_CHECKING:
+    from lib_pulid.hosts import LoadedModel
+    from lib_pulid.identity import Identity
+    from lib_pulid.webui.library import Library
+    from lib_pulid.weights import Adapter
+
+
+@dataclass
+class UnitPlan:
+    """What the hosts ask for the injections of a denoiser; see `lib_pulid.hosts.Plan`.
+
+    Args:
+        units: with their numbers, for messages. tell: is told what is being done, for the progress line.
+    """
+
+    units: Sequence[tuple[int, PulidUnit]]
+    library: Library
+    tell: Callable[[str], None] = lambda text: None
+    _known: dict[Any, tuple[Injection, dict[str, str]]] = field(default_factory=dict)
+
+    def injections(self, model: LoadedModel, *, hires: bool) -> list[Injection]:
+        """Those that act in this pass. Compiled at the first call for a family, device and dtype.
+
+        Raises:
+            PulidError: its message begins with the unit and the field at fault.
+        """
+        wanted = [(number, unit) for number, unit in self.units if unit.in_pass(hires)]
+        return [self._unit(number, unit, model)[0] for number, unit in wanted]
+
+    def prepare(self, model: LoadedModel) -> dict[int, dict[str, str]]:
+        """Compiles all units and returns, by unit, what to write into the picture's parameters beside the settings."""
+        try:
+            return {number: self._unit(number, unit, model)[1] for number, unit in self.units}
+        finally:
+            self.tell("")
+            self.library.release()
+
+    def _unit(self, number: int, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
+        key = (number, model.family, str(model.device), model.dtype)
+        if key not in self._known:
+            self._known[key] = self._compile(number, unit, model)
+        return self._known[key]
+
+    def _compile(self, number: int, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
+        self.tell(f"PuLID: loading the model for unit {number}")
+        identity, adapter = self._identity(number, unit, model.family)
+        with _at(number, "mask"):
+            mask = region(unit.mask, "the region") if unit.mask else None
+        with _at(number, "model"):
+            injection = compile_injection(
+                adapter,
+                identity,
+                weight=unit.weight,
+                projection=unit.projection,
+                num_zero=unit.num_zero,
+                start=unit.start,
+                end=unit.end,
+                mask=mask,
+                device=model.device,
+                dtype=model.dtype,
+            )
+        facts = {"hash": identity.short_hash, "file": adapter.path.name, "weights": adapter.fingerprint[:10]}
+        return injection, facts
+
+    def _identity(self, number: int, unit: PulidUnit, family: str) -> tuple[Identity, Adapter]:
+        if unit.identity:
+            with _at(number, "identity"):
+                identity = self.library.saved(unit.identity)
+            with _at(number, "model"):
+                encoder = identity.info.get("encoder", "") if unit.model == AUTO else ""
+                adapter = self.library.adapter(unit.model, family, encoder)
+            return identity, adapter
+        if not unit.images:
+            raise at_unit(number, "images", SettingError("add a photo or choose a saved identity, or switch it off."))
+        with _at(number, "model"):
+            adapter = self.library.adapter(unit.model, family)
+        with _at(number, "images"):
+            photos = [decode(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
+            return self.library.encode(
+                photos, adapter, unit.choice, unit.fusion, lambda text: self.tell(f"PuLID: unit {number}, {text}")
+            ), adapter
+
+
+class _at:
+    """Errors inside are told with unit and field."""
+
+    def __init__(self, number: int, field_name: str) -> None:
+        self._place = number, field_name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, PulidError):
+            name = "identity" if isinstance(error, IdentityMismatchError) else self._place[1]
+            raise at_unit(self._place[0], name, error) from error

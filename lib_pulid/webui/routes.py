@@ -1,0 +1,124 @@
+"""HTTP: /pulid/models, /pulid/identities, /pulid/detect, /pulid/schema; and how our errors look to API callers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
+from lib_pulid.units import FIELD, FIELDS, PRESETS, PulidUnit, at_unit, check, schema
+from lib_pulid.webui import pictures
+from lib_pulid.webui.library import Library
+
+DETECT_FIELDS = ("images", "face_order", "face_index")
+
+
+def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
+    """app: FastAPI. api_auth: "user:password,..." as given to --api-auth."""
+    from fastapi import Body, Depends
+
+    guard = [Depends(_authenticator(api_auth))] if api_auth else []
+
+    def add(path: str, endpoint: Any, method: str) -> None:
+        app.add_api_route(f"/pulid/{path}", endpoint, methods=[method], dependencies=guard, tags=["PuLID"])
+
+    def post_detect(body: dict = Body(...)) -> dict:  # noqa: B008
+        return detect(body, library)
+
+    add("models", lambda: models(library), "GET")
+    add("identities", lambda: identities(library), "GET")
+    add("schema", describe, "GET")
+    add("detect", post_detect, "POST")
+
+
+def add_error_handler(app: Any) -> None:
+    """A PulidError that ends a request becomes an answer with its message, on both hosts in the same form.
+
+    Without it Forge answers "Internal Server Error" and nothing else.
+    """
+    from fastapi.responses import JSONResponse
+
+    def answer(request: Any, error: Exception) -> Any:
+        ours = isinstance(error, (MissingWeightsError, WrongWeightsError))
+        content = {"error": type(error).__name__, "detail": str(error), "body": "", "errors": str(error)}
+        return JSONResponse(status_code=500 if ours else 422, content=content)
+
+    app.add_exception_handler(PulidError, answer)
+    if getattr(app, "middleware_stack", None) is not None:  # built by an early request: build it again
+        app.middleware_stack = app.build_middleware_stack()
+
+
+# ---------------------------------------------------------------- what the routes answer
+
+
+def models(library: Library) -> dict[str, Any]:
+    files = [{"name": file.name, "family": file.family or None} for file in library.adapters()]
+    return {"folder": str(library.folder), "models": files}
+
+
+def identities(library: Library) -> dict[str, Any]:
+    saved = [{"name": one.name, "hash": one.short_hash, "made_for": one.adapter} for one in library.identities()]
+    return {"folder": str(library.identities_dir), "identities": saved}
+
+
+def describe() -> dict[str, Any]:
+    """The unit's JSON schema, the presets, and the positional order."""
+    presets = {name: dict(values) for name, values in PRESETS.items()}
+    return {**schema(), "presets": presets, "order": [field.name for field in FIELDS]}
+
+
+def detect(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
+    """The faces of photos; body as a unit's dict with images, face_order, face_index. Boxes are in pixels of the photo.
+
+    Raises:
+        PulidError: a field is wrong, a photo cannot be read or has no such face.
+    """
+    for name in body:
+        if name not in DETECT_FIELDS:
+            raise SettingError(f"PuLID, field {str(name)[:40]}: detect takes {', '.join(DETECT_FIELDS)} only.")
+    checked = {name: check(FIELD[name], value, 0) for name, value in body.items()}
+    unit = PulidUnit(**checked)
+    if not unit.images:
+        raise SettingError("PuLID, field images: there is none.")
+    try:
+        return {"photos": [_photo(text, f"photo {i}", unit, library) for i, text in enumerate(unit.images, 1)]}
+    except PulidError as error:
+        raise at_unit(0, "images", error) from error
+    finally:
+        library.release()
+
+
+def _photo(text: str, name: str, unit: PulidUnit, library: Library) -> dict[str, Any]:
+    photo = pictures.decode(text, name)
+    face = library.read_face(photo, unit.choice, name)
+    scale = max(1.0, max(photo.shape[:2]) / 1024)  # faces are measured in the reduced photo
+    boxes = [[round(float(x) * scale, 1) for x in found.box] for found in face.detections]
+    return {
+        "faces": [{"box": box, "score": float(found.score)} for box, found in zip(boxes, face.detections)],
+        "chosen": next(i for i, found in enumerate(face.detections) if found is face.detection),
+        "warnings": pictures.warnings(face),
+        "aligned": pictures.encode(face.aligned),
+        "parsed": pictures.encode(pictures.parsed(face)),
+    }
+
+
+def _authenticator(api_auth: str) -> Any:
+    """The check of the host's own API."""
+    from secrets import compare_digest
+
+    from fastapi import Depends, HTTPException
+    from fastapi.security import HTTPBasic
+
+    known: dict[str, str] = {}
+    for pair in api_auth.split(","):
+        with contextlib.suppress(ValueError):
+            user, password = pair.split(":")
+            known[user] = password
+
+    def authenticate(credentials: Any = Depends(HTTPBasic())) -> None:  # noqa: B008
+        expected = known.get(credentials.username)
+        if expected is None or not compare_digest(credentials.password.encode(), expected.encode()):
+            raise HTTPException(401, "Incorrect username or password", headers={"WWW-Authenticate": "Basic"})
+
+    return authenticate

@@ -1,0 +1,122 @@
+"""Axes of the X/Y/Z plot: every setting of every unit, and the photo by its file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lib_pulid.errors import PulidError
+from lib_pulid.images import load_image
+from lib_pulid.units import AUTO, FIELDS, Field, check
+from lib_pulid.webui.library import Library
+from lib_pulid.webui.pictures import packed
+
+CHANGES = "pulid_changes"  # attribute of a cell's StableDiffusionProcessing
+LOADING = 0.5  # "cost" of another model or photo: the grid changes costly axes least often
+
+
+def changes_of(p: Any) -> Mapping[int, Mapping[str, Any]]:
+    """What the grid sets in this cell, by unit."""
+    return getattr(p, CHANGES, {})
+
+
+def axes(option: type, count: int, library: Library) -> list[Any]:
+    """option: the host's AxisOption. count: number of units."""
+    return [axis for number in range(1, count + 1) for axis in _unit_axes(option, number, library)]
+
+
+def add_axes(count: int, library: Library) -> None:
+    """Into the host's X/Y/Z script, once."""
+    from modules import scripts
+
+    for data in scripts.scripts_data:
+        if data.script_class.__module__ == "xyz_grid.py" and hasattr(data, "module"):
+            known = {axis.label for axis in data.module.axis_options}
+            new = axes(data.module.AxisOption, count, library)
+            data.module.axis_options.extend(axis for axis in new if axis.label not in known)
+            return
+
+
+def _unit_axes(option: type, number: int, library: Library) -> list[Any]:
+    made = [_photo_axis(option, number)]
+    for field in FIELDS:
+        if field.kind in ("images", "image"):
+            continue
+        convert = {"float": float, "int": int}.get(field.kind, str)
+        made.append(
+            option(
+                f"[PuLID {number}] {field.label}",
+                convert,
+                _setter(number, field),
+                confirm=_confirm(number, field),
+                cost=LOADING if field.name in ("model", "identity") else 0.0,
+                choices=_choices(field, library),
+            )
+        )
+    return made
+
+
+def _photo_axis(option: type, number: int) -> Any:
+    def set_photo(p: Any, value: str, values: Any) -> None:
+        _change(p, number, "images", (packed(load_image(_path(value))),))
+
+    def confirm(p: Any, values: list[str]) -> None:
+        for value in values:
+            load_image(_path(value))
+
+    return option(f"[PuLID {number}] Photo file", str, set_photo, confirm=_told(confirm), cost=LOADING)
+
+
+def _path(value: str) -> Path:
+    return Path(value.strip().strip('"'))
+
+
+def _setter(number: int, field: Field) -> Callable[[Any, Any, Any], None]:
+    def set_field(p: Any, value: Any, values: Any) -> None:
+        _change(p, number, field.name, _plain(field, value))
+
+    return set_field
+
+
+def _confirm(number: int, field: Field) -> Callable[[Any, list[Any]], None]:
+    """Before the grid begins, so that a slip does not show after an hour."""
+
+    def confirm(p: Any, values: list[Any]) -> None:
+        for value in values:
+            check(field, _plain(field, value), number)
+
+    return _told(confirm)
+
+
+def _told(confirm: Callable[[Any, list[Any]], None]) -> Callable[[Any, list[Any]], None]:
+    def told(p: Any, values: list[Any]) -> None:
+        try:
+            confirm(p, values)
+        except PulidError as error:  # the hosts' own axes raise RuntimeError
+            raise RuntimeError(str(error)) from error
+
+    return told
+
+
+def _plain(field: Field, value: Any) -> Any:
+    if field.kind == "bool":
+        return {"true": True, "false": False, "yes": True, "no": False}.get(str(value).strip().lower(), value)
+    return value
+
+
+def _choices(field: Field, library: Library) -> Callable[[], list[str]] | None:
+    if field.kind == "bool":
+        return lambda: ["yes", "no"]
+    if field.name == "model":
+        return lambda: [AUTO, *(file.name for file in library.adapters())]
+    if field.name == "identity":
+        return lambda: [one.name for one in library.identities()]
+    return (lambda: list(field.choices)) if field.choices else None
+
+
+def _change(p: Any, number: int, name: str, value: Any) -> None:
+    """On this cell alone: cells are shallow copies of one another."""
+    changes = {unit: dict(values) for unit, values in changes_of(p).items()}
+    changes.setdefault(number, {})[name] = value
+    setattr(p, CHANGES, changes)

@@ -1,0 +1,146 @@
+"""The WebUI's door: script callbacks in, units out; the one place where errors are caught and told.
+
+The hosts print what a script hook raises and go on, and a picture of a stranger would come out. So whatever goes wrong
+here is kept and raised where the hosts let it end the request: when they ask the generation for its samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from lib_pulid import hosts
+from lib_pulid.errors import PulidError
+from lib_pulid.units import PulidUnit, at_unit, parse_args
+from lib_pulid.webui import accordion, infotext, routes, settings, xyz
+from lib_pulid.webui.actions import Actions
+from lib_pulid.webui.library import Library
+from lib_pulid.webui.plan import UnitPlan
+
+from modules import script_callbacks, scripts, shared  # isort: skip
+
+PLAN = "pulid_plan"  # attribute of a StableDiffusionProcessing
+
+
+class PulidScript(scripts.Script):
+    library = Library(settings.models_dir, settings.device, settings.keep_encoders)
+
+    def title(self) -> str:
+        return "PuLID"
+
+    def show(self, is_img2img: bool) -> Any:
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        tab = "img2img" if is_img2img else "txt2img"
+        built = accordion.build(tab, settings.units(), self.library, Actions(self.library, checkpoint_family))
+        self.infotext_fields, self.paste_field_names = built.infotext_fields, built.paste_field_names
+        return built.controls
+
+    # ------------------------------------------------------------ a generation
+
+    def process(self, p: Any, *args: Any) -> None:
+        """Everything that can be known to fail fails here, before the prompt is read."""
+        forget(p)
+        with ends_the_request(p):
+            units = parse_args(args, xyz.changes_of(p))
+            if not units:
+                return
+            plan = UnitPlan(units, self.library, tell)
+            facts = plan.prepare(model_for(p, units))
+            setattr(p, PLAN, plan)
+            for number, unit in units:
+                p.extra_generation_params[infotext.key(number)] = infotext.write(unit, facts[number])
+
+    def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        """Per batch: between two batches another script may have generated something, and stopped us."""
+        plan = getattr(p, PLAN, None)
+        if plan is not None:
+            with ends_the_request(p):
+                hosts.current().start(p, plan)
+
+    def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(p, PLAN, None) is not None:
+            with ends_the_request(p):
+                hosts.current().before_sampling(p)
+
+    def post_sample(self, p: Any, *args: Any) -> None:
+        """What comes now is not ours: detailers and upscalers may sample inside this generation."""
+        if getattr(p, PLAN, None) is not None:
+            hosts.current().stop()
+
+    def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+        forget(p)
+
+
+def model_for(p: Any, units: list[tuple[int, PulidUnit]]) -> hosts.LoadedModel:
+    try:
+        return hosts.current().loaded_model(p)
+    except PulidError as error:
+        raise at_unit(units[0][0], "model", error) from error
+
+
+def checkpoint_family() -> str:
+    """Of what is loaded now; "" where nothing is, or nothing that PuLID knows."""
+    from modules import sd_models
+
+    try:
+        return hosts.current().loaded_model(SimpleNamespace(sd_model=sd_models.model_data.sd_model)).family
+    except PulidError:
+        return ""
+
+
+def tell(text: str) -> None:
+    """Into the WebUI's progress line."""
+    shared.state.textinfo = text or None
+
+
+def forget(p: Any) -> None:
+    """Also called where PuLID is off: after an error the hosts do not call `postprocess`."""
+    hosts.current().stop()
+    infotext.clear(p.extra_generation_params)
+    for name in (PLAN, "sample"):
+        vars(p).pop(name, None) if name != "sample" or isinstance(vars(p).get(name), Refusal) else None
+
+
+class Refusal:
+    """Stands in the place of one generation's `sample`, or of one sampler's, and raises."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._error
+
+
+@contextmanager
+def ends_the_request(p: Any) -> Iterator[None]:
+    """Whatever is raised inside, a fault of ours as well, is raised again when samples are asked for."""
+    try:
+        yield
+    except Exception as error:
+        tell("")
+        refusal = Refusal(error)
+        p.sample = refusal
+        sampler = getattr(p, "sampler", None)
+        if sampler is not None:  # in the middle of a sampling
+            sampler.sample = sampler.sample_img2img = refusal
+        p.comment(str(error))  # a grid goes on with the next cell, and shows this below
+        hosts.current().stop()
+
+
+# ---------------------------------------------------------------- the program around
+
+
+def on_app_started(demo: Any, app: Any) -> None:
+    routes.add_error_handler(app)
+    if shared.cmd_opts.api or shared.cmd_opts.nowebui:
+        routes.add_routes(app, PulidScript.library, shared.cmd_opts.api_auth)
+
+
+script_callbacks.on_app_started(on_app_started)
+script_callbacks.on_ui_settings(settings.add_settings)
+script_callbacks.on_before_ui(lambda: xyz.add_axes(settings.units(), PulidScript.library))
+script_callbacks.on_script_unloaded(lambda: hosts.current().stop())

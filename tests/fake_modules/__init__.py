@@ -1,0 +1,61 @@
+"""Small stand-ins for what A1111 and Forge bring: `modules.*`, their models and the core of their samplers.
+
+    with installed("a1111"):      # or "forge"
+        from modules import script_callbacks
+
+They do what the real ones do where an extension can tell the difference: callbacks' exceptions are swallowed, sorted
+callbacks are cached by their number, UNet rows come in one piece or in several, Forge deep-copies a patcher's options.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from tests.fake_modules import callbacks
+
+HOSTS = {
+    "a1111": ("modules", "modules.devices", "modules.script_callbacks", "modules.sd_hijack"),
+    "forge": ("modules", "modules.devices", "modules.script_callbacks", "modules_forge", "backend"),
+}
+
+
+@contextmanager
+def installed(host: str, cached: bool = True) -> Iterator[ModuleType]:
+    """Makes `modules` importable, as if inside that host. Yields it. cached: callbacks as from A1111 1.9 on."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in _ROOTS}
+    for name in before:
+        del sys.modules[name]
+    try:
+        made = {name: _module(name) for name in HOSTS[host]}
+        for name, module in made.items():
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(made[parent], child, module)
+        callbacks.fill(made["modules.script_callbacks"], cached)
+        sys.modules.update(made)
+        _devices(made["modules.devices"])
+        yield made["modules"]
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] in _ROOTS]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+_ROOTS = ("modules", "modules_forge", "backend")
+
+
+def _module(name: str) -> ModuleType:
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None, is_package=True)
+    module.__path__ = []
+    return module
+
+
+def _devices(module: ModuleType) -> None:
+    import torch
+
+    module.device, module.dtype_unet = torch.device("cpu"), torch.float32

@@ -1,0 +1,96 @@
+"""A1111's side of a generation: `p`, and the way from a CFGDenoiser to the UNet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Cond(dict):
+    """{"crossattn": [B, L, 2048], "vector": ...} with a shape, like the host's DictWithShape."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self["crossattn"].shape
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self["crossattn"][first:last]
+
+
+@dataclass
+class Denoiser:
+    """CFGDenoiser. Args: calls: of the UNet in this pass, as (latent rows, context)."""
+
+    p: Any
+    total_steps: int
+    step: int = 0
+    sampler: Any = field(default_factory=lambda: SimpleNamespace(funcname="sample_euler"))
+    model_wrap: Any = field(default_factory=lambda: SimpleNamespace(sigmas=torch.tensor([0.03, 14.6])))
+
+
+class P:
+    """StableDiffusionProcessing. `sd_model` may be exchanged in the middle, as by a refiner."""
+
+    def __init__(self, unet: nn.Module, name: str = "some-sdxl") -> None:
+        self.load(unet, name)
+        self.is_hr_pass = False
+
+    def load(self, unet: nn.Module, name: str = "another") -> None:
+        info = SimpleNamespace(name_for_extra=name)
+        self.sd_model = SimpleNamespace(model=SimpleNamespace(diffusion_model=unet), sd_checkpoint_info=info)
+
+
+def sample(
+    p: P,
+    conds: Tensor,
+    unconds: Tensor,
+    *,
+    steps: int = 2,
+    together: bool = True,
+    pictures: int = 1,
+    skip_uncond: bool = False,
+    hw: tuple[int, int] = (8, 8),
+    denoiser: Denoiser | None = None,
+    before_step: Any = None,
+) -> list[Tensor]:
+    """CFGDenoiser.forward, `steps` times: the UNet's outputs [R, 4, h, w] of each step.
+
+    Args:
+        conds: [n, L, W], with AND more than one per picture. unconds: [pictures, L', W].
+        together: the option batch_cond_uncond. skip_uncond: NGMS, in odd steps.
+    """
+    from modules import script_callbacks
+
+    denoiser = denoiser or Denoiser(p, total_steps=steps)
+    outputs = []
+    for step in range(steps):
+        if before_step is not None:
+            before_step(step)
+        unet, count = p.sd_model.model.diffusion_model, len(conds) + pictures
+        x = torch.randn(count, 4, *hw, generator=torch.Generator().manual_seed(step))
+        params = SimpleNamespace(
+            x=x, sigma=torch.full((pictures,), 14.6 / (step + 1)), text_cond=Cond(crossattn=conds),
+            text_uncond=Cond(crossattn=unconds), denoiser=denoiser,
+        )  # fmt: skip
+        script_callbacks.cfg_denoiser_callback(params)
+        skip = skip_uncond and step % 2 == 1
+        pieces = [unet(*piece) for piece in _pieces(params, x, conds, unconds, together, pictures, skip)]
+        script_callbacks.cfg_denoised_callback(SimpleNamespace(x=torch.cat(pieces)))
+        outputs.append(torch.cat(pieces))
+        denoiser.step += 1
+    return outputs
+
+
+def _pieces(params: Any, x: Tensor, conds: Tensor, unconds: Tensor, together: bool, pictures: int, skip: bool) -> list:
+    if skip or conds.shape[1] == unconds.shape[1]:
+        context = conds if skip else torch.cat((conds, unconds))
+        size = len(context) if together else pictures
+        spans = [(i, min(i + size, len(context))) for i in range(0, len(context), size)]
+        return [(x[a:b], params.sigma, context[a:b]) for a, b in spans]
+    size = 2 * pictures if together else pictures
+    spans = [(i, min(i + size, len(conds))) for i in range(0, len(conds), size)]
+    return [(x[a:b], params.sigma, conds[a:b]) for a, b in spans] + [(x[-pictures:], params.sigma, unconds)]

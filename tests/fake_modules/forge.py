@@ -1,0 +1,111 @@
+"""Forge's side of a generation: `forge_objects`, the patcher, and the way from a sampler to the denoiser."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class KModel(nn.Module):
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.diffusion_model = denoiser
+        self.computation_dtype = torch.float32
+
+    def apply_model(self, x: Tensor, t: Tensor, c_crossattn: Tensor, transformer_options: dict, **_: Any) -> Tensor:
+        return self.diffusion_model(x, t, context=c_crossattn, transformer_options=transformer_options)
+
+
+class UnetPatcher:
+    def __init__(self, model: KModel) -> None:
+        self.model, self.load_device = model, torch.device("cpu")
+        self.model_options: dict = {"transformer_options": {}}
+        self.preserved = 0
+
+    def clone(self) -> UnetPatcher:
+        made = UnetPatcher(self.model)
+        made.model_options = copy.deepcopy(self.model_options)
+        return made
+
+    def set_model_unet_function_wrapper(self, wrapper: Any) -> None:
+        self.model_options["model_function_wrapper"] = wrapper
+
+    def add_extra_preserved_memory_during_sampling(self, count: int) -> None:
+        self.preserved += count
+
+
+class P:
+    """StableDiffusionProcessing."""
+
+    def __init__(self, denoiser: nn.Module, name: str = "some-model") -> None:
+        self.load(denoiser, name)
+        self.is_hr_pass = False
+        self.sampler = SimpleNamespace(model_wrap_cfg=None)
+
+    def load(self, denoiser: nn.Module, name: str = "another") -> None:
+        self._unpatched = UnetPatcher(KModel(denoiser))
+        info = SimpleNamespace(name_for_extra=name)
+        self.sd_model = SimpleNamespace(forge_objects=SimpleNamespace(unet=self._unpatched), sd_checkpoint_info=info)
+
+    def forget_patches(self) -> None:
+        self.sd_model.forge_objects = SimpleNamespace(unet=self._unpatched)
+
+
+def sample(
+    p: P,
+    conds: list[Tensor],
+    unconds: list[Tensor],
+    *,
+    steps: int = 2,
+    before_sampling: Any = None,
+    before_step: Any = None,
+    channels: int = 4,
+    hw: tuple[int, int] = (8, 8),
+) -> list[Tensor]:
+    """One pass: the denoiser's outputs of each step, in the order of the calls.
+
+    Args:
+        conds, unconds: each [pictures, L, W]; those of equal length go in one call, in reverse order.
+        before_sampling: the scripts' process_before_every_sampling.
+    """
+    from modules import script_callbacks
+
+    denoiser = SimpleNamespace(
+        p=p, step=0, total_steps=steps, sampler=SimpleNamespace(funcname="sample_euler"),
+        model_wrap=SimpleNamespace(sigmas=torch.tensor([0.03, 14.6])),
+    )  # fmt: skip
+    p.sampler.model_wrap_cfg = denoiser
+    p.forget_patches()
+    if before_sampling is not None:
+        before_sampling(p)
+    outputs = []
+    for step in range(steps):
+        if before_step is not None:
+            before_step(step)
+        pictures = len(conds[0])
+        x = torch.randn(pictures, channels, *hw, generator=torch.Generator().manual_seed(step))
+        sigma = torch.full((pictures,), 14.6 / (step + 1))
+        script_callbacks.cfg_denoiser_callback(SimpleNamespace(x=x, sigma=sigma, denoiser=denoiser))
+        unet = p.sd_model.forge_objects.unet
+        to_run = [(c, 0) for c in conds] + [(c, 1) for c in unconds]
+        while to_run:
+            like = [entry for entry in to_run if entry[0].shape == to_run[0][0].shape][::-1]
+            to_run = [entry for entry in to_run if entry[0].shape != like[0][0].shape]
+            outputs.append(_call(unet, x, sigma, like))
+        denoiser.step += 1
+    return outputs
+
+
+def _call(unet: UnetPatcher, x: Tensor, sigma: Tensor, chunks: list[tuple[Tensor, int]]) -> Tensor:
+    options = {"cond_or_uncond": [kind for _, kind in chunks], "sigmas": sigma}
+    c = {"c_crossattn": torch.cat([context for context, _ in chunks]), "transformer_options": options}
+    args = {"input": torch.cat([x] * len(chunks)), "timestep": torch.cat([sigma] * len(chunks)), "c": c}
+    args["cond_or_uncond"] = options["cond_or_uncond"]
+    wrapper = unet.model_options.get("model_function_wrapper")
+    if wrapper is not None:
+        return wrapper(unet.model.apply_model, args)
+    return unet.model.apply_model(args["input"], args["timestep"], **c)

@@ -1,0 +1,94 @@
+"""Denoisers of the hosts' layouts with the real number of sites and next to no width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WIDTH, HEADS = 8, 2
+SDXL_BLOCKS = (24, 10, 36)  # input, middle, output: 70 in all
+SD1_BLOCKS = (6, 1, 9)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, text_width: int) -> None:
+        super().__init__()
+        self.heads = HEADS
+        self.to_q = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.to_k = nn.Linear(text_width, WIDTH, bias=False)
+        self.to_v = nn.Linear(text_width, WIDTH, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.0))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out((q @ k.transpose(1, 2)).softmax(-1) @ v)
+
+
+class Block(nn.Module):
+    def __init__(self, text_width: int) -> None:
+        super().__init__()
+        self.attn2 = CrossAttention(text_width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return x + 0.3 * self.attn2(x, context)
+
+
+class UNet(nn.Module):
+    """The sgm layout. Args: text_width: 2048 SDXL, 1280 its refiner, 1024 SD 2, 768 SD 1."""
+
+    def __init__(self, text_width: int = 2048, blocks: tuple[int, int, int] = SDXL_BLOCKS, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        parts = [nn.ModuleList(Block(text_width) for _ in range(count)) for count in blocks]
+        self.input_blocks, self.middle_block, self.output_blocks = parts
+        self.first, self.last = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, timesteps: Tensor | None = None, context: Tensor | None = None, **_: Any) -> Tensor:
+        h = self.first(x.flatten(2).transpose(1, 2))
+        for part in (self.input_blocks, self.middle_block, self.output_blocks):
+            for block in part:
+                h = block(h, context)
+        return self.last(h).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class _Double(nn.Module):
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Any) -> tuple[Tensor, Tensor]:
+        return img + 0.1 * txt.mean(1, keepdim=True).tanh(), txt
+
+
+class _Single(nn.Module):
+    def forward(self, x: Tensor, vec: Tensor, pe: Any) -> Tensor:
+        return x + 0.1 * x.mean(1, keepdim=True).tanh()
+
+
+class Flux(nn.Module):
+    """Forge's IntegratedFluxTransformer2DModel, as far as an extension sees it."""
+
+    def __init__(self, double: int = 19, single: int = 38) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.hidden_size = WIDTH
+        self.double_blocks = nn.ModuleList(_Double() for _ in range(double))
+        self.single_blocks = nn.ModuleList(_Single() for _ in range(single))
+        self.img_in, self.txt_in, self.last = nn.Linear(16, WIDTH), nn.Linear(6, WIDTH), nn.Linear(WIDTH, 16)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, **_: Any) -> Tensor:
+        batch, channels, height, width = x.shape
+        packs = x.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        packs = packs.reshape(batch, height * width // 4, channels * 4)
+        img, txt = self.img_in(packs), self.txt_in(context)
+        for block in self.double_blocks:
+            img, txt = block(img=img, txt=txt, vec=None, pe=None)
+        x = torch.cat((txt, img), dim=1)
+        for block in self.single_blocks:
+            x = block(x, vec=None, pe=None)
+        out = self.last(x[:, txt.shape[1] :]).view(batch, height // 2, width // 2, channels, 2, 2)
+        return out.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+def count_hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())

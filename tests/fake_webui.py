@@ -1,0 +1,216 @@
+"""The rest of a WebUI around `fake_modules`: gradio, scripts, options, and a generation as the hosts run it.
+
+    with webui("a1111", models_dir) as ui:
+        script = ui.script()
+        pictures = ui.generate(script, p, args)      # raises what would end the request
+
+Exceptions of script hooks are swallowed, as in the hosts; those of sampling end the generation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.fake_modules import installed
+from tests.fake_modules.a1111 import P, sample
+from tests.fake_modules.models import UNet
+
+ROOT = Path(__file__).parents[1]
+ALWAYS_VISIBLE = object()
+
+
+class Widget:
+    """Any gradio component or layout; remembers its arguments and what is wired to it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.value = kwargs.get("value", args[0] if args else None)
+        self.label, self.elem_id = kwargs.get("label"), kwargs.get("elem_id")
+        self.events: dict[str, tuple[Any, list[Any], list[Any]]] = {}
+
+    def __enter__(self) -> Widget:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def _on(self, event: str) -> Any:
+        def wire(fn: Any, inputs: Any = (), outputs: Any = (), **_: Any) -> None:
+            self.events[event] = (fn, list(inputs), list(outputs))
+
+        return wire
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("click", "change", "upload", "select", "edit"):
+            return self._on(name)
+        raise AttributeError(name)
+
+
+def gradio(version: str) -> ModuleType:
+    made = ModuleType("gradio")
+    made.__version__ = version
+    for name in (
+        "HTML",
+        "Tabs",
+        "Tab",
+        "Row",
+        "Column",
+        "Accordion",
+        "File",
+        "Gallery",
+        "Number",
+        "Button",
+        "Checkbox",
+    ):
+        setattr(made, name, type(name, (Widget,), {}))
+    for name in ("Radio", "Image", "SelectData", "Dropdown", "Textbox", "Slider"):
+        setattr(made, name, type(name, (Widget,), {}))
+    made.update = lambda **kwargs: {"__type__": "update", **kwargs}
+    return made
+
+
+class Script:
+    def __init__(self) -> None:
+        self.infotext_fields = self.paste_field_names = None
+
+
+class State:
+    """shared.state; told: all that was ever put into its progress line."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.textinfo = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        vars(self)[name] = value
+        if name == "textinfo":
+            self.told.append(value)
+
+
+class OptionInfo(SimpleNamespace):
+    def __init__(self, default: Any, label: str, component: Any = None, component_args: Any = None) -> None:
+        super().__init__(default=default, label=label, component=component, component_args=component_args)
+
+    def info(self, text: str) -> OptionInfo:
+        return self
+
+    def needs_reload_ui(self) -> OptionInfo:
+        return self
+
+
+class AxisOption:
+    def __init__(self, label: str, type: Any, apply: Any, **kwargs: Any) -> None:
+        self.label, self.type, self.apply = label, type, apply
+        self.choices = kwargs.get("choices")
+        self.confirm, self.cost = kwargs.get("confirm"), kwargs.get("cost", 0.0)
+
+
+class Generation(P):
+    """StableDiffusionProcessing: a batch is a few UNet calls of `fake_modules.a1111.sample`."""
+
+    def __init__(self, unet: torch.nn.Module | None = None, name: str = "some-sdxl", batches: int = 1) -> None:
+        super().__init__(unet or UNet(), name)
+        self.extra_generation_params: dict[str, Any] = {}
+        self.comments: list[str] = []
+        self.batches = batches
+
+    def comment(self, text: str) -> None:
+        self.comments.append(text)
+
+    def sample(self) -> Tensor:
+        text = [torch.randn(1, 7, self.text_width, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+        with torch.no_grad():
+            return torch.stack(sample(self, text[0], text[1]))
+
+    @property
+    def text_width(self) -> int:
+        return self.sd_model.model.diffusion_model.input_blocks[0].attn2.to_k.in_features
+
+
+class WebUI:
+    """What the tests hold in hand."""
+
+    def __init__(self, modules: ModuleType) -> None:
+        self.modules, self.swallowed = modules, []
+
+    def door(self) -> ModuleType:
+        """scripts/pulid.py, run again as by Reload UI."""
+        spec = importlib.util.spec_from_file_location("pulid.py", ROOT / "scripts" / "pulid.py")
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        return module
+
+    def script(self) -> Any:
+        return self.door().PulidScript()
+
+    def hook(self, name: str, script: Any, p: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            getattr(script, name)(p, *args, **kwargs)
+        except Exception as error:
+            self.swallowed.append(error)
+
+    def generate(self, script: Any, p: Generation, args: Sequence[Any], between: Any = lambda batch: None) -> list:
+        """process_images. between: what other extensions do after a batch."""
+        self.hook("process", script, p, *args)
+        pictures = []
+        for batch in range(p.batches):
+            self.hook("process_batch", script, p, *args, batch_number=batch)
+            pictures.append(p.sample())
+            self.hook("post_sample", script, p, SimpleNamespace(samples=pictures[-1]), *args)
+            between(batch)
+        self.hook("postprocess", script, p, SimpleNamespace(), *args)
+        return pictures
+
+
+@contextmanager
+def webui(host: str, models_dir: Path, gradio_version: str = "3.41.2") -> Iterator[WebUI]:
+    import lib_pulid.webui as package
+
+    with installed(host) as modules:
+        before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("lib_pulid.webui.")}
+        sys.modules["gradio"] = gradio(gradio_version)
+        try:
+            _fill(modules, models_dir)
+            yield WebUI(modules)
+        finally:
+            for name in [name for name in sys.modules if name.startswith("lib_pulid.webui.")] + ["gradio"]:
+                sys.modules.pop(name, None)
+                vars(package).pop(name.rpartition(".")[2], None)
+            sys.modules.update(before)
+
+
+def _fill(modules: ModuleType, models_dir: Path) -> None:
+    def add(name: str, **contents: Any) -> None:
+        module = ModuleType(f"modules.{name}")
+        vars(module).update(contents)
+        setattr(modules, name, module)
+        sys.modules[f"modules.{name}"] = module
+
+    opts = SimpleNamespace(data={}, added={})
+    opts.add_option = opts.added.__setitem__
+    flags = SimpleNamespace(api=True, nowebui=False, api_auth=None, pulid_models_dir=str(models_dir))
+    add("shared", opts=opts, cmd_opts=flags, state=State(), OptionInfo=OptionInfo)
+    add("paths", models_path=str(models_dir))
+    add("sd_models", model_data=SimpleNamespace(sd_model=None))
+    add("scripts", Script=Script, AlwaysVisible=ALWAYS_VISIBLE, scripts_data=[_xyz()])
+    add("ui_components", InputAccordion=type("InputAccordion", (Widget,), {}), ToolButton=type("Tool", (Widget,), {}))
+    callbacks = modules.script_callbacks
+    for event in ("app_started", "ui_settings", "before_ui", "script_unloaded"):
+        if not hasattr(callbacks, f"on_{event}"):
+            registered: list[Any] = []
+            setattr(callbacks, f"callbacks_{event}", registered)
+            setattr(callbacks, f"on_{event}", registered.append)
+
+
+def _xyz() -> Any:
+    module = SimpleNamespace(AxisOption=AxisOption, axis_options=[])
+    return SimpleNamespace(script_class=type("XYZ", (), {"__module__": "xyz_grid.py"}), module=module)

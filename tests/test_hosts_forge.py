@@ -1,0 +1,265 @@
+"""hosts.forge against a small stand-in for Forge: SDXL and FLUX, wrappers of others, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib_pulid import hosts
+from lib_pulid.errors import PulidError, UnsupportedModelError
+from tests.fake_modules import installed
+from tests.fake_modules.forge import P, sample
+from tests.fake_modules.models import SD1_BLOCKS, Flux, UNet, count_hooks
+from tests.fake_modules.plan import RandomPlan
+
+SLOT = "model_function_wrapper"
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def modules():
+    with installed("forge") as found:
+        yield found
+        host().stop()
+
+
+@pytest.fixture
+def p() -> P:
+    return P(UNet())
+
+
+def host():
+    return hosts.current()
+
+
+def text(length: int = 77, seed: int = 1, pictures: int = 1, width: int = 2048) -> Tensor:
+    return torch.randn(pictures, length, width, generator=torch.Generator().manual_seed(seed))
+
+
+def run(p: P, plan: RandomPlan | None, conds=None, unconds=None, **how) -> list[Tensor]:
+    """A batch as the script drives it."""
+    conds, unconds = conds or [text()], unconds if unconds is not None else [text(seed=2)]
+    if plan is not None:
+        host().start(p, plan)
+    try:
+        return sample(p, conds, unconds, before_sampling=host().before_sampling, **how)
+    finally:
+        host().stop()
+
+
+def unet(p: P):
+    return p.sd_model.forge_objects.unet
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_host_is_told_by_what_it_brings():
+    assert host().NAME == "Forge"
+
+
+def test_changes_the_picture_and_leaves_nothing(p, modules):
+    before = run(p, None)
+    after = run(p, RandomPlan())
+    assert not torch.allclose(after[0], before[0])
+    assert count_hooks(unet(p).model) == 0
+    assert sum(map(len, modules.script_callbacks.callback_map.values())) == 0
+    assert SLOT not in unet(p).model_options
+    assert same(run(p, None), before)
+    assert same(run(p, RandomPlan(weight=0.0)), before)
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("lengths", [(77, 77), (154, 77), (77, 154)])
+@pytest.mark.parametrize("guided", [True, False])
+def test_rows(p, pictures, lengths, guided):
+    """Only cond rows get the identity when there is no uncond identity. Calls are [uncond, cond], or two."""
+    conds = [text(lengths[0], 1, pictures), text(lengths[0], 3, pictures)]
+    unconds = [text(lengths[1], 2, pictures)] if guided else []
+    before, after = (run(p, plan, conds, unconds, steps=1) for plan in (None, RandomPlan(has_uncond=False)))
+    changed = [not torch.allclose(x, y, atol=1e-3) for x, y in zip(torch.cat(after), torch.cat(before))]
+    cond, uncond = [True] * 2 * pictures, [False] * pictures * len(unconds)
+    assert changed == (uncond + cond if lengths[0] == lengths[1] else cond + uncond)
+
+
+def test_flux(p):
+    p = P(Flux(), "flux-dev")
+    how = {"conds": [text(256, width=6)], "unconds": [], "channels": 4}
+    plan = RandomPlan()
+    before, after = (run(p, plan, **how) for plan in (None, plan))
+    assert not torch.allclose(after[0], before[0])
+    assert plan.asked == [("flux-dev", "flux", False)]
+    assert count_hooks(unet(p).model) == 0
+    assert same(run(p, RandomPlan(weight=0.0), **how), before)
+
+
+def test_several_pictures_of_flux_with_true_guidance():
+    p = P(Flux(), "flux-dev")
+    how = {"conds": [text(256, 1, 2, 6)], "unconds": [text(256, 2, 2, 6)], "steps": 1}
+    before, after = (run(p, plan, **how) for plan in (None, RandomPlan(has_uncond=False)))
+    changed = [not torch.allclose(x, y) for x, y in zip(after[0], before[0])]
+    assert changed == [False, False, True, True]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_chains_another_wrapper(p, first):
+    """Ours lies around the one that is there; one that comes later calls ours or does not."""
+    calls = []
+
+    def set_other(p, chain: bool) -> None:
+        patched = unet(p).clone()
+        previous = patched.model_options.get(SLOT)
+
+        def other(apply_model, args):
+            calls.append(args["cond_or_uncond"])
+            if chain and previous is not None:
+                return previous(apply_model, args)
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+        patched.set_model_unet_function_wrapper(other)
+        p.sd_model.forge_objects.unet = patched
+
+    expected = run(p, RandomPlan())
+    for chain in (True, False):
+
+        def both(p, chain=chain):
+            steps = [lambda: host().before_sampling(p), lambda: set_other(p, chain)]
+            for step in steps[::-1] if first else steps:
+                step()
+
+        host().start(p, RandomPlan())
+        calls.clear()
+        found = sample(p, [text()], [text(seed=2)], before_sampling=both)
+        assert same(found, expected)
+        assert len(calls) == 2
+        host().stop()
+
+
+def test_tiles(p):
+    """MultiDiffusion, between our wrapper and the denoiser, repeats the stack of rows for each tile."""
+    seen = []
+    host().start(p, RandomPlan())
+    denoiser = unet(p).model.diffusion_model
+
+    def tiled(apply_model, args):
+        c = {**args["c"], "c_crossattn": args["c"]["c_crossattn"].repeat(3, 1, 1)}
+        parts = apply_model(args["input"][..., :4].repeat(3, 1, 1, 1), args["timestep"].repeat(3), **c)
+        return torch.cat((parts[:4], parts[4:8]), dim=3)
+
+    def before(p):
+        unet(p).set_model_unet_function_wrapper(tiled)
+        host().before_sampling(p)
+
+    spy = denoiser.first.register_forward_hook(lambda *_: seen.append(host()._running[0]._step))
+    sample(p, [text(pictures=2)], [text(seed=2, pictures=2)], before_sampling=before, steps=1)
+    spy.remove()
+    del unet(p).model_options[SLOT]
+    assert seen[0].is_cond == [False, False, True, True] * 3
+    assert seen[0].latent_hw == (8, 4)
+
+
+def test_patches_once_a_pass_and_tells_the_memory(p):
+    host().start(p, RandomPlan())
+    for _ in range(2):
+        host().before_sampling(p)
+    patched = unet(p)
+    assert patched.preserved > 0
+    assert patched.model_options[SLOT].previous is None
+    clone = patched.clone()
+    assert clone.model_options[SLOT] is patched.model_options[SLOT]  # deep-copied, but not what it holds
+    assert copy.deepcopy(patched.model_options)[SLOT] is patched.model_options[SLOT]
+
+
+def test_an_idle_patch_does_nothing(p):
+    """Whoever kept the patched unet finds it without effect after `stop`."""
+    before = run(p, None)
+    host().start(p, RandomPlan())
+    host().before_sampling(p)
+    kept = unet(p)
+    host().stop()
+
+    def put_back(p):
+        p.sd_model.forge_objects.unet = kept
+
+    assert same(sample(p, [text()], [text(seed=2)], before_sampling=put_back), before)
+
+
+def test_follows_a_refiner(p):
+    plan, second = RandomPlan(), UNet(seed=3)
+
+    def switch(step):
+        if step == 1:
+            p.load(second, "refined")
+
+    first = p.sd_model.forge_objects.unet.model.diffusion_model
+    before = run(p, None, before_step=switch)
+    p.load(first, "base")
+    after = run(p, plan, before_step=switch)
+    assert not torch.allclose(after[1], before[1])
+    assert [name for name, *_ in plan.asked] == ["base", "refined"]
+    assert count_hooks(first) == count_hooks(second) == 0
+
+
+def test_a_switch_to_an_unsupported_model_ends_the_generation(p):
+    def switch(step):
+        if step == 1:
+            p.load(UNet(768, SD1_BLOCKS), "old-model")
+
+    with pytest.raises(UnsupportedModelError, match="old-model: this is a Stable Diffusion 1.x model"):
+        run(p, RandomPlan(), before_step=switch)
+
+
+def test_errors_come_out_of_the_denoiser_call(p):
+    with pytest.raises(PulidError, match="unit 2: no"):
+        run(p, RandomPlan(error=PulidError("unit 2: no")))
+    before = run(p, None)
+    failing = unet(p).model.diffusion_model.last.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(p, RandomPlan())
+    failing.remove()
+    assert count_hooks(unet(p).model) == 0
+    assert same(run(p, None), before)
+
+
+def test_another_generation_is_left_alone(p):
+    inner = P(unet(p).model.diffusion_model)
+    before = run(inner, None)
+    host().start(p, RandomPlan())
+    host().before_sampling(p)
+    assert same(sample(inner, [text()], [text(seed=2)], before_sampling=host().before_sampling), before)
+
+
+def test_stop_lets_go_of_the_plan(p):
+    plan = RandomPlan()
+    host().start(p, plan)
+    sample(p, [text()], [text(seed=2)], before_sampling=host().before_sampling)
+    held, kept = unet(p).clone(), weakref.ref(plan)  # somebody kept a patched unet
+    host().stop()
+    del plan
+    gc.collect()
+    assert kept() is None and SLOT in held.model_options
+
+
+def test_loaded_model(p):
+    model = host().loaded_model(p)
+    assert (model.family, model.name, model.dtype) == ("sdxl", "some-model", torch.float32)
+    with pytest.raises(UnsupportedModelError, match="SDXL or FLUX.1 checkpoint"):
+        host().loaded_model(P(UNet(1280), "refiner"))
+
+
+def test_quantised_layers_have_no_sizes(p):
+    """Forge's GGUF and 4-bit layers lack in_features."""
+    for block in unet(p).model.diffusion_model.input_blocks:
+        del block.attn2.to_k.in_features
+    assert host().loaded_model(p).family == "sdxl"

@@ -1,0 +1,215 @@
+"""Units: every way in and out gives the same values back, and a wrong value is named with unit and field."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_pulid.attention import PROJECTIONS
+from lib_pulid.errors import NoFaceError, SettingError
+from lib_pulid.faces import FACE_ORDERS
+from lib_pulid.identity import FUSIONS
+from lib_pulid.units import (
+    CUSTOM,
+    FIELD,
+    FIELDS,
+    HIRES_PASSES,
+    PRESETS,
+    PulidUnit,
+    at_unit,
+    check,
+    default_args,
+    parse_args,
+    schema,
+)
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=12)
+NAMES = TEXT.filter(lambda text: text not in ("None", "auto"))
+SHARES = st.floats(0, 1, allow_nan=False)
+
+
+@st.composite
+def units(draw) -> PulidUnit:
+    start, end = sorted(draw(st.lists(SHARES, min_size=2, max_size=2, unique=True)))
+    has_photos = draw(st.booleans())
+    return PulidUnit.from_mapping(
+        {
+            "enabled": draw(st.booleans()),
+            "images": draw(st.lists(TEXT.filter(lambda t: t[0] != "["), min_size=1, max_size=3)) if has_photos else [],
+            "identity": "" if has_photos else draw(NAMES),
+            "model": draw(st.just("auto") | NAMES),
+            "weight": draw(st.floats(0, 5)),
+            "projection": draw(st.sampled_from(PROJECTIONS)),
+            "num_zero": draw(st.integers(0, 80)),
+            "start": start,
+            "end": end,
+            "face_order": draw(st.sampled_from(FACE_ORDERS)),
+            "face_index": draw(st.integers(0, 50)),
+            "fusion": draw(st.sampled_from(FUSIONS)),
+            "mask": draw(st.just("") | TEXT),
+            "hires": draw(st.sampled_from(HIRES_PASSES)),
+        },
+        1,
+    )
+
+
+@given(units())
+def test_a_dict_and_back(unit):
+    through_json = json.loads(json.dumps(unit.mapping()))
+    assert PulidUnit.from_mapping(through_json, 1) == unit
+
+
+@given(units())
+def test_a_list_and_back(unit):
+    through_json = json.loads(json.dumps(unit.positions()))
+    assert len(through_json) == len(FIELDS)
+    assert PulidUnit.from_positions(through_json, 1) == unit
+
+
+@given(st.lists(units(), min_size=1, max_size=3), st.booleans())
+def test_script_arguments(chosen, switch):
+    expected = [(n, unit) for n, unit in enumerate(chosen, 1) if unit.enabled]
+    flat = [value for unit in chosen for value in unit.positions()]
+    assert parse_args([True, *flat]) == expected
+    assert parse_args([False, *flat]) == []
+    dicts = [unit.mapping() for unit in chosen]
+    assert parse_args([*([True] if switch else []), *dicts]) == expected
+    # as a host fills it up
+    defaults = default_args(3)
+    assert parse_args([*dicts, *defaults[len(dicts) :]]) == expected
+
+
+def test_the_defaults_are_those_of_the_table():
+    assert {field.name: getattr(PulidUnit(), field.name) for field in FIELDS} == {f.name: f.default for f in FIELDS}
+    assert PulidUnit().preset in PRESETS
+    assert parse_args(default_args(3)) == []
+    assert parse_args([]) == []
+    on = [True, *default_args(3)[1:]]
+    assert parse_args(on) == [(1, PulidUnit())]
+
+
+def test_a_short_list_is_filled_up():
+    assert parse_args([True, True, "photo"]) == [(1, PulidUnit(images=("photo",)))]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    unit = PulidUnit.from_mapping({"preset": name}, 1)
+    assert {"projection": unit.projection, "num_zero": unit.num_zero} == PRESETS[name]
+    assert PulidUnit.from_mapping(PRESETS[name], 1).preset == name
+    assert PulidUnit.from_mapping({"preset": name, "num_zero": 77}, 1).preset == CUSTOM
+    assert PulidUnit.from_mapping({"preset": name, "num_zero": 77}, 1).num_zero == 77
+
+
+def test_a_preset_in_the_widgets_only_names_what_they_say():
+    values = PulidUnit(preset="style").positions()  # projection and zero tokens are those of v1.1
+    unit = PulidUnit.from_positions(values, 1)
+    assert (unit.preset, unit.projection) == ("v1.1", "ortho_v2")
+
+
+WRONG = [
+    ({"wieght": 1}, "wieght", "did you mean weight?"),
+    ({"xyz": 1}, "xyz", "the fields are enabled, images"),
+    ({"weight": math.nan}, "weight", "not a number"),
+    ({"weight": math.inf}, "weight", "not a number"),
+    ({"weight": "0.8"}, "weight", "not a number"),
+    ({"weight": True}, "weight", "not a number"),
+    ({"weight": None}, "weight", "not a number"),
+    ({"weight": 5.1}, "weight", "not in 0..5"),
+    ({"weight": -0.1}, "weight", "not in 0..5"),
+    ({"num_zero": 1.5}, "num_zero", "whole number"),
+    ({"num_zero": 81}, "num_zero", "not in 0..80"),
+    ({"start": 0.5, "end": 0.5}, "start", "not below end"),
+    ({"projection": "orto"}, "projection", "one of none, ortho"),
+    ({"preset": "best"}, "preset", "one of v1.1"),
+    ({"hires": 1}, "hires", "one of both"),
+    ({"enabled": 1}, "enabled", "neither true nor false"),
+    ({"enabled": "true"}, "enabled", "neither true nor false"),
+    ({"images": 5}, "images", "not a list"),
+    ({"images": [5]}, "images", "is not an image"),
+    ({"images": [""]}, "images", "is not an image"),
+    ({"images": "[broken"}, "images", "not JSON"),
+    ({"images": {"a": 1}}, "images", "not a list"),
+    ({"mask": 3}, "mask", "is not an image"),
+    ({"identity": 3}, "identity", "not a text"),
+    ({"model": []}, "model", "not a text"),
+    ({"images": ["a"], "identity": "Anna"}, "identity", "not both"),
+]
+
+
+@pytest.mark.parametrize(("values", "field", "words"), WRONG, ids=[str(w[0])[:40] for w in WRONG])
+def test_errors_name_unit_and_field(values, field, words):
+    with pytest.raises(SettingError) as caught:
+        parse_args([{"images": ["a"]}, values])
+    assert f"PuLID unit 2, field {field}: " in str(caught.value)
+    assert words in str(caught.value)
+
+
+@given(st.dictionaries(st.sampled_from(list(FIELD)) | st.text(max_size=8), st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+)))  # fmt: skip
+def test_whatever_comes_is_a_unit_or_a_setting_error(values):
+    try:
+        unit = PulidUnit.from_mapping(values, 1)
+    except SettingError as error:
+        assert "PuLID unit 1, field " in str(error)
+    else:
+        assert PulidUnit.from_mapping(unit.mapping(), 1) == unit
+
+
+@pytest.mark.parametrize("args", [["x"], [{}, "x"], [{}, None, {}], [True, {}, 3, {}], [{"weight": 1}, 0.5], [5]])
+def test_arguments_that_are_no_units(args):
+    with pytest.raises(SettingError, match="PuLID"):
+        parse_args(args)
+
+
+def test_a_tab_that_is_off_is_not_checked():
+    args = default_args(2)
+    args[0], args[1] = True, False
+    args[1 + [f.name for f in FIELDS].index("weight")] = "half typed"
+    assert parse_args(args) == []
+
+
+def test_a_grid_changes_units():
+    flat = default_args(2)
+    assert parse_args(flat, {2: {"weight": 0.3}}) == [(2, PulidUnit(weight=0.3))]
+    assert parse_args(flat, {1: {"preset": "style"}})[0][1].num_zero == 16
+    assert parse_args([{"images": ["a"]}], {1: {"identity": "Anna"}}) == [(1, PulidUnit(identity="Anna"))]
+    assert parse_args([{"identity": "Anna"}], {1: {"images": ("a",)}}) == [(1, PulidUnit(images=("a",)))]
+    assert parse_args([{"images": ["a"]}], {1: {"enabled": False}}) == []
+    with pytest.raises(SettingError, match="unit 1, field weight"):
+        parse_args(flat, {1: {"weight": 9.0}})
+
+
+def test_a_saved_identity_goes_before_photos_in_the_widgets():
+    unit = PulidUnit(images=("a",), identity="Anna")
+    assert PulidUnit.from_positions(unit.positions(), 1) == PulidUnit(identity="Anna")
+
+
+def test_none_in_a_list_is_no_identity():
+    assert check(FIELD["identity"], "None", 1) == ""
+    assert check(FIELD["model"], "", 1) == "auto"
+
+
+def test_hires_passes():
+    passes = {name: [PulidUnit(hires=name).in_pass(hires) for hires in (False, True)] for name in HIRES_PASSES}
+    assert passes == {"both": [True, True], "first": [True, False], "second": [False, True]}
+
+
+def test_other_errors_get_their_place():
+    error = at_unit(2, "images", NoFaceError("photo 1: no face"))
+    assert isinstance(error, NoFaceError)
+    assert str(error) == "PuLID unit 2, field images: photo 1: no face"
+
+
+def test_schema():
+    described = json.loads(json.dumps(schema()))
+    assert list(described["properties"]) == [field.name for field in FIELDS]
+    assert described["properties"]["weight"]["maximum"] == 5
+    assert described["properties"]["hires"]["enum"] == list(HIRES_PASSES)
+    assert described["additionalProperties"] is False

@@ -1,0 +1,439 @@
+"""scripts/pulid.py and what it is put together from, inside a small stand-in for the WebUI, on stand-in weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lib_pulid import hosts, standin
+from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError
+from lib_pulid.units import FIELDS, PRESETS, PulidUnit, default_args
+from tests.face_standins import blank, draw_face, write_face_files
+from tests.fake_modules.models import SD1_BLOCKS, WIDTH, UNet
+from tests.fake_webui import AxisOption, Generation, webui
+from tests.layouts import count_hooks
+
+pytest.importorskip("insightface")
+pytest.importorskip("facexlib")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A models folder with stand-ins for everything."""
+    folder = tmp_path_factory.mktemp("models")
+    files = standin.write_files(folder / "pulid", [WIDTH] * 70, 64)
+    files.tower.rename(folder / "pulid" / "EVA02_CLIP_L_336_psz14_s6B.pt")
+    faces = write_face_files(folder / "insightface")
+    (folder / "facexlib").mkdir()
+    for path in (faces.landmarker, faces.parser):
+        path.rename(folder / "facexlib" / path.name)
+    return folder
+
+
+@pytest.fixture
+def ui(weights):
+    with webui("a1111", weights) as made:
+        yield made
+        hosts.current().stop()
+
+
+@pytest.fixture
+def script(ui):
+    return ui.script()
+
+
+def photo(*faces: tuple[int, int], shade: int = 3) -> np.ndarray:
+    """faces: centre x and side."""
+    image = blank(640, 480)
+    for x, side in faces:
+        draw_face(image, (x, 240), side, shade=shade)
+    return image
+
+
+def packed(image: np.ndarray) -> str:
+    from lib_pulid.webui.pictures import encode
+
+    return encode(image)
+
+
+@pytest.fixture(scope="module")
+def one() -> str:
+    return packed(photo((320, 200)))
+
+
+@pytest.fixture(scope="module")
+def two() -> str:
+    return packed(photo((200, 200), (480, 100)))
+
+
+@pytest.fixture(scope="module")
+def nobody() -> str:
+    return packed(blank(640, 480))
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+class TestAGeneration:
+    def test_with_a_face_it_differs_without_it_does_not(self, ui, script, one):
+        unet = UNet()
+        plain = ui.generate(script, Generation(unet), default_args(3))
+        faced = ui.generate(script, Generation(unet), [{"images": [one]}])
+        weightless = ui.generate(script, Generation(unet), [{"images": [one], "weight": 0}])
+        after = ui.generate(script, Generation(unet), default_args(3))
+        assert not same(plain, faced)
+        assert same(plain, weightless)
+        assert same(plain, after)
+        assert count_hooks(unet) == 0
+        assert ui.swallowed == []
+
+    def test_every_batch_has_the_face_whatever_runs_between(self, ui, script, one):
+        """A detailer generates inside, through our own script, and stops us."""
+        unet, inner = UNet(), default_args(3)
+        plain = ui.generate(script, Generation(unet), inner)
+
+        def detail(batch: int) -> None:
+            assert same(ui.generate(script, Generation(unet), inner), plain)
+
+        faced = ui.generate(script, Generation(unet, batches=3), [{"images": [one]}], between=detail)
+        assert same([faced[0]] * 3, faced)
+        assert not same([faced[0]], plain)
+
+    def test_parameters_are_written_and_removed(self, ui, script, one):
+        p = Generation()
+        ui.generate(script, p, [{"images": [one], "weight": 0.7}])
+        assert p.extra_generation_params == {}  # of this generation; the picture has them by then
+        p.extra_generation_params["PuLID 1"] = "of another cell of a grid"
+        ui.hook("process", script, p, *default_args(3))
+        assert p.extra_generation_params == {}
+        ui.hook("process", script, p, {"images": [one], "weight": 0.7})
+        assert "weight: 0.7, " in p.extra_generation_params["PuLID 1"]
+
+    def test_the_progress_line_is_told_and_cleared(self, ui, script, weights):
+        state = ui.modules.shared.state
+        ui.generate(script, Generation(), [{"images": [packed(photo((300, 180), shade=7))]}])
+        assert "PuLID: unit 1, loading the face models" in state.told
+        assert "PuLID: unit 1, photo 1 read" in state.told
+        assert state.textinfo is None
+
+    def test_encoders_are_let_go(self, ui, script, one):
+        ui.generate(script, Generation(), [{"images": [one]}])
+        assert not script.library._readers.loaded
+
+
+BROKEN = [
+    ([{"images": ["%%%"]}], ImageError, "unit 1, field images"),
+    ([{"images": ["aGVsbG8="]}], ImageError, "unit 1, field images"),
+    ([{}], SettingError, "unit 1, field images"),
+    ([{"wieght": 1}], SettingError, "unit 1, field wieght"),
+    ([{"identity": "nobody"}], PulidError, "unit 1, field identity"),
+    ([{"images": ["ONE"], "model": "gone.bin"}], MissingWeightsError, "unit 1, field model"),
+    ([{"images": ["ONE"], "model": "standin_pulid_flux"}], PulidError, "unit 1, field model"),
+    ([{"images": ["ONE"]}, {"images": ["NOBODY"]}], NoFaceError, "unit 2, field images"),
+    ([{"images": ["ONE"], "face_index": 3}], NoFaceError, "unit 1, field images"),
+    ([{"images": ["ONE"], "mask": "%%%"}], ImageError, "unit 1, field mask"),
+    ([{"images": ["ONE"], "mask": "BLACK"}], ImageError, "unit 1, field mask"),
+    ([{"images": ["ONE"], "fusion": "id_mix"}], SettingError, "unit 1, field images"),
+]
+
+
+class TestNeverAStranger:
+    @pytest.mark.parametrize(("args", "kind", "place"), BROKEN, ids=[f"{i} {b[-1]}" for i, b in enumerate(BROKEN)])
+    def test_what_is_wrong_ends_the_request(self, ui, script, one, nobody, args, kind, place):
+        pictures = {"ONE": one, "NOBODY": nobody, "BLACK": packed(np.zeros((8, 8, 3), np.uint8))}
+        filled = json.loads(json.dumps(args))
+        for values in filled:
+            values.update({"images": [pictures.get(i, i) for i in values["images"]]} if "images" in values else {})
+            values.update({"mask": pictures.get(values["mask"], values["mask"])} if "mask" in values else {})
+        p = Generation()
+        with pytest.raises(kind, match=place):
+            ui.generate(script, p, filled)
+        assert place in p.comments[0]
+        assert ui.swallowed == []
+        assert ui.modules.shared.state.textinfo is None
+
+    @pytest.mark.parametrize("unet", [UNet(768, SD1_BLOCKS), UNet(1280)], ids=["SD 1.5", "refiner"])
+    def test_a_model_that_cannot(self, ui, script, one, unet):
+        with pytest.raises(PulidError, match="unit 1, field model: old: this is"):
+            ui.generate(script, Generation(unet, "old"), [{"images": [one]}])
+        ui.generate(script, Generation(unet, "old"), default_args(3))
+
+    def test_a_fault_of_ours_ends_it_too(self, ui, script, one, monkeypatch):
+        monkeypatch.setattr(script.library, "encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ui.generate(script, Generation(), [{"images": [one]}])
+
+    def test_the_same_request_works_after_an_error(self, ui, script, one, nobody):
+        p, unet = Generation(UNet()), UNet()
+        with pytest.raises(NoFaceError):
+            ui.generate(script, p, [{"images": [nobody]}])
+        p.load(unet)
+        assert not same(ui.generate(script, p, [{"images": [one]}]), ui.generate(script, p, default_args(3)))
+
+    def test_another_model_in_the_middle(self, ui, script, one):
+        p = Generation(UNet(), batches=2)
+        with pytest.raises(PulidError, match="Stable Diffusion 1"):
+            ui.generate(script, p, [{"images": [one]}], between=lambda batch: p.load(UNet(768, SD1_BLOCKS)))
+
+    def test_missing_files_are_named_with_their_folder(self, tmp_path, one):
+        with webui("a1111", tmp_path) as ui:
+            script = ui.script()
+            (tmp_path / "pulid").mkdir()
+            with pytest.raises(MissingWeightsError, match=r"no PuLID file for SDXL in .*pulid: pulid_v1.1.safetensors"):
+                ui.generate(script, Generation(), [{"images": [one]}])
+            standin.write_files(tmp_path / "pulid", [WIDTH] * 70, 64)
+            with pytest.raises(MissingWeightsError, match="scrfd_10g_bnkps.onnx .*antelopev2"):
+                ui.generate(script, Generation(), [{"images": [one]}])
+
+
+class TestTheAccordion:
+    @pytest.mark.parametrize("tab", ["txt2img", "img2img"])
+    @pytest.mark.parametrize("version", ["3.41.2", "4.40.0"])
+    def test_its_values_are_the_positional_list(self, weights, version, tab):
+        with webui("a1111", weights, version) as ui:
+            script = ui.script()
+            assert script.title() == "PuLID"
+            values = [widget.value for widget in script.ui(tab == "img2img")]
+            assert json.loads(json.dumps(values)) == values
+            assert len(values) == 1 + 3 * len(FIELDS)
+            plain = ui.generate(script, Generation(), values)
+            assert same(plain, ui.generate(script, Generation(), default_args(3)))
+            ids = [widget.elem_id for widget in script.ui(tab == "img2img")]
+            assert all(name and name.startswith(f"pulid_{tab}") for name in ids)
+            assert len(set(ids)) == len(ids)
+
+    def test_units_by_setting(self, ui, script):
+        ui.modules.shared.opts.data["pulid_units"] = 5
+        assert len(script.ui(False)) == 1 + 5 * len(FIELDS)
+
+    def test_without_an_input_accordion(self, ui, script):
+        del ui.modules.ui_components.InputAccordion
+        controls = script.ui(False)
+        assert controls[0].value is False
+
+    def test_fields_are_pasted_into_and_sent_by_name(self, script):
+        script.ui(False)
+        names = [str(name) for _, name in script.infotext_fields]
+        assert script.paste_field_names == names
+        assert names[:3] == ["PuLID on", "PuLID 1 enabled", "PuLID 1 images"]
+        assert len(names) == 1 + 3 * len(FIELDS)
+
+
+@pytest.fixture
+def library(ui, script):
+    return script.library
+
+
+class TestInfotext:
+    def pasted(self, library, parameters: dict) -> dict:
+        from lib_pulid.webui.infotext import PastedField
+
+        fields = [PastedField(number, field, library) for number in (1, 2) for field in FIELDS]
+        return {str(field): field(parameters) for field in [PastedField(1, None, library), *fields]}
+
+    def test_there_and_back(self, library):
+        from lib_pulid.webui import infotext
+
+        unit = PulidUnit.from_mapping(
+            {"identity": 'A, b: "c"', "model": "x%2C,y.bin", "weight": 1.25, "preset": "style", "start": 0.1,
+             "face_order": "center", "face_index": 2, "hires": "first", "end": 0.9, "fusion": "average"}, 2,
+        )  # fmt: skip
+        text = infotext.write(unit, {"hash": "0123456789", "file": "x.bin", "weights": "abc"})
+        pasted = self.pasted(library, {"PuLID 2": text})
+        assert pasted["PuLID on"] is True
+        assert (pasted["PuLID 1 enabled"], pasted["PuLID 2 enabled"]) == (False, True)
+        for field in FIELDS:
+            if field.name not in ("enabled", "images", "identity", "mask"):
+                assert pasted[f"PuLID 2 {field.name}"] == getattr(unit, field.name)
+        assert pasted["PuLID 2 identity"] == "None"  # not saved here
+        assert pasted["PuLID 2 images"] is None  # whatever photos are there stay
+        assert infotext.read(text)["identity"] == unit.identity
+
+    def test_a_picture_without_it_switches_it_off_and_leaves_the_rest(self, library):
+        pasted = self.pasted(library, {"Steps": "20"})
+        assert pasted.pop("PuLID on") is False
+        assert set(pasted.values()) == {None}
+
+    @pytest.mark.parametrize("text", ["", "x", "weight: heavy", "weight", ": , :"])
+    def test_damaged_entries_do_no_harm(self, library, text):
+        assert self.pasted(library, {"PuLID 1": text})["PuLID 1 weight"] is None
+
+    def test_an_identity_is_found_by_its_hash(self, ui, script, one, library):
+        p = Generation()
+        ui.hook("process", script, p, {"images": [one]})
+        parameters = dict(p.extra_generation_params)
+        from_cache = self.pasted(library, parameters)
+        short_hash = from_cache["PuLID 1 identity"]
+        assert len(short_hash) == 10
+        assert from_cache["PuLID 1 images"] == ""
+        saved = library.save("Found again", library.saved(short_hash))
+        try:
+            assert self.pasted(library, parameters)["PuLID 1 identity"] == "Found again"
+            unet = UNet()
+            by_name = ui.generate(script, Generation(unet), [{"identity": "Found again"}])
+            by_hash = ui.generate(script, Generation(unet), [{"identity": short_hash}])
+            assert same(by_name, by_hash)
+            assert same(by_name, ui.generate(script, Generation(unet), [{"images": [one]}]))
+        finally:
+            saved.path.unlink()
+
+
+class TestXYZ:
+    def axes(self, ui, library) -> dict:
+        from lib_pulid.webui import xyz
+
+        xyz.add_axes(2, library)
+        xyz.add_axes(2, library)  # Reload UI
+        options = ui.modules.scripts.scripts_data[0].module.axis_options
+        assert all(isinstance(option, AxisOption) for option in options)
+        assert len({option.label for option in options}) == len(options)
+        return {option.label: option for option in options}
+
+    def test_every_setting_of_every_unit(self, ui, library):
+        labels = self.axes(ui, library)
+        for number in (1, 2):
+            wanted = {f"[PuLID {number}] {f.label}" for f in FIELDS if f.kind not in ("images", "image")}
+            assert wanted | {f"[PuLID {number}] Photo file"} <= set(labels)
+
+    def test_cells(self, ui, script, library, one, tmp_path, monkeypatch):
+        from copy import copy
+
+        axes, calls = self.axes(ui, library), []
+        readers, read = library._readers, library._readers._encoders
+        monkeypatch.setattr(readers, "_encoders", lambda *args: (calls.append(1), read(*args))[1])
+        path = tmp_path / "photo.png"
+        Image.fromarray(photo((330, 210), shade=5)).save(path)
+        p, pictures = Generation(UNet()), {}
+        for weight in (0.0, 0.5, 1.0):
+            for preset in PRESETS:
+                cell = copy(p)
+                axes["[PuLID 1] Weight"].apply(cell, weight, [])
+                axes["[PuLID 1] Preset"].apply(cell, preset, [])
+                axes["[PuLID 1] Photo file"].apply(cell, str(path), [])
+                pictures[weight, preset] = ui.generate(script, cell, default_args(3))[0]
+        assert len(calls) == 1  # one photo, read once
+        assert len({picture.sum().item() for picture in pictures.values()}) == 1 + 2 * len(PRESETS)
+        assert not hasattr(p, "pulid_changes")
+        assert ui.swallowed == []
+
+    def test_slips_show_before_the_grid_begins(self, ui, library):
+        axes = self.axes(ui, library)
+        for label, value in (("Weight", 9.0), ("Preset", "best"), ("Photo file", "/nowhere.png")):
+            with pytest.raises(RuntimeError):
+                axes[f"[PuLID 1] {label}"].confirm(None, [value])
+        axes["[PuLID 1] Use this person"].confirm(None, ["yes", "no"])
+        assert axes["[PuLID 1] Saved identity"].choices() == []
+        assert axes["[PuLID 1] PuLID model"].choices()[0] == "auto"
+
+
+class TestActions:
+    @pytest.fixture
+    def actions(self, library):
+        from lib_pulid.webui.actions import Actions
+
+        return Actions(library, lambda: "sdxl")
+
+    def test_photos_come_and_go(self, actions, tmp_path):
+        paths = []
+        for name, side in (("a", 100), ("b", 150)):
+            paths.append(tmp_path / f"{name}.png")
+            Image.fromarray(photo((320, side))).save(paths[-1])
+        bad = tmp_path / "bad.png"
+        bad.write_text("no image")
+        emptied, images, ticked, note = actions.add_photos([SimpleNamespace(name=str(p)) for p in (*paths, bad)], "")
+        assert emptied is None
+        assert ticked["value"] is True
+        assert "bad.png" in note
+        assert len(json.loads(images)) == 2
+        gallery, selected = actions.show_photos(images)
+        assert len(gallery["value"]) == 2
+        assert selected == -1
+        assert json.loads(actions.remove_photo(images, 0)) == json.loads(images)[1:]
+        assert actions.remove_photo(actions.remove_photo(images, -1), -1) == ""
+        assert actions.remove_photo("", -1) == ""
+
+    def test_preview(self, actions, two, nobody):
+        gallery, note = actions.preview(json.dumps([two, nobody]), "None", "largest", 1)
+        assert len(gallery["value"]) == 3
+        assert gallery["value"][0][1].endswith("2 faces, the green one is taken")
+        assert "number 2" in note
+        assert "photo 2: no face was found" in note
+        gallery, note = actions.preview("", "None", "largest", 0)
+        assert gallery["visible"] is False
+        assert "no photo yet" in note
+
+    def test_save(self, actions, library, one):
+        listed, name, note = actions.save("  Anna ", json.dumps([one]), "auto", "largest", 0, "official")
+        try:
+            assert listed["value"] == "Anna"
+            assert "Anna" in listed["choices"]
+            assert name["value"] == ""
+            assert "is saved for PuLID v1.1 for SDXL" in note
+            assert "saved already" in actions.save("Anna", json.dumps([one]), "auto", "largest", 0, "official")[2]
+            gallery, note = actions.preview("", "Anna", "largest", 0)
+            assert len(gallery["value"]) == 1
+        finally:
+            (library.identities_dir / "Anna.safetensors").unlink()
+
+    @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "0123456789", "x" * 90, "a:b"])
+    def test_names_that_cannot_be(self, actions, one, name):
+        assert "pulid-bad" in actions.save(name, json.dumps([one]), "auto", "largest", 0, "official")[2]
+
+    def test_presets_and_sliders(self, actions):
+        assert [update["value"] for update in actions.apply_preset("style")] == ["ortho", 16]
+        assert actions.apply_preset("custom") == ({"__type__": "update"},) * 2
+        assert actions.name_preset("ortho", 16.0)["value"] == "style"
+        assert actions.name_preset("ortho", 17)["value"] == "custom"
+
+    def test_a_painted_region(self, actions):
+        from lib_pulid.webui.pictures import region
+
+        empty, strokes = actions.empty_picture(64, 32), np.zeros((32, 64, 4), np.uint8)
+        assert empty.shape == (32, 64, 3)
+        assert actions.keep_region(empty) == ""
+        assert actions.keep_region(None) == ""
+        strokes[:, :32] = 255
+        for painted in (actions.keep_region(empty, strokes), actions.keep_region({"image": empty, "mask": strokes})):
+            assert region(painted, "region").mean() == 0.5
+        assert region(actions.keep_region(strokes[:, :, :3], np.zeros_like(strokes)), "region").mean() == 0.5
+
+
+def test_settings_and_flags(ui, script, tmp_path):
+    from lib_pulid.webui import settings
+
+    settings.add_settings()
+    added = ui.modules.shared.opts.added
+    assert {info.section for info in added.values()} == {("pulid", "PuLID")}
+    assert settings.units() == 3
+    ui.modules.shared.cmd_opts.pulid_models_dir = None
+    ui.modules.shared.opts.data["pulid_models_dir"] = str(tmp_path)
+    assert settings.models_dir() == tmp_path
+    ui.modules.shared.opts.data["pulid_models_dir"] = ""
+    assert str(settings.models_dir()) == ui.modules.paths.models_path
+
+
+def test_the_page_script_is_one_class():
+    text = (ROOT / "javascript" / "pulid.js").read_text(encoding="utf-8")
+    assert text.count("\nclass ") == 1
+
+
+def test_heavy_libraries_wait_for_the_first_photo(weights):
+    code = (
+        "import sys; from pathlib import Path; from tests.fake_webui import webui\n"
+        f"with webui('a1111', Path({str(weights)!r})) as ui:\n"
+        "    ui.script().ui(False)\n"
+        "    print(*({m.split('.')[0] for m in sys.modules} & {'insightface', 'onnxruntime', 'timm', 'facexlib'}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []

@@ -1,0 +1,94 @@
+"""What the HTTP routes answer; and the forms that errors and passwords take, where fastapi is installed."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+
+from lib_pulid.errors import MissingWeightsError, NoFaceError, PulidError, SettingError
+from lib_pulid.units import FIELDS
+from tests.test_webui import library, one, script, two, ui, weights  # noqa: F401 - fixtures
+
+
+def test_models_identities_and_schema(library):  # noqa: F811
+    from lib_pulid.webui import routes
+
+    found = json.loads(json.dumps(routes.models(library)))
+    assert {file["name"]: file["family"] for file in found["models"]} == {
+        "standin_pulid_sdxl.safetensors": "sdxl",
+        "standin_pulid_flux.safetensors": "flux",
+    }
+    assert routes.identities(library)["identities"] == []
+    described = json.loads(json.dumps(routes.describe()))
+    assert described["order"] == [field.name for field in FIELDS]
+    assert described["presets"]["style"] == {"projection": "ortho", "num_zero": 16}
+
+
+def test_detect(library, two):  # noqa: F811
+    from lib_pulid.webui import routes
+
+    answer = json.loads(json.dumps(routes.detect({"images": [two], "face_order": "left-to-right"}, library)))
+    found = answer["photos"][0]
+    assert len(found["faces"]) == 2
+    x0, y0, x1, y1 = found["faces"][found["chosen"]]["box"]
+    assert x0 < 200 < x1 < 480  # the stand-in detector measures two neighbours less exactly than one
+    assert y0 < 240 < y1
+    assert found["aligned"].startswith("data:image/png;base64,")
+    assert any("2 faces" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "words"),
+    [
+        ({}, SettingError, "field images: there is none"),
+        ({"imgs": []}, SettingError, "field imgs: detect takes images"),
+        ({"images": ["%"]}, PulidError, "field images: photo 1: this is not base64"),
+        ({"images": ["TWO"], "face_index": 5}, NoFaceError, "field images: photo 1: face number 6"),
+        ({"images": ["TWO"], "face_order": "x"}, SettingError, "field face_order"),
+    ],
+)
+def test_detect_says_what_is_wrong(library, two, body, kind, words):  # noqa: F811
+    from lib_pulid.webui import routes
+
+    with pytest.raises(kind, match=words):
+        routes.detect({**body, **({"images": [two]} if body.get("images") == ["TWO"] else {})}, library)
+
+
+class TestOverHttp:
+    @pytest.fixture
+    def client(self, library):  # noqa: F811
+        fastapi = pytest.importorskip("fastapi")
+        testclient = pytest.importorskip("fastapi.testclient")
+        from lib_pulid.webui import routes
+
+        def make(api_auth: str | None = None, error: Exception | None = None):
+            app = fastapi.FastAPI()
+
+            @app.get("/fails")
+            def fails():
+                raise error
+
+            routes.add_error_handler(app)
+            routes.add_routes(app, library, api_auth)
+            return testclient.TestClient(app, raise_server_exceptions=False)
+
+        return make
+
+    @pytest.mark.parametrize(("error", "status"), [(NoFaceError("who?"), 422), (MissingWeightsError("x.bin"), 500)])
+    def test_an_error_that_ends_a_request(self, client, error, status):
+        answer = client(error=error).get("/fails")
+        assert answer.status_code == status
+        assert answer.json()["detail"] == str(error)
+        assert answer.json()["error"] == type(error).__name__
+
+    def test_api_auth(self, client):
+        guarded = client("anna:secret,bob:hidden")
+        assert client().get("/pulid/models").status_code == 200
+        paths = ("models", "identities", "schema")
+        assert [guarded.get(f"/pulid/{path}").status_code for path in paths] == [401] * 3
+        assert guarded.post("/pulid/detect", json={}).status_code == 401
+        for login, status in (("bob:hidden", 200), ("bob:secret", 401), ("eve:", 401)):
+            basic = {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+            assert guarded.get("/pulid/schema", headers=basic).status_code == status
