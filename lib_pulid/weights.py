@@ -170,7 +170,8 @@ def _load_pickle(path: Path, head: bytes) -> Mapping[str, object]:
         raise WrongWeightsError(f"{path.name} is a Git LFS pointer, not the file itself. Download the file.")
     if head.lstrip()[:1] == b"<":
         raise WrongWeightsError(f"{path.name} is a web page, not a weight file. Download the file itself.")
-    return torch.load(str(path), map_location="cpu", weights_only=True)
+    # Not `torch.load`, which A1111 replaces by a guard of its own that refuses files written by torch 2.1 and later.
+    return torch.serialization.load(str(path), map_location="cpu", weights_only=True)
 
 
 def _flat(loaded: object, path: Path) -> dict[str, Tensor]:
