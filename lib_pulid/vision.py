@@ -69,7 +69,8 @@ def load_vision_tower(path: str | Path) -> VisionTower:
     from timm.models.eva import checkpoint_filter_fn
 
     try:
-        trunk = _build(visual)
+        with torch.random.fork_rng(devices=()):  # timm draws initial weights; the host's random numbers are not ours
+            trunk = _build(visual)
         trunk.load_state_dict(checkpoint_filter_fn(visual, trunk), strict=True, assign=True)
     except (KeyError, RuntimeError, ValueError) as error:
         raise WrongWeightsError(f"{path.name} is another vision tower than EVA02-CLIP-L/14-336: {error}") from error

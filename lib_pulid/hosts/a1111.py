@@ -9,7 +9,7 @@ Rows: the sampler stacks [cond..., uncond...] and gives them to the UNet in one 
 prompt lengths. The pieces come in order, so counting them tells which rows each has. Halving the batch does not: AND
 makes several cond rows per picture, and some steps leave uncond out.
 
-After an exception the host calls no script; what was installed then waits, without effect, for the next `stop`.
+After an exception the host calls no script, so the hooks on the UNet, which see it, remove everything themselves.
 """
 
 from __future__ import annotations
@@ -139,8 +139,9 @@ class _Run:
 
     def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self._call.close()  # a call that was left by something other than an Exception
-        if self._error is not None:
-            raise self._error
+        if (error := self._error) is not None:
+            stop()  # nobody else will: after an error the host calls no script
+            raise error
         if self._window is None:
             self._check_seen()
             return  # not a sampler's call
@@ -150,8 +151,11 @@ class _Run:
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._call.close()
+        if output is None:  # an exception is under way and ends the generation; the host will call no script
+            stop()
+            return
         step, self._step = self._step, None
-        if step is not None and output is not None:  # None: an exception is under way
+        if step is not None:
             self._injector.check_reached(step)
 
     def _check_seen(self) -> None:
