@@ -105,7 +105,9 @@ def cross_attention_site(name: str, attention: Any) -> Site:
             attention.to_out[0].register_forward_pre_hook(add_residual),
         ]
 
-    return Site(name, attention.to_q.out_features, attention.heads, attach)
+    # Forge's quantised layers do not tell their width.
+    width = getattr(attention.to_q, "out_features", None) or attention.heads * attention.dim_head
+    return Site(name, width, attention.heads, attach)
 
 
 # ---------------------------------------------------------------- FLUX

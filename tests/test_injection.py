@@ -12,7 +12,7 @@ from lib_pulid.attention import cross_attention_residual, fold_image_stream, pre
 from lib_pulid.errors import SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject, token_grid
-from lib_pulid.sites import find_sites
+from lib_pulid.sites import cross_attention_site, find_sites
 from lib_pulid.standin import image_stream
 from lib_pulid.weights import CrossAttentionWeights
 from tests import layouts
@@ -223,6 +223,13 @@ def test_sgm_layout_has_the_same_order(unet, adapter):
         ours = sgm()
     assert torch.equal(ours, run(unet, [injection]))
     assert not torch.equal(ours, sgm())
+
+
+def test_quantised_layers_do_not_tell_their_width():
+    """As Forge's GGUF and 4-bit layers: no out_features, and a weight of another shape."""
+    layer = nn.Module()
+    layer.to_q, layer.to_out, layer.heads, layer.dim_head = nn.Identity(), nn.ModuleList([nn.Identity()]), 10, 64
+    assert cross_attention_site("layer", layer).width == 640
 
 
 def test_flux_sites(flux):
