@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -21,17 +20,6 @@ insightface = pytest.importorskip("insightface")
 SAMPLES = Path(insightface.__file__).parent / "data" / "images"
 GROUP, PORTRAIT = SAMPLES / "t1.jpg", SAMPLES / "Tom_Hanks_54745.png"
 BOX = re.compile(r"\((-?\d+), (-?\d+)\), (\d+) x (\d+) pixels")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a busy machine threads that wait for each other take tenfold as long."""
-    before = torch.get_num_threads(), cv2.getNumThreads()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    yield
-    torch.set_num_threads(before[0])
-    cv2.setNumThreads(before[1])
 
 
 @dataclass
@@ -482,7 +470,7 @@ def test_doctor_sees_missing_packages(run, monkeypatch):
 
 def test_demo(run, tmp_path, monkeypatch):
     """Once end to end, as it is shown to a newcomer."""
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # see one_thread
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # conftest.py has set it
     said = run("demo", "--face", GROUP, "--out", tmp_path / "sheets", models=tmp_path / "m")
     assert said.status == 0
     assert len(re.findall(r"weight [\d.]+: injected at 70 of 70 sites, [\d.]+ MB kept", said.out)) == 3

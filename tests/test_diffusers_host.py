@@ -27,15 +27,6 @@ FAMILIES = ("sdxl", "flux")
 STEPS = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a busy machine threads that wait for each other take tenfold as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def bases() -> dict[str, Base]:
     made = {family: load_base(f"tiny-{family}") for family in FAMILIES}

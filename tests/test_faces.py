@@ -33,15 +33,6 @@ SAMPLES = Path(insightface.__file__).parent / "data" / "images"
 OFFICIAL_WHITE = [0, 16, 18, 7, 8, 9, 14, 15]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small networks one after the other: on a busy machine more threads wait for each other tenfold as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("face_models")
