@@ -1,0 +1,131 @@
+"""python -m tests.host WEBUI_DIR [--python ...]: runs the rows and prints the table."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tests.host import (
+    rows_basics,
+    rows_batches,
+    rows_controlnet,
+    rows_errors,
+    rows_flags,
+    rows_grid,
+    rows_img2img,
+    rows_long,
+    rows_page,
+    rows_start,
+    rows_works_with,
+)
+from tests.host.models import checkpoints, pulid
+from tests.host.table import Result, Row, as_markdown, run
+from tests.host.webui import NAMES, ROOT, Checkout, Running, running
+
+GROUPS = {
+    "start": rows_start,
+    "basics": rows_basics,
+    "batches": rows_batches,
+    "works-with": rows_works_with,
+    "img2img": rows_img2img,
+    "controlnet": rows_controlnet,
+    "grid": rows_grid,
+    "errors": rows_errors,
+    "page": rows_page,
+    "long": rows_long,
+}
+
+
+def main() -> int:
+    args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the WebUI is stopped, too
+    checkout = Checkout(args.webui.resolve(), args.python or args.webui.resolve() / "venv" / "bin" / "python")
+    print(f"{checkout.version}, {checkout.python}", flush=True)
+    generated = generate(args.work / "generated", checkout)
+    rows_page.SCREENSHOTS = args.screenshots
+    chosen = [row for name in args.only or GROUPS for row in rows_of(name, args) if checkout.kind in row.hosts]
+    before, packages = checkout.changes(), checkout.packages()
+    results = in_one_run(checkout, generated, chosen, args.extension) if chosen else []
+    if not args.only or "flags" in args.only:
+        results += rows_flags.run_all(checkout, generated, args.match)
+    if not args.only or "start" in args.only:
+        results += rows_start.after_all(checkout, before, packages)
+    text = as_markdown(results)
+    (args.work / f"{checkout.kind}.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}", flush=True)
+    failed = [result for result in results if result.passed == "NO"]
+    passed = sum(result.passed == "yes" for result in results)
+    print(f"{NAMES[checkout.kind]}: {passed} of {len(results)} rows passed, {len(failed)} failed", flush=True)
+    return 1 if failed or not results else 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.host", description=__doc__)
+    parser.add_argument("webui", type=Path, help="a checkout of A1111 or Forge that runs")
+    parser.add_argument("--python", type=Path, help="its interpreter; default: venv/bin/python in it")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "host", help="folder for generated models")
+    parser.add_argument("--only", nargs="+", choices=(*GROUPS, "flags"), help="groups of rows; default: all but long")
+    parser.add_argument("--match", default="", help="only rows with this in their name")
+    parser.add_argument("--extension", type=Path, action="append", default=[], help="folder of one more extension")
+    parser.add_argument("--screenshots", type=Path, help="folder for pictures of the page")
+    return parser.parse_args()
+
+
+def rows_of(name: str, args: argparse.Namespace) -> Iterable[Row]:
+    if name == "flags" or (name == "long" and not args.only):
+        return []
+    return [row for row in GROUPS[name].rows.rows if args.match.lower() in row.behaviour.lower()]
+
+
+def in_one_run(checkout: Checkout, generated: Path, chosen: list[Row], extensions: list[Path]) -> list[Result]:
+    with running(checkout, generated, extensions=extensions) as host:
+        results = [run(row, host) for row in chosen]
+        keep_log(host, generated)
+    return results
+
+
+def keep_log(host: Running, generated: Path) -> None:
+    (generated.parent / f"{host.kind}.log").write_text(host.log_text(), encoding="utf-8")
+
+
+def generate(folder: Path, checkout: Checkout) -> Path:
+    """Checkpoints and the rest, unless they are there already as this program would write them."""
+    models = sorted(Path(__file__).with_name("models").glob("*.py"))
+    large = [path for path in models if path.stem not in ("pulid", "configs")]
+    small = [*large, ROOT / "tests" / "face_standins.py", ROOT / "lib_pulid" / "standin.py"]
+
+    def checkpoints_and_companions() -> None:
+        print(f"Writing small models into {folder} (1.4 GB) ...", flush=True)
+        checkpoints.write_checkpoints(folder / "checkpoints")
+        checkpoints.write_companions(folder / "lora", folder / "controlnet")
+
+    def pulid_and_photos() -> None:
+        pulid.write_models(folder / "models")
+        pulid.write_photos(folder / "photos")
+
+    unless_made(folder / "large.txt", fingerprint(large), checkpoints_and_companions)
+    unless_made(folder / "small.txt", fingerprint([*small, *models]), pulid_and_photos)
+    if (merge_table := checkout.merge_table()) is not None:
+        checkpoints.write_configs(folder / "checkpoints", merge_table)
+    return folder
+
+
+def unless_made(made: Path, stamp: str, make: Callable[[], None]) -> None:
+    if not made.is_file() or made.read_text(encoding="utf-8") != stamp:
+        make()
+        made.write_text(stamp, encoding="utf-8")
+
+
+def fingerprint(sources: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sources:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

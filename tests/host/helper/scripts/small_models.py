@@ -1,0 +1,176 @@
+"""Test only: lets A1111 and Forge load the small checkpoints of tests/host/models.
+
+A1111 is told the small open_clip architecture. Forge takes a model's sizes from constants and from the config folders
+in its tree; here they are read from the checkpoint itself. Full-size models are loaded as before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+StateDict = Mapping[str, torch.Tensor]
+Sizes = dict[str, Any]
+MARK = "_pulid_test_helper"
+SMALL_CHANNELS = 32
+
+
+def replace_once(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Wrap owner.name, also when Reload UI runs this file again."""
+    original = getattr(owner, name)
+    if hasattr(original, MARK):
+        return
+    wrapped = wrap(original)
+    setattr(wrapped, MARK, True)
+    setattr(owner, name, wrapped)
+
+
+def count(state: StateDict, prefix: str) -> int:
+    """How many different numbers follow the prefix."""
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+# --------------------------------------------------------------------------------------------------------- A1111
+
+
+def register_open_clip() -> None:
+    import open_clip
+    from modules import sd_models, shared
+
+    folder = Path(shared.cmd_opts.ckpt_dir or sd_models.model_path)
+    for path in sorted(folder.glob("tiny-*.json")):
+        open_clip.add_model_config(path)
+
+
+def narrow_controlnet() -> None:
+    """The extension sd-webui-controlnet takes the width of an SDXL ControlNet from a constant."""
+    for name, module in list(sys.modules.items()):
+        if name.endswith("controlnet_model_guess"):
+            module.controlnet_sdxl_config["model_channels"] = SMALL_CHANNELS
+
+
+# --------------------------------------------------------------------------------------------------------- Forge
+
+
+def clip_sizes(state: StateDict) -> Sizes:
+    root = "transformer.text_model."
+    hidden = state[f"{root}final_layer_norm.weight"].shape[0]
+    return {
+        "hidden_size": hidden,
+        "projection_dim": hidden,
+        "intermediate_size": state[f"{root}encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": count(state, f"{root}encoder.layers."),
+        "num_attention_heads": hidden // 64,
+    }
+
+
+def t5_sizes(state: StateDict) -> Sizes:
+    block = "transformer.encoder.block.0.layer."
+    return {
+        "d_model": state[f"{block}0.layer_norm.weight"].shape[0],
+        "d_ff": state[f"{block}1.DenseReluDense.wi_0.weight"].shape[0],
+        "num_heads": state[f"{block}0.SelfAttention.relative_attention_bias.weight"].shape[1],
+        "num_layers": count(state, "transformer.encoder.block."),
+    }
+
+
+def vae_sizes(state: StateDict) -> Sizes:
+    levels = range(count(state, "encoder.down."))
+    if not levels:  # diffusers names: never one of ours
+        return {}
+    return {
+        "block_out_channels": [state[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in levels],
+        "layers_per_block": count(state, "encoder.down.0.block."),
+    }
+
+
+READERS: dict[str, Callable[[StateDict], Sizes]] = {
+    "CLIPTextModel": clip_sizes,
+    "CLIPTextModelWithProjection": clip_sizes,
+    "T5EncoderModel": t5_sizes,
+    "AutoencoderKL": vae_sizes,
+}
+
+
+def write_config(source: Path, target: Path, sizes: Sizes) -> None:
+    target.mkdir(parents=True)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (target / "config.json").write_text(json.dumps(config | sizes), encoding="utf-8")
+
+
+def wrap_component_loader(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load(guess: Any, component: str, library: str, kind: str, repo: str, state: StateDict | None) -> Any:
+        if kind not in READERS or not state:
+            return original(guess, component, library, kind, repo, state)
+        folder = tempfile.mkdtemp(prefix="tiny-models-")
+        try:
+            write_config(Path(repo, component), Path(folder, component), READERS[kind](state))
+            return original(guess, component, library, kind, folder, state)
+        finally:
+            shutil.rmtree(folder)
+
+    return load
+
+
+def flux_sizes(state: StateDict, prefix: str) -> Sizes:
+    hidden = state[f"{prefix}img_in.weight"].shape[0]
+    head = state[f"{prefix}double_blocks.0.img_attn.norm.key_norm.scale"].shape[0]
+    return {
+        "hidden_size": hidden,
+        "num_heads": hidden // head,
+        "context_in_dim": state[f"{prefix}txt_in.weight"].shape[1],
+        "vec_in_dim": state[f"{prefix}vector_in.in_layer.weight"].shape[1],
+    }
+
+
+def wrap_unet_detection(original: Callable[..., Any]) -> Callable[..., Any]:
+    def detect(state: StateDict, prefix: str) -> Sizes | None:
+        config = original(state, prefix)
+        is_flux = config is not None and config.get("image_model") == "flux"
+        if is_flux and state[f"{prefix}img_in.weight"].shape[0] < config["hidden_size"]:
+            config |= flux_sizes(state, prefix)
+        return config
+
+    return detect
+
+
+def wrap_model_matching(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Models are told apart by model_channels too: let a small UNet pass for a 320 one."""
+
+    def match(config: Sizes, state: StateDict | None = None) -> Any:
+        channels = config.get("model_channels", 320)
+        if channels >= 320:
+            return original(config, state)
+        usual = 384 if config.get("context_dim") == 1280 else 320  # SDXL's refiner is wider
+        found = original(config | {"model_channels": usual}, state)
+        if found is not None:
+            found.unet_config["model_channels"] = channels
+        return found
+
+    return match
+
+
+def patch_forge() -> None:
+    from backend import loader
+    from huggingface_guess import detection
+
+    replace_once(loader, "load_huggingface_component", wrap_component_loader)
+    replace_once(detection, "detect_unet_config", wrap_unet_detection)
+    replace_once(detection, "model_config_from_unet_config", wrap_model_matching)
+
+
+if importlib.util.find_spec("huggingface_guess") is not None:
+    patch_forge()
+else:
+    from modules import script_callbacks
+
+    register_open_clip()
+    script_callbacks.on_before_ui(narrow_controlnet)

@@ -1,0 +1,1 @@
+"""Generated models, photos and other files that a test host needs."""

@@ -1,0 +1,196 @@
+"""One unit, its settings, and what is left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.host.api import Pictures, encoded
+from tests.host.table import Rows, close, differ, equal, expect
+from tests.host.webui import Running
+
+rows = Rows()
+ANNA: dict[str, Any] = {"identity": "marked A"}
+# The last steps change little in these models. The hosts are deterministic, so any difference is an effect.
+FAINT = 0.0003
+
+
+def person(host: Running, name: str = "anna", **settings: Any) -> dict[str, Any]:
+    """A unit with a photo."""
+    return {"images": [encoded(host.photo(name))], **settings}
+
+
+def without_pulid(text: str) -> str:
+    return text.split(", PuLID ")[0]
+
+
+@rows.row("A photo changes the picture; the same request gives the same picture")
+def photo(host: Running) -> str:
+    plain, with_face = host.api.txt2img(), host.api.txt2img(person(host))
+    equal(with_face.image, host.api.txt2img(person(host)).image, "twice the same")
+    other = host.api.txt2img(person(host, "ben"))
+    differ(with_face.image, other.image, "another person", 0.3)
+    return f"{differ(plain.image, with_face.image, 'with and without'):.1f} of 255"
+
+
+@rows.row("Weight 0, a unit that is off, the accordion off, and the next run: bit-identical to the baseline")
+def nothing(host: Running) -> None:
+    plain = host.api.txt2img()
+    host.api.txt2img(person(host))
+    for what, units in {
+        "the next run": (),
+        "weight 0": (person(host, weight=0),),
+        "unit off": (person(host, enabled=False),),
+        "accordion off": (False, person(host)),
+    }.items():
+        equal(plain.image, host.api.txt2img(*units).image, what)
+
+
+@rows.row("No hook, callback or patch is left after a run")
+def nothing_left(host: Running) -> None:
+    before = host.api.state()
+    host.api.txt2img(ANNA)
+    after = host.api.state()
+    expect(after["hooks"] == 0, f"{after['hooks']} hooks are left")
+    expect(after["callbacks"] == before["callbacks"], f"callbacks: {before['callbacks']} -> {after['callbacks']}")
+    expect(after["patches"] == before["patches"], f"patches: {after['patches']}")
+
+
+@rows.row("The positional list gives the same picture as the dict")
+def positional(host: Running) -> None:
+    order = host.api.get("/pulid/schema")["order"]
+    unit = {**default_unit(host), "images": [encoded(host.photo("anna"))], "weight": 0.6}
+    listed = [True, *(unit[name] for name in order)]
+    equal(host.api.txt2img(person(host, weight=0.6)).image, host.api.txt2img(*listed).image, "list and dict")
+
+
+def default_unit(host: Running) -> dict[str, Any]:
+    return {name: field["default"] for name, field in host.api.get("/pulid/schema")["properties"].items()}
+
+
+SETTINGS: dict[str, tuple[Any, Any]] = {
+    "weight": (0.4, 1.5),
+    "preset": ("fidelity", "neutral"),
+    "projection": ("none", "ortho"),
+    "num_zero": (0, 60),
+    "start": (0.0, 0.5),
+    "end": (0.5, 1.0),
+    "model": ("pulid_v1.1.safetensors", "pulid_v1.bin"),
+}
+
+
+@rows.row("Each setting acts: weight, preset, projection, num_zero, start, end, model")
+def settings(host: Running) -> str:
+    seen = []
+    for name, (one, other) in SETTINGS.items():
+        pictures = [host.api.txt2img(person(host, **{name: value})).image for value in (one, other)]
+        seen.append(f"{name} {differ(*pictures, name, 0.1):.1f}")
+    return ", ".join(seen)
+
+
+@rows.row("Before start and after end the picture is the one without the face")
+def interval(host: Running) -> None:
+    """Each of the four steps alone."""
+    strong = {**ANNA, "weight": 2.0}
+    plain = host.api.txt2img().image
+    whole = host.api.txt2img(strong).image
+    parts = [host.api.txt2img({**strong, "start": i / 4, "end": (i + 1) / 4}).image for i in range(4)]
+    for i, part in enumerate(parts):
+        differ(plain, part, f"step {i + 1} alone", FAINT)
+        differ(whole, part, f"step {i + 1} alone and all", FAINT)
+    equal(whole, host.api.txt2img({**strong, "start": 0.0, "end": 1.0}).image, "0 to 1")
+
+
+@rows.row("A face of several: order and number")
+def which_face(host: Running) -> None:
+    left = host.api.txt2img(person(host, "two", face_order="left-to-right")).image
+    right = host.api.txt2img(person(host, "two", face_order="left-to-right", face_index=1)).image
+    differ(left, right, "left and right face", 0.1)
+    equal(right, host.api.txt2img(person(host, "two", face_order="right-to-left")).image, "right, counted from there")
+
+
+@rows.row("Several photos of one person; fusion")
+def several_photos(host: Running) -> None:
+    both = {"images": [encoded(host.photo(name)) for name in ("anna", "anna-2")]}
+    one = host.api.txt2img(person(host)).image
+    official = host.api.txt2img(both).image
+    differ(one, official, "one and two photos", 0.1)
+    differ(official, host.api.txt2img({**both, "fusion": "average"}).image, "fusions", 0.1)
+
+
+@rows.row("Two persons in two regions: each acts in its own half")
+def regions(host: Running) -> str:
+    left = np.zeros((64, 96, 3), np.uint8)
+    left[:, :48] = 255
+    masks = [encoded(left), encoded(255 - left)]
+    plain = host.api.txt2img().image
+    units = [{"identity": f"marked {name}", "mask": mask, "weight": 0.5} for name, mask in zip("AB", masks)]
+    first, second, both = host.api.txt2img(units[0]).image, host.api.txt2img(units[1]).image, host.api.txt2img(*units)
+    for name, picture in (("first", first), ("second", second)):
+        differ(plain, picture, f"the {name} person")
+        differ(both.image, picture, f"both and the {name} person")
+    half = plain.shape[1] // 2
+    inside = float(np.abs(plain[:, :half].astype(float) - first[:, :half]).mean())
+    outside = float(np.abs(plain[:, half:].astype(float) - first[:, half:]).mean())
+    expect(inside > outside, f"the left region changes the left by {inside:.1f} and the right by {outside:.1f}")
+    return f"left region: {inside:.1f} left, {outside:.1f} right"
+
+
+@rows.row("A saved identity, by name and by hash")
+def saved(host: Running) -> None:
+    listed = {one["name"]: one["hash"] for one in host.api.get("/pulid/identities")["identities"]}
+    expect("marked A" in listed, f"the list is {listed}")
+    by_name = host.api.txt2img(ANNA)
+    equal(by_name.image, host.api.txt2img({"identity": listed["marked A"]}).image, "name and hash")
+    expect(listed["marked A"] in by_name.parameters[0], f"no hash in: {by_name.parameters[0]}")
+
+
+@rows.row("The identity of a picture made from a photo is found again by its hash")
+def by_hash(host: Running) -> None:
+    made = host.api.txt2img(person(host))
+    found = made.parameters[0].partition("hash: ")[2].partition(",")[0]
+    found = made.parameters[0].partition('PuLID 1: "hash: ')[2].partition(",")[0] or found
+    equal(made.image, host.api.txt2img({"identity": found}).image, "photo and hash")
+
+
+@rows.row("The parameters in the picture: all settings, hash of identity and weights; none when it is off")
+def parameters(host: Running) -> str:
+    text = host.api.txt2img(person(host, weight=0.65, start=0.25, preset="style")).parameters[0]
+    for wanted in ("weight: 0.65", "start: 0.25", "preset: style", "projection: ortho", "num_zero: 16", "hash: "):
+        expect(wanted in text, f"{wanted!r} is not in: {text}")
+    expect("pulid_v1.1.safetensors" in text, f"the model is not in: {text}")
+    off = host.api.txt2img().parameters[0]
+    expect("PuLID" not in off, f"without PuLID: {off}")
+    return text.partition("PuLID 1: ")[2]
+
+
+@rows.row("The photo's preview over the API: faces, the chosen one, crop, warnings")
+def detect(host: Running) -> str:
+    two = host.api.post("/pulid/detect", {"images": [encoded(host.photo("two"))]})["photos"][0]
+    expect(len(two["faces"]) == 2, f"{len(two['faces'])} faces")
+    expect(bool(two["aligned"]) and bool(two["parsed"]), "no crops")
+    expect(any("2 faces" in note for note in two["warnings"]), f"warnings: {two['warnings']}")
+    small = host.api.post("/pulid/detect", {"images": [encoded(host.photo("small"))]})["photos"][0]
+    expect(any("small" in note for note in small["warnings"]), f"warnings: {small['warnings']}")
+    return "; ".join([*two["warnings"], *small["warnings"]])
+
+
+@rows.row("Routes: models, schema")
+def routes(host: Running) -> str:
+    models = {one["name"]: one["family"] for one in host.api.get("/pulid/models")["models"]}
+    wanted = {"pulid_v1.1.safetensors": "sdxl", "pulid_v1.bin": "sdxl", "pulid_flux_v0.9.1.safetensors": "flux"}
+    expect(models == wanted, f"models: {models}")
+    schema = host.api.get("/pulid/schema")
+    expect({"enabled", "images", "identity", "weight"} <= set(schema["properties"]), f"schema: {schema}")
+    return ", ".join(schema["properties"])
+
+
+@rows.row("Two units of one person at half weight: nearly one unit at the whole weight (projection none)")
+def adds_up(host: Running) -> str:
+    def made(*units: dict[str, Any]) -> Pictures:
+        return host.api.txt2img(*units)
+
+    half = {**ANNA, "weight": 0.25, "preset": "neutral"}
+    whole = made({**half, "weight": 0.5})
+    return f"{close(made(half, half).image, whole.image, 'sum'):.3f} of 255"

@@ -1,0 +1,115 @@
+"""Positive and negative rows, in every way in which the hosts cut a batch.
+
+A mirror tells: guidance is u + s (c - u), so exchanging prompt and negative prompt, and 1 - s for s, gives the same
+picture. An identity has other tokens for the two kinds of rows; "marked B" is "marked A" with them exchanged. So
+(prompt, negative, s, A) and (negative, prompt, 1 - s, B) are the same picture if every row gets its own tokens, however
+the host cuts the batch. With A in both places the pictures have to differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.host.table import Rows, Skipped, close, differ
+from tests.host.webui import Running
+
+rows = Rows()
+LONG = "a very detailed photo of a cat, " * 20
+WEIGHT = 0.3
+
+
+def mirror(host: Running, **changes: Any) -> str:
+    """Checks one way of cutting; returns the distances."""
+    prompt = changes.pop("prompt", "a photo of a cat")
+    negative = changes.pop("negative_prompt", "blurry")
+    scale = changes.pop("cfg_scale", 4.0)
+
+    def made(positive: str, other: str, guidance: float, identity: str | None) -> list[np.ndarray]:
+        units = [] if identity is None else [{"identity": identity, "weight": WEIGHT}]
+        asked = {"prompt": positive, "negative_prompt": other, "cfg_scale": guidance, **changes}
+        return host.api.txt2img(*units, **asked).images
+
+    straight = made(prompt, negative, scale, "marked A")
+    mirrored = made(negative, prompt, 1 - scale, "marked B")
+    wrong = made(negative, prompt, 1 - scale, "marked A")
+    plain = made(prompt, negative, scale, None)
+    same = max(close(a, b, "the mirror picture") for a, b in zip(straight, mirrored))
+    other = min(differ(a, b, "the mirror picture with rows exchanged") for a, b in zip(straight, wrong))
+    differ(straight[0], plain[0], "with and without")
+    return f"mirror {same:.3f}, rows exchanged {other:.1f}"
+
+
+@rows.row("Positive and negative rows: one call")
+def together(host: Running) -> str:
+    return mirror(host)
+
+
+@rows.row("Positive and negative rows: batch of 3")
+def batch(host: Running) -> str:
+    return mirror(host, batch_size=3)
+
+
+@rows.row("Positive and negative rows: call by call (batch_cond_uncond off)", ("a1111",))
+def call_by_call(host: Running) -> str:
+    return mirror(host, batch_size=2, override_settings={"batch_cond_uncond": False})
+
+
+@rows.row("Positive and negative rows: uneven prompt lengths")
+def uneven(host: Running) -> str:
+    return mirror(host, prompt=LONG, batch_size=2)
+
+
+@rows.row("Positive and negative rows: uneven prompt lengths, negative prompt the longer one, call by call", ("a1111",))
+def uneven_call_by_call(host: Running) -> str:
+    return mirror(host, negative_prompt=LONG, batch_size=2, override_settings={"batch_cond_uncond": False})
+
+
+@rows.row("Positive and negative rows: padded prompts (pad_cond_uncond)", ("a1111",))
+def padded(host: Running) -> str:
+    options = host.api.get("/sdapi/v1/options")
+    if "pad_cond_uncond" not in options:
+        raise Skipped("no such setting")
+    return mirror(host, prompt=LONG, override_settings={"pad_cond_uncond": True})
+
+
+@rows.row("Positive and negative rows: uncond left out of some steps (s_min_uncond)")
+def left_out(host: Running) -> str:
+    """The mirror does not hold where one side is left out; the negative tokens matter in the other steps only."""
+
+    def made(name: str, **changes: Any) -> np.ndarray:
+        return host.api.txt2img({"identity": f"marked {name}", "weight": WEIGHT}, steps=6, **changes).image
+
+    left, exchanged = (made(name, s_min_uncond=4.0) for name in "AB")
+    differ(left, host.api.txt2img(steps=6, s_min_uncond=4.0).image, "with and without")
+    differ(left, exchanged, "rows exchanged")
+    return f"{differ(left, made('A'), 'with and without the setting', 0.05):.1f} by the setting"
+
+
+@rows.row("Guidance 1, where there are no negative rows: the negative tokens do not matter")
+def without_negative(host: Running) -> None:
+    one, other = (
+        host.api.txt2img({"identity": f"marked {name}", "weight": WEIGHT}, cfg_scale=1.0).image for name in "AC"
+    )
+    close(one, other, "same positive tokens, other negative ones", 0.01)
+    guided, other_guided = (host.api.txt2img({"identity": f"marked {name}", "weight": WEIGHT}).image for name in "AC")
+    differ(guided, other_guided, "guidance 7, other negative tokens")
+
+
+@rows.row("AND: two equal halves are the whole prompt")
+def composed(host: Running) -> str:
+    unit = {"identity": "marked A", "weight": WEIGHT}
+    whole = host.api.txt2img(unit, prompt="a cat").image
+    halves = host.api.txt2img(unit, prompt="a cat :0.5 AND a cat :0.5").image
+    return f"{close(whole, halves, 'halves'):.3f} of 255"
+
+
+@rows.row("AND: rows are right with three parts of uneven length in a batch of 2")
+def composed_uneven(host: Running) -> str:
+    unit = {"identity": "marked A", "weight": WEIGHT}
+    parts = [f"{LONG} :0.25", "a cat :0.5", "a cat :0.5"]
+    one = host.api.txt2img(unit, prompt=" AND ".join(parts), batch_size=2)
+    two = host.api.txt2img(unit, prompt=" AND ".join([parts[0], "a cat :1.0"]), batch_size=2)
+    found = max(close(a, b, "three and two parts") for a, b in zip(one.images[-2:], two.images[-2:]))
+    return f"{found:.3f} of 255"

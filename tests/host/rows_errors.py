@@ -1,0 +1,123 @@
+"""What is refused, and how: HTTP 4xx or 5xx, a message that names unit and field, no picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.host.api import encoded
+from tests.host.rows_basics import ANNA, person
+from tests.host.table import Rows, equal, expect
+from tests.host.webui import Running
+
+rows = Rows()
+
+
+def refused(host: Running, words: list[str], *units: Any, **changes: Any) -> str:
+    """The message; every one of the words has to be in it."""
+    answer = host.api.try_txt2img(*units, **changes)
+    expect(answer.status >= 400, f"{answer.status} for {str(units)[:80]}, picture: {answer.has_picture}")
+    expect(not answer.has_picture, "a picture came with the error")
+    text = str(answer.body.get("detail") or answer.body.get("errors") or answer.text)
+    absent = [word for word in words if word.lower() not in text.lower()]
+    expect(not absent, f"{answer.status}: {absent} not in the message: {text}")
+    return f"{answer.status} {text}"
+
+
+@rows.row("Refused: unknown field")
+def unknown_field(host: Running) -> str:
+    return refused(host, ["unit 1", "wieght"], person(host, wieght=1))
+
+
+@rows.row("Refused: value out of range, of the second unit")
+def out_of_range(host: Running) -> str:
+    return refused(host, ["unit 2", "weight"], person(host), person(host, weight=7))
+
+
+@rows.row("Refused: wrong types")
+def wrong_types(host: Running) -> str:
+    cases = {"weight": "strong", "num_zero": 1.5, "projection": "orto", "enabled": "yes", "images": [5]}
+    return "; ".join(refused(host, ["unit 1", name], person(host) | {name: value}) for name, value in cases.items())
+
+
+@rows.row("Refused: start after end")
+def start_after_end(host: Running) -> str:
+    return refused(host, ["unit 1", "start"], person(host, start=0.8, end=0.2))
+
+
+@rows.row("Refused: an image that is none")
+def no_image(host: Running) -> str:
+    seen = [
+        refused(host, ["unit 1", "images"], {"images": [bad]}) for bad in ("bm90IGFuIGltYWdl", "%%%", "/etc/passwd")
+    ]
+    return seen[0]
+
+
+@rows.row("Refused: a photo without a face")
+def no_face(host: Running) -> str:
+    return refused(host, ["unit 2", "images", "no face"], ANNA, person(host, "nobody"))
+
+
+@rows.row("Refused: no photo at all")
+def no_photo(host: Running) -> str:
+    return refused(host, ["unit 1", "images"], {"weight": 1})
+
+
+@rows.row("Refused: face number that is not there")
+def no_such_face(host: Running) -> str:
+    return refused(host, ["unit 1", "face"], person(host, face_index=3))
+
+
+@rows.row("Refused: an identity that is not saved; both photos and identity")
+def no_identity(host: Running) -> str:
+    refused(host, ["unit 1", "identity"], person(host, identity="marked A"))
+    return refused(host, ["unit 1", "identity", "nobody knows"], {"identity": "nobody knows"})
+
+
+@rows.row("Refused: a PuLID file that is not there, and one for FLUX")
+def wrong_file(host: Running) -> str:
+    refused(host, ["unit 1", "model"], person(host, model="pulid_v9.bin"))
+    return refused(host, ["unit 1", "model", "flux"], person(host, model="pulid_flux_v0.9.1.safetensors"))
+
+
+@rows.row("Refused: a region that is black all over")
+def black_region(host: Running) -> str:
+    import numpy as np
+
+    return refused(host, ["unit 1", "mask"], {**ANNA, "mask": encoded(np.zeros((8, 8, 3), np.uint8))})
+
+
+@rows.row("Refused: id_mix, which exists in v1 only")
+def id_mix(host: Running) -> str:
+    return refused(host, ["unit 1", "id_mix"], person(host, fusion="id_mix", model="pulid_v1.1.safetensors"))
+
+
+@rows.row("Refused: Stable Diffusion 1.5")
+def sd15(host: Running) -> str:
+    settings = {"sd_model_checkpoint": "tiny-sd15.safetensors"}
+    seen = refused(host, ["tiny-sd15", "Stable Diffusion 1"], ANNA, override_settings=settings)
+    expect(host.api.txt2img(override_settings=settings).image.any(), "without PuLID there is no picture either")
+    host.api.txt2img()
+    return seen
+
+
+@rows.row("Refused: a checkpoint that is only a refiner")
+def refiner(host: Running) -> str:
+    settings = {"sd_model_checkpoint": "tiny-refiner.safetensors"}
+    return refused(host, ["tiny-refiner", "refiner"], ANNA, override_settings=settings)
+
+
+@rows.row("After an error the next run is the baseline, and nothing is left")
+def after_error(host: Running) -> None:
+    plain = host.api.txt2img().image
+    before = host.api.state()
+    refused(host, [], person(host, "nobody"))
+    after = host.api.state()
+    equal(plain, host.api.txt2img().image, "after the error")
+    expect(after["hooks"] == 0 and after["callbacks"] == before["callbacks"], f"left: {after}")
+
+
+@rows.row("Preview of a photo without a face: an error with a message")
+def detect_nobody(host: Running) -> str:
+    answer = host.api.send("POST", "/pulid/detect", {"images": [encoded(host.photo("nobody"))]})
+    expect(answer.status >= 400 and "no face" in answer.text, f"{answer.status}: {answer.text}")
+    return f"{answer.status}"

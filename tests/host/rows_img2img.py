@@ -1,0 +1,84 @@
+"""What starts from a picture: img2img, inpaint, and detailers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tests.host.api import encoded
+from tests.host.rows_basics import ANNA
+from tests.host.rows_works_with import MILD
+from tests.host.table import Rows, differ, equal
+from tests.host.webui import Running
+
+rows = Rows()
+
+
+def scene() -> np.ndarray:
+    """A picture to start from, uint8 RGB [128, 192, 3]."""
+    coarse = np.random.default_rng(3).integers(0, 255, (8, 12, 3), np.uint8)
+    return coarse.repeat(16, axis=0).repeat(16, axis=1)
+
+
+def repeated(host: Running, *units: dict[str, Any], **asked: Any) -> np.ndarray:
+    """The second of two equal img2img requests: the hosts encode the picture with random numbers of which the first
+    depend on what ran before."""
+    host.api.img2img(*units, **asked)
+    return host.api.img2img(*units, **asked).image
+
+
+@rows.row("img2img; weight 0 bit-identical")
+def img2img(host: Running) -> str:
+    asked = {"init_images": [encoded(scene())], "denoising_strength": 0.7}
+    plain = repeated(host, **asked)
+    equal(plain, host.api.img2img({**ANNA, "weight": 0}, **asked).image, "weight 0")
+    return f"{differ(plain, host.api.img2img(ANNA, **asked).image, 'with and without'):.1f}"
+
+
+@rows.row("img2img: reading a new photo draws no random numbers of the host's")
+def random_numbers(host: Running) -> None:
+    asked = {"init_images": [encoded(scene())], "denoising_strength": 0.7}
+    plain = repeated(host, **asked)
+    fresh = np.array(Image.open(host.photo("ben")).convert("RGB"))
+    fresh[:8] = np.random.default_rng().integers(0, 255, 3)
+    equal(plain, host.api.img2img({"images": [encoded(fresh)], "weight": 0}, **asked).image, "a new photo, weight 0")
+
+
+def inpaint(host: Running, only_masked: bool) -> str:
+    mask = np.zeros((128, 192, 3), np.uint8)
+    mask[32:96, 96:160] = 255
+    asked = {"init_images": [encoded(scene())], "mask": encoded(mask), "mask_blur": 0, "denoising_strength": 0.8}
+    asked |= {"inpainting_fill": 1, "inpaint_full_res": only_masked, "inpaint_full_res_padding": 16}
+    plain, face = repeated(host, **asked), host.api.img2img(ANNA, **asked).image
+    inside = mask[:, :, 0] > 0
+    equal(plain[~inside], face[~inside], "outside of the mask")
+    equal(plain, host.api.img2img({**ANNA, "weight": 0}, **asked).image, "weight 0")
+    return f"{differ(plain[inside], face[inside], 'inside of the mask'):.1f} inside"
+
+
+@rows.row("Inpaint, whole picture")
+def inpaint_whole(host: Running) -> str:
+    return inpaint(host, only_masked=False)
+
+
+@rows.row("Inpaint, only masked")
+def inpaint_only_masked(host: Running) -> str:
+    return inpaint(host, only_masked=True)
+
+
+@rows.row("A detailer (as ADetailer works): the face in the repainted part if its list names the script “pulid”")
+def detailer(host: Running) -> str:
+    def made(names: str, *units: dict[str, Any]) -> np.ndarray:
+        beside = {"Test detailer": {"args": [names]}} if names else {}
+        return host.api.txt2img(*units, alwayson_scripts=beside).image
+
+    whole, without, with_face = made("", MILD), made("other", MILD), made("pulid", MILD)
+    height, width = whole.shape[:2]
+    inside = np.zeros((height, width), bool)
+    inside[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = True
+    equal(whole[~inside], with_face[~inside], "outside of the detail")
+    differ(made("other"), without, "with and without the face", 0.3)
+    equal(whole, made("", MILD), "after the detailer")
+    return f"{differ(without[inside], with_face[inside], 'detail with and without the face', 0.3):.1f} in the detail"

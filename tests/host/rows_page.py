@@ -1,0 +1,228 @@
+"""The page: what a person does there with mouse and keyboard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from tests.host.page import Page, opened
+from tests.host.table import Rows, differ, equal, expect
+from tests.host.webui import Running
+
+rows = Rows()
+SCREENSHOTS: Path | None = None  # set by the command line
+
+
+def ready(page: Page) -> None:
+    page.describe("a photo of a cat", width=192, height=128, steps=4, seed=1)
+
+
+@rows.row("Page: a closed accordion is off; a click opens it and switches it on; three persons; the badge")
+def accordion(host: Running) -> str:
+    with opened(host) as page:
+        expect(not page.is_on(), "it is on from the start")
+        page.keep(SCREENSHOTS, "closed", "#pulid_txt2img")
+        page.open()
+        names = page.find("#pulid_txt2img_units > .tab-nav button").all_inner_texts()
+        expect(len(names) == 3, f"tabs: {names}")
+        page.drop("anna")
+        page.until("gradioApp().querySelector('#pulid_txt2img .pulid-badge').textContent.includes('1 photo')", "badge")
+        page.keep(SCREENSHOTS, "open", "#pulid_txt2img")
+        return page.badge()
+
+
+@rows.row("Page: preview shows the faces, the chosen one, the crops, and warns")
+def preview(host: Running) -> str:
+    with opened(host) as page:
+        page.open()
+        page.drop("two")
+        page.part("1_preview").click()
+        page.until("gradioApp().querySelector('#pulid_txt2img_1_note').innerText.trim() !== ''", "a note")
+        page.part("1_shown").locator("img").nth(2).wait_for(state="visible")
+        page.keep(SCREENSHOTS, "preview", "#pulid_txt2img")
+        expect("2 faces" in page.note(), f"the note: {page.note()}")
+        return page.note()
+
+
+@rows.row("Page: generate without, with a dropped photo and its parameters below, off again: the first picture")
+def generate(host: Running) -> str:
+    with opened(host) as page:
+        ready(page)
+        plain = page.generate()
+        page.open()
+        page.drop("anna")
+        face = page.generate()
+        text = page.parameters()
+        page.keep(SCREENSHOTS, "generated")
+        differ(plain, face, "with and without")
+        expect("PuLID 1:" in text and "weight: 0.8" in text, f"below the picture: {text}")
+        page.part("").locator(".label-wrap").first.click()
+        page.until("!(new Pulid('txt2img')).isOn()", "it is off")
+        equal(plain, page.generate(), "off again")
+        expect("PuLID" not in page.parameters(), f"off again: {page.parameters()}")
+    return text.partition("PuLID 1:")[2]
+
+
+@rows.row("Page: a file dragged onto the photos; removing it")
+def drag(host: Running) -> None:
+    with opened(host) as page:
+        page.open()
+        page.drag("ben")
+        page.part("1_remove_all").click()
+        page.part("1_photos").locator("img").first.wait_for(state="detached")
+        page.until("gradioApp().querySelector('#pulid_txt2img .pulid-badge').textContent.includes('no photo')", "badge")
+
+
+@rows.row("Page: send to img2img takes settings and person along")
+def send(host: Running) -> str:
+    with opened(host) as page:
+        ready(page)
+        page.open()
+        page.drop("anna")
+        page.set_number("1_weight", 0.65)
+        page.generate()
+        page.find("#txt2img_send_to_img2img, #image_buttons_txt2img #img2img_tab").first.click()
+        page.tab = "img2img"
+        page.until("(new Pulid('img2img')).isOn()", "PuLID is on in img2img")
+        page.until("(new Pulid('img2img')).units()[0]?.text.includes('0.65')", "the weight in img2img")
+        page.keep(SCREENSHOTS, "img2img", "#pulid_img2img")
+        before = page.badge()
+        page.describe("a photo of a cat", width=192, height=128, steps=4, seed=1)
+        page.generate()
+        expect("PuLID 1:" in page.parameters(), f"below the picture: {page.parameters()}")
+        return before
+
+
+@rows.row("Page: parameters pasted back give the same picture; the person is found again by the hash")
+def paste(host: Running) -> str:
+    from tests.host.rows_basics import person
+
+    made = host.api.txt2img(person(host, weight=0.65, start=0.25, preset="style"))
+    with opened(host) as page:
+        page.find("#txt2img_prompt textarea").fill(made.parameters[0])
+        page.find("#txt2img_tools #paste, #paste").first.click()
+        page.until("(new Pulid('txt2img')).isOn()", "it is on")
+        page.until("(new Pulid('txt2img')).units()[0]?.text.includes('0.65')", "the weight")
+        page.inner.wait_for_timeout(1500)  # the preset's own change of two sliders
+        expect(page.number("1_start") == 0.25, f"start: {page.number('1_start')}")
+        expect(page.number("1_num_zero") == 16, f"zero tokens: {page.number('1_num_zero')}")
+        expect(page.chosen("1_projection") == "ortho", f"projection: {page.chosen('1_projection')}")
+        equal(made.image, page.generate(), "the pasted settings")
+        return page.badge()
+
+
+@rows.row("Page: PNG info of a picture, sent to txt2img")
+def png_info(host: Running) -> None:
+    from tests.host.rows_basics import person
+
+    made = host.api.txt2img(person(host, weight=0.55))
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("parameters", made.parameters[0])
+    path = host.data / "kept.png"
+    Image.fromarray(made.image).save(path, pnginfo=notes)
+    with opened(host) as page:
+        page.choose_tab("PNG Info")
+        page.find("#pnginfo_image input[type=file]").set_input_files(path)
+        page.until("gradioApp().querySelector('#tab_pnginfo').innerText.includes('PuLID 1')", "its parameters")
+        page.find(
+            "#tab_pnginfo button",
+        ).filter(has_text="txt2img").first.click()
+        page.until("(new Pulid('txt2img')).isOn()", "it is on")
+        page.until("(new Pulid('txt2img')).units()[0]?.text.includes('0.55')", "the weight")
+
+
+@rows.row("Page: an identity is saved and chosen; in a page opened anew it is in the list after a refresh")
+def identity(host: Running) -> str:
+    with opened(host) as page:
+        page.open()
+        page.drop("ben")
+        page.part("1_save_name").locator("input, textarea").first.fill("Ben from the page")
+        page.part("1_save").click()
+        page.until("gradioApp().querySelector('#pulid_txt2img_1_note').innerText.includes('is saved')", "a note")
+        expect(page.chosen("1_identity") == "Ben from the page", f"chosen: {page.chosen('1_identity')}")
+        note = page.note()
+        page.load()
+        page.open()
+        page.part("1_refresh").click()
+        page.inner.wait_for_timeout(1000)
+        page.part("1_identity").locator("input").first.click()
+        page.find(".options li, ul[role=listbox] li").filter(has_text="Ben from the page").first.click()
+        page.until("(new Pulid('txt2img')).units()[0]?.text.includes('Ben from the page')", "the badge")
+        return note
+
+
+@rows.row("Page: an error is told where one looks: no face in the photo")
+def error(host: Running) -> str:
+    with opened(host) as page:
+        ready(page)
+        page.open()
+        page.drop("nobody")
+        page.find("#txt2img_generate").click()
+        page.until("document.body.innerText.includes('no face was found')", "the message")
+        page.keep(SCREENSHOTS, "error")
+        expect(not page.shown_picture(), "there is a picture")
+        return page.parameters()[:200]
+
+
+@rows.row("Page: a preset moves the two settings behind it, a moved setting is called custom or by its name")
+def presets(host: Running) -> None:
+    with opened(host) as page:
+        page.open()
+        page.part("1_preset").locator("label").filter(has_text="fidelity").first.click()
+        page.part("1_advanced").locator(".label-wrap").first.click()
+        page.until(value("1_num_zero", "8"), "8 zero tokens")
+        page.keep(SCREENSHOTS, "advanced", "#pulid_txt2img")
+        page.set_number("1_num_zero", 33)
+        page.until(f"{checked('1_preset')}?.value === 'custom'", "custom")
+        page.set_number("1_num_zero", 20)
+        page.until(f"{checked('1_preset')}?.value === 'v1.1'", "v1.1")
+
+
+def value(name: str, text: str) -> str:
+    return f"gradioApp().querySelector('#pulid_txt2img_{name} input[type=number]').value === '{text}'"
+
+
+def checked(name: str) -> str:
+    return f"gradioApp().querySelector('#pulid_txt2img_{name} input:checked')"
+
+
+@rows.row("Page: with the keyboard: off and on, weight, generate")
+def keyboard(host: Running) -> str:
+    """The accordion itself is opened by a click: the hosts give its label no place among the keys."""
+    with opened(host) as page:
+        ready(page)
+        page.open()
+        page.drop("anna")
+        page.part("").locator(".label-wrap input[type=checkbox]").first.focus()
+        for state in ("!", ""):
+            page.inner.keyboard.press("Space")
+            page.until(f"{state}(new Pulid('txt2img')).isOn()", f"the space bar switches it {'off' if state else 'on'}")
+        page.part("1_weight").locator("input[type=number]").first.focus()
+        page.inner.keyboard.press("ArrowDown")
+        page.inner.keyboard.press("Tab")
+        page.until("(new Pulid('txt2img')).units()[0]?.text.includes('0.75')", "the weight goes down one step")
+        page.find("#txt2img_prompt textarea").focus()
+        page.inner.keyboard.press("Control+Enter")
+        page.generated()
+        expect("weight: 0.75" in page.parameters(), f"below the picture: {page.parameters()}")
+        return page.badge()
+
+
+@rows.row("Page: the button Reload UI: the page comes again, the same picture")
+def reload(host: Running) -> None:
+    with opened(host) as page:
+        ready(page)
+        page.open()
+        page.drop("anna")
+        before = page.generate()
+        starts = host.log_text().count("Startup time")
+        # What the link at the page's foot does.
+        page.inner.evaluate("() => gradioApp().getElementById('settings_restart_gradio').click()")
+        host.wait_until_ready(starts + 1, pause=lambda seconds: page.inner.wait_for_timeout(1000 * seconds))
+        page.problems.clear()  # the old page has lost its server
+    with opened(host) as page:
+        ready(page)
+        page.open()
+        page.drop("anna")
+        equal(before, page.generate(), "before and after")

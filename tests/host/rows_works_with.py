@@ -1,0 +1,233 @@
+"""What PuLID has to work beside: the host's own features."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from tests.host.api import Answer
+from tests.host.rows_basics import ANNA, FAINT, person
+from tests.host.rows_batches import WEIGHT
+from tests.host.table import Rows, close, differ, distance, equal, expect
+from tests.host.webui import Running
+
+rows = Rows()
+MILD = {**ANNA, "weight": WEIGHT}
+STRONG = {**ANNA, "weight": 2.0}
+SMALL = {"width": 128, "height": 128}
+
+
+@rows.row("Batch count and batch size: each picture is the one made alone")
+def batches(host: Running) -> str:
+    alone = [host.api.txt2img(MILD, seed=seed, **SMALL).image for seed in range(1, 5)]
+    together = host.api.txt2img(MILD, n_iter=2, batch_size=2, **SMALL).images[-4:]
+    return f"{max(close(a, b, 'alone and in a batch') for a, b in zip(alone, together)):.3f} of 255"
+
+
+def hires(host: Running, **changes: Any) -> dict[str, Any]:
+    body = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.9}
+    body |= {"hr_second_pass_steps": 4, **SMALL}
+    if host.kind == "forge":
+        body["hr_additional_modules"] = ["Use same choices"]
+    return body | changes
+
+
+@rows.row("Hires fix: both passes, first, second; weight 0 bit-identical")
+def hires_fix(host: Running) -> str:
+    asked = hires(host)
+    made = {"none": host.api.txt2img(**asked).image}
+    made |= {name: host.api.txt2img({**STRONG, "hires": name}, **asked).image for name in ("both", "first", "second")}
+    equal(made["none"], host.api.txt2img({**STRONG, "weight": 0}, **asked).image, "weight 0")
+    pairs = [(a, b) for a in made for b in made if a < b]
+    return ", ".join(f"{a}/{b} {differ(made[a], made[b], f'{a} and {b}', FAINT):.1f}" for a, b in pairs)
+
+
+@rows.row("Checkpoint switch in the middle: another SDXL checkpoint for the hires pass")
+def hires_checkpoint(host: Running) -> str:
+    asked = hires(host, hr_checkpoint_name="tiny-sdxl-b.safetensors")
+    plain, both = host.api.txt2img(**asked).image, host.api.txt2img(STRONG, **asked).image
+    first = host.api.txt2img({**STRONG, "hires": "first"}, **asked).image
+    differ(both, first, "the second pass has the face", FAINT)
+    return f"{differ(plain, both, 'with and without'):.1f}"
+
+
+@rows.row("Checkpoint switch in the middle: to Stable Diffusion 1.5: a message, no picture")
+def hires_sd15(host: Running) -> str:
+    answer = host.api.try_txt2img(MILD, **hires(host, hr_checkpoint_name="tiny-sd15.safetensors"))
+    expect(answer.status >= 400 and not answer.has_picture, f"{answer.status}, picture: {answer.has_picture}")
+    expect("tiny-sd15" in answer.text, f"{answer.status}: {answer.text[:500]}")
+    state = host.api.state()
+    expect(state["hooks"] == 0, f"hooks left: {state['hooks']}")
+    return f"{answer.status} {answer.text[:200]}"
+
+
+@rows.row("Checkpoint switch between runs, and back")
+def between_runs(host: Running) -> None:
+    first = host.api.txt2img(MILD).image
+    other = {"sd_model_checkpoint": "tiny-sdxl-b.safetensors"}
+    plain, face = host.api.txt2img(override_settings=other).image, host.api.txt2img(MILD, override_settings=other).image
+    differ(plain, face, "the other checkpoint, with and without")
+    equal(first, host.api.txt2img(MILD).image, "back")
+
+
+@rows.row("Refiner: another SDXL checkpoint from half of the steps on")
+def refiner(host: Running) -> str:
+    asked = {"refiner_checkpoint": "tiny-sdxl-b.safetensors", "refiner_switch_at": 0.5, "steps": 6}
+    plain, whole = host.api.txt2img(**asked).image, host.api.txt2img(STRONG, **asked).image
+    before = host.api.txt2img({**STRONG, "end": 0.5}, **asked).image
+    after = host.api.txt2img({**STRONG, "start": 0.5}, **asked).image
+    differ(plain, after, "the face after the switch only", FAINT)
+    differ(whole, before, "the face before the switch only", FAINT)
+    return f"{differ(plain, whole, 'with and without'):.1f}"
+
+
+@rows.row("Refiner: SDXL's own: the face until the switch, or a message; not a picture without the face in silence")
+def own_refiner(host: Running) -> str:
+    asked = {"refiner_checkpoint": "tiny-refiner.safetensors", "refiner_switch_at": 0.5, "steps": 6}
+    plain = host.api.txt2img(**asked).image
+    answer = host.api.try_txt2img(MILD, **asked)
+    if answer.status >= 400:
+        expect("refiner" in answer.text, f"{answer.status}: {answer.text[:300]}")
+        return f"{answer.status} {answer.text[:300]}"
+    return f"made, {differ(plain, host.api.txt2img(MILD, **asked).image, 'with and without'):.1f}"
+
+
+@rows.row("Prompt editing")
+def prompt_editing(host: Running) -> str:
+    plain = host.api.txt2img(MILD, prompt="a cat").image
+    close(plain, host.api.txt2img(MILD, prompt="a [cat:cat:0.5]").image, "edited to the same", 0.01)
+    edited = host.api.txt2img(MILD, prompt="a [cat:dog and a house:0.25]").image
+    differ(plain, edited, "edited", FAINT)
+    without = host.api.txt2img(prompt="a [cat:dog and a house:0.25]").image
+    return f"{differ(edited, without, 'with and without'):.1f}"
+
+
+@rows.row("Every sampler of the host")
+def samplers(host: Running) -> str:
+    """Forge lists samplers for FLUX, too; they are left out."""
+    names = [one["name"] for one in host.api.get("/sdapi/v1/samplers") if "flux" not in one["name"].lower()]
+    failed, least = [], 255.0
+    for name in names:
+        asked = {"sampler_name": name, "steps": 3, **SMALL}
+        plain, answer = host.api.try_txt2img(**asked), host.api.try_txt2img(MILD, **asked)
+        if plain.status >= 400:  # not for this model or machine, with or without us
+            continue
+        if answer.status >= 400:
+            failed.append(f"{name}: {answer.status} {answer.text[:200]}")
+            continue
+        found = distance(*(images(one) for one in (plain, answer)))
+        least = min(least, found)
+        if found < 0.5:
+            failed.append(f"{name}: {found:.2f}")
+    expect(not failed, "; ".join(failed))
+    return f"{len(names)} samplers, least difference {least:.1f}"
+
+
+def images(answer: Answer) -> np.ndarray:
+    from tests.host.api import pictures
+
+    return pictures(answer).image
+
+
+@rows.row("Start and end with samplers of second order: half of the steps is half of the steps")
+def second_order(host: Running) -> None:
+    for name in ("Heun", "DPM2", "DPM++ SDE"):
+        asked = {"sampler_name": name, "steps": 4, **SMALL}
+        plain, whole = host.api.txt2img(**asked).image, host.api.txt2img(STRONG, **asked).image
+        for part in ({"start": 0.5}, {"end": 0.5}):
+            made = host.api.txt2img({**STRONG, **part}, **asked).image
+            differ(plain, made, f"{name}, {part} and without", FAINT)
+            differ(whole, made, f"{name}, {part} and all steps", FAINT)
+
+
+@rows.row("Every attention optimisation of the host", ("a1111",))
+def attention(host: Running) -> str:
+    names = ["None", *host.api.get("/host-test/optimisations")]
+    made = {}
+    try:
+        for name in names:
+            host.api.options(cross_attention_optimization=name)
+            made[name] = (host.api.txt2img().image, host.api.txt2img(MILD).image)
+    finally:
+        host.api.options(cross_attention_optimization="Automatic")
+    plain, face = made["None"]
+    for name, (other_plain, other_face) in made.items():
+        close(plain, other_plain, f"{name}, without the face")
+        close(face, other_face, f"{name}, with the face")
+    differ(plain, face, "with and without")
+    return ", ".join(names)
+
+
+@rows.row("LoRA on the layers that PuLID reads")
+def lora(host: Running) -> str:
+    prompt = "a photo of a cat <lora:tiny-lora:0.5>"
+    face, with_lora = host.api.txt2img(MILD).image, host.api.txt2img(prompt=prompt).image
+    both = host.api.txt2img(MILD, prompt=prompt).image
+    differ(with_lora, host.api.txt2img().image, "the LoRA alone", 0.3)
+    seen = (
+        f"face {differ(with_lora, both, 'LoRA and both', 0.3):.1f}, LoRA {differ(face, both, 'face and both', 0.3):.1f}"
+    )
+    equal(face, host.api.txt2img(MILD).image, "after the LoRA")
+    return seen
+
+
+def while_sampling(host: Running, button: str, **changes: Any) -> Answer:
+    """Starts a generation and presses a button in the middle."""
+    answers: list[Answer] = []
+    run = threading.Thread(target=lambda: answers.append(host.api.try_txt2img(MILD, **changes)))
+    run.start()
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        state = host.api.get("/sdapi/v1/progress?skip_current_image=true")["state"]
+        if state["sampling_step"] > 2 and state["sampling_steps"] == changes["steps"]:
+            break
+        time.sleep(0.05)
+    host.api.post(f"/sdapi/v1/{button}")
+    run.join(300)
+    return answers[0]
+
+
+@rows.row("Interrupt: the host's answer, then the baseline, nothing left")
+def interrupt(host: Running) -> str:
+    return stopped(host, "interrupt", steps=60)
+
+
+@rows.row("Skip: the host's answer, then the baseline, nothing left")
+def skip(host: Running) -> str:
+    return stopped(host, "skip", steps=40, n_iter=2)
+
+
+def stopped(host: Running, button: str, **changes: Any) -> str:
+    plain, before = host.api.txt2img().image, host.api.state()
+    start = time.monotonic()
+    answer = while_sampling(host, button, **changes)
+    seconds, after = time.monotonic() - start, host.api.state()
+    expect(answer.status < 400, f"{answer.status}: {answer.text[:300]}")
+    expect(after["hooks"] == 0, f"{after['hooks']} hooks are left")
+    expect(after["callbacks"] == before["callbacks"], f"callbacks: {after['callbacks']}")
+    equal(plain, host.api.txt2img().image, f"after {button}")
+    return f"answered after {seconds:.1f} s"
+
+
+@rows.row("FLUX: with the face, without, and the baseline again", ("forge",))
+def flux(host: Running) -> str:
+    asked = {"override_settings": {"sd_model_checkpoint": "tiny-flux.safetensors"}, "scheduler": "Simple", **SMALL}
+    asked |= {"cfg_scale": 1.0, "negative_prompt": ""}
+    plain, face = host.api.txt2img(**asked).image, host.api.txt2img(person(host, weight=1), **asked).image
+    equal(plain, host.api.txt2img(**asked).image, "the baseline again")
+    return f"{differ(plain, face, 'with and without'):.1f}"
+
+
+@rows.row("Reload UI: the same pictures before and after, nothing doubled")
+def reload_ui(host: Running) -> None:
+    plain, face = host.api.txt2img().image, host.api.txt2img(MILD).image
+    starts = host.log_text().count("Startup time")
+    host.api.post("/host-test/reload-ui")
+    host.wait_until_ready(starts + 1)
+    time.sleep(1)
+    equal(face, host.api.txt2img(MILD).image, "with the face")
+    equal(plain, host.api.txt2img().image, "without")
+    expect(host.api.state()["hooks"] == 0, "hooks are left")

@@ -1,0 +1,184 @@
+"""Starts a WebUI on a free port with the extension linked in, and stops it.
+
+The checkout stays as it is: settings, extensions, models and pictures lie in a data folder of the run's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.host.api import Api
+from tests.host.models import pulid
+
+ROOT = Path(__file__).resolve().parents[2]
+HELPER = Path(__file__).resolve().parent / "helper"
+READY = "Startup time"
+SETTINGS = {
+    "sd_model_checkpoint": "tiny-sdxl.safetensors",
+    "show_progress_type": "Approx cheap",  # the default preview downloads a model
+    "live_previews_enable": False,
+    "auto_launch_browser": "Disable",
+    "samples_save": False,
+    "grid_save": False,
+}
+FLAGS = {
+    "a1111": "--use-cpu all --precision full --no-half --no-download-sd-model --skip-version-check",
+    "forge": "--always-cpu",
+}
+COMMON = "--api --skip-torch-cuda-test --skip-python-version-check --disable-console-progressbars"
+NAMES = {"a1111": "A1111", "forge": "Forge"}
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A WebUI that runs. Args: folder: its checkout. python: its interpreter."""
+
+    folder: Path
+    python: Path
+
+    @property
+    def kind(self) -> str:
+        """ "a1111" or "forge"."""
+        return "forge" if (self.folder / "modules_forge").is_dir() else "a1111"
+
+    @property
+    def version(self) -> str:
+        command = ["git", "-C", str(self.folder), "describe", "--tags", "--always"]
+        tag = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        changes = (self.folder / "CHANGELOG.md").read_text(encoding="utf-8", errors="replace")
+        first = re.search(r"^## (\S+)", changes, re.MULTILINE)
+        return f"{NAMES[self.kind]} {first[1] if first else ''} ({tag})"
+
+    def changes(self) -> str:
+        """What git says is not as it was checked out."""
+        command = ["git", "-C", str(self.folder), "status", "--porcelain", "--untracked-files=all"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+    def packages(self) -> dict[str, str]:
+        command = [str(self.python), "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return {one["name"].lower(): one["version"] for one in json.loads(listed)}
+
+    def merge_table(self) -> Path | None:
+        """CLIP's merge table in the open_clip package, which only A1111 has."""
+        script = "import importlib.util as u; s = u.find_spec('open_clip'); print(s.submodule_search_locations[0])"
+        found = subprocess.run([str(self.python), "-c", script], capture_output=True, text=True, check=False)
+        path = Path(found.stdout.strip() or ".", "bpe_simple_vocab_16e6.txt.gz")
+        return path if found.returncode == 0 and path.is_file() else None
+
+
+@dataclass
+class Running:
+    """A WebUI that is up."""
+
+    kind: str
+    api: Api
+    data: Path
+    generated: Path
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def identities(self) -> Path:
+        return self.data / "models" / "pulid" / "identities"
+
+    def photo(self, name: str) -> Path:
+        return self.generated / "photos" / f"{name}.png"
+
+    def log_text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def wait_until_ready(
+        self, starts: int = 1, limit: float = 300, pause: Callable[[float], object] = time.sleep
+    ) -> None:
+        """pause: what passes a few seconds; a page has to be let live meanwhile."""
+        end = time.monotonic() + limit
+        while self.log_text().count(READY) < starts:
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the WebUI did not start:\n{self.log_text()[-4000:]}")
+            pause(0.3)
+
+
+@contextlib.contextmanager
+def running(
+    checkout: Checkout, generated: Path, flags: Sequence[str] = (), extensions: Sequence[Path] = ()
+) -> Iterator:
+    """A started WebUI. generated: see __main__. flags: more of them. extensions: folders of more extensions."""
+    with tempfile.TemporaryDirectory(prefix="webui-host-") as folder:
+        data = Path(folder)
+        fill(data, generated, extensions)
+        port, log = free_port(), data / "log.txt"
+        command = [str(checkout.python), "launch.py", *arguments(checkout, data, generated, port), *flags]
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                command, cwd=checkout.folder, env=environment(checkout), stdout=sink, stderr=subprocess.STDOUT
+            )
+        host = Running(checkout.kind, Api(f"http://127.0.0.1:{port}"), data, generated, log, process)
+        try:
+            host.wait_until_ready()
+            yield host
+        finally:
+            stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def arguments(checkout: Checkout, data: Path, generated: Path, port: int) -> list[str]:
+    folders = ["--data-dir", str(data), "--ckpt-dir", str(generated / "checkpoints")]
+    folders += ["--lora-dir", str(generated / "lora")]
+    # Forge, with a data folder elsewhere, serves the page its own scripts only if told so.
+    folders += ["--gradio-allowed-path", str(checkout.folder)]
+    return ["--port", str(port), *folders, *COMMON.split(), *FLAGS[checkout.kind].split()]
+
+
+def environment(checkout: Checkout) -> dict[str, str]:
+    """Few threads, since many stall for seconds per step on a busy machine; nothing is looked for on the network."""
+    ours = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    ours |= {"PYTHONUNBUFFERED": "1", "PIP_RETRIES": "0", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    # No byte code into the checkout or into our own tree.
+    ours["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir(), "webui-host-pycache"))
+    ours["PATH"] = f"{checkout.python.parent}{os.pathsep}{os.environ['PATH']}"
+    rest = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "COMMANDLINE_ARGS")}
+    return rest | ours
+
+
+def fill(data: Path, generated: Path, extensions: Sequence[Path]) -> None:
+    (data / "config.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
+    links = data / "extensions"
+    links.mkdir()
+    (links / "sd-webui-pulid").symlink_to(ROOT)
+    (links / "zz-test-helper").symlink_to(HELPER)  # loaded last
+    for extension in extensions:
+        (links / extension.name).symlink_to(extension.resolve())
+    shutil.copytree(generated / "models", data / "models")
+    identities = data / "models" / "pulid" / "identities"
+    identities.mkdir()
+    pulid.write_marked_identities(identities)
+    controls = data / "models" / "ControlNet"
+    controls.mkdir()
+    for path in (generated / "controlnet").iterdir():
+        (controls / path.name).symlink_to(path)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
