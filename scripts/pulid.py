@@ -13,13 +13,14 @@ from typing import Any
 
 from lib_pulid import hosts
 from lib_pulid.errors import PulidError
+from lib_pulid.hosts.webui import add_callback
 from lib_pulid.units import PulidUnit, at_unit, parse_args
 from lib_pulid.webui import accordion, infotext, routes, settings, xyz
 from lib_pulid.webui.actions import Actions
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.plan import UnitPlan
 
-from modules import script_callbacks, scripts, shared  # isort: skip
+from modules import scripts, shared  # isort: skip
 
 PLAN = "pulid_plan"  # attribute of a StableDiffusionProcessing
 
@@ -140,7 +141,10 @@ def on_app_started(demo: Any, app: Any) -> None:
         routes.add_routes(app, PulidScript.library, shared.cmd_opts.api_auth)
 
 
-script_callbacks.on_app_started(on_app_started)
-script_callbacks.on_ui_settings(settings.add_settings)
-script_callbacks.on_before_ui(lambda: xyz.add_axes(settings.units(), PulidScript.library))
-script_callbacks.on_script_unloaded(lambda: hosts.current().stop())
+for event, callback in {
+    "app_started": on_app_started,
+    "ui_settings": settings.add_settings,
+    "before_ui": lambda: xyz.add_axes(settings.units(), PulidScript.library),
+    "script_unloaded": lambda: hosts.current().stop(),
+}.items():
+    add_callback(event, callback, __file__)

@@ -203,12 +203,6 @@ def _fill(modules: ModuleType, models_dir: Path) -> None:
     add("sd_models", model_data=SimpleNamespace(sd_model=None))
     add("scripts", Script=Script, AlwaysVisible=ALWAYS_VISIBLE, scripts_data=[_xyz()])
     add("ui_components", InputAccordion=type("InputAccordion", (Widget,), {}), ToolButton=type("Tool", (Widget,), {}))
-    callbacks = modules.script_callbacks
-    for event in ("app_started", "ui_settings", "before_ui", "script_unloaded"):
-        if not hasattr(callbacks, f"on_{event}"):
-            registered: list[Any] = []
-            setattr(callbacks, f"callbacks_{event}", registered)
-            setattr(callbacks, f"on_{event}", registered.append)
 
 
 def _xyz() -> Any:

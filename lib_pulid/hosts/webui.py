@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -181,11 +182,19 @@ def _watched(sites: Sites, note: Any) -> Sites:
 # ---------------------------------------------------------------- the host's list of callbacks
 
 
-def add_callback(event: str, callback: Callable) -> Callable[[], None]:
-    """Registers for a script callback, "cfg_denoiser" or the like. Returns the function that removes it."""
+def add_callback(event: str, callback: Callable, filename: str = __file__) -> Callable[[], None]:
+    """Registers for a script callback, "cfg_denoiser" or the like. Returns the function that removes it.
+
+    Does what the host's `on_<event>` does, but tells the file's name. The host would look for it on the call stack,
+    which takes 0.04 s in A1111 and 0.15 s in Forge each time, more than all else that this extension does at start.
+    """
     from modules import script_callbacks
 
-    getattr(script_callbacks, f"on_{event}")(callback)
+    listed, add = script_callbacks.callback_map[f"callbacks_{event}"], script_callbacks.add_callback
+    if "filename" in inspect.signature(add).parameters:  # A1111 from 1.9 on, Forge
+        add(listed, callback, filename=filename, category=event)
+    else:
+        listed.append(script_callbacks.ScriptCallback(filename, callback))
     _forget_order(script_callbacks)
 
     def remove() -> None:

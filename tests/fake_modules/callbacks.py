@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 EVENTS = ("cfg_denoiser", "cfg_denoised", "cfg_after_cfg")
+AT_START = ("app_started", "ui_settings", "before_ui", "script_unloaded")
 
 
 @dataclass
@@ -19,7 +20,7 @@ class ScriptCallback:
 
 def fill(module: ModuleType, cached: bool) -> None:
     """cached: as from A1111 1.9 on, the sorted list is made anew only when its length changes."""
-    listed: dict[str, list[ScriptCallback]] = {f"callbacks_{event}": [] for event in EVENTS}
+    listed: dict[str, list[ScriptCallback]] = {f"callbacks_{event}": [] for event in EVENTS + AT_START}
     ordered: dict[str, list[ScriptCallback]] = {}
 
     def in_order(event: str) -> list[ScriptCallback]:
@@ -45,10 +46,17 @@ def fill(module: ModuleType, cached: bool) -> None:
 
         return run
 
-    def on(event: str) -> Callable[[Callable], None]:
-        return lambda function: listed[f"callbacks_{event}"].append(ScriptCallback("test", function))
+    def add_callback(callbacks: list, function: Callable) -> None:
+        callbacks.append(ScriptCallback("test", function))
 
-    module.callback_map, module.reported = listed, []
+    def add_callback_from_1_9_on(callbacks: list, fun: Callable, *, name=None, category="", filename=None) -> None:
+        callbacks.append(ScriptCallback(filename, fun, f"{filename}/{category}"))
+
+    def on(event: str) -> Callable[[Callable], None]:
+        return lambda function: add_callback(listed[f"callbacks_{event}"], function)
+
+    module.callback_map, module.reported, module.ScriptCallback = listed, [], ScriptCallback
+    module.add_callback = add_callback_from_1_9_on if cached else add_callback
     module.remove_callbacks_for_function = remove_callbacks_for_function
     if cached:
         module.ordered_callbacks_map = ordered
