@@ -8,43 +8,35 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
-from importlib import metadata
+from importlib.util import find_spec
 
-# What is wanted, and the names under which it may be there already. onnxruntime and onnxruntime-gpu hide each other.
-WANTED = {
-    "insightface": ("insightface",),
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"),
-    "facexlib": ("facexlib",),
-    "timm": ("timm",),
-    "safetensors": ("safetensors",),
-}
+# Told by their modules, without reading packages' metadata, which takes longer than all else here. onnxruntime's
+# module is there under several package names (onnxruntime-gpu ...), and two of them hide each other.
+WANTED = ("insightface", "onnxruntime", "facexlib", "timm", "safetensors")
 ONNX = "onnx==1.16.2"
 OLDEST_TIMM = (1, 0, 8)  # the first with all of forward_intermediates
 
 
-def normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def installed() -> dict[str, str]:
-    """Name -> version of everything that is there."""
+    """Name -> version of every package that is there."""
+    from importlib import metadata
+
     found = ((dist.metadata["Name"], dist.version) for dist in metadata.distributions())
-    return {normal(name): version for name, version in found if name and version}
-
-
-def version(*names: str) -> str:
-    """Of the first of these packages that is there; ""."""
-    for name in names:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return ""
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found if name and version}
 
 
 def missing() -> list[str]:
-    return [name for name, aliases in WANTED.items() if not version(*aliases)]
+    return [name for name in WANTED if find_spec(name) is None]
+
+
+def timm_version() -> str:
+    """As timm's own file tells it; "" where there is none."""
+    spec = find_spec("timm")
+    try:
+        with open(os.path.join(os.path.dirname(spec.origin), "version.py"), encoding="utf-8") as file:
+            return re.search(r"[\"'](\d[^\"']*)[\"']", file.read())[1]
+    except (AttributeError, OSError, TypeError):
+        return ""
 
 
 def constraints(have: dict[str, str]) -> str:
@@ -53,13 +45,15 @@ def constraints(have: dict[str, str]) -> str:
 
 
 def main() -> None:
-    wanted, timm = missing(), version("timm")
+    wanted, timm = missing(), timm_version()
     if timm and tuple(map(int, re.findall(r"\d+", timm)[:3])) < OLDEST_TIMM:
         wanted_timm = ".".join(map(str, OLDEST_TIMM))
         print(f"PuLID needs timm {wanted_timm} or later, and {timm} is installed, which is left as it is. "
               f"If nothing else needs it: pip install --no-deps timm=={wanted_timm}")  # fmt: skip
     if not wanted:
         return
+    import tempfile
+
     import launch
 
     with tempfile.TemporaryDirectory() as folder:
