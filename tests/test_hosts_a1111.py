@@ -153,6 +153,25 @@ def test_follows_a_refiner(p, modules):
     assert count_hooks(second) == 0
 
 
+def test_sdxls_own_refiner_finishes_what_the_face_began(p):
+    """It has no place for a face; its steps are those without one, on what the base model made of the face."""
+    refiner = UNet(1280, seed=3)
+    switch = {2: lambda: p.load(refiner, "sd_xl_refiner")}
+    plan = RandomPlan()
+    host().start(p, plan)
+    sample(p, text(1, 77, 1), text(1, 77, 2), before_step=lambda step: switch.get(step, lambda: None)())
+    assert [name for name, *_ in plan.asked] == ["some-sdxl"]
+    host().stop()
+    assert count_hooks(refiner) == 0
+
+
+def test_sdxls_own_refiner_from_the_first_step_is_refused(p):
+    p.load(UNet(1280, seed=3), "sd_xl_refiner")
+    host().start(p, RandomPlan())
+    with pytest.raises(UnsupportedModelError, match="refiner"):
+        sample(p, text(1, 77, 1), text(1, 77, 2))
+
+
 def test_a_switch_to_an_unsupported_model_ends_the_generation(p):
     host().start(p, RandomPlan())
     switch = {1: lambda: p.load(UNet(768, SD1_BLOCKS), "old-model")}

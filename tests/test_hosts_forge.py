@@ -211,6 +211,18 @@ def test_follows_a_refiner(p):
     assert count_hooks(first) == count_hooks(second) == 0
 
 
+def test_sdxls_own_refiner_finishes_what_the_face_began(p):
+    plan, refiner = RandomPlan(), UNet(1280, seed=3)
+
+    def switch(step):
+        if step == 2:
+            p.load(refiner, "sd_xl_refiner")
+
+    run(p, plan, before_step=switch)
+    assert [name for name, *_ in plan.asked] == ["some-model"]
+    assert count_hooks(refiner) == 0
+
+
 def test_a_switch_to_an_unsupported_model_ends_the_generation(p):
     def switch(step):
         if step == 1:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.hosts import LoadedModel, Plan
-from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of
+from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of, is_refiner
 from lib_pulid.injection import DenoiseStep
 
 NAME = "AUTOMATIC1111"
@@ -127,6 +127,8 @@ class _Run:
         self._window, self._error, self._seen = None, None, True
         if self._p is None or params.denoiser.p is not self._p:
             return  # another generation
+        if self._injector.has_acted and is_refiner(_unet(self._p)):
+            return
         self._hook(_unet(self._p))
         try:
             self._injector.prepare(loaded_model(self._p), hires=bool(getattr(self._p, "is_hr_pass", False)))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_pulid.hosts import LoadedModel, Plan
-from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of
+from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of, is_refiner
 from lib_pulid.injection import DenoiseStep
 
 NAME = "Forge"
@@ -107,6 +107,8 @@ class _Run:
         here they would be printed and forgotten."""
         unet = _patcher(p)
         if p is not self._p or unet is None or self._is_patched(unet):
+            return
+        if self._injector.has_acted and is_refiner(unet.model.diffusion_model):
             return
         wrapper = _wrapper(self, unet.model.diffusion_model, unet.model_options.get(_SLOT))
         patched = unet.clone()

@@ -16,12 +16,13 @@ from lib_pulid.injection import DenoiseStep, Injection, inject
 from lib_pulid.sites import Site, Sites, find_sites
 
 SDXL_SITES = 70
+REFINER_WIDTH = 1280
 FLUX_SITES = 20
 # Width of the text that a UNet's cross-attention reads -> what it is then.
 TEXT_WIDTHS = {
     768: "a Stable Diffusion 1.x model",
     1024: "a Stable Diffusion 2.x model",
-    1280: "the SDXL refiner, which does not read the prompt as SDXL does",
+    REFINER_WIDTH: "the SDXL refiner, which does not read the prompt as SDXL does",
     2048: "SDXL",
 }
 
@@ -43,6 +44,12 @@ def family_of(denoiser: nn.Module | None, name: str, wanted: str = "an SDXL chec
         return find_sites(denoiser).family  # type: ignore[arg-type]
     what = f"{name}: {problem}" if name else problem[:1].upper() + problem[1:]
     raise UnsupportedModelError(f"{what}. PuLID needs {wanted}: choose one, or switch PuLID off for this picture.")
+
+
+def is_refiner(denoiser: nn.Module | None) -> bool:
+    """Whether this is SDXL's refiner. After a face has acted in the base model it may end the picture without one; it
+    has no place for a face, and paints over what is there."""
+    return denoiser is not None and hasattr(denoiser, "input_blocks") and _text_width(denoiser) == REFINER_WIDTH
 
 
 def _problem(denoiser: nn.Module) -> str | None:
@@ -116,6 +123,11 @@ class Injector:
         self._sites: Sites | None = None
         self._injections: Sequence[Injection] = ()
         self._reached = False
+
+    @property
+    def has_acted(self) -> bool:
+        """Whether a residual was added somewhere in this generation."""
+        return self._reached
 
     @property
     def nbytes(self) -> int:
