@@ -20,7 +20,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("weights", "faces"),
     ("vision", "face_models", "haar", "attention"),
     ("identity",),
-    ("photos", "injection", "standin", "units"),
+    ("photos", "injection", "standin", "fields"),
+    ("units",),
     ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other
     ("standalone", "webui"),
     ("demo", "doctor"),

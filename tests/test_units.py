@@ -12,20 +12,9 @@ from hypothesis import strategies as st
 from lib_pulid.attention import PROJECTIONS
 from lib_pulid.errors import NoFaceError, SettingError
 from lib_pulid.faces import FACE_ORDERS
+from lib_pulid.fields import CUSTOM, FIELD, FIELDS, HIRES_PASSES, PRESETS, check, schema
 from lib_pulid.identity import FUSIONS
-from lib_pulid.units import (
-    CUSTOM,
-    FIELD,
-    FIELDS,
-    HIRES_PASSES,
-    PRESETS,
-    PulidUnit,
-    at_unit,
-    check,
-    default_args,
-    parse_args,
-    schema,
-)
+from lib_pulid.units import PulidUnit, at_unit, default_args, parse_args
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=12)
 NAMES = TEXT.filter(lambda text: text not in ("None", "auto"))

@@ -15,7 +15,8 @@ from PIL import Image
 
 from lib_pulid import hosts, standin
 from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError
-from lib_pulid.units import FIELDS, PRESETS, PulidUnit, default_args
+from lib_pulid.fields import FIELDS, PRESETS
+from lib_pulid.units import PulidUnit, default_args
 from tests.face_standins import blank, draw_face, write_face_files
 from tests.fake_modules.models import SD1_BLOCKS, WIDTH, UNet
 from tests.fake_webui import AxisOption, Generation, webui

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from lib_pulid.errors import MissingWeightsError, NoFaceError, PulidError, SettingError
-from lib_pulid.units import FIELDS
+from lib_pulid.fields import FIELDS
 from tests.test_webui import library, one, script, two, ui, weights  # noqa: F401 - fixtures
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import gradio as gr
 
-from lib_pulid.units import CUSTOM, FIELD, FIELDS, NONE, PRESETS, Field, PulidUnit
+from lib_pulid.fields import CUSTOM, FIELD, FIELDS, NONE, PRESETS, Field
+from lib_pulid.units import PulidUnit
 from lib_pulid.webui import canvas
 from lib_pulid.webui.actions import Actions
 from lib_pulid.webui.infotext import PastedField

@@ -13,8 +13,8 @@ import numpy as np
 
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError
 from lib_pulid.faces import FaceChoice
+from lib_pulid.fields import AUTO, CUSTOM, FIELD, NONE, PRESETS, check
 from lib_pulid.images import load_image, thumbnail
-from lib_pulid.units import AUTO, CUSTOM, FIELD, NONE, PRESETS, check
 from lib_pulid.webui import pictures
 from lib_pulid.webui.library import Library
 

@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from lib_pulid.units import AUTO, FIELDS, NONE, Field, PulidUnit
+from lib_pulid.fields import AUTO, FIELDS, NONE, Field
+from lib_pulid.units import PulidUnit
 from lib_pulid.webui.library import Library
 
 PREFIX = "PuLID "

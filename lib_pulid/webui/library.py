@@ -23,7 +23,7 @@ from lib_pulid.errors import (
     UnsupportedModelError,
     WrongWeightsError,
 )
-from lib_pulid.units import AUTO
+from lib_pulid.fields import AUTO
 from lib_pulid.webui.readers import Readers
 
 if TYPE_CHECKING:

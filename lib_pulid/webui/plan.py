@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
+from lib_pulid.fields import AUTO
 from lib_pulid.injection import Injection, compile_injection
-from lib_pulid.units import AUTO, PulidUnit, at_unit
+from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.pictures import decode, region
 
 if TYPE_CHECKING:

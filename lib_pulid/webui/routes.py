@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
-from lib_pulid.units import FIELD, FIELDS, PRESETS, PulidUnit, at_unit, check, schema
+from lib_pulid.fields import FIELD, FIELDS, PRESETS, check, schema
+from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui import pictures
 from lib_pulid.webui.library import Library
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lib_pulid.errors import PulidError
+from lib_pulid.fields import AUTO, FIELDS, Field, check
 from lib_pulid.images import load_image
-from lib_pulid.units import AUTO, FIELDS, Field, check
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.pictures import packed
 

@@ -1,0 +1,205 @@
+"""The one table of a unit's fields, and the checks of their values.
+
+The table `FIELDS` feeds everything that reads or writes settings: the API's dicts, the positional list of the WebUI,
+the widgets, the X/Y/Z axes, the parameters in the picture, and `/pulid/schema`. All values are plain JSON. They are
+checked once, here; an error names the unit and the field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lib_pulid.attention import PROJECTIONS
+from lib_pulid.errors import SettingError
+from lib_pulid.faces import FACE_ORDERS
+from lib_pulid.identity import FUSIONS
+
+AUTO = "auto"
+NONE = "None"  # how lists show "no saved identity"
+CUSTOM = "custom"
+HIRES_PASSES = ("both", "first", "second")
+
+# The official settings: fidelity and style of app.py (PuLID v1), v1.1 of app_v1_1.py, commit 1aa2fc7. Neutral is the
+# plain residual, nothing kept apart.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "v1.1": {"projection": "ortho_v2", "num_zero": 20},
+    "fidelity": {"projection": "ortho_v2", "num_zero": 8},
+    "style": {"projection": "ortho", "num_zero": 16},
+    "neutral": {"projection": "none", "num_zero": 0},
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One setting.
+
+    Args:
+        name: as in the API. label, tip: for people.
+        kind: "bool", "int", "float", "choice", "text", "images" or "image".
+        minimum, maximum, step: of numbers. choices: of kind "choice".
+        advanced: whether the accordion keeps it behind "Advanced".
+        pasted: whether it stands in the picture's parameters.
+    """
+
+    name: str
+    label: str
+    kind: str
+    default: Any
+    tip: str
+    minimum: float | None = None
+    maximum: float | None = None
+    step: float | None = None
+    choices: tuple[str, ...] = ()
+    advanced: bool = False
+    pasted: bool = True
+
+
+FIELDS = (
+    Field("enabled", "Use this person", "bool", True, "Off: this tab is left out.", pasted=False),
+    Field("images", "Photos", "images", (), "Photos of one person, as base64 or data URIs; the best one first.",
+          pasted=False),
+    Field("identity", "Saved identity", "text", "", "Name or short hash of a saved identity, used instead of photos."),
+    Field("model", "PuLID model", "text", AUTO, "auto takes the PuLID file that fits the checkpoint."),
+    Field("weight", "Weight", "float", 0.8, "How strong the face is. 0 changes nothing; SDXL 0.8, FLUX 1.", 0, 5, 0.05),
+    Field("preset", "Preset", "choice", "v1.1", "Official settings: v1.1 for PuLID v1.1; for v1 fidelity (likeness) "
+          "or style. Neutral: nothing is kept apart. SDXL only.", choices=(*PRESETS, CUSTOM)),
+    Field("projection", "Projection", "choice", "ortho_v2", "How the face is kept apart from the prompt; SDXL.",
+          choices=PROJECTIONS, advanced=True),
+    Field("num_zero", "Zero tokens", "int", 20, "More leave more to the prompt, fewer give more likeness; SDXL.",
+          0, 80, 1, advanced=True),
+    Field("start", "Start", "float", 0.0, "Share of the steps before the face begins to act.", 0, 1, 0.01,
+          advanced=True),
+    Field("end", "End", "float", 1.0, "Share of the steps after which the face no longer acts.", 0, 1, 0.01,
+          advanced=True),
+    Field("face_order", "Face in the photo", "choice", "largest", "How faces are counted if a photo has several.",
+          choices=FACE_ORDERS, advanced=True),
+    Field("face_index", "Face number", "int", 0, "0 is the first in that order, 1 the next.", 0, 50, 1, advanced=True),
+    Field("fusion", "Several photos", "choice", "official", "How they become one face: official; id_mix mixes persons "
+          "(PuLID v1); average is the mean of each photo's own tokens.", choices=FUSIONS, advanced=True),
+    Field("mask", "Region", "image", "", "Where the face may act: white yes, black no. Empty: everywhere.",
+          advanced=True, pasted=False),
+    Field("hires", "Hires fix passes", "choice", "both", "In which passes of hires fix the face acts.",
+          choices=HIRES_PASSES, advanced=True),
+)  # fmt: skip
+FIELD = {field.name: field for field in FIELDS}
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a unit's dict."""
+    kinds = {"bool": "boolean", "int": "integer", "float": "number", "images": "array"}
+    properties = {}
+    for field in FIELDS:
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        entry: dict[str, Any] = {
+            "type": kinds.get(field.kind, "string"),
+            "title": field.label,
+            "description": field.tip,
+        }
+        entry |= {"default": default, "minimum": field.minimum, "maximum": field.maximum}
+        entry["enum"] = list(field.choices) or None
+        entry["items"] = {"type": "string"} if field.kind == "images" else None
+        properties[field.name] = {key: value for key, value in entry.items() if value is not None}
+    return {"title": "PuLID unit", "type": "object", "additionalProperties": False, "properties": properties}
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check(field: Field, value: Any, number: int) -> Any:
+    """The value in its own type, or SettingError."""
+    try:
+        return _CHECKS[field.kind](field, value)
+    except ValueError as error:
+        raise SettingError(place(number, field.name) + str(error)) from None
+
+
+def _bool(field: Field, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{show(value)} is neither true nor false.")
+    return value
+
+
+def _float(field: Field, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{show(value)} is not a number.")
+    if not field.minimum <= value <= field.maximum:  # type: ignore[operator]
+        raise ValueError(f"{value:g} is not in {field.minimum:g}..{field.maximum:g}.")
+    return float(value)
+
+
+def _int(field: Field, value: Any) -> int:
+    number = _float(field, value)
+    if number != int(number):
+        raise ValueError(f"{value:g} is not a whole number.")
+    return int(number)
+
+
+def _choice(field: Field, value: Any) -> str:
+    if not isinstance(value, str) or value not in field.choices:
+        raise ValueError(f"{show(value)} is not one of {', '.join(field.choices)}.")
+    return value
+
+
+def _text(field: Field, value: Any) -> str:
+    if value is None:
+        return field.default
+    if not isinstance(value, str):
+        raise ValueError(f"{show(value)} is not a text.")
+    value = value.strip()
+    return field.default if value in ("", NONE) else value
+
+
+def _image(field: Field, value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{show(value)} is not an image; base64 text is.")
+    return value.strip()
+
+
+def _images(field: Field, value: Any) -> tuple[str, ...]:
+    """A list; or text: one image, or a list in JSON, as the accordion's hidden field has it."""
+    if isinstance(value, str):
+        if value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise ValueError("the list of images is not JSON.") from None
+        else:
+            value = [value] if value.strip() else []
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{show(value)} is not a list of images (base64 texts).")
+    for image in value:
+        if not isinstance(image, str) or not image.strip():
+            raise ValueError(f"{show(image)} in the list is not an image; base64 text is.")
+    return tuple(image.strip() for image in value)
+
+
+_CHECKS = {
+    "bool": _bool, "int": _int, "float": _float, "choice": _choice, "text": _text, "image": _image, "images": _images,
+}  # fmt: skip
+
+
+def field_named(name: Any, number: int) -> Field:
+    if name in FIELD:
+        return FIELD[name]
+    near = difflib.get_close_matches(str(name), FIELD, 1)
+    hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(FIELD)}."
+    raise SettingError(place(number, str(name)[:40]) + f"there is no such field; {hint}")
+
+
+def place(number: int, field: str) -> str:
+    """How a message begins. number: of the unit, 0 where there is none."""
+    return f"PuLID unit {number}, field {field}: " if number else f"PuLID, field {field}: "
+
+
+def show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
