@@ -40,6 +40,7 @@ class Pulid {
 
     refresh() {
         if (!this.accordion) return;
+        this.followCheckpoint();
         for (const title of this.accordion.querySelectorAll("div.label-wrap:not([tabindex])")) {
             title.tabIndex = 0;
             title.setAttribute("role", "button");
@@ -75,6 +76,23 @@ class Pulid {
             units.push({ready: Boolean(saved || photos), text: `${n}: ${who}, ${weight}`});
         }
         return units;
+    }
+
+    // ---------------------------------------------------------------- checkpoint
+
+    /** What is chosen as the checkpoint; "" where the page does not show it. */
+    static checkpoint() {
+        const field = gradioApp().querySelector("#setting_sd_model_checkpoint input, .model_selection input");
+        return field?.value ?? "";
+    }
+
+    /** When another checkpoint is chosen, and once at the start: lets the server show what its family has. */
+    followCheckpoint() {
+        const button = this.element("checkpoint");
+        const name = Pulid.checkpoint();
+        if (!button || name === this.followed) return;
+        this.followed = name;
+        button.click();
     }
 
     // ---------------------------------------------------------------- photos

@@ -117,6 +117,7 @@ def _add_generate(commands) -> None:
     parser.add_argument("--num-zero", type=int, default=20, help="SDXL, 0-80: more leaves more to the prompt")
     parser.add_argument("--start", type=float, default=0.0, help="share of the steps before the face begins to act")
     parser.add_argument("--end", type=float, default=1.0, help="share of the steps after which it no longer acts")
+    parser.add_argument("--start-step", type=int, default=0, help="FLUX: first step in which it acts, 0 is the first")
     parser.add_argument("--mask", type=Path, help="picture whose white part is where the face may act")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the same seed gives the same picture")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
@@ -162,6 +163,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
+    from lib_pulid.fields import WEIGHTS
     from lib_pulid.identity import Identity
     from lib_pulid.injection import compile_injection
 
@@ -171,7 +173,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     workshop = _workshop(arguments)
     identity = Identity.load(arguments.identity) if arguments.identity else _identity(workshop, arguments)
     family = workshop.base.family
-    weight = arguments.weight if arguments.weight is not None else 0.8 if family == "sdxl" else 1.0
+    weight = arguments.weight if arguments.weight is not None else WEIGHTS[family]
     injection = compile_injection(
         workshop.adapter,
         identity,
@@ -180,6 +182,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
         num_zero=arguments.num_zero,
         start=arguments.start,
         end=arguments.end,
+        start_step=arguments.start_step if family == "flux" else 0,
         mask=_mask(arguments.mask),
         device=workshop.device,
         dtype=workshop.base.dtype,

@@ -24,14 +24,35 @@ NONE = "None"  # how lists show "no saved identity"
 CUSTOM = "custom"
 HIRES_PASSES = ("both", "first", "second")
 
-# The official settings: fidelity and style of app.py (PuLID v1), v1.1 of app_v1_1.py, commit 1aa2fc7. Neutral is the
-# plain residual, nothing kept apart.
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "v1.1": {"projection": "ortho_v2", "num_zero": 20},
-    "fidelity": {"projection": "ortho_v2", "num_zero": 8},
-    "style": {"projection": "ortho", "num_zero": 16},
-    "neutral": {"projection": "none", "num_zero": 0},
+FAMILIES = ("sdxl", "flux")
+
+# The strength where none is given: that of the official demos.
+WEIGHTS: Mapping[str, float] = {"sdxl": 0.8, "flux": 1.0}
+
+# The official settings, commit 1aa2fc7, by the family that they are for; a name stands in one family only. SDXL:
+# fidelity and style of app.py (PuLID v1), v1.1 of app_v1_1.py; neutral is the plain residual, nothing kept apart.
+# FLUX: docs/pulid_for_flux.md, "4" for realistic pictures and "0-1" for stylised ones.
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "sdxl": {
+        "v1.1": {"projection": "ortho_v2", "num_zero": 20},
+        "fidelity": {"projection": "ortho_v2", "num_zero": 8},
+        "style": {"projection": "ortho", "num_zero": 16},
+        "neutral": {"projection": "none", "num_zero": 0},
+    },
+    "flux": {"realistic": {"start_step": 4}, "stylised": {"start_step": 0}},
 }
+PRESET_FAMILY = {name: family for family, presets in PRESETS.items() for name in presets}
+
+
+def preset_values(name: str) -> Mapping[str, Any]:
+    """The fields that a preset sets; none for "auto" and "custom"."""
+    return PRESETS[PRESET_FAMILY[name]][name] if name in PRESET_FAMILY else {}
+
+
+def preset_name(family: str, values: Mapping[str, Any]) -> str:
+    """What these settings are called in a family, or "custom"."""
+    fits = (n for n, preset in PRESETS[family].items() if all(values[key] == preset[key] for key in preset))
+    return next(fits, CUSTOM)
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,8 @@ class Field:
         minimum, maximum, step: of numbers. choices: of kind "choice".
         advanced: whether the accordion keeps it behind "Advanced".
         pasted: whether it stands in the picture's parameters.
+        family: the only one that it means something to, or "".
+        shown: what the widget begins with, where the default depends on the family.
     """
 
     name: str
@@ -57,6 +80,8 @@ class Field:
     choices: tuple[str, ...] = ()
     advanced: bool = False
     pasted: bool = True
+    family: str = ""
+    shown: Any = None
 
 
 FIELDS = (
@@ -65,17 +90,24 @@ FIELDS = (
           pasted=False),
     Field("identity", "Saved identity", "text", "", "Name or short hash of a saved identity, used instead of photos."),
     Field("model", "PuLID model", "text", AUTO, "auto takes the PuLID file that fits the checkpoint."),
-    Field("weight", "Weight", "float", 0.8, "How strong the face is. 0 changes nothing; SDXL 0.8, FLUX 1.", 0, 5, 0.05),
-    Field("preset", "Preset", "choice", "v1.1", "Official settings: v1.1 for PuLID v1.1; for v1 fidelity (likeness) "
-          "or style. Neutral: nothing is kept apart. SDXL only.", choices=(*PRESETS, CUSTOM)),
+    Field("weight", "Weight", "float", None, "How strong the face is. 0 changes nothing; if nothing is given, SDXL "
+          "0.8, FLUX 1.", 0, 5, 0.05, shown=WEIGHTS["sdxl"]),
+    Field("preset", "Preset", "choice", AUTO, "Official settings. SDXL: v1.1 for PuLID v1.1; for v1 fidelity "
+          "(likeness) or style; neutral: nothing is kept apart. FLUX: realistic or stylised.",
+          choices=(AUTO, *PRESET_FAMILY, CUSTOM), shown="v1.1"),
     Field("projection", "Projection", "choice", "ortho_v2", "How the face is kept apart from the prompt; SDXL.",
-          choices=PROJECTIONS, advanced=True),
+          choices=PROJECTIONS, advanced=True, family="sdxl"),
     Field("num_zero", "Zero tokens", "int", 20, "More leave more to the prompt, fewer give more likeness; SDXL.",
-          0, 80, 1, advanced=True),
+          0, 80, 1, advanced=True, family="sdxl"),
     Field("start", "Start", "float", 0.0, "Share of the steps before the face begins to act.", 0, 1, 0.01,
           advanced=True),
     Field("end", "End", "float", 1.0, "Share of the steps after which the face no longer acts.", 0, 1, 0.01,
           advanced=True),
+    Field("start_step", "Start step", "int", 0, "First step in which the face acts, 0 is the first of all; FLUX. "
+          "Official: 4 for realistic pictures, 0 to 1 for stylised ones; fewer give more likeness.", 0, 10, 1,
+          advanced=True, family="flux"),
+    Field("cfg_start_step", "True CFG from step", "int", 0, "With a CFG above 1: the steps before this one run "
+          "without the negative prompt; FLUX. 0: all have it; official 1.", 0, 20, 1, advanced=True, family="flux"),
     Field("face_order", "Face in the photo", "choice", "largest", "How faces are counted if a photo has several.",
           choices=FACE_ORDERS, advanced=True),
     Field("face_index", "Face number", "int", 0, "0 is the first in that order, 1 the next.", 0, 50, 1, advanced=True),
@@ -103,7 +135,10 @@ def schema() -> dict[str, Any]:
         entry |= {"default": default, "minimum": field.minimum, "maximum": field.maximum}
         entry["enum"] = list(field.choices) or None
         entry["items"] = {"type": "string"} if field.kind == "images" else None
+        entry["family"] = field.family or None
         properties[field.name] = {key: value for key, value in entry.items() if value is not None}
+        if default is None:  # null is the family's own
+            properties[field.name] |= {"type": [entry["type"], "null"], "default": None}
     return {"title": "PuLID unit", "type": "object", "additionalProperties": False, "properties": properties}
 
 
@@ -111,7 +146,9 @@ def schema() -> dict[str, Any]:
 
 
 def check(field: Field, value: Any, number: int) -> Any:
-    """The value in its own type, or SettingError."""
+    """The value in its own type, or SettingError. None stays where it is the default."""
+    if value is None and field.default is None:
+        return None
     try:
         return _CHECKS[field.kind](field, value)
     except ValueError as error:

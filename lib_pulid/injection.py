@@ -2,7 +2,7 @@
 
     injection = compile_injection(adapter, identity, weight=0.8, device="cuda", dtype=torch.float16)
     for i, t in enumerate(timesteps):
-        step = DenoiseStep(progress=i / len(timesteps), is_cond=[False, True], latent_hw=(128, 128))
+        step = DenoiseStep(i / len(timesteps), is_cond=[False, True], latent_hw=(128, 128), steps=len(timesteps))
         with inject(unet, [injection], step):
             noise = unet(latents, t, ...)
 
@@ -35,6 +35,8 @@ from lib_pulid.identity import Identity
 from lib_pulid.sites import Site, Sites, find_sites
 from lib_pulid.weights import Adapter
 
+_SLACK = 1e-6  # i / n against a share that a user typed
+
 
 @dataclass(frozen=True)
 class DenoiseStep:
@@ -47,11 +49,20 @@ class DenoiseStep:
         latent_hw: height and width of the latent in the VAE's own pixels, not packed (image / 8). Used
             by region masks, and on FLUX to tell the picture's own tokens from reference tokens behind them.
             None: all image tokens are the picture's, and masks cannot be used.
+        steps: how many steps the sampling has. None: injections with a start step cannot be used.
     """
 
     progress: float
     is_cond: bool | Sequence[bool]
     latent_hw: tuple[int, int] | None = None
+    steps: int | None = None
+
+    @property
+    def index(self) -> int:
+        """Number of the step, 0 is the first; the calls of a step of second order have the same."""
+        if self.steps is None:
+            raise ValueError("a start step needs DenoiseStep.steps")
+        return int(self.progress * self.steps + _SLACK)
 
 
 @dataclass(frozen=True)
@@ -67,16 +78,22 @@ class Injection:
     start: float
     end: float
     mask: Tensor | None
+    start_step: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes kept on the device while sampling."""
         return sum(site.nbytes for site in self.sites) + (0 if self.mask is None else self.mask.nbytes)
 
-    def is_active(self, progress: float) -> bool:
-        """Whether it acts at this point: from `start` on and before `end`; an end of 1 includes 1."""
-        slack = 1e-6  # i / n against a share that a user typed
-        return self.weight != 0 and self.start - slack <= progress and (progress < self.end - slack or self.end >= 1)
+    def is_active(self, step: DenoiseStep) -> bool:
+        """Whether it acts in this call: from `start` and `start_step` on and before `end`; an end of 1 includes 1."""
+        if self.weight == 0 or (self.start_step and step.index < self.start_step):
+            return False
+        return self.start - _SLACK <= step.progress and (step.progress < self.end - _SLACK or self.end >= 1)
+
+    def acts_within(self, steps: int) -> bool:
+        """Whether there is a step among so many in which it acts."""
+        return any(self.is_active(DenoiseStep(i / steps, True, steps=steps)) for i in range(steps))
 
     def identity_of(self, is_cond: bool) -> int | None:
         """Index of a row's identity in the compiled tensors."""
@@ -93,6 +110,7 @@ def compile_injection(
     num_zero: int = 20,
     start: float = 0.0,
     end: float = 1.0,
+    start_step: int = 0,
     mask: Tensor | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -103,7 +121,8 @@ def compile_injection(
         weight: strength. Official 0.8 on SDXL (range 0-5), 1 on FLUX (0-3). 0 changes nothing at all.
         projection: "none", "ortho" or "ortho_v2"; SDXL only, see `attention.cross_attention_residual`.
         num_zero: zero tokens beside the identity, 0-80; SDXL only. More leave more freedom to the prompt.
-        start, end: shares of the sampling between which it acts; official FLUX "start step" n of N is n / N.
+        start, end: shares of the sampling between which it acts.
+        start_step: number of the first step in which it acts, official on FLUX (range 0-10); it acts where both allow.
         mask: [H, W], 0..1, region of the picture that gets the identity, any resolution.
         device, dtype: of the denoiser's computation. The products are made in float32 and rounded once.
 
@@ -113,7 +132,7 @@ def compile_injection(
     Raises:
         SettingError: a value is out of range. IdentityMismatchError: the identity belongs to another adapter.
     """
-    _check_settings(weight, projection, num_zero, start, end, mask)
+    _check_settings(weight, projection, num_zero, start, end, start_step, mask)
     _check_match(adapter, identity)
     device = torch.device(device)
     rows = [identity.cond] if identity.uncond is None else [identity.cond, identity.uncond]
@@ -129,6 +148,7 @@ def compile_injection(
         start=float(start),
         end=float(end),
         mask=None if mask is None else mask.detach().to(device, torch.float32),
+        start_step=start_step,
     )
 
 
@@ -144,7 +164,7 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
     Raises:
         UnsupportedModelError: the denoiser does not fit the injections.
     """
-    active = [injection for injection in injections if injection.is_active(step.progress)]
+    active = [injection for injection in injections if injection.is_active(step)]
     if not active:
         yield
         return
@@ -274,7 +294,7 @@ def _packed(hw: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_settings(
-    weight: float, projection: str, num_zero: int, start: float, end: float, mask: Tensor | None
+    weight: float, projection: str, num_zero: int, start: float, end: float, start_step: int, mask: Tensor | None
 ) -> None:
     if not math.isfinite(weight):
         raise SettingError(f"weight is {weight}; it has to be a number")
@@ -284,6 +304,8 @@ def _check_settings(
         raise SettingError(f"num_zero is {num_zero!r}; it has to be a whole number from 0 (to 80 officially)")
     if not (0 <= start <= 1 and 0 <= end <= 1):
         raise SettingError(f"start and end are {start} and {end}; both have to be in 0..1")
+    if not (isinstance(start_step, int) and start_step >= 0):
+        raise SettingError(f"start_step is {start_step!r}; it has to be a whole number from 0 (to 10 officially)")
     if mask is not None and (mask.ndim != 2 or not mask.numel()):
         raise SettingError(f"mask has shape {tuple(mask.shape)}; it has to be [H, W]")
 

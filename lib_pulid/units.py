@@ -10,7 +10,21 @@ from typing import Any
 
 from lib_pulid.errors import PulidError, SettingError
 from lib_pulid.faces import FaceChoice
-from lib_pulid.fields import AUTO, CUSTOM, FIELDS, PRESETS, Field, check, field_named, place, show
+from lib_pulid.fields import (
+    AUTO,
+    FIELD,
+    FIELDS,
+    PRESET_FAMILY,
+    PRESETS,
+    WEIGHTS,
+    Field,
+    check,
+    field_named,
+    place,
+    preset_name,
+    preset_values,
+    show,
+)
 
 _SWITCH = Field("on", "PuLID", "bool", False, "The accordion's own on/off.")
 _FILLED = Field("args", "", "text", "", "What a host puts behind the dicts.")
@@ -18,18 +32,23 @@ _FILLED = Field("args", "", "text", "", "What a host puts behind the dicts.")
 
 @dataclass(frozen=True)
 class PulidUnit:
-    """What was asked for one person; the fields are those of FIELDS. images, mask: base64 or data URIs."""
+    """What was asked for one person; the fields are those of FIELDS. images, mask: base64 or data URIs.
+
+    What depends on the checkpoint's family (weight None, preset "auto") is settled by `on`.
+    """
 
     enabled: bool = True
     images: tuple[str, ...] = ()
     identity: str = ""
     model: str = AUTO
-    weight: float = 0.8
-    preset: str = "v1.1"
+    weight: float | None = None
+    preset: str = AUTO
     projection: str = "ortho_v2"
     num_zero: int = 20
     start: float = 0.0
     end: float = 1.0
+    start_step: int = 0
+    cfg_start_step: int = 0
     face_order: str = "largest"
     face_index: int = 0
     fusion: str = "official"
@@ -46,18 +65,19 @@ class PulidUnit:
         checked = {name: check(field_named(name, number), value, number) for name, value in values.items()}
         if checked.get("images") and checked.get("identity"):
             raise SettingError(place(number, "identity") + "give either images or an identity, not both.")
-        return cls(**{**PRESETS.get(checked.get("preset", ""), {}), **checked})._settled(number)
+        return cls(**{**preset_values(checked.get("preset", "")), **checked})._checked(number)
 
     @classmethod
     def from_positions(cls, values: Sequence[Any], number: int) -> PulidUnit:
         """From the widgets' values, in the order of FIELDS; a short list is filled with defaults.
 
-        Projection and zero tokens are as they stand, whatever preset is named; a saved identity goes before photos.
+        The preset there is only a name for what the other widgets say; a saved identity goes before photos.
         """
-        checked = {field.name: check(field, value, number) for field, value in zip(FIELDS, values)}
+        named = {field.name: (field, value) for field, value in zip(FIELDS, values) if field.name != "preset"}
+        checked = {name: check(field, value, number) for name, (field, value) in named.items()}
         if checked.get("identity"):
             checked["images"] = ()
-        return cls(**checked)._settled(number)
+        return cls(**checked)._checked(number)
 
     def changed(self, values: Mapping[str, Any], number: int) -> PulidUnit:
         """A copy with some fields replaced, as X/Y/Z axes do. A photo takes the identity's place, and vice versa."""
@@ -66,11 +86,14 @@ class PulidUnit:
             checked.setdefault("identity", "")
         if checked.get("identity"):
             checked["images"] = ()
-        return replace(self, **{**PRESETS.get(checked.get("preset", ""), {}), **checked})._settled(number)
+        return replace(self, **{**preset_values(checked.get("preset", "")), **checked})._checked(number)
 
     def positions(self) -> list[Any]:
         """The inverse of `from_positions`, plain JSON; photos as the accordion's hidden field has them."""
         values = {**asdict(self), "images": json.dumps(self.images) if self.images else ""}
+        for name, field in FIELD.items():
+            if field.shown is not None and values[name] == field.default:
+                values[name] = field.shown
         return list(values.values())
 
     def mapping(self) -> dict[str, Any]:
@@ -85,13 +108,23 @@ class PulidUnit:
         """Whether it acts in the first or the second (hires) pass."""
         return self.hires in ("both", "second" if hires else "first")
 
-    def _settled(self, number: int) -> PulidUnit:
+    def on(self, family: str) -> PulidUnit:
+        """As it acts on a checkpoint of this family: with a weight, and the preset's name in this family."""
+        weight = WEIGHTS[family] if self.weight is None else self.weight
+        return replace(self, weight=weight, preset=preset_name(family, asdict(self)))
+
+    def check_family(self, family: str, number: int) -> None:
+        """Raises: SettingError: a preset was asked for by name that this family does not have."""
+        if PRESET_FAMILY.get(self.preset, family) != family:
+            raise SettingError(
+                place(number, "preset") + f"{self.preset} is for {PRESET_FAMILY[self.preset].upper()}, the checkpoint "
+                f"is {family.upper()}: leave it out, or take {', '.join(PRESETS[family])}."
+            )
+
+    def _checked(self, number: int) -> PulidUnit:
         if self.start >= self.end:
             raise SettingError(place(number, "start") + f"{self.start:g} is not below end, which is {self.end:g}.")
-        mine = {"projection": self.projection, "num_zero": self.num_zero}
-        if PRESETS.get(self.preset) == mine:
-            return self
-        return replace(self, preset=next((name for name, values in PRESETS.items() if values == mine), CUSTOM))
+        return self
 
 
 def parse_args(

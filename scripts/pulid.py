@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from lib_pulid import hosts
 from lib_pulid.errors import PulidError
-from lib_pulid.hosts.webui import add_callback
+from lib_pulid.hosts.webui import add_callback, chosen_checkpoint
 from lib_pulid.units import PulidUnit, at_unit, parse_args
 from lib_pulid.webui import accordion, infotext, routes, settings, xyz
 from lib_pulid.webui.actions import Actions
@@ -36,7 +37,8 @@ class PulidScript(scripts.Script):
 
     def ui(self, is_img2img: bool) -> list[Any]:
         tab = "img2img" if is_img2img else "txt2img"
-        built = accordion.build(tab, settings.units(), self.library, Actions(self.library, checkpoint_family))
+        actions = Actions(self.library, checkpoint_family)
+        built = accordion.build(tab, settings.units(), self.library, actions, hosts.current().FAMILIES)
         self.infotext_fields, self.paste_field_names = built.infotext_fields, built.paste_field_names
         return built.controls
 
@@ -50,10 +52,11 @@ class PulidScript(scripts.Script):
             if not units:
                 return
             plan = UnitPlan(units, self.library, tell)
-            facts = plan.prepare(model_for(p, units))
+            model = model_for(p, units)
+            facts = plan.prepare(model)
             setattr(p, PLAN, plan)
             for number, unit in units:
-                p.extra_generation_params[infotext.key(number)] = infotext.write(unit, facts[number])
+                p.extra_generation_params[infotext.key(number)] = infotext.write(unit, model.family, facts[number])
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         """Per batch: between two batches another script may have generated something, and stopped us."""
@@ -83,12 +86,15 @@ def model_for(p: Any, units: list[tuple[int, PulidUnit]]) -> hosts.LoadedModel:
         raise at_unit(units[0][0], "model", error) from error
 
 
-def checkpoint_family() -> str:
-    """Of what is loaded now; "" where nothing is, or nothing that PuLID knows."""
+def checkpoint_family(name: str = "") -> str:
+    """Of the checkpoint of this name, else of the one that is chosen; "" where it cannot be told."""
     from modules import sd_models
 
     try:
-        return hosts.current().loaded_model(SimpleNamespace(sd_model=sd_models.model_data.sd_model)).family
+        chosen, loaded = chosen_checkpoint(name), sd_models.model_data.sd_model
+        if chosen is None or getattr(getattr(loaded, "sd_checkpoint_info", None), "filename", "") == chosen.filename:
+            return hosts.current().loaded_model(SimpleNamespace(sd_model=loaded)).family
+        return PulidScript.library.checkpoint_family(Path(chosen.filename))
     except PulidError:
         return ""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_pulid import hosts
-from lib_pulid.errors import PulidError, UnsupportedModelError
+from lib_pulid.errors import PulidError, SettingError, UnsupportedModelError
 from lib_pulid.hosts.webui import Progress
 from tests.fake_modules import installed
 from tests.fake_modules.a1111 import Denoiser, P, sample
@@ -126,6 +126,15 @@ def test_start_and_end_follow_the_step(p):
     host().start(p, RandomPlan(start=0.25, end=0.75))
     after = sample(p, conds, unconds, steps=4)
     assert [not torch.equal(a, b) for a, b in zip(after, before)] == [False, True, True, False]
+
+
+def test_a_face_that_would_never_act_ends_the_generation(p, monkeypatch):
+    error = SettingError("never")
+    monkeypatch.setattr(RandomPlan, "check_steps", lambda *_, **__: (_ for _ in ()).throw(error))
+    host().start(p, RandomPlan())
+    with pytest.raises(SettingError, match="never"):
+        sample(p, text(1, 77, 1), text(1, 77, 2))
+    assert hooks(p) == 0
 
 
 def test_asks_once_for_each_pass(p):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_pulid import hosts
-from lib_pulid.errors import PulidError, UnsupportedModelError
+from lib_pulid.errors import PulidError, SettingError, UnsupportedModelError
 from tests.fake_modules import installed
 from tests.fake_modules.forge import P, sample
 from tests.fake_modules.models import SD1_BLOCKS, Flux, UNet, count_hooks
@@ -102,6 +102,98 @@ def test_flux(p):
     assert plan.asked == [("flux-dev", "flux", False)]
     assert count_hooks(unet(p).model) == 0
     assert same(run(p, RandomPlan(weight=0.0), **how), before)
+
+
+FLUX = {"conds": [text(256, width=6)], "channels": 4}
+
+
+def flux_steps(plan: RandomPlan | None, steps: int = 4, calls: int = 1, **how) -> list[Tensor]:
+    return run(P(Flux(), "flux-dev"), plan, unconds=[], steps=steps, calls_per_step=calls, **FLUX, **how)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_start_step(calls):
+    """The random latents of these calls do not depend on one another, so each tells whether the face acted."""
+    plain, whole = flux_steps(None, calls=calls), flux_steps(RandomPlan(), calls=calls)
+    for start in range(4):
+        made = flux_steps(RandomPlan(start_step=start), calls=calls)
+        for i in range(4 * calls):
+            assert torch.equal(made[i], (plain if i // calls < start else whole)[i])
+
+
+def true_cfg(plan: RandomPlan | None, before_sampling=None, **settings) -> list[int]:
+    """Rows in each step's call with two pictures: two where the negative prompt is left out, else four."""
+    p = P(Flux(), "flux-dev")
+    vars(p).update(settings)
+    if plan is not None:
+        host().start(p, plan)
+    try:
+        before = before_sampling or host().before_sampling
+        conds, unconds = [text(256, 1, 2, 6)], [text(256, 2, 2, 6)]
+        return [len(out) for out in sample(p, conds, unconds, before_sampling=before, steps=4)]
+    finally:
+        host().stop()
+        assert unet(p).model_options.get("conditioning_modifiers", []) == []
+
+
+def test_the_first_steps_without_negative_prompt():
+    assert true_cfg(None) == true_cfg(RandomPlan()) == [4, 4, 4, 4]
+    assert true_cfg(RandomPlan(cfg_from=1)) == [2, 4, 4, 4]
+    assert true_cfg(RandomPlan(cfg_from=3)) == [2, 2, 2, 4]
+    assert true_cfg(RandomPlan(cfg_from=9)) == [2, 2, 2, 2]
+    assert true_cfg(RandomPlan(cfg_from=1), is_hr_pass=True, cfg_scale=1) == [2, 4, 4, 4]
+
+
+def test_others_may_change_the_guidance_too():
+    seen = []
+
+    def other(model, x, timestep, uncond, cond, cond_scale, model_options, seed):
+        seen.append(cond_scale)
+        return model, x, timestep, uncond, cond, cond_scale, model_options, seed
+
+    def both(p):
+        unet(p).add_conditioning_modifier(other)
+        host().before_sampling(p)
+
+    p = P(Flux(), "flux-dev")
+    host().start(p, RandomPlan(cfg_from=2))
+    sample(p, [text(256, width=6)], [text(256, 2, width=6)], before_sampling=both, steps=3)
+    assert seen == [7.0] * 3
+    assert len(unet(p).model_options["conditioning_modifiers"]) == 2
+    host().stop()
+    assert unet(p).model_options["conditioning_modifiers"] == [other]
+
+
+@pytest.mark.parametrize(
+    ("settings", "guided"),
+    [
+        ({"cfg_scale": 7.0}, True),
+        ({"cfg_scale": 1}, False),
+        ({"cfg_scale": 1.0, "uc": "negative prompt"}, True),  # a host that reads it all the same
+        ({"cfg_scale": 1, "hr_cfg": 3.0, "is_hr_pass": True}, True),
+        ({"cfg_scale": 3.0, "uc": "of the first pass", "hr_cfg": 1.0, "is_hr_pass": True}, False),
+    ],
+)
+def test_tells_whether_negative_rows_may_come(settings, guided):
+    p = P(Flux(), "flux-dev")
+    vars(p).update(settings)
+    plan = RandomPlan()
+    host().start(p, plan)
+    host().before_sampling(p)
+    assert plan.guided == [guided]
+
+
+def test_asks_once_a_pass_whether_the_face_acts_in_so_many_steps():
+    plan = RandomPlan()
+    flux_steps(plan, calls=2)
+    assert plan.steps == [4]
+
+
+def test_a_face_that_would_never_act_ends_the_generation(monkeypatch):
+    error = SettingError("never")
+    monkeypatch.setattr(RandomPlan, "check_steps", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(SettingError, match="never"):
+        flux_steps(RandomPlan())
 
 
 def test_several_pictures_of_flux_with_true_guidance():

@@ -79,10 +79,41 @@ def test_inactive_is_bit_identical_and_hooks_nothing(unet, adapter, settings, pr
 
 def test_range_is_half_open_and_reaches_the_last_step(adapter):
     injection = compile_injection(adapter, person(), start=0.2, end=0.6)
-    assert [injection.is_active(i / 10) for i in range(10)] == [i in (2, 3, 4, 5) for i in range(10)]
-    assert compile_injection(adapter, person(), start=0.9).is_active(1.0)
+    assert [injection.is_active(DenoiseStep(i / 10, True)) for i in range(10)] == [i in (2, 3, 4, 5) for i in range(10)]
+    assert compile_injection(adapter, person(), start=0.9).is_active(DenoiseStep(1.0, True))
     # 3 / 10 typed by a user and 0.1 + 0.2 made by a sampler are the same step
-    assert compile_injection(adapter, person(), start=0.1 + 0.2).is_active(0.3)
+    assert compile_injection(adapter, person(), start=0.1 + 0.2).is_active(DenoiseStep(0.3, True))
+
+
+def test_start_step_counts_steps(adapter):
+    """Official: `id if i >= start_step`."""
+    injection = compile_injection(adapter, person(), start_step=4)
+    for steps in (1, 4, 7, 20, 28):
+        acts = [injection.is_active(DenoiseStep(i / steps, True, steps=steps)) for i in range(steps)]
+        assert acts == [i >= 4 for i in range(steps)]
+        assert injection.acts_within(steps) is (steps > 4)
+    twice = [injection.is_active(DenoiseStep(i / 20, True, steps=10)) for i in range(20)]  # of second order
+    assert twice == [i >= 8 for i in range(20)]
+    with pytest.raises(ValueError, match="steps"):
+        injection.is_active(DenoiseStep(0.5, True))
+
+
+def test_start_step_and_shares_both_have_to_allow(adapter):
+    later = compile_injection(adapter, person(), start=0.5, end=0.8, start_step=2)
+    assert [later.is_active(DenoiseStep(i / 10, True, steps=10)) for i in range(10)] == [5 <= i < 8 for i in range(10)]
+    sooner = compile_injection(adapter, person(), start=0.1, end=0.8, start_step=4)
+    assert [sooner.is_active(DenoiseStep(i / 10, True, steps=10)) for i in range(10)] == [4 <= i < 8 for i in range(10)]
+    assert not compile_injection(adapter, person(), start=0.98).acts_within(20)
+    for wrong in (-1, 1.5):
+        with pytest.raises(SettingError, match="start_step"):
+            compile_injection(adapter, person(), start_step=wrong)
+
+
+def test_before_its_start_step_nothing_is_hooked(unet, adapter):
+    injection, plain = compile_injection(adapter, person(), start_step=2), layouts.run_unet(unet)
+    for i in range(4):
+        with inject(unet, [injection], DenoiseStep(i / 4, [False, True], (16, 16), 4)):
+            assert torch.equal(layouts.run_unet(unet), plain) is (i < 2)
 
 
 def test_no_hook_is_left(unet, adapter):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from lib_pulid.attention import PROJECTIONS
 from lib_pulid.errors import NoFaceError, SettingError
 from lib_pulid.faces import FACE_ORDERS
-from lib_pulid.fields import CUSTOM, FIELD, FIELDS, HIRES_PASSES, PRESETS, check, schema
+from lib_pulid.fields import AUTO, CUSTOM, FAMILIES, FIELD, FIELDS, HIRES_PASSES, PRESET_FAMILY, PRESETS, check, schema
 from lib_pulid.identity import FUSIONS
 from lib_pulid.units import PulidUnit, at_unit, default_args, parse_args
 
@@ -32,10 +33,13 @@ def units(draw) -> PulidUnit:
             "identity": "" if has_photos else draw(NAMES),
             "model": draw(st.just("auto") | NAMES),
             "weight": draw(st.floats(0, 5)),
+            "preset": draw(st.sampled_from([AUTO, CUSTOM, *PRESET_FAMILY])),
             "projection": draw(st.sampled_from(PROJECTIONS)),
             "num_zero": draw(st.integers(0, 80)),
             "start": start,
             "end": end,
+            "start_step": draw(st.integers(0, 10)),
+            "cfg_start_step": draw(st.integers(0, 20)),
             "face_order": draw(st.sampled_from(FACE_ORDERS)),
             "face_index": draw(st.integers(0, 50)),
             "fusion": draw(st.sampled_from(FUSIONS)),
@@ -56,14 +60,15 @@ def test_a_dict_and_back(unit):
 def test_a_list_and_back(unit):
     through_json = json.loads(json.dumps(unit.positions()))
     assert len(through_json) == len(FIELDS)
-    assert PulidUnit.from_positions(through_json, 1) == unit
+    back = PulidUnit.from_positions(through_json, 1)
+    assert [back.on(family) for family in FAMILIES] == [unit.on(family) for family in FAMILIES]
 
 
 @given(st.lists(units(), min_size=1, max_size=3), st.booleans())
 def test_script_arguments(chosen, switch):
     expected = [(n, unit) for n, unit in enumerate(chosen, 1) if unit.enabled]
     flat = [value for unit in chosen for value in unit.positions()]
-    assert parse_args([True, *flat]) == expected
+    assert parse_args([True, *flat]) == [(n, replace(unit, preset=AUTO)) for n, unit in expected]
     assert parse_args([False, *flat]) == []
     dicts = [unit.mapping() for unit in chosen]
     assert parse_args([*([True] if switch else []), *dicts]) == expected
@@ -74,30 +79,67 @@ def test_script_arguments(chosen, switch):
 
 def test_the_defaults_are_those_of_the_table():
     assert {field.name: getattr(PulidUnit(), field.name) for field in FIELDS} == {f.name: f.default for f in FIELDS}
-    assert PulidUnit().preset in PRESETS
     assert parse_args(default_args(3)) == []
     assert parse_args([]) == []
     on = [True, *default_args(3)[1:]]
-    assert parse_args(on) == [(1, PulidUnit())]
+    assert [unit.on("sdxl") for _, unit in parse_args(on)] == [PulidUnit().on("sdxl")]
 
 
 def test_a_short_list_is_filled_up():
     assert parse_args([True, True, "photo"]) == [(1, PulidUnit(images=("photo",)))]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+def test_the_default_is_the_familys():
+    sdxl, flux = PulidUnit().on("sdxl"), PulidUnit().on("flux")
+    assert (sdxl.weight, sdxl.preset, sdxl.projection, sdxl.num_zero) == (0.8, "v1.1", "ortho_v2", 20)
+    assert (flux.weight, flux.preset, flux.start_step, flux.cfg_start_step) == (1.0, "stylised", 0, 0)
+    assert PulidUnit(weight=0.3).on("flux").weight == 0.3
+    assert PulidUnit.from_mapping({"weight": None}, 1) == PulidUnit()
+    assert PulidUnit(weight=0.0).on("flux").weight == 0
+    for family in FAMILIES:
+        PulidUnit().check_family(family, 1)
+
+
+@pytest.mark.parametrize("name", PRESET_FAMILY)
 def test_presets(name):
+    family, values = PRESET_FAMILY[name], PRESETS[PRESET_FAMILY[name]][name]
     unit = PulidUnit.from_mapping({"preset": name}, 1)
-    assert {"projection": unit.projection, "num_zero": unit.num_zero} == PRESETS[name]
-    assert PulidUnit.from_mapping(PRESETS[name], 1).preset == name
-    assert PulidUnit.from_mapping({"preset": name, "num_zero": 77}, 1).preset == CUSTOM
-    assert PulidUnit.from_mapping({"preset": name, "num_zero": 77}, 1).num_zero == 77
+    assert {field: getattr(unit, field) for field in values} == values
+    assert unit.on(family).preset == name
+    assert PulidUnit.from_mapping(values, 1).on(family).preset == name
+    moved = {"num_zero": 77} if family == "sdxl" else {"start_step": 7}
+    assert PulidUnit.from_mapping({"preset": name, **moved}, 1).on(family).preset == CUSTOM
+
+
+def test_official_presets_of_flux():
+    """docs/pulid_for_flux.md: 4 for realistic pictures, 0 to 1 for stylised ones."""
+    assert PRESETS["flux"]["realistic"] == {"start_step": 4}
+    assert PRESETS["flux"]["stylised"]["start_step"] in (0, 1)
+
+
+@pytest.mark.parametrize("name", PRESET_FAMILY)
+def test_a_preset_of_the_other_family_is_told(name):
+    own = PRESET_FAMILY[name]
+    other = next(family for family in FAMILIES if family != own)
+    unit = PulidUnit.from_mapping({"preset": name}, 2)
+    unit.check_family(own, 2)
+    with pytest.raises(SettingError, match=f"unit 2, field preset: {name} is for {own.upper()}.*{other.upper()}"):
+        unit.check_family(other, 2)
+    PulidUnit.from_positions(unit.positions(), 2).check_family(other, 2)  # in the widgets it is a name only
 
 
 def test_a_preset_in_the_widgets_only_names_what_they_say():
     values = PulidUnit(preset="style").positions()  # projection and zero tokens are those of v1.1
     unit = PulidUnit.from_positions(values, 1)
-    assert (unit.preset, unit.projection) == ("v1.1", "ortho_v2")
+    assert (unit.preset, unit.projection) == (AUTO, "ortho_v2")
+    assert unit.on("sdxl").preset == "v1.1"
+    values[[field.name for field in FIELDS].index("preset")] = None  # a radio with nothing selected
+    assert PulidUnit.from_positions(values, 1) == unit
+
+
+def test_widgets_begin_as_sdxl():
+    shown = dict(zip(FIELD, PulidUnit().positions()))
+    assert (shown["weight"], shown["preset"]) == (0.8, "v1.1")
 
 
 WRONG = [
@@ -107,14 +149,17 @@ WRONG = [
     ({"weight": math.inf}, "weight", "not a number"),
     ({"weight": "0.8"}, "weight", "not a number"),
     ({"weight": True}, "weight", "not a number"),
-    ({"weight": None}, "weight", "not a number"),
+    ({"start": None}, "start", "not a number"),
+    ({"start_step": 1.5}, "start_step", "whole number"),
+    ({"start_step": 11}, "start_step", "not in 0..10"),
+    ({"cfg_start_step": -1}, "cfg_start_step", "not in 0..20"),
     ({"weight": 5.1}, "weight", "not in 0..5"),
     ({"weight": -0.1}, "weight", "not in 0..5"),
     ({"num_zero": 1.5}, "num_zero", "whole number"),
     ({"num_zero": 81}, "num_zero", "not in 0..80"),
     ({"start": 0.5, "end": 0.5}, "start", "not below end"),
     ({"projection": "orto"}, "projection", "one of none, ortho"),
-    ({"preset": "best"}, "preset", "one of v1.1"),
+    ({"preset": "best"}, "preset", "one of auto, v1.1"),
     ({"hires": 1}, "hires", "one of both"),
     ({"enabled": 1}, "enabled", "neither true nor false"),
     ({"enabled": "true"}, "enabled", "neither true nor false"),
@@ -177,7 +222,7 @@ def test_a_grid_changes_units():
 
 def test_a_saved_identity_goes_before_photos_in_the_widgets():
     unit = PulidUnit(images=("a",), identity="Anna")
-    assert PulidUnit.from_positions(unit.positions(), 1) == PulidUnit(identity="Anna")
+    assert PulidUnit.from_positions(unit.positions(), 1).on("sdxl") == PulidUnit(identity="Anna").on("sdxl")
 
 
 def test_none_in_a_list_is_no_identity():
@@ -200,5 +245,10 @@ def test_schema():
     described = json.loads(json.dumps(schema()))
     assert list(described["properties"]) == [field.name for field in FIELDS]
     assert described["properties"]["weight"]["maximum"] == 5
+    assert described["properties"]["weight"]["type"] == ["number", "null"]
+    assert described["properties"]["weight"]["default"] is None
+    families = {name: field.get("family") for name, field in described["properties"].items() if "family" in field}
+    assert families == {"projection": "sdxl", "num_zero": "sdxl", "start_step": "flux", "cfg_start_step": "flux"}
+    PulidUnit.from_mapping({name: field["default"] for name, field in described["properties"].items()}, 1)
     assert described["properties"]["hires"]["enum"] == list(HIRES_PASSES)
     assert described["additionalProperties"] is False

@@ -1,6 +1,6 @@
 """The programs that PuLID runs inside, one file each. What the WebUIs' files have in common:
 
-    NAME                        the host's name, for messages
+    NAME, FAMILIES              the host's name, for messages, and which models it can load
     loaded_model(p)             the denoiser that is loaded now, or UnsupportedModelError
     start(p, plan)              from now on every denoiser call of `p` injects what the plan says
     before_sampling(p)          a pass is about to be sampled
@@ -37,6 +37,7 @@ class LoadedModel:
         denoiser: the UNet or transformer.
         device, dtype: of its computation (its weights may be stored elsewhere and smaller).
         name: the checkpoint's, for messages.
+        guided: whether negative rows may come.
     """
 
     family: str
@@ -44,6 +45,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     name: str
+    guided: bool = True
 
 
 class Plan(Protocol):
@@ -57,6 +59,14 @@ class Plan(Protocol):
         Raises:
             PulidError: no picture is to be made, with the reason.
         """
+        ...
+
+    def check_steps(self, model: LoadedModel, steps: int, *, hires: bool) -> None:
+        """Raises: SettingError: in a pass of so many steps a face would never act, though it was asked for."""
+        ...
+
+    def cfg_start_step(self, model: LoadedModel, *, hires: bool) -> int:
+        """The steps of the pass before this one run without the negative prompt."""
         ...
 
 

@@ -27,6 +27,7 @@ from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of, i
 from lib_pulid.injection import DenoiseStep
 
 NAME = "AUTOMATIC1111"
+FAMILIES = ("sdxl",)
 
 
 def loaded_model(p: Any) -> LoadedModel:
@@ -132,6 +133,7 @@ class _Run:
         self._hook(_unet(self._p))
         try:
             self._injector.prepare(loaded_model(self._p), hires=bool(getattr(self._p, "is_hr_pass", False)))
+            self._injector.check_steps(params.denoiser.steps)
             self._window = _Window(params, self._progress(params.denoiser, params.sigma))
         except Exception as error:
             self._error = error
@@ -148,7 +150,8 @@ class _Run:
             self._check_seen()
             return  # not a sampler's call
         x: Tensor = args[0] if args else kwargs["x"]  # [B, C, h, w]
-        self._step = DenoiseStep(self._window.progress, self._window.take(len(x)), (x.shape[-2], x.shape[-1]))
+        steps = self._window.params.denoiser.steps
+        self._step = DenoiseStep(self._window.progress, self._window.take(len(x)), (x.shape[-2], x.shape[-1]), steps)
         self._call.enter_context(self._injector.around(self._step))
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:

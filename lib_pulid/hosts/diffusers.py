@@ -67,8 +67,11 @@ class _Calls:
         index = int((schedule.float() - timestep).abs().argmin())
         if schedule is not self._schedule:
             self._schedule, self._first = schedule, index
-        steps = getattr(self._pipeline, "_num_timesteps", None) or len(schedule)
-        return min(max(0.0, (index - self._first) / steps), 1.0)
+        return min(max(0.0, (index - self._first) / self.steps), 1.0)
+
+    @property
+    def steps(self) -> int:
+        return getattr(self._pipeline, "_num_timesteps", None) or len(self._pipeline.scheduler.timesteps)
 
 
 class _UNetCalls(_Calls):
@@ -80,7 +83,7 @@ class _UNetCalls(_Calls):
         batch = len(sample)
         guided = self._pipeline.do_classifier_free_guidance
         is_cond = [i >= batch // 2 for i in range(batch)] if guided else [True] * batch
-        return DenoiseStep(self.progress(_first(timestep)), is_cond, (sample.shape[-2], sample.shape[-1]))
+        return DenoiseStep(self.progress(_first(timestep)), is_cond, (sample.shape[-2], sample.shape[-1]), self.steps)
 
 
 class _TransformerCalls(_Calls):
@@ -99,7 +102,8 @@ class _TransformerCalls(_Calls):
         ids = kwargs["img_ids"].flatten(0, -2)
         own = ids[ids[:, 0] == 0]  # Kontext's reference tokens have 1 there
         rows, columns = (int(own[:, axis].max()) + 1 for axis in (1, 2))
-        return DenoiseStep(self.progress(1000 * _first(kwargs["timestep"])), is_cond, (2 * rows, 2 * columns))
+        progress = self.progress(1000 * _first(kwargs["timestep"]))
+        return DenoiseStep(progress, is_cond, (2 * rows, 2 * columns), self.steps)
 
 
 def _first(timestep: Any) -> float:

@@ -24,7 +24,9 @@ from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of, i
 from lib_pulid.injection import DenoiseStep
 
 NAME = "Forge"
+FAMILIES = ("sdxl", "flux")
 _SLOT = "model_function_wrapper"
+_MODIFIERS = "conditioning_modifiers"
 _COND = 0
 
 
@@ -38,7 +40,7 @@ def loaded_model(p: Any) -> LoadedModel:
     unet = _patcher(p)
     denoiser: Any = None if unet is None else unet.model.diffusion_model
     family = family_of(denoiser, name, wanted="an SDXL or FLUX.1 checkpoint")
-    return LoadedModel(family, denoiser, unet.load_device, _computation_dtype(unet), name)
+    return LoadedModel(family, denoiser, unet.load_device, _computation_dtype(unet), name, _is_guided(p))
 
 
 def start(p: Any, plan: Plan) -> None:
@@ -68,6 +70,13 @@ _running: list[_Run] = []
 def _patcher(p: Any) -> Any:
     # Before its first picture, Forge has a stand-in for a model here.
     return getattr(getattr(p.sd_model, "forge_objects", None), "unet", None)
+
+
+def _is_guided(p: Any) -> bool:
+    """Whether negative rows may come. At CFG 1 Forge does not even read the negative prompt; others of its kind do,
+    and then it is there when a pass begins."""
+    cond, scale = ("hr_uc", "hr_cfg") if getattr(p, "is_hr_pass", False) else ("uc", "cfg_scale")
+    return getattr(p, cond, None) is not None or getattr(p, scale, None) != 1
 
 
 def _computation_dtype(unet: Any) -> torch.dtype:
@@ -118,6 +127,8 @@ class _Run:
             self._injector.prepare(loaded_model(p), hires=bool(getattr(p, "is_hr_pass", False)))
             # What was compiled is on the device already; about as much is needed while a layer computes with it.
             patched.add_extra_preserved_memory_during_sampling(self._injector.nbytes)
+            if self._injector.cfg_start_step:
+                patched.add_conditioning_modifier(_guidance(self))
             self._error = None
         except Exception as error:
             self._error = error
@@ -132,11 +143,21 @@ class _Run:
             previous = unet.model_options.pop(_SLOT).previous
             if previous is not None:
                 unet.set_model_unet_function_wrapper(previous)
+            others = unet.model_options.get(_MODIFIERS, [])
+            others[:] = [modifier for modifier in others if getattr(modifier, "run", None) is not self]
 
     def look_again(self, params: Any) -> None:
         """Before each step, after the refiner's turn: the unet may be another one."""
         if self._p is not None and params.denoiser.p is self._p:
             self.patch(self._p)
+            try:
+                self._injector.check_steps(params.denoiser.steps)
+            except Exception as error:
+                self._error = error
+
+    def is_before_guidance(self, sigmas: Tensor) -> bool:
+        """Whether this step is to run without the negative prompt. sigmas: [B]."""
+        return self._p is not None and self._place(sigmas, True).index < self._injector.cfg_start_step
 
     # ------------------------------------------------------------ one call
 
@@ -162,9 +183,12 @@ class _Run:
     def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["x"]  # [B, C, h, w]
         options = kwargs["transformer_options"]
-        progress = self._progress(self._p.sampler.model_wrap_cfg, options["sigmas"])
-        self._step = DenoiseStep(progress, _rows(options, len(x)), (x.shape[-2], x.shape[-1]))
+        self._step = self._place(options["sigmas"], _rows(options, len(x)), (x.shape[-2], x.shape[-1]))
         self._call.enter_context(self._injector.around(self._step))
+
+    def _place(self, sigmas: Tensor, rows: bool | list[bool], hw: tuple[int, int] | None = None) -> DenoiseStep:
+        denoiser = self._p.sampler.model_wrap_cfg
+        return DenoiseStep(self._progress(denoiser, sigmas), rows, hw, denoiser.steps)
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._call.close()
@@ -182,6 +206,17 @@ def _wrapper(run: _Run, denoiser: nn.Module, previous: Callable | None) -> Calla
 
     wrapper.run, wrapper.previous = run, previous  # type: ignore[attr-defined]
     return wrapper
+
+
+def _guidance(run: _Run) -> Callable:
+    """Forge asks such functions before each step; with a CFG of 1 it then leaves the negative rows out."""
+
+    def modify(model, x, timestep, uncond, cond, cond_scale, model_options, seed):  # type: ignore[no-untyped-def]
+        scale = 1.0 if run.is_before_guidance(timestep) else cond_scale
+        return model, x, timestep, uncond, cond, scale, model_options, seed
+
+    modify.run = run  # type: ignore[attr-defined]
+    return modify
 
 
 def _rows(options: Mapping[str, Any], batch: int) -> list[bool]:

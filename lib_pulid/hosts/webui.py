@@ -78,6 +78,17 @@ def _text_width(unet: nn.Module) -> int:
     return 0
 
 
+def chosen_checkpoint(name: str = "") -> Any:
+    """The host's CheckpointInfo of the checkpoint of this name, else of the one that is chosen; None without any.
+
+    Forge loads it at the next picture only.
+    """
+    from modules import sd_models, shared
+
+    known = sd_models.checkpoint_aliases.get(name) if name else None
+    return known or sd_models.get_closet_checkpoint_match(shared.opts.data.get("sd_model_checkpoint") or "")
+
+
 # ---------------------------------------------------------------- how far the sampling is
 
 # Samplers whose calls per step the hosts' `total_steps` does not know.
@@ -120,6 +131,8 @@ class Injector:
     def __init__(self, plan: Plan) -> None:
         self._plan: Plan | None = plan
         self._ready_for: tuple | None = None
+        self._model: LoadedModel | None = None
+        self._hires = self._checked = False
         self._sites: Sites | None = None
         self._injections: Sequence[Injection] = ()
         self._reached = False
@@ -136,14 +149,26 @@ class Injector:
 
     def prepare(self, model: LoadedModel, *, hires: bool) -> None:
         """Gets ready for a pass. Raises: PulidError."""
-        wanted = (model.denoiser, model.device, model.dtype, hires)
+        wanted = (model.denoiser, model.device, model.dtype, model.guided, hires)
         if self._ready_for == wanted:
             return
         assert self._plan is not None, "the generation is over"
         self._release()
         self._injections = tuple(self._plan.injections(model, hires=hires))
         self._sites = _watched(find_sites(model.denoiser), self._note)
-        self._ready_for = wanted
+        self._model, self._hires, self._ready_for = model, hires, wanted
+
+    def check_steps(self, steps: int | None) -> None:
+        """Once per pass, when its number of steps is known. Raises: PulidError, see Plan."""
+        if self._plan is not None and self._model is not None and steps and not self._checked:
+            self._checked = True
+            self._plan.check_steps(self._model, steps, hires=self._hires)
+
+    @property
+    def cfg_start_step(self) -> int:
+        """See Plan; of the pass that this is ready for."""
+        assert self._plan is not None and self._model is not None, "prepare comes first"
+        return self._plan.cfg_start_step(self._model, hires=self._hires)
 
     def end(self) -> None:
         """Lets go of the plan, of the denoiser and of what was compiled for it."""
@@ -151,8 +176,8 @@ class Injector:
         self._release()
 
     def _release(self) -> None:
-        self._ready_for = self._sites = None
-        self._injections = ()
+        self._ready_for = self._sites = self._model = None
+        self._injections, self._checked = (), False
 
     def around(self, step: DenoiseStep) -> AbstractContextManager[None]:
         """Injects into the one denoiser call inside the `with`."""
@@ -165,7 +190,7 @@ class Injector:
         Raises:
             UnsupportedModelError: the denoiser's layers did not run, something else ran in their place.
         """
-        if not self._reached and any(injection.is_active(step.progress) for injection in self._injections):
+        if not self._reached and any(injection.is_active(step) for injection in self._injections):
             raise UnsupportedModelError(
                 "Something else runs in the place of the model's own layers (TensorRT: Settings, SD Unet; or another "
                 "extension that replaces the UNet), where PuLID cannot add the face. Switch it or PuLID off."

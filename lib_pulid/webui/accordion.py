@@ -6,15 +6,17 @@ hidden fields, so that a unit's values are plain JSON whoever sends them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
-from lib_pulid.fields import CUSTOM, FIELD, FIELDS, NONE, PRESETS, Field
+from lib_pulid.fields import FIELD, FIELDS, NONE, Field
 from lib_pulid.units import PulidUnit
 from lib_pulid.webui import canvas
-from lib_pulid.webui.actions import Actions
+from lib_pulid.webui.actions import FOLLOWING, PRESET_FIELDS, Actions, preset_choices
 from lib_pulid.webui.infotext import PastedField
 from lib_pulid.webui.library import Library
 
@@ -28,21 +30,25 @@ class Built:
     paste_field_names: list[str]
 
 
-def build(tab: str, count: int, library: Library, actions: Actions) -> Built:
-    """tab: "txt2img" or "img2img". count: number of units."""
+def build(tab: str, count: int, library: Library, actions: Actions, families: Sequence[str]) -> Built:
+    """tab: "txt2img" or "img2img". count: number of units. families: of the checkpoints that the host can load."""
     with _switch(tab) as on:
         gr.HTML(
             "<p>One tab is one person. Drop a photo in which the face is large and sharp, describe the picture in the "
             "prompt, generate.</p>",
             elem_classes=["pulid-hint"],
         )
+        family = families[0] if len(families) == 1 else ""
+        shown = _silent(gr.Textbox(value=family, visible=False, label="PuLID family", elem_id=f"pulid_{tab}_family"))
         with gr.Tabs(elem_id=f"pulid_{tab}_units"):
             units = []
             for number in range(1, count + 1):
                 with gr.Tab(f"Person {number}", elem_id=f"pulid_{tab}_{number}"):
-                    units.append(_Unit(tab, number, library, actions).widgets)
+                    units.append(_Unit(tab, number, library, actions, shown))
+        if not family:
+            _follow_checkpoint(tab, units, actions, shown)
     controls, fields = [on.value], [(on.value, PastedField(1, None, library))]
-    for number, widgets in enumerate(units, 1):
+    for number, widgets in enumerate((unit.widgets for unit in units), 1):
         controls += [widgets[field.name] for field in FIELDS]
         fields += [(widgets[field.name], PastedField(number, field, library)) for field in FIELDS]
     return Built(controls, fields, [str(name) for _, name in fields])
@@ -74,10 +80,28 @@ class _switch:
         self._box.__exit__(*error)
 
 
-class _Unit:
-    """The widgets of one person, by field name."""
+def _follow_checkpoint(tab: str, units: Sequence[_Unit], actions: Actions, shown: Any) -> None:
+    """A button for the page's script: it knows the checkpoint that is chosen, and when that changes."""
+    name = _silent(gr.Textbox(value="", visible=False, label="PuLID checkpoint"))
+    button = gr.Button("PuLID: follow the checkpoint", visible=False, elem_id=f"pulid_{tab}_checkpoint")
+    button.click(
+        actions.follow_checkpoint,
+        [shown, name, *(unit.widgets[field] for unit in units for field in FOLLOWING)],
+        [shown, *(part for unit in units for part in unit.following)],
+        _js="(shown, name, ...values) => [shown, Pulid.checkpoint(), ...values]",
+        show_progress=False,
+        queue=False,  # not behind a picture that is being made
+    )
 
-    def __init__(self, tab: str, number: int, library: Library, actions: Actions) -> None:
+
+class _Unit:
+    """The widgets of one person, by field name.
+
+    shown: the hidden field that has the family that the page shows. following: what changes with it.
+    """
+
+    def __init__(self, tab: str, number: int, library: Library, actions: Actions, shown: Any) -> None:
+        self._shown = shown
         self._tab, self._number, self._library, self._actions = tab, number, library, actions
         self._defaults = replace(PulidUnit(), enabled=number == 1).positions()
         self.widgets: dict[str, Any] = {}
@@ -86,6 +110,8 @@ class _Unit:
         self._strength()
         with gr.Accordion("Advanced", open=False, elem_id=self._id("advanced")):
             self._advanced()
+        w = self.widgets
+        self.following = [w["weight"], w["preset"], w["fusion"], self._sdxl, self._flux]
         self._wire()
 
     def _id(self, name: str) -> str:
@@ -98,12 +124,7 @@ class _Unit:
 
     def _hidden(self, name: str) -> None:
         label = f"PuLID {self._number} {name}"
-        self.widgets[name] = self._silent(gr.Textbox(value="", visible=False, elem_id=self._id(name), label=label))
-
-    def _silent(self, widget: Any) -> Any:
-        """Not to be kept in the host's ui-config.json."""
-        widget.do_not_save_to_config = True
-        return widget
+        self.widgets[name] = _silent(gr.Textbox(value="", visible=False, elem_id=self._id(name), label=label))
 
     # ------------------------------------------------------------ rows
 
@@ -131,7 +152,7 @@ class _Unit:
                 elem_id=self._id("photos"),
                 elem_classes=["pulid-gallery"],
             )
-        self.selected = self._silent(gr.Number(value=-1, visible=False, label=f"PuLID {self._number} selected photo"))
+        self.selected = _silent(gr.Number(value=-1, visible=False, label=f"PuLID {self._number} selected photo"))
         with gr.Row(elem_classes=["pulid-buttons"]):
             self.preview = gr.Button("Preview face", size="sm", elem_id=self._id("preview"))
             self.remove = gr.Button("Remove photo", size="sm", elem_id=self._id("remove"))
@@ -155,7 +176,7 @@ class _Unit:
                 **{**self._common(FIELD["identity"], tip=False), "value": NONE, "label": "Or a saved identity"},
             )
             self.refresh = _tool("\U0001f504", self._id("refresh"), "Look for new identities and models")
-            self.name = self._silent(
+            self.name = _silent(
                 gr.Textbox(label="Save these photos as", placeholder="name", max_lines=1, elem_id=self._id("save_name"))
             )
             self.save = gr.Button("Save identity", size="sm", elem_id=self._id("save"), elem_classes=["pulid-tool"])
@@ -163,15 +184,19 @@ class _Unit:
     def _strength(self) -> None:
         with gr.Row():
             self._slider("weight")
-            self.widgets["preset"] = gr.Radio(choices=[*PRESETS, CUSTOM], **self._common(FIELD["preset"]))
+            presets = preset_choices(self._shown.value)
+            self.widgets["preset"] = gr.Radio(choices=presets, **self._common(FIELD["preset"]))
         self.widgets["model"] = gr.Dropdown(
             choices=self._actions.model_choices(), allow_custom_value=True, **self._common(FIELD["model"])
         )
 
     def _advanced(self) -> None:
-        with gr.Row():
+        with gr.Row(visible=self._shown.value in ("", "sdxl")) as self._sdxl:
             self._choice("projection")
             self._slider("num_zero")
+        with gr.Row(visible=self._shown.value in ("", "flux")) as self._flux:
+            self._slider("start_step")
+            self._slider("cfg_start_step")
         with gr.Row():
             self._slider("start")
             self._slider("end")
@@ -217,15 +242,23 @@ class _Unit:
         self.save.click(
             act.save, [self.name, images, w["model"], *face, w["fusion"]], [w["identity"], self.name, self.note]
         )
-        w["preset"].change(act.apply_preset, [w["preset"]], [w["projection"], w["num_zero"]], show_progress=False)
-        for name in ("projection", "num_zero"):
-            w[name].change(act.name_preset, [w["projection"], w["num_zero"]], [w["preset"]], show_progress=False)
+        moved = [w[name] for name in PRESET_FIELDS]
+        w["preset"].change(act.apply_preset, [w["preset"]], moved, show_progress=False)
+        for name in PRESET_FIELDS:
+            name_preset = partial(act.name_preset, FIELD[name].family)
+            w[name].change(name_preset, [self._shown, *moved], [w["preset"]], show_progress=False)
         for changed in self.canvas.changed:
             changed(act.keep_region, self.canvas.values, [w["mask"]], show_progress=False)
         size = f"() => pulid.pictureSize('{self._tab}')"
         labels = (f"PuLID {self._number} {side}" for side in ("width", "height"))
-        width, height = (self._silent(gr.Number(visible=False, label=label)) for label in labels)
+        width, height = (_silent(gr.Number(visible=False, label=label)) for label in labels)
         self.blank.click(act.empty_picture, [width, height], [self.canvas.picture], _js=size, show_progress=False)
+
+
+def _silent(widget: Any) -> Any:
+    """Not to be kept in the host's ui-config.json."""
+    widget.do_not_save_to_config = True
+    return widget
 
 
 def _tool(text: str, elem_id: str, tooltip: str) -> Any:

@@ -13,22 +13,35 @@ import numpy as np
 
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError
 from lib_pulid.faces import FaceChoice
-from lib_pulid.fields import AUTO, CUSTOM, FIELD, NONE, PRESETS, check
+from lib_pulid.fields import (
+    AUTO,
+    CUSTOM,
+    FAMILIES,
+    FIELD,
+    NONE,
+    PRESET_FAMILY,
+    WEIGHTS,
+    check,
+    preset_name,
+    preset_values,
+)
 from lib_pulid.images import load_image, thumbnail
 from lib_pulid.webui import pictures
 from lib_pulid.webui.library import Library
 
 THUMBNAIL = 256
+PRESET_FIELDS = ("projection", "num_zero", "start_step")  # what presets set
+FOLLOWING = ("weight", "fusion", *PRESET_FIELDS)  # what is looked at when the checkpoint changes
 
 
 class Actions:
     """See the module.
 
     Args:
-        family: tells the family of the loaded checkpoint, "" where it cannot be told.
+        family: tells the family of a checkpoint by its name, with "" of the chosen one; "" where it cannot be told.
     """
 
-    def __init__(self, library: Library, family: Callable[[], str]) -> None:
+    def __init__(self, library: Library, family: Callable[[str], str]) -> None:
         self._library, self._family = library, family
 
     # ------------------------------------------------------------ lists
@@ -139,7 +152,7 @@ class Actions:
         """A named file's own; with auto the checkpoint's, or the only one there are files for."""
         files = self._library.adapters()
         named = [file.family for file in files if model in (file.name, file.path.stem) and file.family]
-        family = named[0] if named else self._family()
+        family = named[0] if named else self._family("")
         if not family:
             families = {file.family for file in files if file.family} or {"sdxl"}
             if len(families) > 1:
@@ -149,13 +162,29 @@ class Actions:
 
     # ------------------------------------------------------------ settings that belong together
 
-    def apply_preset(self, preset: str) -> tuple[Any, Any]:
-        values = PRESETS.get(preset)
-        return tuple(gr.update(value=values[name]) if values else gr.update() for name in ("projection", "num_zero"))  # type: ignore[return-value]
+    def apply_preset(self, preset: str) -> list[Any]:
+        """-> the widgets of PRESET_FIELDS."""
+        values = preset_values(preset)
+        return [gr.update(value=values[name]) if name in values else gr.update() for name in PRESET_FIELDS]
 
-    def name_preset(self, projection: str, num_zero: float) -> Any:
-        mine = {"projection": projection, "num_zero": int(num_zero or 0)}
-        return gr.update(value=next((name for name, values in PRESETS.items() if values == mine), CUSTOM))
+    def name_preset(self, family: str, shown: str, *values: Any) -> Any:
+        """After a setting of `family` was moved. shown: the family of the page. values: of PRESET_FIELDS."""
+        if shown not in ("", family):
+            return gr.update()
+        return gr.update(value=_preset_name(family, values))
+
+    def follow_checkpoint(self, shown: str, name: str, *values: Any) -> list[Any]:
+        """Shows what the checkpoint's family has, of every unit.
+
+        shown: the family of the page, "" for all. name: the checkpoint's. values: of FOLLOWING, unit by unit.
+
+        -> the family; then of every unit weight, preset, fusion, and the lines of SDXL and of FLUX.
+        """
+        family, count = self._family(name or ""), len(FOLLOWING)
+        units = [values[i : i + count] for i in range(0, len(values), count)]
+        if family == shown:
+            return [gr.update()] * (1 + 5 * len(units))
+        return [family, *(update for unit in units for update in _for_family(family, *unit))]
 
     # ------------------------------------------------------------ region
 
@@ -168,6 +197,27 @@ class Actions:
     def empty_picture(self, width: float, height: float) -> np.ndarray:
         """Black, as large as the picture will be."""
         return np.zeros((int(height or 512), int(width or 512), 3), np.uint8)
+
+
+def _for_family(family: str, weight: float, fusion: str, *values: Any) -> list[Any]:
+    others = [default for name, default in WEIGHTS.items() if name != family]
+    fusions = [choice for choice in FIELD["fusion"].choices if family != "flux" or choice != "id_mix"]
+    preset = {"value": _preset_name(family, values)} if family else {}
+    return [
+        gr.update(value=WEIGHTS[family]) if family and weight in others else gr.update(),
+        gr.update(choices=preset_choices(family), **preset),
+        gr.update(choices=fusions, value=fusion if fusion in fusions else FIELD["fusion"].default),
+        *(gr.update(visible=family in ("", own)) for own in FAMILIES),
+    ]
+
+
+def preset_choices(family: str) -> list[str]:
+    """family: "" for all."""
+    return [*(name for name, own in PRESET_FAMILY.items() if family in ("", own)), CUSTOM]
+
+
+def _preset_name(family: str, values: Sequence[Any]) -> str:
+    return preset_name(family, dict(zip(PRESET_FIELDS, values)))
 
 
 def _images(text: str) -> tuple[str, ...]:

@@ -28,11 +28,15 @@ def clear(parameters: MutableMapping[str, Any]) -> None:
         del parameters[name]
 
 
-def write(unit: PulidUnit, facts: Mapping[str, str]) -> str:
-    """All settings of a unit. facts: "hash" of the identity, "file" and "weights" of the PuLID model."""
+def write(unit: PulidUnit, family: str, facts: Mapping[str, str]) -> str:
+    """All settings of a unit that mean something to the family.
+
+    facts: "hash" of the identity, "file" and "weights" of the PuLID model.
+    """
+    unit = unit.on(family)
     entries = {"hash": facts["hash"], "weights": facts["weights"]}
     for field in FIELDS:
-        if field.pasted:
+        if field.pasted and field.family in ("", family):
             entries[field.name] = _text(getattr(unit, field.name))
     entries["file"] = facts["file"]
     if unit.images:

@@ -5,7 +5,6 @@ One adapter stays loaded on the CPU; the models that read photos are released af
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from lib_pulid.errors import (
     WrongWeightsError,
 )
 from lib_pulid.fields import AUTO
+from lib_pulid.heads import checkpoint_family, read_head
 from lib_pulid.webui.readers import Readers
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from lib_pulid.weights import Adapter
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-LARGEST_HEAD = 100_000_000  # bytes of a safetensors file's table of contents
 HASH = re.compile(r"[0-9a-f]{10}")
 NAME = re.compile(r"\w[\w .()'-]{0,79}")
 
@@ -163,6 +162,13 @@ class Library:
             self._adapter = stamp, load_adapter(path)
         return self._adapter[1]
 
+    def checkpoint_family(self, path: Path) -> str:
+        """Of a checkpoint's file, by its head: "sdxl", "flux", or "" where that does not tell."""
+        try:
+            return self._of(path, checkpoint_family)
+        except OSError:
+            return ""
+
     # ------------------------------------------------------------ saved identities
 
     def identities(self) -> list[SavedIdentity]:
@@ -282,10 +288,8 @@ def _family(path: Path) -> str:
     """By the names of a safetensors file's tensors, which stand at its head; of a pickle only the catalogue tells."""
     if path.suffix.lower() != ".safetensors":
         return next((file.group for file in catalog.CATALOG if file.name == path.name), "")
-    try:
-        with path.open("rb") as file:
-            keys = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEAD)))
-    except (ValueError, MemoryError, OverflowError, OSError):
+    keys = read_head(path)
+    if not keys:
         return ""  # damaged: listed, and loading it says what is wrong
     if any(key.startswith("pulid_ca.") for key in keys):
         return "flux"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
@@ -30,7 +30,7 @@ class UnitPlan:
     units: Sequence[tuple[int, PulidUnit]]
     library: Library
     tell: Callable[[str], None] = lambda text: None
-    _known: dict[Any, tuple[Injection, dict[str, str]]] = field(default_factory=dict)
+    _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
 
     def injections(self, model: LoadedModel, *, hires: bool) -> list[Injection]:
         """Those that act in this pass. Compiled at the first call for a family, device and dtype.
@@ -44,31 +44,60 @@ class UnitPlan:
     def prepare(self, model: LoadedModel) -> dict[int, dict[str, str]]:
         """Compiles all units and returns, by unit, what to write into the picture's parameters beside the settings."""
         try:
+            for number, unit in self.units:
+                unit.check_family(model.family, number)
             return {number: self._unit(number, unit, model)[1] for number, unit in self.units}
         finally:
             self.tell("")
             self.library.release()
 
+    def check_steps(self, model: LoadedModel, steps: int, *, hires: bool) -> None:
+        """See `lib_pulid.hosts.Plan`. The second pass has few steps and a face already, unless it alone has one."""
+        for number, unit in self.units:
+            if not unit.in_pass(hires) or (hires and unit.in_pass(False)):
+                continue
+            injection = self._unit(number, unit, model)[0]
+            if injection.weight and not injection.acts_within(steps):
+                name = "start_step" if injection.start_step >= steps else "start"
+                limits = f"from step {injection.start_step} on and " if injection.start_step else ""
+                raise at_unit(number, name, SettingError(
+                    f"the face would never act: of the {steps} steps, which count from 0, none lies "
+                    f"{limits}between the shares {injection.start:g} and {injection.end:g}."
+                ))  # fmt: skip
+
+    def cfg_start_step(self, model: LoadedModel, *, hires: bool) -> int:
+        """The largest of the units that act in this pass: it is one and the same for the whole picture."""
+        if model.family != "flux":
+            return 0
+        return max(
+            (unit.cfg_start_step for _, unit in self.units if unit.in_pass(hires) and unit.weight != 0), default=0
+        )
+
     def _unit(self, number: int, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
         key = (number, model.family, str(model.device), model.dtype)
-        if key not in self._known:
-            self._known[key] = self._compile(number, unit, model)
-        return self._known[key]
+        known = self._known.get(key)
+        if known is None or model.guided > known[2]:
+            known = self._known[key] = *self._compile(number, unit, model), model.guided
+        return known[:2]
 
     def _compile(self, number: int, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
         self.tell(f"PuLID: loading the model for unit {number}")
+        unit = unit.on(model.family)
         identity, adapter = self._identity(number, unit, model.family)
+        if not model.guided:  # half of the memory
+            identity = replace(identity, uncond=None)
         with _at(number, "mask"):
             mask = region(unit.mask, "the region") if unit.mask else None
         with _at(number, "model"):
             injection = compile_injection(
                 adapter,
                 identity,
-                weight=unit.weight,
+                weight=unit.weight or 0.0,
                 projection=unit.projection,
                 num_zero=unit.num_zero,
                 start=unit.start,
                 end=unit.end,
+                start_step=unit.start_step if model.family == "flux" else 0,
                 mask=mask,
                 device=model.device,
                 dtype=model.dtype,

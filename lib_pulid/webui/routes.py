@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
-from lib_pulid.fields import FIELD, FIELDS, PRESETS, check, schema
+from lib_pulid.fields import FIELD, FIELDS, PRESETS, WEIGHTS, check, schema
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui import pictures
 from lib_pulid.webui.library import Library
@@ -64,9 +64,10 @@ def identities(library: Library) -> dict[str, Any]:
 
 
 def describe() -> dict[str, Any]:
-    """The unit's JSON schema, the presets, and the positional order."""
-    presets = {name: dict(values) for name, values in PRESETS.items()}
-    return {**schema(), "presets": presets, "order": [field.name for field in FIELDS]}
+    """The unit's JSON schema; weight and presets by the checkpoint's family; and the positional order."""
+    presets = {family: {name: dict(values) for name, values in some.items()} for family, some in PRESETS.items()}
+    order = [field.name for field in FIELDS]
+    return {**schema(), "weights": dict(WEIGHTS), "presets": presets, "order": order}
 
 
 def detect(body: Mapping[str, Any], library: Library) -> dict[str, Any]:

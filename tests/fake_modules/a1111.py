@@ -31,6 +31,10 @@ class Denoiser:
     sampler: Any = field(default_factory=lambda: SimpleNamespace(funcname="sample_euler"))
     model_wrap: Any = field(default_factory=lambda: SimpleNamespace(sigmas=torch.tensor([0.03, 14.6])))
 
+    @property
+    def steps(self) -> int:
+        return self.total_steps
+
 
 class P:
     """StableDiffusionProcessing. `sd_model` may be exchanged in the middle, as by a refiner."""

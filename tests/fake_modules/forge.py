@@ -31,6 +31,9 @@ class UnetPatcher:
         made.model_options = copy.deepcopy(self.model_options)
         return made
 
+    def add_conditioning_modifier(self, modifier: Any) -> None:
+        self.model_options.setdefault("conditioning_modifiers", []).append(modifier)
+
     def set_model_unet_function_wrapper(self, wrapper: Any) -> None:
         self.model_options["model_function_wrapper"] = wrapper
 
@@ -43,7 +46,7 @@ class P:
 
     def __init__(self, denoiser: nn.Module, name: str = "some-model") -> None:
         self.load(denoiser, name)
-        self.is_hr_pass = False
+        self.is_hr_pass, self.cfg_scale, self.hr_cfg, self.uc, self.hr_uc = False, 7.0, 7.0, None, None
         self.sampler = SimpleNamespace(model_wrap_cfg=None)
 
     def load(self, denoiser: nn.Module, name: str = "another") -> None:
@@ -61,6 +64,7 @@ def sample(
     unconds: list[Tensor],
     *,
     steps: int = 2,
+    calls_per_step: int = 1,
     before_sampling: Any = None,
     before_step: Any = None,
     channels: int = 4,
@@ -75,7 +79,7 @@ def sample(
     from modules import script_callbacks
 
     denoiser = SimpleNamespace(
-        p=p, step=0, total_steps=steps, sampler=SimpleNamespace(funcname="sample_euler"),
+        p=p, step=0, steps=steps, total_steps=steps * calls_per_step, sampler=SimpleNamespace(funcname="sample_euler"),
         model_wrap=SimpleNamespace(sigmas=torch.tensor([0.03, 14.6])),
     )  # fmt: skip
     p.sampler.model_wrap_cfg = denoiser
@@ -83,7 +87,7 @@ def sample(
     if before_sampling is not None:
         before_sampling(p)
     outputs = []
-    for step in range(steps):
+    for step in range(steps * calls_per_step):
         if before_step is not None:
             before_step(step)
         pictures = len(conds[0])
@@ -91,7 +95,10 @@ def sample(
         sigma = torch.full((pictures,), 14.6 / (step + 1))
         script_callbacks.cfg_denoiser_callback(SimpleNamespace(x=x, sigma=sigma, denoiser=denoiser))
         unet = p.sd_model.forge_objects.unet
-        to_run = [(c, 0) for c in conds] + [(c, 1) for c in unconds]
+        scale = p.hr_cfg if p.is_hr_pass else p.cfg_scale
+        for modifier in unet.model_options.get("conditioning_modifiers", []):
+            scale = modifier(unet.model, x, sigma, unconds, conds, scale, unet.model_options, 1)[5]
+        to_run = [(c, 0) for c in conds] + [(c, 1) for c in unconds if scale != 1]
         while to_run:
             like = [entry for entry in to_run if entry[0].shape == to_run[0][0].shape][::-1]
             to_run = [entry for entry in to_run if entry[0].shape != like[0][0].shape]

@@ -15,24 +15,36 @@ from lib_pulid.sites import Site, find_sites
 
 @dataclass
 class RandomPlan:
-    """Args: asked: what the host asked for, as (name, family, hires). error: raised in the place of an answer."""
+    """Args: asked: what the host asked for, as (name, family, hires). error: raised in the place of an answer.
+    guided, steps: of the passes, as the host told."""
 
     weight: float = 1.0
     start: float = 0.0
     end: float = 1.0
     has_uncond: bool = True
+    start_step: int = 0
+    cfg_from: int = 0
     error: Exception | None = None
+    guided: list[bool] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     asked: list[tuple[str, str, bool]] = field(default_factory=list)
 
     def injections(self, model: LoadedModel, *, hires: bool) -> Sequence[Injection]:
         self.asked.append((model.name, model.family, hires))
+        self.guided.append(model.guided)
         if self.error is not None:
             raise self.error
         generator = torch.Generator().manual_seed(1)
         make = _cross_attention if model.family == "sdxl" else _image_stream
         sites = tuple(make(site, self.weight, generator) for site in find_sites(model.denoiser).sites)
         settings = (self.has_uncond, self.weight, "ortho_v2", 20, self.start, self.end, None)
-        return [Injection(model.family, sites, *settings)]
+        return [Injection(model.family, sites, *settings, self.start_step)]
+
+    def check_steps(self, model: LoadedModel, steps: int, *, hires: bool) -> None:
+        self.steps.append(steps)
+
+    def cfg_start_step(self, model: LoadedModel, *, hires: bool) -> int:
+        return self.cfg_from
 
 
 def _cross_attention(site: Site, weight: float, generator: torch.Generator) -> CrossAttentionTensors:

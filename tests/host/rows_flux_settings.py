@@ -1,0 +1,220 @@
+"""FLUX's own settings: start step, true CFG from a step on, presets, and what the page shows for which checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.host import rows_page
+from tests.host.api import encoded
+from tests.host.page import Page, opened
+from tests.host.rows_basics import FAINT, default_unit, person
+from tests.host.table import Rows, differ, equal, expect
+from tests.host.webui import Running
+
+rows = Rows()
+FORGE = ("forge",)
+STEPS = 6
+FLUX: dict[str, Any] = {"override_settings": {"sd_model_checkpoint": "tiny-flux.safetensors"}, "scheduler": "Simple"}
+FLUX |= {"cfg_scale": 1.0, "negative_prompt": "", "width": 128, "height": 128, "steps": STEPS}
+GUIDED = {**FLUX, "cfg_scale": 3.0, "negative_prompt": "blurry"}
+
+
+def made(host: Running, *units: dict[str, Any], **asked: Any) -> np.ndarray:
+    return host.api.txt2img(*units, **{**FLUX, **asked}).image
+
+
+def refused(host: Running, unit: dict[str, Any], *words: str, **asked: Any) -> str:
+    answer = host.api.try_txt2img(unit, **asked)
+    expect(answer.status >= 400 and not answer.has_picture, f"{unit}: {answer.status}")
+    for word in words:
+        expect(word in answer.text, f"{word!r} is not in: {answer.text[:400]}")
+    return answer.body["detail"]
+
+
+@rows.row("FLUX: start step n is step n, also with samplers of second order and in img2img", FORGE)
+def start_step(host: Running) -> str:
+    """The share of steps, which has rows of its own, tells the same step in other words."""
+    plain, whole, seen = made(host), made(host, person(host)), []
+    steps = [made(host, person(host, start_step=i)) for i in range(STEPS)]
+    equal(steps[0], whole, "start step 0")
+    for i in range(1, STEPS):
+        equal(steps[i], made(host, person(host, start=i / STEPS)), f"start step {i} and start {i}/{STEPS}")
+        differ(steps[i - 1], steps[i], f"start steps {i - 1} and {i}", FAINT)
+        seen.append(f"{differ(plain, steps[i], f'start step {i} and without the face', FAINT):.1f}")
+    for asked in ({"sampler_name": "Heun"}, {"sampler_name": "DPM2"}):
+        equal(made(host, person(host, start_step=3), **asked), made(host, person(host, start=0.5), **asked), str(asked))
+    picture = {**FLUX, "init_images": [encoded(plain)], "denoising_strength": 0.5, "steps": 9}  # of nine, five are made
+    units = [person(host, **at) for at in ({"start_step": 2}, {"start": 0.4}, {"start": 0.2}, {"start": 0.6})]
+    half = [host.api.img2img(unit, **picture).image for unit in units]
+    equal(half[0], half[1], "img2img")
+    for other in half[2:]:
+        differ(half[0], other, "img2img, another step", FAINT)
+    return "from 1 on, against without: " + ", ".join(seen)
+
+
+@rows.row("FLUX: start step and start: the later one counts; a face that would never act is told", FORGE)
+def both_starts(host: Running) -> str:
+    late = made(host, person(host, start=4 / STEPS))
+    equal(late, made(host, person(host, start=4 / STEPS, start_step=2)), "start is later")
+    equal(late, made(host, person(host, start=2 / STEPS, start_step=4)), "start step is later")
+    refused(host, person(host, start=0.95), "unit 1, field start:", "never", **FLUX)
+    refused(host, person(host, start_step=3, end=0.5), "unit 1, field start", "never", **FLUX)
+    equal(made(host), made(host, person(host, start_step=STEPS, weight=0)), "weight 0")
+    return refused(host, person(host, start_step=STEPS), "unit 1, field start_step:", "never", **FLUX)
+
+
+@rows.row("FLUX: true CFG from a step on: as the host's own early steps without CFG, and CFG 1 if it is none", FORGE)
+def cfg_start_step(host: Running) -> str:
+    always = made(host, person(host), **GUIDED)
+    first = made(host, person(host, cfg_start_step=1), **GUIDED)
+    seen = differ(always, first, "the first step without the negative prompt", FAINT)
+    try:
+        host.api.options(skip_early_cond=0.01)  # of the steps; the first is 0 of them
+        equal(first, made(host, person(host), **GUIDED), "Forge's own setting")
+    finally:
+        host.api.options(skip_early_cond=0.0)
+    never = made(host, person(host, cfg_start_step=STEPS), **GUIDED)
+    equal(never, made(host, person(host), **{**GUIDED, "cfg_scale": 1.0}), "CFG 1")
+    two = [person(host, cfg_start_step=1, weight=0.5), person(host, "ben", weight=0.5)]
+    equal(made(host, *two, **GUIDED), made(host, two[0], {**two[1], "cfg_start_step": 1}, **GUIDED), "the largest")
+    plain = made(host, **GUIDED)
+    for unit in (person(host, cfg_start_step=2, weight=0), person(host, cfg_start_step=2, enabled=False)):
+        equal(plain, made(host, unit, **GUIDED), "a unit that does not act")
+    equal(plain, made(host, **GUIDED), "afterwards")
+    equal(always, made(host, person(host), **GUIDED), "afterwards, with the face")
+    return f"{seen:.1f} of 255"
+
+
+@rows.row("FLUX: hires fix with a CFG of its own: 1 and 3, 3 and 1", FORGE)
+def hires_guidance(host: Running) -> str:
+    """At CFG 1 nothing is compiled for negative rows; the other pass has to get it."""
+    asked = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7, "steps": 4}
+    asked |= {"hr_second_pass_steps": 4, "hr_additional_modules": ["Use same choices"], "hr_scheduler": "Simple"}
+    seen = []
+    for first, second in ((1.0, 3.0), (3.0, 1.0)):
+        scales = {"cfg_scale": first, "hr_cfg": second, "negative_prompt": "blurry"}
+        face = made(host, person(host), **asked, **scales)
+        late = made(host, person(host, cfg_start_step=20), **asked, **scales)
+        without = made(host, person(host), **asked, **{**scales, "cfg_scale": 1.0, "hr_cfg": 1.0})
+        equal(late, without, f"{first:g} and {second:g}, without the negative prompt")
+        seen.append(f"{differ(face, late, 'with the negative prompt', FAINT):.1f}")
+    return ", ".join(seen)
+
+
+@rows.row("FLUX: presets by family, and weight 1 unless something is said; the parameters tell what was used", FORGE)
+def presets(host: Running) -> str:
+    default = host.api.txt2img(person(host), **FLUX)
+    equal(default.image, made(host, person(host, weight=1.0, start_step=0)), "the default is weight 1")
+    equal(default.image, made(host, person(host, preset="stylised")), "stylised is the default")
+    differ(default.image, made(host, person(host, weight=0.8)), "weights 1 and 0.8", FAINT)
+    real = host.api.txt2img(person(host, preset="realistic"), **FLUX)
+    equal(real.image, made(host, person(host, start_step=4)), "realistic is start step 4")
+    for text, wanted in (
+        (default.parameters[0], ("weight: 1,", "preset: stylised", "start_step: 0", "cfg_start_step: 0")),
+        (real.parameters[0], ("preset: realistic", "start_step: 4")),
+    ):
+        for entry in wanted:
+            expect(entry in text, f"{entry!r} is not in: {text}")
+        expect("projection" not in text and "num_zero" not in text, f"of SDXL: {text}")
+    text = host.api.txt2img(person(host)).parameters[0]
+    expect("weight: 0.8," in text and "preset: v1.1" in text and "start_step" not in text, f"on SDXL: {text}")
+    refused(host, person(host, preset="realistic"), "unit 1, field preset:", "SDXL")
+    return refused(host, person(host, preset="style"), "unit 1, field preset:", "FLUX", **FLUX)
+
+
+@rows.row("All defaults of the schema, as a dict and as the page's list, on SDXL and on FLUX", FORGE)
+def defaults(host: Running) -> None:
+    photo = {"images": [encoded(host.photo("anna"))]}
+    dict_unit = {**default_unit(host), **photo}
+    shown = {**dict_unit, "preset": "v1.1", "weight": 1.0}
+    listed = [True, *(shown[name] for name in host.api.get("/pulid/schema")["order"])]
+    equal(made(host, photo), made(host, dict_unit), "FLUX, nothing and all")
+    equal(made(host, photo), made(host, *listed), "FLUX, the list")
+    equal(host.api.txt2img(photo).image, host.api.txt2img(dict_unit).image, "SDXL, nothing and all")
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+SDXL_ONLY, FLUX_ONLY = ("projection", "num_zero"), ("start_step", "cfg_start_step")
+PRESETS = {"sdxl": ["v1.1", "fidelity", "style", "neutral", "custom"], "flux": ["realistic", "stylised", "custom"]}
+
+
+def choose(page: Page, checkpoint: str) -> None:
+    page.find(".model_selection input").first.click()
+    page.find("ul[role=listbox] li, .options li").filter(has_text=checkpoint).first.click()
+
+
+def shows(page: Page, family: str, person: int = 1) -> None:
+    """Waits until the page shows what this family has, and nothing else."""
+    labels = f"[...gradioApp().querySelectorAll('#pulid_{page.tab}_{person}_preset label')]"
+    names = f"{labels}.map((label) => label.innerText.trim())"
+    page.until(f"JSON.stringify({names}) === JSON.stringify({PRESETS[family]})", f"the presets of {family}")
+    for own, names_of in (("sdxl", SDXL_ONLY), ("flux", FLUX_ONLY)):
+        for name in names_of:
+            visible = page.part(f"{person}_{name}").is_visible()
+            expect(visible == (own == family), f"{family}: {name} is {'shown' if visible else 'hidden'}")
+
+
+@rows.row("Page: the accordion shows what the chosen checkpoint's family has, and moves the weight with it", FORGE)
+def follows(host: Running) -> str:
+    with opened(host) as page:
+        page.open()
+        page.part("1_advanced").locator(".label-wrap").first.click()
+        page.drop("anna")
+        shows(page, "sdxl")
+        page.keep(rows_page.SCREENSHOTS, "sdxl", "#pulid_txt2img")
+        choose(page, "tiny-flux")
+        shows(page, "flux")
+        page.until(rows_page.value("1_weight", "1"), "weight 1")
+        expect(page.part("1_preset").locator("input:checked").get_attribute("value") == "stylised", "the preset")
+        page.keep(rows_page.SCREENSHOTS, "flux", "#pulid_txt2img")
+        page.part("1_preset").locator("label").filter(has_text="realistic").first.click()
+        page.until(rows_page.value("1_start_step", "4"), "start step 4")
+        page.set_number("1_start_step", 2)
+        page.until(f"{rows_page.checked('1_preset')}?.value === 'custom'", "custom")
+        page.set_number("1_start_step", 4)
+        page.until(f"{rows_page.checked('1_preset')}?.value === 'realistic'", "realistic")
+        badge = page.badge()
+        choose(page, "tiny-sdxl-b")
+        shows(page, "sdxl")
+        page.until(rows_page.value("1_weight", "0.8"), "weight 0.8")
+        page.set_number("1_weight", 0.65)
+        choose(page, "tiny-flux")
+        shows(page, "flux")
+        expect(page.number("1_weight") == 0.65, f"a weight that was set: {page.number('1_weight')}")
+        expect(page.number("1_start_step") == 4, f"start step: {page.number('1_start_step')}")
+    with opened(host) as page:  # opened anew, with FLUX chosen
+        page.open()
+        page.part("1_advanced").locator(".label-wrap").first.click()
+        shows(page, "flux")
+        expect(page.number("1_weight") == 1, f"weight: {page.number('1_weight')}")
+        page.choose_tab("img2img")
+        page.open()
+        page.part("1_advanced").locator(".label-wrap").first.click()
+        shows(page, "flux")
+        choose(page, "tiny-sd15")
+        page.part("1_num_zero").wait_for(state="visible")
+        expect(page.part("1_start_step").is_visible(), "neither SDXL nor FLUX: both are shown")
+        choose(page, "tiny-sdxl.safetensors")
+        shows(page, "sdxl")
+    return badge
+
+
+@rows.row("Page: parameters of a FLUX picture pasted back give the same picture", FORGE)
+def paste(host: Running) -> str:
+    unit = person(host, preset="realistic", cfg_start_step=2, weight=0.9)
+    asked = {**GUIDED, "scheduler": "Simple"}
+    picture = host.api.txt2img(unit, **asked)
+    with opened(host) as page:
+        choose(page, "tiny-flux")
+        page.find("#txt2img_prompt textarea").fill(picture.parameters[0])
+        page.find("#txt2img_tools #paste, #paste").first.click()
+        page.until("(new Pulid('txt2img')).units()[0]?.text.includes('0.9')", "the weight")
+        page.inner.wait_for_timeout(1500)  # the preset's own change of a slider
+        for name, wanted in (("1_start_step", 4), ("1_cfg_start_step", 2)):
+            expect(page.number(name) == wanted, f"{name}: {page.number(name)}")
+        equal(picture.image, page.generate(), "the pasted settings")
+        choose(page, "tiny-sdxl.safetensors")
+        return page.badge()
