@@ -88,11 +88,14 @@ class Pulid {
 
     /** When another checkpoint is chosen, and once at the start: lets the server show what its family has. */
     followCheckpoint() {
-        const button = this.element("checkpoint");
-        const name = Pulid.checkpoint();
-        if (!button || name === this.followed) return;
-        this.followed = name;
-        button.click();
+        if (Pulid.followed[this.tab] !== Pulid.checkpoint()) this.element("checkpoint")?.click();
+    }
+
+    static followed = {};
+
+    /** The button's answer: the checkpoint's name for the server. A click that came before gradio listened has none. */
+    static follow(tab) {
+        return Pulid.followed[tab] = Pulid.checkpoint();
     }
 
     // ---------------------------------------------------------------- photos

@@ -41,6 +41,10 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "flux": {"realistic": {"start_step": 4}, "stylised": {"start_step": 0}},
 }
+PRESET_TIPS: Mapping[str, str] = {
+    "sdxl": "v1.1 for PuLID v1.1; for v1 fidelity (likeness) or style; neutral keeps nothing apart.",
+    "flux": "realistic lets the face begin at step 4, stylised at once.",
+}
 PRESET_FAMILY = {name: family for family, presets in PRESETS.items() for name in presets}
 
 
@@ -90,10 +94,9 @@ FIELDS = (
           pasted=False),
     Field("identity", "Saved identity", "text", "", "Name or short hash of a saved identity, used instead of photos."),
     Field("model", "PuLID model", "text", AUTO, "auto takes the PuLID file that fits the checkpoint."),
-    Field("weight", "Weight", "float", None, "How strong the face is. 0 changes nothing; if nothing is given, SDXL "
-          "0.8, FLUX 1.", 0, 5, 0.05, shown=WEIGHTS["sdxl"]),
-    Field("preset", "Preset", "choice", AUTO, "Official settings. SDXL: v1.1 for PuLID v1.1; for v1 fidelity "
-          "(likeness) or style; neutral: nothing is kept apart. FLUX: realistic or stylised.",
+    Field("weight", "Weight", "float", None, "How strong the face is; 0 changes nothing. Official, and taken where "
+          "nothing is given: SDXL 0.8, FLUX 1.", 0, 5, 0.05, shown=WEIGHTS["sdxl"]),
+    Field("preset", "Preset", "choice", AUTO, " ".join(f"{f.upper()}: {PRESET_TIPS[f]}" for f in FAMILIES),
           choices=(AUTO, *PRESET_FAMILY, CUSTOM), shown="v1.1"),
     Field("projection", "Projection", "choice", "ortho_v2", "How the face is kept apart from the prompt; SDXL.",
           choices=PROJECTIONS, advanced=True, family="sdxl"),
@@ -103,11 +106,11 @@ FIELDS = (
           advanced=True),
     Field("end", "End", "float", 1.0, "Share of the steps after which the face no longer acts.", 0, 1, 0.01,
           advanced=True),
-    Field("start_step", "Start step", "int", 0, "First step in which the face acts, 0 is the first of all; FLUX. "
-          "Official: 4 for realistic pictures, 0 to 1 for stylised ones; fewer give more likeness.", 0, 10, 1,
+    Field("start_step", "Start step", "int", 0, "The first step in which the face acts. Official: 4 for realistic "
+          "pictures, 0 to 1 for stylised ones; earlier gives more likeness, later more to the prompt.", 0, 10, 1,
           advanced=True, family="flux"),
-    Field("cfg_start_step", "True CFG from step", "int", 0, "With a CFG above 1: the steps before this one run "
-          "without the negative prompt; FLUX. 0: all have it; official 1.", 0, 20, 1, advanced=True, family="flux"),
+    Field("cfg_start_step", "True CFG from step", "int", 0, "With a CFG above 1, the steps before this one run "
+          "without the negative prompt. 0: all have it. Official: 1.", 0, 20, 1, advanced=True, family="flux"),
     Field("face_order", "Face in the photo", "choice", "largest", "How faces are counted if a photo has several.",
           choices=FACE_ORDERS, advanced=True),
     Field("face_index", "Face number", "int", 0, "0 is the first in that order, 1 the next.", 0, 50, 1, advanced=True),

@@ -200,7 +200,9 @@ def _fill(modules: ModuleType, models_dir: Path) -> None:
     flags = SimpleNamespace(api=True, nowebui=False, api_auth=None, pulid_models_dir=str(models_dir))
     add("shared", opts=opts, cmd_opts=flags, state=State(), OptionInfo=OptionInfo)
     add("paths", models_path=str(models_dir))
-    add("sd_models", model_data=SimpleNamespace(sd_model=None))
+    known: dict[str, Any] = {}  # CheckpointInfo by each of its names
+    add("sd_models", model_data=SimpleNamespace(sd_model=None), checkpoint_aliases=known)
+    modules.sd_models.get_closet_checkpoint_match = known.get
     add("scripts", Script=Script, AlwaysVisible=ALWAYS_VISIBLE, scripts_data=[_xyz()])
     add("ui_components", InputAccordion=type("InputAccordion", (Widget,), {}), ToolButton=type("Tool", (Widget,), {}))
 

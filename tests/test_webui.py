@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,6 +231,110 @@ class TestTheAccordion:
         assert len(names) == 1 + 3 * len(FIELDS)
 
 
+class TestFamilies:
+    def choices(self, script) -> list[str]:
+        return next(widget for widget in script.ui(False) if widget.elem_id == "pulid_txt2img_1_preset").kwargs[
+            "choices"
+        ]
+
+    def test_where_there_is_no_flux_nothing_of_it_is_shown(self, script):
+        assert self.choices(script) == ["v1.1", "fidelity", "style", "neutral", "custom"]
+
+    def test_before_forge_has_said_which_all_is_shown(self, weights):
+        with webui("forge", weights) as ui:
+            assert set(self.choices(ui.script())) == {*PRESETS["sdxl"], *PRESETS["flux"], "custom"}
+
+    def test_of_the_chosen_checkpoint(self, weights, tmp_path):
+        """By its file, until it is loaded; by what is loaded then."""
+        from tests.fake_modules.forge import P
+        from tests.fake_modules.models import Flux
+        from tests.test_heads import FLUX, SDXL, gguf, rooted, safetensors
+
+        files = {
+            "flux": safetensors(tmp_path / "a.safetensors", FLUX),
+            "flux gguf": gguf(tmp_path / "b.gguf", FLUX),
+            "sdxl": safetensors(tmp_path / "c.safetensors", rooted(SDXL)),
+            "pickle": tmp_path / "d.ckpt",
+            "gone": tmp_path / "e.safetensors",
+        }
+        with webui("forge", weights) as ui:
+            known, opts, door = ui.modules.sd_models.checkpoint_aliases, ui.modules.shared.opts, ui.door()
+            assert door.checkpoint_family() == ""
+            known.update({name: SimpleNamespace(filename=str(path)) for name, path in files.items()})
+            opts.data["sd_model_checkpoint"] = "sdxl"
+            families = {name: door.checkpoint_family(name) for name in ("", "half typed", *files)}
+            assert families == {"": "sdxl", "half typed": "sdxl", "flux": "flux", "flux gguf": "flux", "sdxl": "sdxl",
+                                "pickle": "", "gone": ""}  # fmt: skip
+            loaded = P(Flux(), "d").sd_model
+            loaded.sd_checkpoint_info.filename = str(files["pickle"])
+            ui.modules.sd_models.model_data.sd_model = loaded
+            assert door.checkpoint_family("pickle") == "flux"
+            assert door.checkpoint_family("sdxl") == "sdxl"
+
+    def test_a_preset_of_the_other_family(self, ui, script, one):
+        with pytest.raises(SettingError, match="unit 1, field preset: realistic is for FLUX"):
+            ui.generate(script, Generation(), [{"images": [one], "preset": "realistic"}])
+
+    def test_a_face_that_would_never_act(self, ui, script, one):
+        with pytest.raises(SettingError, match="unit 1, field start: .* never act: of the 2 steps"):
+            ui.generate(script, Generation(), [{"images": [one], "start": 0.6}])
+        ui.generate(script, Generation(), [{"images": [one], "start": 0.6, "weight": 0}])
+        ui.generate(script, Generation(), [{"images": [one], "start": 0.5, "start_step": 9}])  # FLUX alone has that
+
+
+class TestPlan:
+    @pytest.fixture
+    def model(self) -> hosts.LoadedModel:
+        return hosts.LoadedModel("flux", torch.nn.Identity(), torch.device("cpu"), torch.float32, "x")
+
+    def plan(self, library, one, *units):
+        from lib_pulid.webui.plan import UnitPlan
+
+        made = [PulidUnit.from_mapping({"images": [one], **values}, n) for n, values in enumerate(units, 1)]
+        return UnitPlan(list(enumerate(made, 1)), library)
+
+    def test_settings_by_family(self, library, one, model):
+        plan = self.plan(library, one, {"start_step": 3}, {"weight": 0.3})
+        sdxl = replace(model, family="sdxl")
+        flux = plan.injections(model, hires=False)
+        assert [(i.family, i.weight, i.start_step) for i in flux] == [("flux", 1.0, 3), ("flux", 0.3, 0)]
+        assert [(i.weight, i.start_step) for i in plan.injections(sdxl, hires=False)] == [(0.8, 0), (0.3, 0)]
+
+    def test_without_negative_rows_half_is_compiled(self, library, one, model):
+        plan = self.plan(library, one, {})
+        (half,) = plan.injections(replace(model, guided=False), hires=False)
+        (whole,) = plan.injections(model, hires=True)
+        assert (half.has_uncond, whole.has_uncond) == (False, True)
+        assert 2 * half.nbytes == whole.nbytes
+        assert plan.injections(replace(model, guided=False), hires=False)[0] is whole  # not a third time
+        for one_site, two_sites in zip(half.sites, whole.sites):
+            assert torch.equal(one_site.score[0], two_sites.score[0])
+
+    def test_the_largest_first_step_with_a_negative_prompt(self, library, one, model):
+        plan = self.plan(
+            library,
+            one,
+            {"cfg_start_step": 1},
+            {"cfg_start_step": 3, "hires": "second"},
+            {"cfg_start_step": 9, "weight": 0},
+        )
+        assert plan.cfg_start_step(model, hires=False) == 1
+        assert plan.cfg_start_step(model, hires=True) == 3
+        assert plan.cfg_start_step(replace(model, family="sdxl"), hires=True) == 0
+        assert self.plan(library, one, {"weight": 0, "cfg_start_step": 1}).cfg_start_step(model, hires=False) == 0
+
+    def test_a_face_that_would_never_act(self, library, one, model):
+        plan = self.plan(library, one, {}, {"start_step": 4})
+        plan.check_steps(model, 5, hires=False)
+        with pytest.raises(SettingError, match="unit 2, field start_step: .*of the 4 steps.*from step 4 on"):
+            plan.check_steps(model, 4, hires=False)
+        plan.check_steps(model, 2, hires=True)  # a face that the first pass has made
+        with pytest.raises(SettingError, match="unit 1, field start_step"):
+            self.plan(library, one, {"start_step": 4, "hires": "second"}).check_steps(model, 2, hires=True)
+        self.plan(library, one, {"start_step": 4, "weight": 0}).check_steps(model, 2, hires=False)
+        self.plan(library, one, {"start_step": 4}).check_steps(replace(model, family="sdxl"), 2, hires=False)
+
+
 @pytest.fixture
 def library(ui, script):
     return script.library
@@ -247,18 +352,30 @@ class TestInfotext:
 
         unit = PulidUnit.from_mapping(
             {"identity": 'A, b: "c"', "model": "x%2C,y.bin", "weight": 1.25, "preset": "style", "start": 0.1,
-             "face_order": "center", "face_index": 2, "hires": "first", "end": 0.9, "fusion": "average"}, 2,
+             "face_order": "center", "face_index": 2, "hires": "first", "end": 0.9, "fusion": "average",
+             "start_step": 3, "cfg_start_step": 2}, 2,
         )  # fmt: skip
-        text = infotext.write(unit, {"hash": "0123456789", "file": "x.bin", "weights": "abc"})
+        text = infotext.write(unit, "sdxl", {"hash": "0123456789", "file": "x.bin", "weights": "abc"})
         pasted = self.pasted(library, {"PuLID 2": text})
         assert pasted["PuLID on"] is True
         assert (pasted["PuLID 1 enabled"], pasted["PuLID 2 enabled"]) == (False, True)
         for field in FIELDS:
             if field.name not in ("enabled", "images", "identity", "mask"):
-                assert pasted[f"PuLID 2 {field.name}"] == getattr(unit, field.name)
+                wanted = None if field.family == "flux" else getattr(unit, field.name)
+                assert pasted[f"PuLID 2 {field.name}"] == wanted
         assert pasted["PuLID 2 identity"] == "None"  # not saved here
         assert pasted["PuLID 2 images"] is None  # whatever photos are there stay
         assert infotext.read(text)["identity"] == unit.identity
+
+    def test_of_flux_there_and_back(self, library):
+        from lib_pulid.webui import infotext
+
+        unit = PulidUnit.from_mapping({"identity": "Anna", "preset": "realistic", "cfg_start_step": 1}, 1)
+        text = infotext.write(unit, "flux", {"hash": "0123456789", "file": "x.bin", "weights": "abc"})
+        assert "weight: 1, preset: realistic, " in text
+        pasted = self.pasted(library, {"PuLID 1": text})
+        names = ("weight", "preset", "start_step", "cfg_start_step", "projection", "num_zero")
+        assert [pasted[f"PuLID 1 {name}"] for name in names] == [1.0, "realistic", 4, 1, None, None]
 
     def test_a_picture_without_it_switches_it_off_and_leaves_the_rest(self, library):
         pasted = self.pasted(library, {"Steps": "20"})
@@ -316,14 +433,14 @@ class TestXYZ:
         Image.fromarray(photo((330, 210), shade=5)).save(path)
         p, pictures = Generation(UNet()), {}
         for weight in (0.0, 0.5, 1.0):
-            for preset in PRESETS:
+            for preset in PRESETS["sdxl"]:
                 cell = copy(p)
                 axes["[PuLID 1] Weight"].apply(cell, weight, [])
                 axes["[PuLID 1] Preset"].apply(cell, preset, [])
                 axes["[PuLID 1] Photo file"].apply(cell, str(path), [])
                 pictures[weight, preset] = ui.generate(script, cell, default_args(3))[0]
         assert len(calls) == 1  # one photo, read once
-        assert len({picture.sum().item() for picture in pictures.values()}) == 1 + 2 * len(PRESETS)
+        assert len({picture.sum().item() for picture in pictures.values()}) == 1 + 2 * len(PRESETS["sdxl"])
         assert not hasattr(p, "pulid_changes")
         assert ui.swallowed == []
 
@@ -342,7 +459,7 @@ class TestActions:
     def actions(self, library):
         from lib_pulid.webui.actions import Actions
 
-        return Actions(library, lambda: "sdxl")
+        return Actions(library, lambda name: {"": "sdxl"}.get(name, name))
 
     def test_photos_come_and_go(self, actions, tmp_path):
         paths = []
@@ -391,10 +508,39 @@ class TestActions:
         assert "pulid-bad" in actions.save(name, json.dumps([one]), "auto", "largest", 0, "official")[2]
 
     def test_presets_and_sliders(self, actions):
-        assert [update["value"] for update in actions.apply_preset("style")] == ["ortho", 16]
-        assert actions.apply_preset("custom") == ({"__type__": "update"},) * 2
-        assert actions.name_preset("ortho", 16.0)["value"] == "style"
-        assert actions.name_preset("ortho", 17)["value"] == "custom"
+        assert [update.get("value") for update in actions.apply_preset("style")] == ["ortho", 16, None]
+        assert [update.get("value") for update in actions.apply_preset("realistic")] == [None, None, 4]
+        assert actions.apply_preset("custom") == [{"__type__": "update"}] * 3
+        for shown in ("", "sdxl"):
+            assert actions.name_preset("sdxl", shown, "ortho", 16.0, 0)["value"] == "style"
+        assert actions.name_preset("sdxl", "sdxl", "ortho", 17, 0)["value"] == "custom"
+        assert actions.name_preset("flux", "flux", "ortho", 17, 4.0)["value"] == "realistic"
+        assert actions.name_preset("sdxl", "flux", "ortho", 16, 4) == {"__type__": "update"}  # the page shows the other
+
+    def test_another_family(self, actions):
+        values = [0.8, "id_mix", "ortho", 16, 0, 0.5, "average", "none", 3, 4]  # of two units
+        family, *updates = actions.follow_checkpoint("sdxl", "flux", *values)
+        assert family == "flux"
+        first, second = updates[:5], updates[5:]
+        assert (first[0]["value"], second[0].get("value")) == (1.0, None)  # 0.5 was set by hand
+        assert first[1]["choices"] == ["realistic", "stylised", "custom"]
+        assert (first[1]["value"], second[1]["value"]) == ("stylised", "realistic")
+        assert first[2]["choices"] == ["official", "average"]
+        assert (first[2]["value"], second[2]["value"]) == ("official", "average")
+        assert [update["visible"] for update in first[3:]] == [False, True]
+        family, *updates = actions.follow_checkpoint("flux", "sdxl", 1.0, *values[1:])
+        assert (updates[0]["value"], updates[1]["value"], updates[2]["value"]) == (0.8, "style", "id_mix")
+        assert [update["visible"] for update in updates[3:5]] == [True, False]
+
+    def test_the_same_family_or_none(self, actions):
+        assert (
+            actions.follow_checkpoint("flux", "flux", 0.8, "official", "ortho", 16, 0) == [{"__type__": "update"}] * 6
+        )
+        actions._family = lambda name: ""
+        family, weight, preset, _, *lines = actions.follow_checkpoint("flux", "", 1.0, "official", "ortho", 16, 0)
+        assert (family, weight) == ("", {"__type__": "update"})
+        assert preset == {"__type__": "update", "choices": [*PRESETS["sdxl"], *PRESETS["flux"], "custom"]}
+        assert [line["visible"] for line in lines] == [True, True]
 
     def test_a_painted_region(self, actions):
         from lib_pulid.webui.pictures import region

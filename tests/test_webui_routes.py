@@ -23,7 +23,9 @@ def test_models_identities_and_schema(library):  # noqa: F811
     assert routes.identities(library)["identities"] == []
     described = json.loads(json.dumps(routes.describe()))
     assert described["order"] == [field.name for field in FIELDS]
-    assert described["presets"]["style"] == {"projection": "ortho", "num_zero": 16}
+    assert described["presets"]["sdxl"]["style"] == {"projection": "ortho", "num_zero": 16}
+    assert described["presets"]["flux"]["realistic"] == {"start_step": 4}
+    assert described["weights"] == {"sdxl": 0.8, "flux": 1.0}
 
 
 def test_detect(library, two):  # noqa: F811

@@ -88,7 +88,7 @@ def _follow_checkpoint(tab: str, units: Sequence[_Unit], actions: Actions, shown
         actions.follow_checkpoint,
         [shown, name, *(unit.widgets[field] for unit in units for field in FOLLOWING)],
         [shown, *(part for unit in units for part in unit.following)],
-        _js="(shown, name, ...values) => [shown, Pulid.checkpoint(), ...values]",
+        _js=f"(shown, name, ...values) => [shown, Pulid.follow('{tab}'), ...values]",
         show_progress=False,
         queue=False,  # not behind a picture that is being made
     )

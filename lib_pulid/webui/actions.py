@@ -20,6 +20,7 @@ from lib_pulid.fields import (
     FIELD,
     NONE,
     PRESET_FAMILY,
+    PRESET_TIPS,
     WEIGHTS,
     check,
     preset_name,
@@ -202,7 +203,7 @@ class Actions:
 def _for_family(family: str, weight: float, fusion: str, *values: Any) -> list[Any]:
     others = [default for name, default in WEIGHTS.items() if name != family]
     fusions = [choice for choice in FIELD["fusion"].choices if family != "flux" or choice != "id_mix"]
-    preset = {"value": _preset_name(family, values)} if family else {}
+    preset = {"value": _preset_name(family, values), "info": PRESET_TIPS[family]} if family else {}
     return [
         gr.update(value=WEIGHTS[family]) if family and weight in others else gr.update(),
         gr.update(choices=preset_choices(family), **preset),
