@@ -21,6 +21,9 @@ from lib_pulid.errors import UnsupportedModelError
 
 DOUBLE_INTERVAL = 2
 SINGLE_INTERVAL = 4
+FLUX_BLOCKS = (19, 38)  # double and single, in FLUX.1; near counts have as many sites
+# A part that FLUX.1 does not have -> the model that does.
+_RELATIVES = {"distilled_guidance_layer": "Chroma", "double_stream_modulation_img": "FLUX.2"}
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,9 @@ def find_sites(denoiser: nn.Module) -> Sites:
     Raises:
         UnsupportedModelError: it is none of these.
     """
-    if hasattr(denoiser, "distilled_guidance_layer"):
-        raise UnsupportedModelError("Chroma has FLUX's layout, but PuLID was not trained for it.")
+    for mark, name in _RELATIVES.items():
+        if hasattr(denoiser, mark):
+            raise UnsupportedModelError(f"{name} has FLUX.1's layout, but PuLID was not trained for it.")
     if hasattr(denoiser, "input_blocks") and hasattr(denoiser, "output_blocks"):
         return _unet_sites(denoiser, ("input_blocks", "output_blocks", "middle_block"))
     if hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks"):
@@ -115,6 +119,10 @@ def cross_attention_site(name: str, attention: Any) -> Site:
 
 def _transformer_sites(transformer: Any, double: str, single: str, image_first: bool) -> Sites:
     """image_first: a double block returns (img, txt), as in BFL's code, not (txt, img), as in diffusers."""
+    blocks = len(getattr(transformer, double)), len(getattr(transformer, single))
+    if blocks != FLUX_BLOCKS:
+        wanted = "FLUX.1 has {} double and {} single blocks".format(*FLUX_BLOCKS)
+        raise UnsupportedModelError(f"{wanted}, this model {blocks[0]} and {blocks[1]}.")
     width = getattr(transformer, "hidden_size", None) or transformer.inner_dim
     text_length: list[int] = []  # of the call under way; the single blocks see text and image as one sequence
     sites = [

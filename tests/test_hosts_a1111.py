@@ -298,7 +298,8 @@ def test_stop_lets_go_of_the_plan(p):
         (UNet(1280, SDXL_BLOCKS), "SDXL refiner"),
         (UNet(2048, (12, 0, 22)), "shortened SDXL with 34 of 70"),
         (torch.nn.Linear(2, 2), "neither an SDXL UNet"),
-        (Flux(8, 38), "another size"),
+        (Flux(8, 38), "this model 8 and 38"),
+        (Flux(19, 37), "this model 19 and 37"),
     ],
 )
 def test_unsupported_models_are_named(modules, model, message):

@@ -14,7 +14,7 @@ from lib_pulid import hosts
 from lib_pulid.errors import PulidError, SettingError, UnsupportedModelError
 from tests.fake_modules import installed
 from tests.fake_modules.forge import P, sample
-from tests.fake_modules.models import SD1_BLOCKS, Flux, UNet, count_hooks
+from tests.fake_modules.models import SD1_BLOCKS, Flux, UNet, count_hooks, pack_layers
 from tests.fake_modules.plan import RandomPlan
 
 SLOT = "model_function_wrapper"
@@ -202,6 +202,38 @@ def test_several_pictures_of_flux_with_true_guidance():
     before, after = (run(p, plan, **how) for plan in (None, RandomPlan(has_uncond=False)))
     changed = [not torch.allclose(x, y) for x, y in zip(after[0], before[0])]
     assert changed == [False, False, True, True]
+
+
+@pytest.mark.parametrize("hw", [(8, 8), (6, 10)])
+def test_reference_tokens_of_kontext_get_no_identity(hw):
+    p, seen = P(Flux(reference=5), "kontext"), []
+    block = unet(p).model.diffusion_model.double_blocks[1]
+    handle = block.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["img"]), with_kwargs=True)
+    for plan in (None, RandomPlan()):
+        run(p, plan, [text(256, width=6)], [], steps=1, hw=hw)
+    handle.remove()
+    changed = (seen[1] != seen[0]).any(2)[0]
+    assert changed.tolist() == [True] * (hw[0] * hw[1] // 4) + [False] * 5
+
+
+@pytest.mark.parametrize("denoiser, width, family", [(UNet, 2048, "sdxl"), (Flux, 6, "flux")])
+def test_packed_weights_are_not_taken_for_sizes(denoiser, width, family):
+    """nf4: what is told of the model, and the picture, are those of the same layers in 16 bits."""
+    seen = []
+    for packed in (False, True):
+        p = P(denoiser(), "nf4")
+        if packed:
+            pack_layers(unet(p).model)
+        seen.append(run(p, RandomPlan(), [text(width=width)], [], steps=1))
+        assert host().loaded_model(p).family == family
+    assert same(*seen)
+
+
+def test_a_packed_model_of_another_family_is_refused():
+    p = P(UNet(768, SD1_BLOCKS), "nf4")
+    pack_layers(unet(p).model)
+    with pytest.raises(UnsupportedModelError, match="Stable Diffusion 1.x"):
+        host().loaded_model(p)
 
 
 @pytest.mark.parametrize("first", [True, False])

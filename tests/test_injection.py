@@ -309,10 +309,11 @@ def test_other_models_are_refused(unet, adapter):
         with pytest.raises(UnsupportedModelError, match=message):
             run(model, [injection])
         assert layouts.count_hooks(model) == 0
-    chroma = nn.Module()
-    chroma.distilled_guidance_layer = nn.Identity()
-    with pytest.raises(UnsupportedModelError, match="Chroma"):
-        run(chroma, [injection])
+    for mark, name in (("distilled_guidance_layer", "Chroma"), ("double_stream_modulation_img", "FLUX.2")):
+        relative = nn.Module()
+        relative.add_module(mark, nn.Identity())
+        with pytest.raises(UnsupportedModelError, match=name):
+            run(relative, [injection])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from lib_pulid.sites import Site, Sites, find_sites
 
 SDXL_SITES = 70
 REFINER_WIDTH = 1280
-FLUX_SITES = 20
 # Width of the text that a UNet's cross-attention reads -> what it is then.
 TEXT_WIDTHS = {
     768: "a Stable Diffusion 1.x model",
@@ -58,7 +57,7 @@ def _problem(denoiser: nn.Module) -> str | None:
     except UnsupportedModelError as error:
         return str(error).rstrip(".")
     if sites.family == "flux":
-        return None if len(sites.sites) == FLUX_SITES else "this is a FLUX model of another size than FLUX.1"
+        return None
     width = _text_width(denoiser)
     if width != 2048:
         return f"this is {TEXT_WIDTHS.get(width, f'a UNet that reads text {width} wide, which is none that I know')}"

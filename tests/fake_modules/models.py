@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ SD1_BLOCKS = (6, 1, 9)
 class CrossAttention(nn.Module):
     def __init__(self, text_width: int) -> None:
         super().__init__()
-        self.heads = HEADS
+        self.heads, self.dim_head = HEADS, WIDTH // HEADS
         self.to_q = nn.Linear(WIDTH, WIDTH, bias=False)
         self.to_k = nn.Linear(text_width, WIDTH, bias=False)
         self.to_v = nn.Linear(text_width, WIDTH, bias=False)
@@ -67,10 +68,11 @@ class _Single(nn.Module):
 class Flux(nn.Module):
     """Forge's IntegratedFluxTransformer2DModel, as far as an extension sees it."""
 
-    def __init__(self, double: int = 19, single: int = 38) -> None:
+    def __init__(self, double: int = 19, single: int = 38, reference: int = 0) -> None:
+        """reference: packs of another picture behind those of its own, as hosts that know Kontext append them."""
         super().__init__()
         torch.manual_seed(1)
-        self.hidden_size = WIDTH
+        self.hidden_size, self.reference = WIDTH, reference
         self.double_blocks = nn.ModuleList(_Double() for _ in range(double))
         self.single_blocks = nn.ModuleList(_Single() for _ in range(single))
         self.img_in, self.txt_in, self.last = nn.Linear(16, WIDTH), nn.Linear(6, WIDTH), nn.Linear(WIDTH, 16)
@@ -80,14 +82,37 @@ class Flux(nn.Module):
         batch, channels, height, width = x.shape
         packs = x.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
         packs = packs.reshape(batch, height * width // 4, channels * 4)
+        own, packs = packs.shape[1], torch.cat((packs, 1 + packs[:, : self.reference]), dim=1)
         img, txt = self.img_in(packs), self.txt_in(context)
         for block in self.double_blocks:
             img, txt = block(img=img, txt=txt, vec=None, pe=None)
         x = torch.cat((txt, img), dim=1)
         for block in self.single_blocks:
             x = block(x, vec=None, pe=None)
-        out = self.last(x[:, txt.shape[1] :]).view(batch, height // 2, width // 2, channels, 2, 2)
+        out = self.last(x[:, txt.shape[1] : txt.shape[1] + own]).view(batch, height // 2, width // 2, channels, 2, 2)
         return out.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+class PackedLinear(nn.Module):
+    """A layer as bitsandbytes' 4 bit ones: no sizes of its own, and a weight of one column, two values in a byte."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._compute = [linear]  # in a list, no part of this module
+        self.weight = nn.Parameter(torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+        self.weight.quant_state = SimpleNamespace(shape=linear.weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._compute[0](x)
+
+
+def pack_layers(module: nn.Module) -> None:
+    """Puts PackedLinear in the place of every Linear."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, PackedLinear(child))
+        else:
+            pack_layers(child)
 
 
 def count_hooks(module: nn.Module) -> int:

@@ -15,6 +15,8 @@ from tests.host import (
     rows_controlnet,
     rows_errors,
     rows_flags,
+    rows_flux,
+    rows_flux_kinds,
     rows_flux_settings,
     rows_grid,
     rows_img2img,
@@ -23,7 +25,7 @@ from tests.host import (
     rows_start,
     rows_works_with,
 )
-from tests.host.models import checkpoints, pulid
+from tests.host.models import checkpoints, flux, pulid
 from tests.host.table import Result, Row, as_markdown, run
 from tests.host.webui import NAMES, ROOT, Checkout, Running, running
 
@@ -34,9 +36,11 @@ GROUPS = {
     "works-with": rows_works_with,
     "img2img": rows_img2img,
     "controlnet": rows_controlnet,
-    "flux-settings": rows_flux_settings,
     "grid": rows_grid,
     "errors": rows_errors,
+    "flux": rows_flux,
+    "flux-kinds": rows_flux_kinds,
+    "flux-settings": rows_flux_settings,
     "page": rows_page,
     "long": rows_long,
 }
@@ -97,19 +101,24 @@ def keep_log(host: Running, generated: Path) -> None:
 def generate(folder: Path, checkout: Checkout) -> Path:
     """Checkpoints and the rest, unless they are there already as this program would write them."""
     models = sorted(Path(__file__).with_name("models").glob("*.py"))
-    large = [path for path in models if path.stem not in ("pulid", "configs")]
+    large = [path for path in models if path.stem not in ("pulid", "configs", "flux", "gguf")]
+    kinds = [path for path in models if path.stem in ("flux", "gguf")]
     small = [*large, ROOT / "tests" / "face_standins.py", ROOT / "lib_pulid" / "standin.py"]
 
     def checkpoints_and_companions() -> None:
-        print(f"Writing small models into {folder} (1.4 GB) ...", flush=True)
+        print(f"Writing small models into {folder} (2.2 GB) ...", flush=True)
         checkpoints.write_checkpoints(folder / "checkpoints")
         checkpoints.write_companions(folder / "lora", folder / "controlnet")
+
+    def flux_kinds() -> None:
+        flux.write_flux_kinds(folder / "checkpoints", folder / "lora", folder / "modules")
 
     def pulid_and_photos() -> None:
         pulid.write_models(folder / "models")
         pulid.write_photos(folder / "photos")
 
     unless_made(folder / "large.txt", fingerprint(large), checkpoints_and_companions)
+    unless_made(folder / "flux.txt", fingerprint([*large, *kinds]), flux_kinds)
     unless_made(folder / "small.txt", fingerprint([*small, *models]), pulid_and_photos)
     if (merge_table := checkout.merge_table()) is not None:
         checkpoints.write_configs(folder / "checkpoints", merge_table)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.host import rows_flux
 from tests.host.rows_works_with import MILD
 from tests.host.table import Result, Row, close, differ, distance, equal, expect, run
 from tests.host.webui import NAMES, Checkout, Running, running
@@ -19,9 +20,10 @@ FLAGS = {
         ["--attention-pytorch"],
         ["--always-offload-from-vram"],
         ["--unet-in-bf16"],
+        ["--unet-in-fp8-e4m3fn"],
     ),
 }
-ANOTHER_PICTURE = ("--unet-in-bf16",)  # flags that change it
+ANOTHER_PICTURE = ("--unet-in-bf16", "--unet-in-fp8-e4m3fn")  # flags that change it
 
 
 def run_all(checkout: Checkout, generated: Path, match: str) -> list[Result]:
@@ -54,7 +56,16 @@ def check(host: Running, flags: list[str], usual: tuple[np.ndarray, np.ndarray])
     hooks = host.api.state()["hooks"]  # A1111's own hooks of --lowvram are there without us, too
     host.api.txt2img(MILD)
     expect(host.api.state()["hooks"] == hooks, "hooks are left")
+    also = f"; FLUX {check_flux(host)}" if host.kind == "forge" else ""
     if any(flag in ANOTHER_PICTURE for flag in flags):
-        return f"{distance(face, usual[1]):.3f} from the picture without the flag"
+        return f"{distance(face, usual[1]):.3f} from the picture without the flag{also}"
     seen = [close(plain, usual[0], "without the face"), close(face, usual[1], "with the face")]
-    return f"the pictures without the flag, by {max(seen):.3f} of 255"
+    return f"the pictures without the flag, by {max(seen):.3f} of 255{also}"
+
+
+def check_flux(host: Running) -> str:
+    """With the face and without; the next run and weight 0 are the baseline."""
+    plain, face = rows_flux.flux(host).image, rows_flux.flux(host, rows_flux.MILD).image
+    equal(plain, rows_flux.flux(host).image, "FLUX, the next run")
+    equal(plain, rows_flux.flux(host, {**rows_flux.MILD, "weight": 0}).image, "FLUX, weight 0")
+    return f"{differ(plain, face, 'FLUX, with and without'):.1f} by the face"

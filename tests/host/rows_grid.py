@@ -32,8 +32,10 @@ def grid(host: Running, axes: list[tuple[str, str]], *units: dict[str, Any], **c
     return {"script_name": SCRIPT, "script_args": args, **SMALL, **changes}
 
 
-def cells(host: Running, count: int, axes: list[tuple[str, str]], *units: dict[str, Any]) -> list[np.ndarray]:
-    made = host.api.txt2img(*units, **grid(host, axes))
+def cells(
+    host: Running, count: int, axes: list[tuple[str, str]], *units: dict[str, Any], **changes: Any
+) -> list[np.ndarray]:
+    made = host.api.txt2img(*units, **grid(host, axes, **changes))
     expect(len(made.images) > count, f"{len(made.images)} images for a grid of {count}")
     return made.images[-count:]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.host.rows_basics import ANNA, person
+from tests.host.rows_flux import FORGE, asked
 from tests.host.table import Rows, equal, expect
 from tests.host.webui import Running
 
@@ -12,13 +15,22 @@ RUNS, WARM_UP, GROWTH = 100, 10, 0.01
 
 @rows.row("100 pictures, PuLID on and off in turn: memory grows by less than 1 % after the first ten, no hook left")
 def memory(host: Running) -> str:
-    plain = host.api.txt2img(width=128, height=128).image
+    return hundred(host, width=128, height=128)
+
+
+@rows.row("FLUX: 100 pictures, PuLID on and off in turn: memory as above, no hook left", FORGE)
+def memory_flux(host: Running) -> str:
+    return hundred(host, **asked())
+
+
+def hundred(host: Running, **asked_for: Any) -> str:
+    plain = host.api.txt2img(**asked_for).image
     first = last = None
     for number in range(1, RUNS + 1):
         units = ((), (person(host, "anna" if number % 4 else "ben", weight=0.2 + number / 100),), (), (ANNA,))[
             number % 4
         ]
-        picture = host.api.txt2img(*units, width=128, height=128).image
+        picture = host.api.txt2img(*units, **asked_for).image
         if not units:
             equal(plain, picture, f"picture {number}, without the face")
         if number in (WARM_UP, RUNS):

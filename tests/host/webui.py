@@ -172,10 +172,11 @@ def fill(data: Path, generated: Path, extensions: Sequence[Path]) -> None:
     identities = data / "models" / "pulid" / "identities"
     identities.mkdir()
     pulid.write_marked_identities(identities)
-    controls = data / "models" / "ControlNet"
-    controls.mkdir()
-    for path in (generated / "controlnet").iterdir():
-        (controls / path.name).symlink_to(path)
+    for name, folder in (("ControlNet", "controlnet"), ("text_encoder", "modules")):
+        links = data / "models" / name
+        links.mkdir()
+        for path in (generated / folder).iterdir():
+            (links / path.name).symlink_to(path)
 
 
 def free_port() -> int:

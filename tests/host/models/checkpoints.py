@@ -3,7 +3,7 @@
     tiny-sdxl, tiny-sdxl-b   SDXL's 70 cross-attentions, context 2048; two different ones
     tiny-refiner             the layout of SDXL's refiner, context 1280
     tiny-sd15                16 cross-attentions, context 768
-    tiny-flux                19 double and 38 single blocks, hidden size 256, text encoders and VAE inside
+    tiny-flux                19 double and 38 single blocks, hidden size 128, text encoders and VAE inside
 
 Every tensor is random, also those a fresh network would start at zero: with a zero output projection, attention would
 change nothing and no test could see it. A tensor depends on the seed and its own name only.
@@ -32,7 +32,7 @@ from tests.host.models.unet import (
 )
 
 CHANNELS = 32
-FLUX_WIDTH = 256
+FLUX_WIDTH = 128
 LORA_RANK = 4
 CLIP_IMAGE_WIDTH = 64  # of the image embedding that the IP-Adapter reads
 

@@ -123,11 +123,27 @@ def wrap_component_loader(original: Callable[..., Any]) -> Callable[..., Any]:
 def flux_sizes(state: StateDict, prefix: str) -> Sizes:
     hidden = state[f"{prefix}img_in.weight"].shape[0]
     head = state[f"{prefix}double_blocks.0.img_attn.norm.key_norm.scale"].shape[0]
-    return {
+    sizes = {
         "hidden_size": hidden,
         "num_heads": hidden // head,
         "context_in_dim": state[f"{prefix}txt_in.weight"].shape[1],
-        "vec_in_dim": state[f"{prefix}vector_in.in_layer.weight"].shape[1],
+        "depth": count(state, f"{prefix}double_blocks."),
+        "depth_single_blocks": count(state, f"{prefix}single_blocks."),
+    }
+    pooled = state.get(f"{prefix}vector_in.in_layer.weight")
+    return sizes if pooled is None else sizes | {"vec_in_dim": pooled.shape[1]}
+
+
+def size_chroma(state: StateDict, prefix: str) -> None:
+    """Forge keeps the sizes of Chroma's own network beside what it guesses."""
+    from backend import loader
+
+    root = f"{prefix}distilled_guidance_layer."
+    out = state[f"{root}out_proj.weight"]
+    loader.GuessChroma.unet_extra_config = {
+        "guidance_out_dim": out.shape[0],
+        "guidance_hidden_dim": out.shape[1],
+        "guidance_n_layers": count(state, f"{root}layers."),
     }
 
 
@@ -137,6 +153,8 @@ def wrap_unet_detection(original: Callable[..., Any]) -> Callable[..., Any]:
         is_flux = config is not None and config.get("image_model") == "flux"
         if is_flux and state[f"{prefix}img_in.weight"].shape[0] < config["hidden_size"]:
             config |= flux_sizes(state, prefix)
+            if f"{prefix}distilled_guidance_layer.out_proj.weight" in state:
+                size_chroma(state, prefix)
         return config
 
     return detect
@@ -158,11 +176,23 @@ def wrap_model_matching(original: Callable[..., Any]) -> Callable[..., Any]:
     return match
 
 
+def wrap_modules(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Files of text encoders and VAE are told by their sizes, too: let one with whole names in as it is."""
+
+    def replace(state: StateDict, added: StateDict, guess: Any) -> StateDict:
+        if any(name.startswith("text_encoders.") for name in added):
+            return {**state, **added}
+        return original(state, added, guess)
+
+    return replace
+
+
 def patch_forge() -> None:
     from backend import loader
     from huggingface_guess import detection
 
     replace_once(loader, "load_huggingface_component", wrap_component_loader)
+    replace_once(loader, "replace_state_dict", wrap_modules)
     replace_once(detection, "detect_unet_config", wrap_unet_detection)
     replace_once(detection, "model_config_from_unet_config", wrap_model_matching)
 

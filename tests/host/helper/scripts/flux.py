@@ -1,0 +1,169 @@
+"""Test only, Forge: function wrappers of other extensions, a look at FLUX's blocks, the dtype of its computation."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+import torch
+from modules import script_callbacks, scripts, shared
+
+SLOT = "model_function_wrapper"
+
+
+class Wrapper(scripts.Script):
+    """Makes every denoised picture a little stronger. It keeps the wrapper that it finds, as it should."""
+
+    factor = 1.0
+
+    def title(self) -> str:
+        return f"Test wrapper {type(self).__name__.lower()}"
+
+    def show(self, is_img2img: bool) -> Any:
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        return [gr.Checkbox(value=False, visible=False, label=self.title())]
+
+    def process_before_every_sampling(self, p: Any, is_on: bool = False, *rest: Any, **kwargs: Any) -> None:
+        if not is_on:
+            return
+        unet, factor = p.sd_model.forge_objects.unet.clone(), self.factor
+        previous = unet.model_options.get(SLOT)
+
+        def wrapper(apply_model: Callable, args: dict) -> torch.Tensor:
+            if previous is not None:
+                return factor * previous(apply_model, args)
+            return factor * apply_model(args["input"], args["timestep"], **args["c"])
+
+        unet.set_model_unet_function_wrapper(wrapper)
+        p.sd_model.forge_objects.unet = unet
+
+
+class Early(Wrapper):
+    """Its turn comes before PuLID's."""
+
+    factor = 1.2
+
+
+class Late(Wrapper):
+    """Its turn comes after PuLID's: this folder is loaded last."""
+
+    factor = 0.85
+
+
+del Wrapper  # the host takes every script class that it finds in a file for a script
+
+
+def early_first() -> None:
+    scripts.scripts_data.sort(key=lambda one: one.script_class.__name__ != "Early")
+
+
+class Watch:
+    """Compares what each block returns with what the next one is given; what differs, somebody has added."""
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+        self.calls: list[dict[str, Any]] = []
+        self.last: tuple[str, torch.Tensor, torch.Tensor] | None = None
+
+    def start(self, denoiser: Any) -> None:
+        self.stop()
+        self.calls = []
+        self._hook(denoiser.register_forward_pre_hook(self._begin))
+        for kind, read in (("double", self._double), ("single", self._single)):
+            for index, block in enumerate(getattr(denoiser, f"{kind}_blocks")):
+                self._hook(block.register_forward_pre_hook(self._given(read), with_kwargs=True))
+                self._hook(block.register_forward_hook(self._returned(kind, index)))
+
+    def stop(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+        self.last = None
+
+    def _hook(self, handle: Any) -> None:
+        self.handles.append(handle)
+
+    def _begin(self, module: Any, args: tuple) -> None:
+        self.last = None
+        self.calls.append({"rows": len(args[0]), "double": [], "single": [], "text": 0})
+
+    def _returned(self, kind: str, index: int) -> Callable:
+        def note(module: Any, args: tuple, output: Any) -> None:
+            image, text = output if kind == "double" else self._parts(output)
+            self.length = text.shape[1]
+            self.last = (f"{kind}.{index}", image.clone(), text.clone())
+
+        return note
+
+    def _given(self, read: Callable) -> Callable:
+        def compare(module: Any, args: tuple, kwargs: dict) -> None:
+            if self.last is None:
+                return
+            (kind, index), image, text = self.last[0].split("."), *self.last[1:]
+            image_now, text_now = read(args, kwargs)
+            if not torch.equal(image, image_now):
+                self.calls[-1][kind].append(int(index))
+            self.calls[-1]["text"] += not torch.equal(text, text_now)
+
+        return compare
+
+    def _double(self, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        return kwargs["img"], kwargs["txt"]
+
+    def _single(self, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._parts(args[0])
+
+    def _parts(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return both[:, self.length :], both[:, : self.length]
+
+
+watch = Watch()
+computation: dict[str, torch.dtype] = {}
+
+
+def start_watch() -> dict[str, bool]:
+    watch.start(shared.sd_model.forge_objects.unet.model.diffusion_model)
+    return {"ok": True}
+
+
+def stop_watch() -> list[dict[str, Any]]:
+    watch.stop()
+    return watch.calls
+
+
+def set_computation(body: dict[str, str]) -> dict[str, bool]:
+    """dtype: "bfloat16", which a CPU would not choose by itself, or "" for the host's own choice."""
+    from backend import memory_management
+    from modules.sd_models import model_data
+
+    if not hasattr(memory_management, "pulid_test_computation"):
+        usual = memory_management.get_computation_dtype
+        memory_management.pulid_test_computation = computation
+        memory_management.get_computation_dtype = lambda *a, **k: computation.get("dtype") or usual(*a, **k)
+    computation.clear()
+    if body["dtype"]:
+        computation["dtype"] = getattr(torch, body["dtype"])
+    model_data.forge_hash = ""  # it is loaded again
+    return {"ok": True}
+
+
+def storage() -> dict[str, str]:
+    model = shared.sd_model.forge_objects.unet.model
+    return {"storage": str(model.storage_dtype), "computation": str(model.computation_dtype)}
+
+
+def add_routes(demo: Any, app: Any) -> None:
+    app.add_api_route("/host-test/watch", start_watch, methods=["POST"])
+    app.add_api_route("/host-test/watch", stop_watch, methods=["GET"])
+    app.add_api_route("/host-test/computation", set_computation, methods=["POST"])
+    app.add_api_route("/host-test/storage", storage, methods=["GET"])
+
+
+if importlib.util.find_spec("modules_forge") is not None:
+    script_callbacks.on_before_ui(early_first)
+    script_callbacks.on_app_started(add_routes)
+else:
+    del Early, Late

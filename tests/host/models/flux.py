@@ -1,0 +1,95 @@
+"""Small FLUX checkpoints of several kinds beside checkpoints.tiny-flux, with the same tensors where names are the same.
+
+tiny-schnell             no guidance embedding
+tiny-flux-fp8            the transformer stored in 8 bits
+tiny-flux-q8, -q4        the transformer alone, as GGUF; text encoders and VAE are in tiny-flux-modules
+tiny-chroma, tiny-flux2, tiny-flux-37, tiny-flux-wide    what PuLID refuses
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.host.models.checkpoints import FLUX_WIDTH, LORA_RANK, flux_layout, random_tensor, write
+from tests.host.models.gguf import Q4_0, Q8_0, write_gguf
+from tests.host.models.unet import Layout
+
+ROOT = "model.diffusion_model."
+WIDE = 256
+MODULES = "tiny-flux-modules.safetensors"
+CHROMA_LAYERS = 2
+
+
+def without(layout: Layout, *parts: str) -> Layout:
+    """The layout less the transformer's tensors with one of these in their names."""
+    out = Layout()
+    for name, shape in layout.shapes.items():
+        if not (name.startswith(ROOT) and any(part in name for part in parts)):
+            out.raw(name, *shape)
+    return out
+
+
+def chroma_layout(hidden: int = FLUX_WIDTH) -> Layout:
+    """No modulations of its own in any block; one small network makes them all."""
+    out = without(flux_layout(hidden), "_mod.", ".modulation.", "adaLN", "time_in", "vector_in", "guidance_in")
+    guidance = f"{ROOT}distilled_guidance_layer."
+    out.linear(f"{guidance}in_proj", 64, hidden)
+    for index in range(CHROMA_LAYERS):
+        out.linear(f"{guidance}layers.{index}.in_layer", hidden, hidden)
+        out.linear(f"{guidance}layers.{index}.out_layer", hidden, hidden)
+        out.raw(f"{guidance}norms.{index}.scale", hidden)
+    out.linear(f"{guidance}out_proj", hidden, hidden)
+    return out
+
+
+def flux2_layout(hidden: int = FLUX_WIDTH) -> Layout:
+    """FLUX.2: one modulation for all blocks of a kind, no pooled text, fewer double and more single blocks."""
+    kept = without(flux_layout(hidden), "_mod.", ".modulation.", "vector_in")
+    out = without(kept, *(f"double_blocks.{index}." for index in range(8, 19)))
+    for index in range(38, 48):
+        for name, shape in flux_layout(hidden).shapes.items():
+            if ".single_blocks.0." in name and ".modulation." not in name:
+                out.raw(name.replace("single_blocks.0.", f"single_blocks.{index}."), *shape)
+    for name, count in (("double_stream_modulation_img", 6), ("double_stream_modulation_txt", 6)):
+        out.linear(f"{ROOT}{name}.lin", hidden, count * hidden, bias=False)
+    out.linear(f"{ROOT}single_stream_modulation.lin", hidden, 3 * hidden, bias=False)
+    return out
+
+
+def lora_layout(hidden: int = FLUX_WIDTH) -> Layout:
+    """A LoRA on attention and MLP of double and single blocks."""
+    out, ends = Layout(), (".img_attn.qkv.weight", ".txt_attn.proj.weight", ".linear1.weight", ".linear2.weight")
+    for name, shape in flux_layout(hidden).shapes.items():
+        if name.startswith(ROOT) and name.endswith(ends):
+            module = "lora_unet_" + name[len(ROOT) : -len(".weight")].replace(".", "_")
+            out.raw(f"{module}.lora_down.weight", LORA_RANK, shape[1])
+            out.raw(f"{module}.lora_up.weight", shape[0], LORA_RANK)
+    return out
+
+
+def write_flux_kinds(checkpoints: Path, lora: Path, modules: Path) -> None:
+    """Into the folders of checkpoints, of LoRAs, and of text encoders and VAEs."""
+    full = flux_layout()
+    write(checkpoints / "tiny-schnell.safetensors", without(full, "guidance_in"), dtype=torch.bfloat16)
+    tensors = {name: random_tensor(name, shape, 0).bfloat16() for name, shape in full.shapes.items()}
+    transformer = {name: tensor for name, tensor in tensors.items() if name.startswith(ROOT)}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in transformer}
+    modules.mkdir(parents=True, exist_ok=True)
+    save_file(rest, modules / MODULES, metadata={"format": "pt"})
+    save_file({**rest, **in_8_bits(transformer)}, checkpoints / "tiny-flux-fp8.safetensors", metadata={"format": "pt"})
+    bare = {name[len(ROOT) :]: tensor for name, tensor in transformer.items()}
+    write_gguf(checkpoints / "tiny-flux-q8.gguf", bare, Q8_0)
+    write_gguf(checkpoints / "tiny-flux-q4.gguf", bare, Q4_0)
+    write(lora / "tiny-flux-lora.safetensors", lora_layout())
+    refused = {"tiny-chroma": chroma_layout(), "tiny-flux2": flux2_layout(), "tiny-flux-wide": flux_layout(WIDE)}
+    refused["tiny-flux-37"] = without(full, "single_blocks.37.")
+    for name, layout in refused.items():
+        write(checkpoints / f"{name}.safetensors", layout, dtype=torch.bfloat16)
+
+
+def in_8_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}

@@ -1,0 +1,311 @@
+"""FLUX in Forge: what the SDXL rows ask, of a transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.host.api import Pictures, encoded
+from tests.host.rows_basics import person
+from tests.host.rows_batches import LONG, mirror
+from tests.host.rows_grid import cells
+from tests.host.rows_img2img import scene
+from tests.host.rows_works_with import stopped
+from tests.host.table import Rows, close, differ, distance, equal, expect
+from tests.host.webui import Running
+
+rows = Rows()
+FORGE = ("forge",)
+MILD = {"identity": "marked A", "weight": 0.5}
+CHECKPOINT = "tiny-flux.safetensors"
+FAINT = 0.02
+STEPS = 2  # with 256 tokens of text at least, FLUX is slow
+
+
+def asked(checkpoint: str = CHECKPOINT, **changes: Any) -> dict[str, Any]:
+    """A request for a small picture; Forge's API needs the scheduler's name, its default gives NaN with FLUX."""
+    settings = {"sd_model_checkpoint": checkpoint} | changes.pop("override_settings", {})
+    body = {"override_settings": settings, "scheduler": "Simple", "cfg_scale": 1.0, "negative_prompt": ""}
+    return body | {"width": 128, "height": 96, "steps": STEPS} | changes
+
+
+def flux(host: Running, *units: Any, **changes: Any) -> Pictures:
+    made = host.api.txt2img(*units, **asked(**changes))
+    expect(made.image.std() > 1, "the picture is of one colour")  # NaN gives black
+    return made
+
+
+def sites_of(host: Running, *units: Any, **changes: Any) -> list[dict[str, Any]]:
+    """Of each denoiser call: its rows, and the blocks after which something was added to the image and to the text."""
+    flux(host, **changes)  # the checkpoint is loaded now
+    host.api.post("/host-test/watch")
+    flux(host, *units, **changes)
+    return host.api.get("/host-test/watch")
+
+
+def expect_sites(calls: list[dict[str, Any]], count: int | None = None) -> str:
+    wanted = {"double": [*range(0, 19, 2)], "single": [*range(0, 38, 4)], "text": 0}
+    for call in calls:
+        found = {name: call[name] for name in wanted}
+        expect(found == wanted, f"{found} instead of {wanted}")
+    expect(bool(calls) and count in (None, len(calls)), f"{len(calls)} calls instead of {count}")
+    return f"{len(calls)} calls with 10 + 10 each"
+
+
+@rows.row("FLUX: a photo changes the picture; the same request gives the same picture", FORGE)
+def photo(host: Running) -> str:
+    plain, face = flux(host).image, flux(host, person(host, weight=1)).image
+    equal(face, flux(host, person(host, weight=1)).image, "twice the same")
+    differ(face, flux(host, person(host, "ben", weight=1)).image, "another person", 0.1)
+    return f"{differ(plain, face, 'with and without'):.1f} of 255"
+
+
+@rows.row("FLUX: weight 0, a unit that is off, the accordion off, the next run: bit-identical to the baseline", FORGE)
+def nothing(host: Running) -> None:
+    plain = flux(host).image
+    flux(host, person(host))
+    cases: dict[str, tuple[Any, ...]] = {"the next run": (), "weight 0": (person(host, weight=0),)}
+    cases |= {"unit off": (person(host, enabled=False),), "accordion off": (False, person(host))}
+    for what, units in cases.items():
+        equal(plain, flux(host, *units).image, what)
+
+
+@rows.row("FLUX: no hook, callback or patch is left after a run", FORGE)
+def nothing_left(host: Running) -> None:
+    flux(host)
+    before = host.api.state()
+    flux(host, MILD)
+    after = host.api.state()
+    expect(after["hooks"] == 0, f"{after['hooks']} hooks are left")
+    expect(after["callbacks"] == before["callbacks"], f"callbacks: {before['callbacks']} -> {after['callbacks']}")
+    expect(after["patches"] == before["patches"], f"patches: {after['patches']}")
+
+
+@rows.row("FLUX: 10 + 10 injections per forward, after the blocks of the official code, none on the text", FORGE)
+def sites(host: Running) -> str:
+    expect_sites(sites_of(host, MILD), count=STEPS)
+    without = sites_of(host)
+    expect(not any(call["double"] or call["single"] for call in without), f"without PuLID: {without[0]}")
+    return expect_sites(sites_of(host, MILD, batch_size=2, cfg_scale=3.0))
+
+
+@rows.row("FLUX: distilled guidance, one pass: the negative tokens do not matter; the guidance does", FORGE)
+def distilled(host: Running) -> str:
+    calls = sites_of(host, MILD)
+    expect([call["rows"] for call in calls] == [1] * STEPS, f"rows: {[call['rows'] for call in calls]}")
+    equal(flux(host, MILD).image, flux(host, {**MILD, "identity": "marked C"}).image, "other negative tokens")
+    other = flux(host, MILD, distilled_cfg_scale=1.5).image
+    return f"{differ(flux(host, MILD).image, other, 'distilled guidance 3.5 and 1.5', FAINT):.1f} by the guidance"
+
+
+def true_cfg(host: Running, **changes: Any) -> str:
+    return mirror(host, **{**asked(), "negative_prompt": "blurry", "cfg_scale": 3.0} | changes)
+
+
+@rows.row("FLUX: positive and negative rows: one call", FORGE)
+def together(host: Running) -> str:
+    seen = {call["rows"] for call in sites_of(host, MILD, cfg_scale=3.0, negative_prompt="blurry")}
+    expect(seen == {2}, f"rows per call: {seen}")
+    return true_cfg(host)
+
+
+@rows.row("FLUX: positive and negative rows: batch of 3", FORGE)
+def batch(host: Running) -> str:
+    return true_cfg(host, batch_size=3)
+
+
+@rows.row("FLUX: positive and negative rows: two calls, text of uneven length", FORGE)
+def uneven(host: Running) -> str:
+    long = LONG * 3  # beyond T5's 256 tokens
+    calls = sites_of(host, MILD, cfg_scale=3.0, prompt=long)
+    expect([call["rows"] for call in calls] == [1] * 2 * STEPS, f"rows per call: {[call['rows'] for call in calls]}")
+    return true_cfg(host, prompt=long)
+
+
+@rows.row("FLUX: batch count and batch size: each picture is the one made alone", FORGE)
+def batches(host: Running) -> str:
+    alone = [flux(host, MILD, seed=seed).image for seed in range(1, 5)]
+    together = flux(host, MILD, n_iter=2, batch_size=2).images[-4:]
+    return f"{max(close(a, b, 'alone and in a batch') for a, b in zip(alone, together)):.3f} of 255"
+
+
+@rows.row("FLUX: sizes that are not divisible by 16, with a region", FORGE)
+def odd_sizes(host: Running) -> str:
+    """33 x 41 latent pixels are 17 x 21 packs, the last ones filled up from the other side."""
+    seen = []
+    for width, height in ((264, 328), (136, 104)):
+        size = {"width": width, "height": height}
+        expect_sites(sites_of(host, MILD, **size))
+        plain, face = flux(host, **size).image, flux(host, MILD, **size).image
+        everywhere = flux(host, {**MILD, "mask": encoded(np.full((8, 8, 3), 255, np.uint8))}, **size).image
+        close(face, everywhere, "a region that is the whole picture", 0.01)
+        seen.append(f"{plain.shape[1]}x{plain.shape[0]}: {differ(plain, face, 'with and without'):.1f}")
+    return ", ".join(seen)
+
+
+def hires(**changes: Any) -> dict[str, Any]:
+    """At a higher denoising strength the second pass begins with noise alone."""
+    body = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.5}
+    body |= {"hr_second_pass_steps": STEPS, "hr_cfg": 1.0, "hr_additional_modules": ["Use same choices"]}
+    return asked(**(body | {"hr_scheduler": "Simple"} | changes))
+
+
+@rows.row("FLUX: hires fix: both passes, first, second; weight 0 bit-identical", FORGE)
+def hires_fix(host: Running) -> str:
+    unit, body = {**MILD, "weight": 2.0}, hires()
+    made = {"none": host.api.txt2img(**body).image}
+    made |= {name: host.api.txt2img({**unit, "hires": name}, **body).image for name in ("both", "first", "second")}
+    equal(made["none"], host.api.txt2img({**unit, "weight": 0}, **body).image, "weight 0")
+    pairs = [(a, b) for a in made for b in made if a < b]
+    return ", ".join(f"{a}/{b} {differ(made[a], made[b], f'{a} and {b}', FAINT):.1f}" for a, b in pairs)
+
+
+@rows.row("FLUX: hires fix from SDXL to FLUX, from FLUX to SDXL, and back again: the face in both passes", FORGE)
+def hires_switch(host: Running) -> str:
+    """The pass with the other model needs a picture to begin with, not a latent."""
+    unit, sdxl, seen, made = person(host, weight=1.5), "tiny-sdxl.safetensors", [], []
+    for first, second in ((sdxl, CHECKPOINT), (CHECKPOINT, sdxl)):
+        body = hires(checkpoint=first, hr_checkpoint_name=second, hr_upscaler="Lanczos")
+        plain, both = host.api.txt2img(**body).image, host.api.txt2img(unit, **body).image
+        only_first = host.api.txt2img({**unit, "hires": "first"}, **body).image
+        differ(both, only_first, "the face in the second pass", FAINT)
+        differ(plain, only_first, "the face in the first pass", FAINT)
+        seen.append(f"{first[5:9]} to {second[5:9]} {differ(plain, both, 'with and without'):.1f}")
+        made.append((body, both))
+    equal(made[0][1], host.api.txt2img(unit, **made[0][0]).image, "from SDXL to FLUX again")
+    return ", ".join(seen)
+
+
+def repeated(host: Running, *units: Any, **body: Any) -> np.ndarray:
+    host.api.img2img(*units, **body)
+    return host.api.img2img(*units, **body).image
+
+
+@rows.row("FLUX: img2img; weight 0 bit-identical", FORGE)
+def img2img(host: Running) -> str:
+    body = asked(init_images=[encoded(scene())], denoising_strength=0.8)
+    plain = repeated(host, **body)
+    equal(plain, host.api.img2img({**MILD, "weight": 0}, **body).image, "weight 0")
+    return f"{differ(plain, host.api.img2img(MILD, **body).image, 'with and without'):.1f}"
+
+
+@rows.row("FLUX: inpaint, whole picture and only masked", FORGE)
+def inpaint(host: Running) -> str:
+    mask, seen = np.zeros((128, 192, 3), np.uint8), []
+    mask[32:96, 96:160] = 255
+    inside = mask[:, :, 0] > 0
+    for only_masked in (False, True):
+        body = asked(init_images=[encoded(scene())], mask=encoded(mask), mask_blur=0, denoising_strength=0.8)
+        body |= {"inpainting_fill": 1, "inpaint_full_res": only_masked, "inpaint_full_res_padding": 16}
+        body |= {"width": 192, "height": 128}
+        plain, face = repeated(host, **body), host.api.img2img(MILD, **body).image
+        equal(plain[~inside], face[~inside], "outside of the mask")
+        equal(plain, host.api.img2img({**MILD, "weight": 0}, **body).image, "weight 0")
+        seen.append(f"{differ(plain[inside], face[inside], 'inside of the mask'):.1f}")
+    return " and ".join(seen) + " inside"
+
+
+@rows.row("FLUX: a prompt of 600 words", FORGE)
+def long_prompt(host: Running) -> str:
+    long = LONG * 4
+    plain, face = flux(host, prompt=long).image, flux(host, MILD, prompt=long).image
+    expect_sites(sites_of(host, MILD, prompt=long), count=STEPS)
+    differ(face, flux(host, MILD).image, "the long prompt", FAINT)
+    return f"{differ(plain, face, 'with and without'):.1f}"
+
+
+@rows.row("FLUX: LoRA on double and single blocks: both act; alone, each is what it was, to the bit", FORGE)
+def lora(host: Running) -> str:
+    prompt = "a photo of a cat <lora:tiny-flux-lora:0.3>"
+    plain, face = flux(host).image, flux(host, MILD).image
+    alone, both = flux(host, prompt=prompt).image, flux(host, MILD, prompt=prompt).image
+    differ(plain, alone, "the LoRA alone", 0.3)
+    equal(alone, flux(host, prompt=prompt).image, "the LoRA alone, after the face")
+    equal(face, flux(host, MILD).image, "the face alone, after the LoRA")
+    return f"face {differ(alone, both, 'LoRA and both', 0.3):.1f}, LoRA {differ(face, both, 'face and both', 0.3):.1f}"
+
+
+@rows.row("FLUX: two persons in two regions", FORGE)
+def regions(host: Running) -> str:
+    left = np.zeros((96, 128, 3), np.uint8)
+    left[:, :64] = 255
+    units = [{**MILD, "identity": f"marked {n}", "mask": encoded(m)} for n, m in (("A", left), ("B", 255 - left))]
+    plain, first, second = (flux(host, *some).image for some in ([], units[:1], units[1:]))
+    both, half = flux(host, *units).image, plain.shape[1] // 2
+    for picture in (first, second):
+        differ(both, picture, "both and one", 0.3)
+    seen = []
+    for name, picture, own, other in (
+        ("left", first, np.s_[:, :half], np.s_[:, half:]),
+        ("right", second, np.s_[:, half:], np.s_[:, :half]),
+    ):
+        inside, outside = distance(plain[own], picture[own]), distance(plain[other], picture[other])
+        expect(inside > outside, f"the {name} region changes its side by {inside:.1f}, the other by {outside:.1f}")
+        seen.append(f"{name}: {inside:.1f} inside, {outside:.1f} outside")
+    return ", ".join(seen)
+
+
+@rows.row("FLUX: AND: two equal halves are the whole prompt", FORGE)
+def composed(host: Running) -> str:
+    more = {"cfg_scale": 3.0, "negative_prompt": "blurry"}
+    whole = flux(host, MILD, prompt="a cat", **more).image
+    halves = flux(host, MILD, prompt="a cat :0.5 AND a cat :0.5", **more).image
+    differ(whole, flux(host, prompt="a cat", **more).image, "with and without")
+    return f"{close(whole, halves, 'halves'):.3f} of 255"
+
+
+@rows.row("FLUX: interrupt: the host's answer, then the baseline, nothing left", FORGE)
+def interrupt(host: Running) -> str:
+    plain = flux(host).image
+    seen = stopped(host, "interrupt", **asked(steps=60))
+    equal(plain, flux(host).image, "after the interrupt")
+    return seen
+
+
+@rows.row("FLUX: other function wrappers, one set before ours and one after: all act", FORGE)
+def wrappers(host: Running) -> str:
+    def made(*names: str, face: bool = True) -> np.ndarray:
+        beside = {f"Test wrapper {name}": {"args": [True]} for name in names}
+        return flux(host, *([MILD] if face else []), alwayson_scripts=beside).image
+
+    seen = []
+    for names in (("early",), ("late",), ("early", "late")):
+        face, without = made(*names), made(*names, face=False)
+        seen.append(f"{'+'.join(names)}: face {differ(face, without, f'{names}, face'):.1f}")
+        for fewer in ([], *([[name] for name in names] if len(names) > 1 else [])):
+            differ(face, made(*fewer), f"{names} and {fewer}", 0.3)
+    equal(flux(host).image, made(face=False), "without them")
+    return ", ".join(seen)
+
+
+@rows.row("FLUX: MultiDiffusion beside it", FORGE)
+def tiles(host: Running) -> str:
+    """Tiles of 64 x 96 pixels, four at a time."""
+    seen = []
+    for method in ("MultiDiffusion", "Mixture of Diffusers"):
+        beside = {"MultiDiffusion Integrated": {"args": [True, method, 64, 96, 32, 4]}}
+        plain = flux(host, alwayson_scripts=beside).image
+        face = flux(host, MILD, alwayson_scripts=beside).image
+        calls = sites_of(host, MILD, alwayson_scripts=beside)
+        expect_sites(calls)
+        expect(all(call["rows"] == 3 for call in calls), f"rows per call: {[call['rows'] for call in calls]}")
+        differ(face, flux(host, MILD).image, "with and without tiles", 0.3)
+        seen.append(f"{method} {differ(plain, face, 'with and without'):.1f}")
+    return ", ".join(seen)
+
+
+@rows.row("FLUX: X/Y/Z over the weight: a cell is the picture that is made with its weight alone", FORGE)
+def grid(host: Running) -> str:
+    made = cells(host, 3, [("[PuLID 1] Weight", "0, 0.5, 1.5")], MILD, **asked())
+    for picture, weight in zip(made, (0, 0.5, 1.5)):
+        equal(picture, flux(host, {**MILD, "weight": weight}).image, f"weight {weight}")
+    return f"{differ(made[0], made[2], 'weight 0 and 1.5'):.1f}"
+
+
+@rows.row("FLUX: SDXL in between: each keeps its own person", FORGE)
+def families_in_turn(host: Running) -> None:
+    unit = person(host, weight=1)
+    face, sdxl = flux(host, unit).image, host.api.txt2img(unit).image
+    equal(face, flux(host, unit).image, "FLUX again")
+    equal(sdxl, host.api.txt2img(unit).image, "SDXL again")

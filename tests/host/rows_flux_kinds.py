@@ -1,0 +1,134 @@
+"""FLUX in Forge, as people keep it: in 8 bits, as GGUF, without guidance; and what only looks like FLUX.1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.host.rows_basics import person
+from tests.host.rows_errors import refused
+from tests.host.rows_flux import FAINT, FORGE, MILD, STEPS, asked, expect_sites, flux, sites_of
+from tests.host.table import Rows, differ, distance, equal, expect
+from tests.host.webui import Running
+
+rows = Rows()
+SDXL = "tiny-sdxl.safetensors"
+MODULES = {"forge_additional_modules": ["tiny-flux-modules.safetensors"]}
+
+
+def kind(host: Running, checkpoint: str, storage: str, usual: Any = None, **changes: Any) -> str:
+    """The usual expectations of another form of the checkpoint. usual: tiny-flux's own picture with the face."""
+    body = {"checkpoint": checkpoint, **changes}
+    plain, face = flux(host, **body).image, flux(host, MILD, **body).image
+    told = host.api.get("/host-test/storage")
+    expect(storage in told["storage"], f"stored as {told}, not as {storage}")
+    equal(face, flux(host, MILD, **body).image, "twice the same")
+    equal(plain, flux(host, {**MILD, "weight": 0}, **body).image, "weight 0")
+    expect_sites(sites_of(host, MILD, **body), count=STEPS)
+    expect(host.api.state()["hooks"] == 0, "hooks are left")
+    seen = f"stored {told['storage']}, computed {told['computation']}: {differ(plain, face, 'with and without'):.1f}"
+    return seen if usual is None else f"{seen}; {distance(usual, face):.2f} from the whole checkpoint's picture"
+
+
+@rows.row("FLUX: stored in 8 bits (float8_e4m3fn checkpoint)", FORGE)
+def fp8(host: Running) -> str:
+    return kind(host, "tiny-flux-fp8.safetensors", "float8_e4m3fn", flux(host, MILD).image)
+
+
+@rows.row("FLUX: “Diffusion in Low Bits”: float8-e4m3fn and e5m2 of a 16 bit checkpoint", FORGE)
+def low_bits(host: Running) -> str:
+    """The host looks at the setting when the checkpoint changes."""
+    usual, seen = flux(host, MILD).image, []
+    try:
+        for choice in ("float8-e4m3fn", "float8-e5m2"):
+            host.api.options(sd_model_checkpoint=SDXL)
+            host.api.options(forge_unet_storage_dtype=choice, sd_model_checkpoint="tiny-flux.safetensors")
+            seen.append(kind(host, "tiny-flux.safetensors", choice.replace("-", "_"), usual))
+    finally:
+        host.api.options(sd_model_checkpoint=SDXL)
+        host.api.options(forge_unet_storage_dtype="Automatic", sd_model_checkpoint="tiny-flux.safetensors")
+    equal(usual, flux(host, MILD).image, "afterwards")
+    return "; ".join(seen)
+
+
+@rows.row("FLUX: GGUF, Q8_0, and a LoRA on it", FORGE)
+def gguf_q8(host: Running) -> str:
+    body = {"checkpoint": "tiny-flux-q8.gguf", "override_settings": MODULES}
+    seen = kind(host, **body, storage="gguf", usual=flux(host, MILD).image)
+    prompt = "a photo of a cat <lora:tiny-flux-lora:0.3>"
+    alone, both = (flux(host, *units, prompt=prompt, **body).image for units in ([], [MILD]))
+    return f"{seen}; with a LoRA {differ(alone, both, 'LoRA, with and without the face'):.1f}"
+
+
+@rows.row("FLUX: GGUF, Q4_0", FORGE)
+def gguf_q4(host: Running) -> str:
+    return kind(host, "tiny-flux-q4.gguf", "gguf", flux(host, MILD).image, override_settings=MODULES)
+
+
+@rows.row("FLUX: schnell, which has no guidance", FORGE)
+def schnell(host: Running) -> str:
+    return kind(host, "tiny-schnell.safetensors", "float32")
+
+
+@rows.row("FLUX: computed in bfloat16 and float16", FORGE)
+def half_precision(host: Running) -> str:
+    usual, seen = flux(host, MILD).image, []
+    try:
+        for dtype in ("bfloat16", "float16"):
+            host.api.post("/host-test/computation", {"dtype": dtype})
+            said = kind(host, "tiny-flux.safetensors", "float32", usual)
+            expect(f"computed torch.{dtype}" in said, said)
+            seen.append(said)
+    finally:
+        host.api.post("/host-test/computation", {"dtype": ""})
+    equal(usual, flux(host, MILD).image, "afterwards")
+    return "; ".join(seen)
+
+
+@rows.row("FLUX: “GPU Weights” and the ways to swap: the same picture", FORGE)
+def gpu_weights(host: Running) -> str:
+    """On a CPU nothing is swapped: this shows that the settings and our claim on memory go together, no more."""
+    usual, before = flux(host, MILD).image, host.api.get("/sdapi/v1/options")
+    names = ("forge_inference_memory", "forge_async_loading", "forge_pin_shared_memory")
+    try:
+        host.api.options(forge_inference_memory=4096, forge_async_loading="Async", forge_pin_shared_memory="Shared")
+        equal(usual, flux(host, MILD).image, "other memory settings")
+    finally:
+        host.api.options(**{name: before[name] for name in names})
+    return "nothing is swapped on a CPU"
+
+
+@rows.row("Refused: Chroma", FORGE)
+def chroma(host: Running) -> str:
+    body = asked("tiny-chroma.safetensors")
+    differ(host.api.txt2img(**body).image, host.api.txt2img(**body | {"seed": 2}).image, "Chroma without PuLID", FAINT)
+    return refused(host, ["tiny-chroma", "Chroma"], MILD, **body)
+
+
+@rows.row("Refused: a FLUX with another number of blocks", FORGE)
+def other_blocks(host: Running) -> str:
+    body = asked("tiny-flux-37.safetensors")
+    differ(host.api.txt2img(**body).image, host.api.txt2img(**body | {"seed": 2}).image, "it without PuLID", FAINT)
+    return refused(host, ["tiny-flux-37", "this model 19 and 37"], MILD, **body)
+
+
+@rows.row("Refused: a FLUX of another width", FORGE)
+def other_width(host: Running) -> str:
+    body = asked("tiny-flux-wide.safetensors")
+    differ(host.api.txt2img(**body).image, host.api.txt2img(**body | {"seed": 2}).image, "it without PuLID", FAINT)
+    return refused(host, ["128", "256"], person(host), **body)
+
+
+@rows.row("Refused: FLUX.2 (by the host or by us): no picture", FORGE)
+def flux2(host: Running) -> str:
+    answer = host.api.try_txt2img(MILD, **asked("tiny-flux2.safetensors"))
+    expect(answer.status >= 400 and not answer.has_picture, f"{answer.status}, picture: {answer.has_picture}")
+    alone = host.api.try_txt2img(**asked("tiny-flux2.safetensors"))
+    return f"{answer.status} {answer.text[:160]}; without PuLID: {alone.status} {alone.text[:100]}"
+
+
+@rows.row("FLUX: after the refusals the baseline, and nothing left", FORGE)
+def afterwards(host: Running) -> None:
+    plain = flux(host).image
+    refused(host, [], MILD, **asked("tiny-chroma.safetensors"))
+    equal(plain, flux(host).image, "after the refusal")
+    expect(host.api.state()["hooks"] == 0, "hooks are left")
