@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from tests.host.rows_basics import person
 from tests.host.rows_errors import refused
 from tests.host.rows_flux import FAINT, FORGE, MILD, STEPS, asked, expect_sites, flux, sites_of
@@ -15,10 +17,18 @@ SDXL = "tiny-sdxl.safetensors"
 MODULES = {"forge_additional_modules": ["tiny-flux-modules.safetensors"]}
 
 
-def kind(host: Running, checkpoint: str, storage: str, usual: Any = None, **changes: Any) -> str:
-    """The usual expectations of another form of the checkpoint. usual: tiny-flux's own picture with the face."""
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def pair(host: Running, **changes: Any) -> Pair:
+    """Without the face and with it."""
+    return flux(host, **changes).image, flux(host, MILD, **changes).image
+
+
+def kind(host: Running, checkpoint: str, storage: str, usual: Pair | None = None, **changes: Any) -> str:
+    """The usual expectations of another form of the checkpoint. usual: tiny-flux's own pictures."""
     body = {"checkpoint": checkpoint, **changes}
-    plain, face = flux(host, **body).image, flux(host, MILD, **body).image
+    plain, face = pair(host, **body)
     told = host.api.get("/host-test/storage")
     expect(storage in told["storage"], f"stored as {told}, not as {storage}")
     equal(face, flux(host, MILD, **body).image, "twice the same")
@@ -26,18 +36,21 @@ def kind(host: Running, checkpoint: str, storage: str, usual: Any = None, **chan
     expect_sites(sites_of(host, MILD, **body), count=STEPS)
     expect(host.api.state()["hooks"] == 0, "hooks are left")
     seen = f"stored {told['storage']}, computed {told['computation']}: {differ(plain, face, 'with and without'):.1f}"
-    return seen if usual is None else f"{seen}; {distance(usual, face):.2f} from the whole checkpoint's picture"
+    if usual is None:
+        return seen
+    apart = [distance(*two) for two in zip(usual, (plain, face))]
+    return f"{seen}; from the usual pictures {apart[0]:.2f} without and {apart[1]:.2f} with the face"
 
 
 @rows.row("FLUX: stored in 8 bits (float8_e4m3fn checkpoint)", FORGE)
 def fp8(host: Running) -> str:
-    return kind(host, "tiny-flux-fp8.safetensors", "float8_e4m3fn", flux(host, MILD).image)
+    return kind(host, "tiny-flux-fp8.safetensors", "float8_e4m3fn", pair(host))
 
 
 @rows.row("FLUX: “Diffusion in Low Bits”: float8-e4m3fn and e5m2 of a 16 bit checkpoint", FORGE)
 def low_bits(host: Running) -> str:
     """The host looks at the setting when the checkpoint changes."""
-    usual, seen = flux(host, MILD).image, []
+    usual, seen = pair(host), []
     try:
         for choice in ("float8-e4m3fn", "float8-e5m2"):
             host.api.options(sd_model_checkpoint=SDXL)
@@ -46,14 +59,14 @@ def low_bits(host: Running) -> str:
     finally:
         host.api.options(sd_model_checkpoint=SDXL)
         host.api.options(forge_unet_storage_dtype="Automatic", sd_model_checkpoint="tiny-flux.safetensors")
-    equal(usual, flux(host, MILD).image, "afterwards")
+    equal(usual[1], flux(host, MILD).image, "afterwards")
     return "; ".join(seen)
 
 
 @rows.row("FLUX: GGUF, Q8_0, and a LoRA on it", FORGE)
 def gguf_q8(host: Running) -> str:
     body = {"checkpoint": "tiny-flux-q8.gguf", "override_settings": MODULES}
-    seen = kind(host, **body, storage="gguf", usual=flux(host, MILD).image)
+    seen = kind(host, **body, storage="gguf", usual=pair(host))
     prompt = "a photo of a cat <lora:tiny-flux-lora:0.3>"
     alone, both = (flux(host, *units, prompt=prompt, **body).image for units in ([], [MILD]))
     return f"{seen}; with a LoRA {differ(alone, both, 'LoRA, with and without the face'):.1f}"
@@ -61,7 +74,7 @@ def gguf_q8(host: Running) -> str:
 
 @rows.row("FLUX: GGUF, Q4_0", FORGE)
 def gguf_q4(host: Running) -> str:
-    return kind(host, "tiny-flux-q4.gguf", "gguf", flux(host, MILD).image, override_settings=MODULES)
+    return kind(host, "tiny-flux-q4.gguf", "gguf", pair(host), override_settings=MODULES)
 
 
 @rows.row("FLUX: schnell, which has no guidance", FORGE)
@@ -71,7 +84,7 @@ def schnell(host: Running) -> str:
 
 @rows.row("FLUX: computed in bfloat16 and float16", FORGE)
 def half_precision(host: Running) -> str:
-    usual, seen = flux(host, MILD).image, []
+    usual, seen = pair(host), []
     try:
         for dtype in ("bfloat16", "float16"):
             host.api.post("/host-test/computation", {"dtype": dtype})
@@ -80,7 +93,7 @@ def half_precision(host: Running) -> str:
             seen.append(said)
     finally:
         host.api.post("/host-test/computation", {"dtype": ""})
-    equal(usual, flux(host, MILD).image, "afterwards")
+    equal(usual[1], flux(host, MILD).image, "afterwards")
     return "; ".join(seen)
 
 

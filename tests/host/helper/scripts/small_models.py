@@ -121,17 +121,19 @@ def wrap_component_loader(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def flux_sizes(state: StateDict, prefix: str) -> Sizes:
-    hidden = state[f"{prefix}img_in.weight"].shape[0]
-    head = state[f"{prefix}double_blocks.0.img_attn.norm.key_norm.scale"].shape[0]
+    def size(name: str, dimension: int) -> int:
+        return int(state[f"{prefix}{name}"].shape[dimension])  # those of a GGUF file are numpy's
+
+    hidden, head = size("img_in.weight", 0), size("double_blocks.0.img_attn.norm.key_norm.scale", 0)
     sizes = {
         "hidden_size": hidden,
         "num_heads": hidden // head,
-        "context_in_dim": state[f"{prefix}txt_in.weight"].shape[1],
+        "context_in_dim": size("txt_in.weight", 1),
         "depth": count(state, f"{prefix}double_blocks."),
         "depth_single_blocks": count(state, f"{prefix}single_blocks."),
     }
-    pooled = state.get(f"{prefix}vector_in.in_layer.weight")
-    return sizes if pooled is None else sizes | {"vec_in_dim": pooled.shape[1]}
+    pooled = "vector_in.in_layer.weight"
+    return sizes | {"vec_in_dim": size(pooled, 1)} if f"{prefix}{pooled}" in state else sizes
 
 
 def size_chroma(state: StateDict, prefix: str) -> None:
