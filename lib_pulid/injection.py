@@ -337,4 +337,7 @@ def _check_fit(found: Sites, injection: Injection) -> None:
         )
     for site, tensors in zip(found.sites, injection.sites):
         if site.width != tensors.width:
-            raise UnsupportedModelError(f"{site.name} is {site.width} wide, the PuLID file expects {tensors.width}.")
+            raise UnsupportedModelError(
+                f"The checkpoint is not of the size that the PuLID file is for: {site.name} is {site.width} wide, "
+                f"not {tensors.width}. Choose an SDXL or FLUX.1 model of the usual size."
+            )

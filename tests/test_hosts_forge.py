@@ -270,27 +270,41 @@ def test_chains_another_wrapper(p, first):
         host().stop()
 
 
-def test_tiles(p):
-    """MultiDiffusion, between our wrapper and the denoiser, repeats the stack of rows for each tile."""
-    seen = []
-    host().start(p, RandomPlan())
-    denoiser = unet(p).model.diffusion_model
+def tiled(apply_model, args):
+    """As MultiDiffusion, between our wrapper and the denoiser: repeats the stack of rows for each of three tiles."""
+    c = {**args["c"], "c_crossattn": args["c"]["c_crossattn"].repeat(3, 1, 1)}
+    parts = apply_model(args["input"][..., :4].repeat(3, 1, 1, 1), args["timestep"].repeat(3), **c)
+    return torch.cat((parts[:4], parts[4:8]), dim=3)
 
-    def tiled(apply_model, args):
-        c = {**args["c"], "c_crossattn": args["c"]["c_crossattn"].repeat(3, 1, 1)}
-        parts = apply_model(args["input"][..., :4].repeat(3, 1, 1, 1), args["timestep"].repeat(3), **c)
-        return torch.cat((parts[:4], parts[4:8]), dim=3)
 
+def sample_tiled(p):
     def before(p):
         unet(p).set_model_unet_function_wrapper(tiled)
         host().before_sampling(p)
 
-    spy = denoiser.first.register_forward_hook(lambda *_: seen.append(host()._running[0]._step))
     sample(p, [text(pictures=2)], [text(seed=2, pictures=2)], before_sampling=before, steps=1)
+
+
+def test_tiles(p):
+    seen = []
+    host().start(p, RandomPlan())
+    denoiser = unet(p).model.diffusion_model
+    spy = denoiser.first.register_forward_hook(lambda *_: seen.append(host()._running[0]._step))
+    sample_tiled(p)
     spy.remove()
     del unet(p).model_options[SLOT]
     assert seen[0].is_cond == [False, False, True, True] * 3
     assert seen[0].latent_hw == (8, 4)
+
+
+def test_regions_in_tiles_are_refused(p):
+    """A tile does not know its place in the picture; the region would act in each of them."""
+    host().start(p, RandomPlan(mask=torch.ones(4, 4)))
+    with pytest.raises(SettingError, match="mask.*MultiDiffusion"):
+        sample_tiled(p)
+    assert count_hooks(unet(p).model) == 0
+    whole = P(UNet())
+    assert not same(run(whole, RandomPlan(mask=torch.ones(4, 4))), run(whole, None))
 
 
 def test_patches_once_a_pass_and_tells_the_memory(p):

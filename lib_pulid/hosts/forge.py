@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib_pulid.errors import SettingError
 from lib_pulid.hosts import LoadedModel, Plan
 from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of, is_refiner
 from lib_pulid.injection import DenoiseStep
@@ -96,6 +97,7 @@ class _Run:
         self._call = ExitStack()  # of the denoiser call under way
         self._step: DenoiseStep | None = None
         self._is_hooked = False
+        self._whole = (0, 0)  # height and width of the latent, while hooked
         self._error: Exception | None = None
 
     def begin(self) -> None:
@@ -162,15 +164,15 @@ class _Run:
     # ------------------------------------------------------------ one call
 
     @contextmanager
-    def hooked(self, denoiser: nn.Module) -> Iterator[None]:
-        """Injects into the denoiser's calls inside the `with`."""
+    def hooked(self, denoiser: nn.Module, hw: tuple[int, int]) -> Iterator[None]:
+        """Injects into the denoiser's calls inside the `with`. hw: of the whole latent."""
         if self._p is None or self._is_hooked:  # over, or our own wrapper is further out
             yield
             return
         if self._error is not None:
             raise self._error
         with ExitStack() as hooks:
-            self._is_hooked = True
+            self._is_hooked, self._whole = True, hw
             hooks.callback(self._leave_all)
             hooks.callback(denoiser.register_forward_pre_hook(self.enter, with_kwargs=True).remove)
             hooks.callback(denoiser.register_forward_hook(self.leave, always_call=True).remove)
@@ -184,6 +186,11 @@ class _Run:
         x: Tensor = args[0] if args else kwargs["x"]  # [B, C, h, w]
         options = kwargs["transformer_options"]
         self._step = self._place(options["sigmas"], _rows(options, len(x)), (x.shape[-2], x.shape[-1]))
+        if self._injector.has_regions and self._step.latent_hw != self._whole:
+            raise SettingError(
+                "Field mask: a region cannot be used while the picture is made in tiles (MultiDiffusion), which do not "
+                "know where they lie. Remove the regions, or switch the tiles off."
+            )
         self._call.enter_context(self._injector.around(self._step))
 
     def _place(self, sigmas: Tensor, rows: bool | list[bool], hw: tuple[int, int] | None = None) -> DenoiseStep:
@@ -199,7 +206,7 @@ class _Run:
 
 def _wrapper(run: _Run, denoiser: nn.Module, previous: Callable | None) -> Callable:
     def wrapper(apply_model: Callable, args: dict) -> Tensor:
-        with run.hooked(denoiser):
+        with run.hooked(denoiser, tuple(args["input"].shape[-2:])):
             if previous is not None:
                 return previous(apply_model, args)
             return apply_model(args["input"], args["timestep"], **args["c"])

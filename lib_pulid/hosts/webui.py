@@ -178,6 +178,11 @@ class Injector:
         self._ready_for = self._sites = self._model = None
         self._injections, self._checked = (), False
 
+    @property
+    def has_regions(self) -> bool:
+        """Whether a face is to act in a part of the picture only."""
+        return any(injection.mask is not None for injection in self._injections)
+
     def around(self, step: DenoiseStep) -> AbstractContextManager[None]:
         """Injects into the one denoiser call inside the `with`."""
         assert self._sites is not None, "prepare comes first"

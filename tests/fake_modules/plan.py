@@ -22,6 +22,7 @@ class RandomPlan:
     start: float = 0.0
     end: float = 1.0
     has_uncond: bool = True
+    mask: torch.Tensor | None = None
     start_step: int = 0
     cfg_from: int = 0
     error: Exception | None = None
@@ -37,7 +38,7 @@ class RandomPlan:
         generator = torch.Generator().manual_seed(1)
         make = _cross_attention if model.family == "sdxl" else _image_stream
         sites = tuple(make(site, self.weight, generator) for site in find_sites(model.denoiser).sites)
-        settings = (self.has_uncond, self.weight, "ortho_v2", 20, self.start, self.end, None)
+        settings = (self.has_uncond, self.weight, "ortho_v2", 20, self.start, self.end, self.mask)
         return [Injection(model.family, sites, *settings, self.start_step)]
 
     def check_steps(self, model: LoadedModel, steps: int, *, hires: bool) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from tests.host.api import Pictures, encoded
 from tests.host.rows_basics import person
 from tests.host.rows_batches import LONG, mirror
+from tests.host.rows_errors import refused
 from tests.host.rows_grid import cells
 from tests.host.rows_img2img import scene
 from tests.host.rows_works_with import stopped
@@ -279,7 +280,7 @@ def wrappers(host: Running) -> str:
     return ", ".join(seen)
 
 
-@rows.row("FLUX: MultiDiffusion beside it", FORGE)
+@rows.row("FLUX: MultiDiffusion beside it; regions, which tiles cannot place, are refused", FORGE)
 def tiles(host: Running) -> str:
     """Tiles of 64 x 96 pixels, four at a time."""
     seen = []
@@ -292,6 +293,8 @@ def tiles(host: Running) -> str:
         expect(all(call["rows"] == 3 for call in calls), f"rows per call: {[call['rows'] for call in calls]}")
         differ(face, flux(host, MILD).image, "with and without tiles", 0.3)
         seen.append(f"{method} {differ(plain, face, 'with and without'):.1f}")
+    region = {**MILD, "mask": encoded(np.full((8, 8, 3), 200, np.uint8))}
+    seen.append(refused(host, ["mask", "MultiDiffusion"], region, **asked(alwayson_scripts=beside)))
     return ", ".join(seen)
 
 
