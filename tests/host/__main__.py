@@ -106,7 +106,7 @@ def generate(folder: Path, checkout: Checkout) -> Path:
     small = [*large, ROOT / "tests" / "face_standins.py", ROOT / "lib_pulid" / "standin.py"]
 
     def checkpoints_and_companions() -> None:
-        print(f"Writing small models into {folder} (2.2 GB) ...", flush=True)
+        print(f"Writing small models into {folder} (2 GB) ...", flush=True)
         checkpoints.write_checkpoints(folder / "checkpoints")
         checkpoints.write_companions(folder / "lora", folder / "controlnet")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.host.api import Answer
-from tests.host.rows_basics import ANNA, FAINT, person
+from tests.host.rows_basics import ANNA, FAINT
 from tests.host.rows_batches import WEIGHT
 from tests.host.table import Rows, close, differ, distance, equal, expect
 from tests.host.webui import Running
@@ -210,15 +210,6 @@ def stopped(host: Running, button: str, **changes: Any) -> str:
     expect(after["callbacks"] == before["callbacks"], f"callbacks: {after['callbacks']}")
     equal(plain, host.api.txt2img().image, f"after {button}")
     return f"answered after {seconds:.1f} s"
-
-
-@rows.row("FLUX: with the face, without, and the baseline again", ("forge",))
-def flux(host: Running) -> str:
-    asked = {"override_settings": {"sd_model_checkpoint": "tiny-flux.safetensors"}, "scheduler": "Simple", **SMALL}
-    asked |= {"cfg_scale": 1.0, "negative_prompt": ""}
-    plain, face = host.api.txt2img(**asked).image, host.api.txt2img(person(host, weight=1), **asked).image
-    equal(plain, host.api.txt2img(**asked).image, "the baseline again")
-    return f"{differ(plain, face, 'with and without'):.1f}"
 
 
 @rows.row("Reload UI: the same pictures before and after, nothing doubled")
