@@ -297,6 +297,6 @@ def _mask(path: Path | None):
         return None
     import torch
 
-    from lib_pulid.images import load_image
+    from lib_pulid.images import load_region
 
-    return torch.from_numpy(load_image(path)).float().mean(-1) / 255
+    return torch.from_numpy(load_region(path, path.name))

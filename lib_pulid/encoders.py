@@ -161,7 +161,7 @@ class IDFormer(nn.Module):
         with torch.device("meta"):
             module = cls(
                 dim=dim,
-                depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers.")),
+                depth=sum(key.startswith("layers.") and key.endswith(".0.to_q.weight") for key in state),
                 inner_dim=state["layers.0.0.to_q.weight"].shape[0],
                 ff_dim=state["layers.0.1.1.weight"].shape[0],
                 num_queries=num_queries,

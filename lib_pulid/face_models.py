@@ -182,7 +182,7 @@ def _load_facexlib(
     """Build one of facexlib's networks and fill it strictly; facexlib's own loader would download."""
     import torch
 
-    from lib_pulid.weights import read_state_dict
+    from lib_pulid.weight_files import check_numbers, read_state_dict
 
     _require_file(path, what)
     state = {key.removeprefix("module."): value for key, value in read_state_dict(path).items()}
@@ -196,4 +196,5 @@ def _load_facexlib(
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}. ({str(error)[:300]})") from error
+    check_numbers({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, path)
     return model.eval().to(device)

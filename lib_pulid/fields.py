@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import reprlib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,11 @@ AUTO = "auto"
 NONE = "None"  # how lists show "no saved identity"
 CUSTOM = "custom"
 HIRES_PASSES = ("both", "first", "second")
+
+# Bounds of one request, so that no slip or stranger keeps a machine busy for hours.
+MOST_UNITS = 10
+MOST_PHOTOS = 50  # of one person; beyond a handful they add nothing
+LONGEST_TEXT = 255  # of a name; file names are no longer
 
 FAMILIES = ("sdxl", "flux")
 
@@ -165,10 +172,11 @@ def _bool(field: Field, value: Any) -> bool:
 
 
 def _float(field: Field, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{show(value)} is not a number.")
-    if not field.minimum <= value <= field.maximum:  # type: ignore[operator]
-        raise ValueError(f"{value:g} is not in {field.minimum:g}..{field.maximum:g}.")
+    if not field.minimum <= value <= field.maximum:  # before float(), which fails on a whole number of 400 digits
+        raise ValueError(f"{show(value)} is not in {field.minimum:g}..{field.maximum:g}.")
     return float(value)
 
 
@@ -191,6 +199,9 @@ def _text(field: Field, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{show(value)} is not a text.")
     value = value.strip()
+    # Cc, Cs: control characters, and halves of characters, which no answer could be written with.
+    if len(value) > LONGEST_TEXT or any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise ValueError(f"{show(value)} is too long for a name, or has characters that cannot be shown.")
     return field.default if value in ("", NONE) else value
 
 
@@ -208,7 +219,7 @@ def _images(field: Field, value: Any) -> tuple[str, ...]:
         if value.lstrip().startswith("["):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise ValueError("the list of images is not JSON.") from None
         else:
             value = [value] if value.strip() else []
@@ -216,6 +227,8 @@ def _images(field: Field, value: Any) -> tuple[str, ...]:
         return ()
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{show(value)} is not a list of images (base64 texts).")
+    if len(value) > MOST_PHOTOS:
+        raise ValueError(f"{len(value)} photos are too many; give the best ones, {MOST_PHOTOS} at most.")
     for image in value:
         if not isinstance(image, str) or not image.strip():
             raise ValueError(f"{show(image)} in the list is not an image; base64 text is.")
@@ -228,11 +241,17 @@ _CHECKS = {
 
 
 def field_named(name: Any, number: int) -> Field:
-    if name in FIELD:
+    if isinstance(name, str) and name in FIELD:
         return FIELD[name]
-    near = difflib.get_close_matches(str(name), FIELD, 1)
+    text = spelled(name)
+    near = difflib.get_close_matches(text, FIELD, 1)
     hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(FIELD)}."
-    raise SettingError(place(number, str(name)[:40]) + f"there is no such field; {hint}")
+    raise SettingError(place(number, text) + f"there is no such field; {hint}")
+
+
+def spelled(name: Any) -> str:
+    """A field's name as it was given; anything may have been."""
+    return name[:40] if isinstance(name, str) and name[:40].isprintable() else show(name)
 
 
 def place(number: int, field: str) -> str:
@@ -241,5 +260,11 @@ def place(number: int, field: str) -> str:
 
 
 def show(value: Any) -> str:
-    text = repr(value)
+    """Any value in at most 40 characters, whatever its depth and length: they come from strangers."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 40, 40
+    try:
+        text = short.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes out
+        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
     return text if len(text) <= 40 else text[:37] + "..."

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lib_pulid import __version__
 from lib_pulid.encoders import IDEncoder
-from lib_pulid.errors import IdentityMismatchError, SettingError
+from lib_pulid.errors import IdentityMismatchError, SettingError, WrongWeightsError
 from lib_pulid.weights import Adapter
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 FUSIONS = ("official", "id_mix", "average")
 FILE_FORMAT = "sd-webui-pulid identity"
 FILE_VERSION = "1"
+LARGEST_FILE = 100_000_000  # bytes; a photo makes 0.5 MB
 
 
 # ---------------------------------------------------------------- Identity
@@ -100,16 +101,20 @@ class Identity:
             raise IdentityMismatchError(f"{path.name} is not a saved identity.")
         if info.pop("version", None) != FILE_VERSION:
             raise IdentityMismatchError(f"{path.name} was written by a later version of this program.")
-        thumbnail = tensors.get("thumbnail")
         try:
-            identity = cls(
-                tensors["cond"], tensors.get("uncond"), info, None if thumbnail is None else thumbnail.numpy()
-            )
+            identity = cls(tensors["cond"], tensors.get("uncond"), info, _thumbnail(tensors.get("thumbnail")))
         except SettingError as error:
             raise IdentityMismatchError(f"{path.name} is damaged: {error}") from error
-        if not all(torch.isfinite(t).all() for t in (identity.cond, identity.uncond) if t is not None):
-            raise IdentityMismatchError(f"{path.name} is damaged: its tokens are not numbers.")
+        for tokens in (identity.cond, identity.uncond):
+            if tokens is not None and not (tokens.dtype == torch.float32 and torch.isfinite(tokens).all()):
+                raise IdentityMismatchError(f"{path.name} is damaged: its tokens are not numbers.")
         return identity
+
+
+def _thumbnail(tensor: Tensor | None) -> np.ndarray | None:
+    """A picture for lists; an identity is as good without one, so what is no uint8 RGB [h, w, 3] is left out."""
+    fits = tensor is not None and tensor.dtype == torch.uint8 and tensor.ndim == 3 and tensor.shape[2] == 3
+    return tensor.numpy() if fits and tensor.numel() else None  # type: ignore[union-attr]
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -117,6 +122,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     if not path.is_file():
         raise IdentityMismatchError(f"The saved identity {path.name} was not found in {path.parent}.")
+    if path.stat().st_size > LARGEST_FILE:
+        raise IdentityMismatchError(f"{path.name} is not a saved identity: it is too large for one.")
     try:
         with safe_open(str(path), framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -188,6 +195,11 @@ def encode_identity(
         first, *others = [_encode(adapter, photo) for photo in photos]
         keep = None if fusion == "id_mix" else adapter.encoder.num_token
         cond, uncond = (torch.cat([one, *(t[:, :keep] for t in rest)], dim=1) for one, *rest in zip(first, *others))
+    if not (torch.isfinite(cond).all() and torch.isfinite(uncond).all()):
+        raise WrongWeightsError(
+            "A model that reads photos returned something that is no number: its file is damaged (vision tower, face "
+            f"recogniser or {adapter.path.name}). Delete and download it again."
+        )
     made = {"adapter": adapter.label, "encoder": adapter.fingerprint, "photos": str(len(photos)), "fusion": fusion}
     made["made_by"] = f"sd-webui-pulid {__version__}"
     return Identity(cond.cpu().float(), uncond.cpu().float(), {**made, **(info or {})}, thumbnail)

@@ -21,29 +21,53 @@ ImageSource = Union[str, "os.PathLike[str]", bytes, "Image.Image", np.ndarray]
 # Checked before a pixel is decoded. Above PIL's warning (89 million), so that a 108 MP phone photo passes without one,
 # and below PIL's own error (179 million), which is reported the same way.
 MAX_PIXELS = 150_000_000
+MAX_BYTES = 3 * MAX_PIXELS  # of an image file in memory: what the largest photo takes unpacked
+
+# What photos come in; HEIF and JXL where another extension has taught PIL to read them. PIL knows dozens more, of which
+# EPS starts a PostScript interpreter.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL")
+
+LONGEST_REGION = 4096  # pixels; a picture's tokens are 8 of its pixels wide and more
+_ORIENTATION = 0x0112  # Exif
 
 
-def load_image(source: ImageSource, name: str = "image") -> np.ndarray:
+def load_image(source: ImageSource, name: str = "image", background: int = 255) -> np.ndarray:
     """Read a photo as uint8 RGB [H, W, 3], 0..255.
 
     `source`: a path, the bytes of an image file, a PIL image, or an array [H, W] or [H, W, 1..4], RGB order: uint8,
-    uint16 (0..65535) or float (0..1). Transparency is laid over white, EXIF rotation is applied, of an animation the
-    first frame is taken. `name` is what an ImageError calls the image; a file is called by its own name by default.
+    uint16 (0..65535) or float (0..1). Transparency is laid over `background` (255 white, 0 black), EXIF rotation is
+    applied, of an animation the first frame is taken. `name` is what an ImageError calls the image; a file is called by
+    its own name by default.
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source, name)
+        return _from_array(source, name, background)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        return _decode(path, path.name if name == "image" else name)
+        return _decode(path, path.name if name == "image" else name, background)
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) == 0:
             raise ImageError(f"{name}: the file is empty.")
-        return _decode(io.BytesIO(source), name)
+        if len(source) > MAX_BYTES:
+            raise ImageError(f"{name}: the file is too large (more than {MAX_BYTES // 10**6} MB).")
+        return _decode(io.BytesIO(source), name, background)
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return _from_pil(source, name)
+        return _from_pil(source, name, background)
     raise ImageError(f"{name}: a {type(source).__name__} is not an image.")
+
+
+def load_region(source: ImageSource, name: str = "region") -> np.ndarray:
+    """Read a region as float32 [H, W], 0..1: its brightness; where it is transparent nothing was painted, so 0.
+
+    Raises:
+        ImageError: it cannot be read, or is black all over, so that the face could act nowhere.
+    """
+    image = thumbnail(load_image(source, name, background=0), LONGEST_REGION)
+    grey = image.astype(np.float32).mean(axis=-1) / 255
+    if not grey.any():
+        raise ImageError(f"{name}: it is black all over; the face would act nowhere. Paint the place white.")
+    return grey
 
 
 def resize_long_edge(image: np.ndarray, limit: int = 1024) -> np.ndarray:
@@ -75,15 +99,17 @@ def thumbnail(image: np.ndarray, size: int = 96) -> np.ndarray:
     return cv2.resize(image, target, interpolation=cv2.INTER_AREA)
 
 
-def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
+def _decode(file: Path | io.BytesIO, name: str, background: int) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
+    Image.init()  # registers all formats, once
+    readable = [kind for kind in FORMATS if kind in Image.OPEN]
     try:
         # The size is checked by _from_pil before decoding, so that PIL's warning about large images says nothing new.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                return _from_pil(image, name)
+            with Image.open(file, formats=readable) as image:
+                return _from_pil(image, name, background)
     except ImageError:
         raise
     except FileNotFoundError as error:
@@ -91,12 +117,14 @@ def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
     except Image.DecompressionBombError as error:
         raise ImageError(_too_large(name)) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: this is not an image, or of a kind that cannot be read.") from error
+        raise ImageError(
+            f"{name}: this is not an image, or of a kind that cannot be read here; save it as JPEG, PNG or WebP."
+        ) from error
     except Exception as error:  # PIL's decoders raise nearly anything when they meet a damaged file
         raise ImageError(f"{name}: the image cannot be read ({error}).") from error
 
 
-def _from_pil(image: Image.Image, name: str) -> np.ndarray:
+def _from_pil(image: Image.Image, name: str, background: int) -> np.ndarray:
     from PIL import ImageOps
 
     _check_size(image.width, image.height, name)
@@ -105,21 +133,23 @@ def _from_pil(image: Image.Image, name: str) -> np.ndarray:
     except Exception as error:  # as above; a PIL image may be decoded only now
         raise ImageError(f"{name}: the image is truncated or damaged ({error}).") from error
     with contextlib.suppress(Exception):  # damaged metadata is no reason to refuse a good photo
-        image = ImageOps.exif_transpose(image) or image
+        if image.getexif().get(_ORIENTATION, 1) != 1:  # else it would only be copied
+            image = ImageOps.exif_transpose(image) or image
     if image.mode == "F" or image.mode.startswith("I"):
         # 16-bit greyscale; PIL's own conversion to 8 bit would cut everything above 255 to white.
         values = np.asarray(image)
-        return _from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16), name)
+        return _from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16), name, background)
     transparent = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
     try:
         if image.mode in ("La", "RGBa"):  # alpha already multiplied in: PIL undoes that for these modes only
             image = image.convert("LA" if image.mode == "La" else "RGBA")
-        return _from_array(np.asarray(image.convert("RGBA" if transparent else "RGB")), name)
+        mode = "RGBA" if transparent else "RGB"
+        return _from_array(np.asarray(image if image.mode == mode else image.convert(mode)), name, background)
     except ValueError as error:
         raise ImageError(f"{name}: images of the kind {image.mode} cannot be read.") from error
 
 
-def _from_array(array: np.ndarray, name: str) -> np.ndarray:
+def _from_array(array: np.ndarray, name: str, background: int) -> np.ndarray:
     """An array [H, W] or [H, W, 1..4] of any of the ranges load_image names -> uint8 RGB [H, W, 3]."""
     if array.ndim == 2:
         array = array[:, :, None]
@@ -127,15 +157,21 @@ def _from_array(array: np.ndarray, name: str) -> np.ndarray:
         raise ImageError(f"{name}: an array of shape {array.shape} is not an image; [height, width, 3] is.")
     _check_size(array.shape[1], array.shape[0], name)
     pixels = _to_8_bit(array, name)
-    colour = pixels[:, :, :-1] if pixels.shape[2] in (2, 4) else pixels
-    if colour is not pixels:
-        alpha = pixels[:, :, -1:].astype(np.uint16)
-        # Over white, rounded: (c a + 255 (255 - a)) / 255. The products fit into 16 bits.
-        colour = ((colour * alpha + np.uint16(255) * (255 - alpha) + 127) // 255).astype(np.uint8)
+    colour = _opaque(pixels, background) if pixels.shape[2] in (2, 4) else pixels
     if colour.shape[2] == 1:
         colour = colour.repeat(3, axis=2)
     # A copy where needed: cv2 wants contiguous memory, and the caller keeps the array that was passed in.
     return np.array(colour, dtype=np.uint8, order="C")
+
+
+def _opaque(pixels: np.ndarray, background: int) -> np.ndarray:
+    """uint8 [H, W, 2 or 4], alpha last -> [H, W, 1 or 3]: rounded (c a + background (255 - a)) / 255."""
+    opaque = np.empty((*pixels.shape[:2], pixels.shape[2] - 1), np.uint8)
+    rows = max(1, 2**20 // pixels.shape[1])  # at a time: the products need more memory than the picture
+    for top in range(0, len(pixels), rows):
+        colour, alpha = pixels[top : top + rows, :, :-1], pixels[top : top + rows, :, -1:].astype(np.uint16)
+        opaque[top : top + rows] = (colour * alpha + np.uint16(background) * (255 - alpha) + 127) // 255
+    return opaque
 
 
 def _to_8_bit(array: np.ndarray, name: str) -> np.ndarray:

@@ -14,6 +14,8 @@ from lib_pulid.fields import (
     AUTO,
     FIELD,
     FIELDS,
+    MOST_UNITS,
+    NONE,
     PRESET_FAMILY,
     PRESETS,
     WEIGHTS,
@@ -27,7 +29,7 @@ from lib_pulid.fields import (
 )
 
 _SWITCH = Field("on", "PuLID", "bool", False, "The accordion's own on/off.")
-_FILLED = Field("args", "", "text", "", "What a host puts behind the dicts.")
+_EMPTY = (None, "", NONE)  # what hosts make of an empty text or list
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def parse_args(
         SettingError.
     """
     args = list(args)
+    if len(args) > 1 + MOST_UNITS * len(FIELDS):
+        raise SettingError(f"PuLID: {len(args)} arguments are too many; {MOST_UNITS} units at most.")
     leading = bool(args) and isinstance(args[0], bool)
     if len(args) > leading and isinstance(args[leading], Mapping):
         on = args[0] if leading else True
@@ -181,8 +185,10 @@ def _from_list(args: Sequence[Any], on: bool, changed: Container[int]) -> list[P
 def _from_dicts(args: Sequence[Any], first: int) -> list[PulidUnit]:
     """Behind the dicts only the widgets' own defaults may stand, which the host puts there."""
     end = next((i for i in range(first, len(args)) if not isinstance(args[i], Mapping)), len(args))
+    if end - first > MOST_UNITS:
+        raise SettingError(f"PuLID: {end - first} units are too many; {MOST_UNITS} at most.")
     defaults = default_args(1 + len(args) // len(FIELDS))
     for i in range(end, len(args)):
-        if isinstance(args[i], Mapping) or check(_FILLED, str(args[i]), 0) != check(_FILLED, str(defaults[i]), 0):
+        if args[i] != defaults[i] and not (args[i] in _EMPTY and defaults[i] in _EMPTY):
             raise SettingError(f"PuLID, args[{i}]: {show(args[i])} is no unit; args is a list of dicts, one per unit.")
     return [PulidUnit.from_mapping(values, number) for number, values in enumerate(args[first:end], 1)]

@@ -9,6 +9,7 @@ the output of blocks 3, 7, 11, 15, 19 here.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_pulid.errors import WrongWeightsError
-from lib_pulid.weights import describe, read_state_dict
+from lib_pulid.weight_files import check_numbers, describe, read_state_dict
 
 BLOCKS = (3, 7, 11, 15, 19)  # 0-based; their outputs are the hidden states
 HEAD_DIM = 64
@@ -72,8 +73,9 @@ def load_vision_tower(path: str | Path) -> VisionTower:
         with torch.random.fork_rng(devices=()):  # timm draws initial weights; the host's random numbers are not ours
             trunk = _build(visual)
         trunk.load_state_dict(checkpoint_filter_fn(visual, trunk), strict=True, assign=True)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
         raise WrongWeightsError(f"{path.name} is another vision tower than EVA02-CLIP-L/14-336: {error}") from error
+    check_numbers(visual, path)
     return VisionTower(trunk).eval().requires_grad_(False)
 
 
@@ -85,11 +87,16 @@ def _build(visual: Mapping[str, Tensor]) -> nn.Module:
     hidden = visual["blocks.0.mlp.w1.weight"].shape[0]
     if grid != 24 or patch != 14:
         raise ValueError(f"it reads {grid * patch} x {grid * patch} pixels in patches of {patch}")
+    # timm makes all layers before they are filled: number and sizes have to be those of the file's own weights.
+    queries = [key for key in visual if re.fullmatch(r"blocks\.\d+\.attn\.q_proj\.weight", key)]
+    for key in queries:
+        if visual[key].shape != (width, width) or visual[key.replace("attn.q_proj", "mlp.w1")].shape != (hidden, width):
+            raise ValueError(f"{key} does not fit a width of {width}")
     return timm.create_model(
         "eva02_large_patch14_clip_336",
         num_classes=visual["head.weight"].shape[0],
         embed_dim=width,
-        depth=1 + max(int(key.split(".")[1]) for key in visual if key.startswith("blocks.")),
+        depth=len(queries),
         num_heads=width // HEAD_DIM,
         mlp_ratio=(hidden + 0.5) / width,  # timm rounds width x ratio down
     )

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from lib_pulid.encoders import IDEncoder, IDFormer
-from lib_pulid.errors import MissingWeightsError, WrongWeightsError
+from lib_pulid.errors import WrongWeightsError
+from lib_pulid.weight_files import check_numbers, describe, read_state_dict
 
 
 @dataclass(frozen=True)
@@ -116,112 +116,24 @@ def load_adapter(path: str | Path) -> Adapter:
     state = read_state_dict(path)
     for prefixes, build in _LAYOUTS.items():
         if all(any(key.startswith(prefix) for key in state) for prefix in prefixes):
-            return build(state, path)
+            adapter = build(state, path)
+            check_numbers(state, path)
+            return adapter
     raise WrongWeightsError(
         f"{path.name} is {describe(state)}. Needed: a PuLID file, for SDXL (pulid_v1.bin, pulid_v1.1.safetensors, "
         "ip-adapter_pulid_sdxl_fp16.safetensors) or for FLUX (pulid_flux_v0.9.x.safetensors)."
     )
 
 
-# ---------------------------------------------------------------- reading a file
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Reads a safetensors file or a torch pickle, whichever its first bytes say it is.
-
-    Returns:
-        name -> tensor on the CPU; one level of nesting ({"image_proj": {...}}, {"state_dict": {...}}) is made flat.
-
-    Raises:
-        MissingWeightsError, WrongWeightsError.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingWeightsError(f"{path.name} was not found in {path.parent}.")
-    with path.open("rb") as file:
-        head = file.read(64)
-    try:
-        loaded = _load_safetensors(path) if _looks_like_safetensors(head) else _load_pickle(path, head)
-    except WrongWeightsError:
-        raise
-    except Exception as error:  # whatever the two readers raise, the user's file is at fault
-        size = path.stat().st_size
-        raise WrongWeightsError(
-            f"{path.name} ({size:,} bytes) cannot be read: it is damaged, truncated (an interrupted download?) "
-            f"or refused for safety. Download it again. ({type(error).__name__}: {str(error)[:200]})"
-        ) from error
-    return _flat(loaded, path)
-
-
-def _looks_like_safetensors(head: bytes) -> bool:
-    return len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
-
-
-def _load_safetensors(path: Path) -> Mapping[str, object]:
-    from safetensors.torch import load_file
-
-    return load_file(str(path), device="cpu")
-
-
-def _load_pickle(path: Path, head: bytes) -> Mapping[str, object]:
-    if not head:
-        raise WrongWeightsError(f"{path.name} is empty. Download it again.")
-    if head.startswith(b"version https://git-lfs"):
-        raise WrongWeightsError(f"{path.name} is a Git LFS pointer, not the file itself. Download the file.")
-    if head.lstrip()[:1] == b"<":
-        raise WrongWeightsError(f"{path.name} is a web page, not a weight file. Download the file itself.")
-    # Not `torch.load`, which A1111 replaces by a guard of its own that refuses files written by torch 2.1 and later.
-    return torch.serialization.load(str(path), map_location="cpu", weights_only=True)
-
-
-def _flat(loaded: object, path: Path) -> dict[str, Tensor]:
-    if not isinstance(loaded, Mapping):
-        raise WrongWeightsError(f"{path.name} holds no table of weights ({type(loaded).__name__}).")
-    flat: dict[str, Tensor] = {}
-    for key, value in loaded.items():
-        if isinstance(value, Tensor):
-            flat[str(key)] = value
-        elif isinstance(value, Mapping):
-            inner = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
-            wrapper = key in ("state_dict", "model", "module")
-            flat.update(inner if wrapper else {f"{key}.{k}": v for k, v in inner.items()})
-    if not flat:
-        raise WrongWeightsError(f"{path.name} holds no weights.")
-    return flat
-
-
-def describe(state: Mapping[str, Tensor]) -> str:
-    """What a table of weights most likely is, in words, for error messages."""
-    for pattern, words in _KNOWN_FILES:
-        if any(re.search(pattern, key) for key in state):
-            return words
-    return f"of an unknown kind (its first keys: {', '.join(sorted(state)[:3])})"
-
-
-_KNOWN_FILES: tuple[tuple[str, str], ...] = (
-    (r"^pulid_(encoder|ca)\.", "a PuLID file for FLUX, or a part of one"),
-    (r"^id_adapter", "a PuLID file for SDXL, or a part of one"),
-    (r"^visual\.blocks\.|^blocks\.\d+\.attn\.", "a vision transformer (EVA-CLIP), not PuLID itself"),
-    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, but no PuLID"),
-    (r"lora_|\.lora[_.]|\.alpha$", "a LoRA"),
-    (r"^control_model\.|input_hint_block|controlnet_", "a ControlNet"),
-    (r"^(model\.diffusion_model\.)?double_blocks\.|^transformer_blocks\.", "a FLUX transformer"),
-    (r"^model\.diffusion_model\.|^down_blocks\.|^input_blocks\.", "a Stable Diffusion checkpoint"),
-    (r"^(first_stage_model\.|encoder\.down|decoder\.)", "a VAE"),
-    (r"^(module\.)?(body\.conv1|fpn\.|ssh1|BboxHead)", "a RetinaFace detector"),
-    (r"^(cp\.resnet|ffm\.)", "a BiSeNet face parser"),
-)
-
-
 # ---------------------------------------------------------------- layouts
 
 
 def _build_sdxl(state: Mapping[str, Tensor], path: Path) -> Adapter:
-    return _sdxl(state, path, "id_adapter.", r"id_adapter_attn_layers\.(\d+)\.id_to_(k|v)\.weight")
+    return _sdxl(state, path, "id_adapter.", r"id_adapter_attn_layers\.(\d{1,4})\.id_to_(k|v)\.weight")
 
 
 def _build_sdxl_converted(state: Mapping[str, Tensor], path: Path) -> Adapter:
-    return _sdxl(state, path, "image_proj.", r"ip_adapter\.(\d+)\.to_(k|v)_ip\.weight")
+    return _sdxl(state, path, "image_proj.", r"ip_adapter\.(\d{1,4})\.to_(k|v)_ip\.weight")
 
 
 def _sdxl(state: Mapping[str, Tensor], path: Path, encoder_prefix: str, pair: str) -> Adapter:
@@ -231,7 +143,8 @@ def _sdxl(state: Mapping[str, Tensor], path: Path, encoder_prefix: str, pair: st
         raise WrongWeightsError(f"{path.name} looks like PuLID for SDXL, but also holds {foreign[0]!r}.")
     table = {(int(m[1]), m[2]): state[key] for key, m in matches.items() if m}
     # i counts every attention processor of the UNet; cross-attention is every second one: 1, 3, 5, ...
-    count = 1 + max(i for i, _ in table) // 2
+    # No more of them than weights: a number in a name must not decide how long this takes.
+    count = min(1 + max((i for i, _ in table), default=0) // 2, len(table))
     expected = {(i, x) for i in range(1, 2 * count, 2) for x in "kv"}
     if stray := sorted(set(table) ^ expected):
         raise WrongWeightsError(
@@ -251,7 +164,8 @@ def _build_flux(state: Mapping[str, Tensor], path: Path) -> Adapter:
     if version != "v1.1":
         raise WrongWeightsError(f"{path.name} has the cross-attention of PuLID for FLUX, but another encoder.")
     modules = _under(state, "pulid_ca.")
-    count = 1 + max((int(key.split(".")[0]) for key in modules if key.split(".")[0].isdigit()), default=-1)
+    numbers = [int(match[0]) for key in modules if (match := re.match(r"\d{1,4}(?=\.)", key))]
+    count = min(1 + max(numbers, default=-1), len(modules))
     expected = {f"{n}.{key}" for n in range(count) for key in _IMAGE_STREAM_KEYS}
     stray = sorted((set(modules) ^ expected) | {k for k in state if not k.startswith(("pulid_encoder.", "pulid_ca."))})
     if stray:

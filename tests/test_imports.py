@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("images", "encoders", "sites", "catalog", "heads"),
+    ("images", "encoders", "sites", "catalog", "heads", "weight_files"),
     ("weights", "faces"),
     ("vision", "face_models", "haar", "attention"),
     ("identity",),

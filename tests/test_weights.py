@@ -25,7 +25,8 @@ from lib_pulid.standin import (
     tower_shapes,
 )
 from lib_pulid.vision import load_vision_tower
-from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights, load_adapter, read_state_dict
+from lib_pulid.weight_files import read_state_dict
+from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights, load_adapter
 
 SITES = 12  # i goes to 23: as text, "11" comes before "3"
 WIDTHS = [8 + 4 * n for n in range(SITES)]  # all different, so that a wrong order shows

@@ -124,7 +124,9 @@ class _Unit:
 
     def _hidden(self, name: str) -> None:
         label = f"PuLID {self._number} {name}"
-        self.widgets[name] = _silent(gr.Textbox(value="", visible=False, elem_id=self._id(name), label=label))
+        widget = _silent(gr.Textbox(value="", visible=False, elem_id=self._id(name), label=label))
+        widget.preprocess = Unspoken.of  # what gradio calls with the page's value
+        self.widgets[name] = widget
 
     # ------------------------------------------------------------ rows
 
@@ -259,6 +261,17 @@ def _silent(widget: Any) -> Any:
     """Not to be kept in the host's ui-config.json."""
     widget.do_not_save_to_config = True
     return widget
+
+
+class Unspoken(str):
+    """A photo as text. After an error the hosts print what a request was called with; this shows its length only."""
+
+    @classmethod
+    def of(cls, text: str | None) -> Unspoken | None:
+        return None if text is None else cls(text)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} characters>" if len(self) else "''"
 
 
 def _tool(text: str, elem_id: str, tooltip: str) -> Any:

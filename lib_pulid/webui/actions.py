@@ -136,7 +136,7 @@ class Actions:
         try:
             if not name.strip():
                 raise SettingError("Give the identity a name first.")
-            photos = [pictures.decode(text, f"photo {i}") for i, text in enumerate(_images(images), 1)]
+            photos = [pictures.photo(text, f"photo {i}") for i, text in enumerate(_images(images), 1)]
             if not photos:
                 raise SettingError("There is no photo to save: drop one above.")
             adapter = self._library.adapter(model or AUTO, self._family_for(model))

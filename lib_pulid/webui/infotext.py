@@ -102,7 +102,8 @@ def _find(entries: Mapping[str, str], library: Library) -> str:
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """All digits, so that what is read back is the same to the bit."""
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _escape(text: str) -> str:

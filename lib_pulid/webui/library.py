@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from lib_pulid.errors import (
     UnsupportedModelError,
     WrongWeightsError,
 )
-from lib_pulid.fields import AUTO
+from lib_pulid.fields import AUTO, NONE
 from lib_pulid.heads import checkpoint_family, read_head
 from lib_pulid.webui.readers import Readers
 
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 HASH = re.compile(r"[0-9a-f]{10}")
-NAME = re.compile(r"\w[\w .()'-]{0,79}")
+LONGEST_NAME = 200  # bytes: file systems take 255, and a file that is being written has a longer name
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
 
 
 @dataclass(frozen=True)
@@ -210,9 +212,12 @@ class Library:
         """
         from dataclasses import replace
 
-        name = name.strip()
-        if not NAME.fullmatch(name) or name.endswith(".") or HASH.fullmatch(name):
-            raise SettingError("A name has letters, digits, blanks and -_.() only, and begins with a letter or digit.")
+        name = unicodedata.normalize("NFC", name.strip())
+        if not _is_name(name):
+            raise SettingError(
+                "A name has letters, digits, blanks and -_.()' only, begins with a letter or digit, is not too long, "
+                "and neither a hash nor a word that is reserved (None, CON)."
+            )
         path = self.identities_dir / f"{name}.safetensors"
         if path.exists():
             raise SettingError(f"{name} is saved already; take another name, or delete {path} first.")
@@ -266,6 +271,15 @@ class Library:
         if key not in self._read:
             self._read[key] = read(path)
         return self._read[key]
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file can be called so everywhere, and the identity be told from a hash and from "None"."""
+    letters = all(c.isalnum() or c in "_ .()'-" or unicodedata.category(c)[0] == "M" for c in name)  # M: vowel signs
+    starts_well = name[:1].isalnum() or name[:1] == "_"
+    taken = name == NONE or HASH.fullmatch(name) or RESERVED.fullmatch(name)
+    fits = len(name) <= 80 and len(name.encode()) <= LONGEST_NAME
+    return letters and starts_well and fits and not name.endswith(".") and not taken
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:

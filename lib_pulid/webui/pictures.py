@@ -5,35 +5,44 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lib_pulid.errors import ImageError
-from lib_pulid.images import load_image, resize_long_edge
+from lib_pulid.images import MAX_BYTES, load_image, load_region, resize_long_edge
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lib_pulid.faces import Detection, Face
 
+NOT_OPENED = "Paths and addresses (URLs) are never opened: send the picture itself, as base64."
 BLURRED = 12.0  # variance of the Laplacian of the grey crop; sharp portraits have some hundred
 DRAWN = (60, 200, 90)  # RGB of the chosen face's frame
 OTHER = (160, 160, 160)
 
 
-def decode(text: str, name: str) -> np.ndarray:
-    """base64 or a data URI -> uint8 RGB [H, W, 3]. Never a path or an address: an API caller must not read files.
+def decode(text: str, name: str, read: Callable[[bytes, str], np.ndarray] = load_image) -> np.ndarray:
+    """base64 or a data URI -> what `read` makes of it: uint8 RGB [H, W, 3]. Never a path or an address: an API caller
+    must not read files or reach other machines.
 
     Raises:
         ImageError: it calls the image `name`.
     """
-    _, comma, body = text.partition(",") if text.startswith("data:") else ("", ",", text)
+    if len(text) > 2 * MAX_BYTES:  # base64 takes 4 / 3 of it
+        raise ImageError(f"{name}: the file is too large (more than {MAX_BYTES // 10**6} MB).")
+    _, comma, body = text.partition(",") if text[:5].lower() == "data:" else ("", ",", text)
     try:
         data = base64.b64decode("".join(body.split()), validate=True) if comma else b""
     except (binascii.Error, ValueError) as error:
-        raise ImageError(f"{name}: this is not base64 text.") from error
-    return load_image(data, name)
+        raise ImageError(f"{name}: this is not base64 text. {NOT_OPENED}") from error
+    try:
+        return read(data, name)
+    except ImageError as error:
+        # "photos/a/b.c" is no base64, "photos/a/b/c" is.
+        raise (error if len(data) > len(NOT_OPENED) else ImageError(f"{error} {NOT_OPENED}")) from None
 
 
 def encode(image: np.ndarray) -> str:
@@ -50,18 +59,16 @@ def packed(photo: np.ndarray) -> str:
     return encode(resize_long_edge(photo))
 
 
-def region(text: str, name: str) -> Tensor:
-    """A region's image -> [H, W] float32, 0..1: brightness.
+def photo(text: str, name: str) -> np.ndarray:
+    """base64 or a data URI -> uint8 RGB [H, W, 3], no larger than the photo chain reads it."""
+    return resize_long_edge(decode(text, name))
 
-    Raises:
-        ImageError: it cannot be read, or is black all over, so that the face could act nowhere.
-    """
+
+def region(text: str, name: str) -> Tensor:
+    """A region's image, base64 or a data URI -> [H, W] float32, 0..1; see `images.load_region`."""
     import torch
 
-    grey = torch.from_numpy(decode(text, name)).float().mean(-1) / 255
-    if not grey.any():
-        raise ImageError(f"{name}: it is black all over; the face would act nowhere.")
-    return grey
+    return torch.from_numpy(decode(text, name, load_region))
 
 
 def drawn_region(picture: np.ndarray | None, strokes: np.ndarray | None = None) -> str:
@@ -76,7 +83,7 @@ def drawn_region(picture: np.ndarray | None, strokes: np.ndarray | None = None) 
         return encode(np.repeat(drawn[:, :, None], 3, axis=2))
     if picture is None:
         return ""
-    loaded = load_image(np.asarray(picture), "region")
+    loaded = load_image(np.asarray(picture), "region", background=0)
     return encode(loaded) if loaded.any() else ""
 
 

@@ -10,7 +10,7 @@ from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
 from lib_pulid.fields import AUTO
 from lib_pulid.injection import Injection, compile_injection
 from lib_pulid.units import PulidUnit, at_unit
-from lib_pulid.webui.pictures import decode, region
+from lib_pulid.webui.pictures import photo, region
 
 if TYPE_CHECKING:
     from lib_pulid.hosts import LoadedModel
@@ -118,7 +118,7 @@ class UnitPlan:
         with _at(number, "model"):
             adapter = self.library.adapter(unit.model, family)
         with _at(number, "images"):
-            photos = [decode(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
+            photos = [photo(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
             return self.library.encode(
                 photos, adapter, unit.choice, unit.fusion, lambda text: self.tell(f"PuLID: unit {number}, {text}")
             ), adapter

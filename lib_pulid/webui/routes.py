@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
-from lib_pulid.fields import FIELD, FIELDS, PRESETS, WEIGHTS, check, schema
+from lib_pulid.fields import FIELD, FIELDS, PRESETS, WEIGHTS, check, schema, spelled
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui import pictures
 from lib_pulid.webui.library import Library
 
+LARGEST_BODY = 100 << 20  # bytes; the largest photo of a phone takes about 50 MB as base64
 DETECT_FIELDS = ("images", "face_order", "face_index")
 
 
 def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
     """app: FastAPI. api_auth: "user:password,..." as given to --api-auth."""
-    from fastapi import Body, Depends
+    from fastapi import Depends, Request
+    from fastapi.concurrency import run_in_threadpool
 
     guard = [Depends(_authenticator(api_auth))] if api_auth else []
 
-    def add(path: str, endpoint: Any, method: str) -> None:
-        app.add_api_route(f"/pulid/{path}", endpoint, methods=[method], dependencies=guard, tags=["PuLID"])
+    def add(path: str, endpoint: Any, method: str, **more: Any) -> None:
+        app.add_api_route(f"/pulid/{path}", endpoint, methods=[method], dependencies=guard, tags=["PuLID"], **more)
 
-    def post_detect(body: dict = Body(...)) -> dict:  # noqa: B008
-        return detect(body, library)
+    async def post_detect(request: Any) -> dict:
+        return await run_in_threadpool(detect, await _body(request), library)
 
+    post_detect.__annotations__["request"] = Request  # FastAPI goes by it; as text it would not find the class
     add("models", lambda: models(library), "GET")
     add("identities", lambda: identities(library), "GET")
     add("schema", describe, "GET")
-    add("detect", post_detect, "POST")
+    body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+    add("detect", post_detect, "POST", openapi_extra={"requestBody": body})
 
 
 def add_error_handler(app: Any) -> None:
@@ -48,6 +53,25 @@ def add_error_handler(app: Any) -> None:
     app.add_exception_handler(PulidError, answer)
     if getattr(app, "middleware_stack", None) is not None:  # built by an early request: build it again
         app.middleware_stack = app.build_middleware_stack()
+
+
+async def _body(request: Any) -> dict[str, Any]:
+    """The JSON object that was posted. FastAPI itself would read gigabytes, and would read them before the login."""
+    from fastapi import HTTPException
+
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > LARGEST_BODY:
+            raise HTTPException(413, f"PuLID: the body is too large (more than {LARGEST_BODY >> 20} MB).")
+        parts.append(part)
+    try:
+        body = json.loads(b"".join(parts))
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise SettingError(f"PuLID: the body is no JSON object; detect takes {', '.join(DETECT_FIELDS)}.")
+    return body
 
 
 # ---------------------------------------------------------------- what the routes answer
@@ -78,7 +102,7 @@ def detect(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
     """
     for name in body:
         if name not in DETECT_FIELDS:
-            raise SettingError(f"PuLID, field {str(name)[:40]}: detect takes {', '.join(DETECT_FIELDS)} only.")
+            raise SettingError(f"PuLID, field {spelled(name)}: detect takes {', '.join(DETECT_FIELDS)} only.")
     checked = {name: check(FIELD[name], value, 0) for name, value in body.items()}
     unit = PulidUnit(**checked)
     if not unit.images:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib_pulid.errors import PulidError
-from lib_pulid.fields import AUTO, FIELDS, Field, check
+from lib_pulid.errors import PulidError, SettingError
+from lib_pulid.fields import AUTO, FIELDS, Field, check, place
 from lib_pulid.images import load_image
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.pictures import packed
@@ -59,16 +59,24 @@ def _unit_axes(option: type, number: int, library: Library) -> list[Any]:
 
 def _photo_axis(option: type, number: int) -> Any:
     def set_photo(p: Any, value: str, values: Any) -> None:
-        _change(p, number, "images", (packed(load_image(_path(value))),))
+        _change(p, number, "images", (packed(load_image(_path(p, value, number))),))
 
     def confirm(p: Any, values: list[str]) -> None:
         for value in values:
-            load_image(_path(value))
+            load_image(_path(p, value, number))
 
     return option(f"[PuLID {number}] Photo file", str, set_photo, confirm=_told(confirm), cost=LOADING)
 
 
-def _path(value: str) -> Path:
+def _path(p: Any, value: str, number: int) -> Path:
+    """A path that someone at the page typed. The API can run a grid as well, and its callers must not read files."""
+    from modules.shared import cmd_opts
+
+    if getattr(p, "is_api", False) or getattr(cmd_opts, "hide_ui_dir_config", False):
+        raise SettingError(
+            place(number, "images") + "the axis Photo file reads files of this machine, which is for its own page only"
+            " (and not with --hide-ui-dir-config). Send photos in the unit's field images, one request for each."
+        )
     return Path(value.strip().strip('"'))
 
 

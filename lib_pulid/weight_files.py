@@ -1,0 +1,148 @@
+"""A weight file -> a table of tensors, without trusting the file.
+
+safetensors hold numbers only. A pickle is a program: it is read with torch's `weights_only`, which knows a few harmless
+instructions, after what that does not cover has been refused. Whatever is wrong, the message names the file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lib_pulid.errors import MissingWeightsError, WrongWeightsError
+
+HARMLESS = 2**29  # bytes
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Reads a safetensors file or a torch pickle, whichever its first bytes say it is.
+
+    Returns:
+        name -> tensor on the CPU; one level of nesting ({"image_proj": {...}}, {"state_dict": {...}}) is made flat.
+
+    Raises:
+        MissingWeightsError, WrongWeightsError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingWeightsError(f"{path.name} was not found in {path.parent}.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+        loaded = _load_safetensors(path) if _looks_like_safetensors(head) else _load_pickle(path, head)
+    except WrongWeightsError:
+        raise
+    except PermissionError as error:
+        raise WrongWeightsError(f"{path.name} in {path.parent} may not be read; change its permissions.") from error
+    except Exception as error:  # whatever the two readers raise, the user's file is at fault
+        size = path.stat().st_size
+        raise WrongWeightsError(
+            f"{path.name} ({size:,} bytes) cannot be read: it is damaged, truncated (an interrupted download?) "
+            f"or refused for safety. Download it again. ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+    return _flat(loaded, path)
+
+
+def _looks_like_safetensors(head: bytes) -> bool:
+    return len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
+
+
+def _load_safetensors(path: Path) -> Mapping[str, object]:
+    from safetensors.torch import load_file
+
+    return load_file(str(path), device="cpu")
+
+
+def _load_pickle(path: Path, head: bytes) -> Mapping[str, object]:
+    if not head:
+        raise WrongWeightsError(f"{path.name} is empty. Download it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise WrongWeightsError(f"{path.name} is a Git LFS pointer, not the file itself. Download the file.")
+    if head.lstrip()[:1] == b"<":
+        raise WrongWeightsError(f"{path.name} is a web page, not a weight file. Download the file itself.")
+    _check_archive(path, head)
+    # Not `torch.load`, which A1111 replaces by a guard of its own that refuses files written by torch 2.1 and later.
+    return torch.serialization.load(str(path), map_location="cpu", weights_only=True)
+
+
+def _check_archive(path: Path, head: bytes) -> None:
+    """Refuses what `weights_only` does not cover in older torch versions: TorchScript, which brings code of its own,
+    and the tar files of 2017, which are unpacked to disk; and archives that claim to hold more than they can.
+
+    `torch.save` stores without compression, so what is unpacked is never larger than the file.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.filename.endswith("constants.pkl") for entry in entries):
+            raise WrongWeightsError(f"{path.name} is a TorchScript program, not a table of weights.")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise WrongWeightsError(f"{path.name} is refused for safety: unpacked it would be larger than it can be.")
+    elif head.strip(b"\0") and tarfile.is_tarfile(path):  # zeros count as the end of an empty one
+        raise WrongWeightsError(f"{path.name} is a tar archive, not a weight file. Unpack it.")
+
+
+def _flat(loaded: object, path: Path) -> dict[str, Tensor]:
+    if not isinstance(loaded, Mapping):
+        raise WrongWeightsError(f"{path.name} holds no table of weights ({type(loaded).__name__}).")
+    flat: dict[str, Tensor] = {}
+    for key, value in loaded.items():
+        if isinstance(value, Tensor):
+            flat[str(key)] = value
+        elif isinstance(value, Mapping):
+            inner = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
+            wrapper = key in ("state_dict", "model", "module")
+            flat.update(inner if wrapper else {f"{key}.{k}": v for k, v in inner.items()})
+    if not flat:
+        raise WrongWeightsError(f"{path.name} holds no weights.")
+    _check_honest(flat, path)
+    return flat
+
+
+def _check_honest(state: Mapping[str, Tensor], path: Path) -> None:
+    """A pickle may describe a tensor that repeats one number a billion times, or no numbers at all."""
+    plain = all(t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized for t in state.values())
+    # Twice, for weights that two names share; and what fits into any memory does no harm.
+    most = max(2 * path.stat().st_size, HARMLESS)
+    if not plain or sum(t.numel() * t.element_size() for t in state.values()) > most:
+        raise WrongWeightsError(f"{path.name} is refused for safety: it describes more numbers than it holds.")
+
+
+def check_numbers(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises WrongWeightsError where a weight is not a finite number: the picture would come out black, or worse."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise WrongWeightsError(f"{path.name}: {name} holds {tensor.dtype} values; a float file is needed.")
+        # The sum is a number if all of them are; twice as fast as isfinite, and there for float8, too.
+        if not math.isfinite(tensor.sum(dtype=torch.float32)):
+            raise WrongWeightsError(f"{path.name} is damaged: {name} holds values that are no numbers. Get it again.")
+
+
+def describe(state: Mapping[str, Tensor]) -> str:
+    """What a table of weights most likely is, in words, for error messages."""
+    for pattern, words in _KNOWN_FILES:
+        if any(re.search(pattern, key) for key in state):
+            return words
+    return f"of an unknown kind (its first keys: {', '.join(sorted(state)[:3])})"
+
+
+_KNOWN_FILES: tuple[tuple[str, str], ...] = (
+    (r"^pulid_(encoder|ca)\.", "a PuLID file for FLUX, or a part of one"),
+    (r"^id_adapter", "a PuLID file for SDXL, or a part of one"),
+    (r"^visual\.blocks\.|^blocks\.\d+\.attn\.", "a vision transformer (EVA-CLIP), not PuLID itself"),
+    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, but no PuLID"),
+    (r"lora_|\.lora[_.]|\.alpha$", "a LoRA"),
+    (r"^control_model\.|input_hint_block|controlnet_", "a ControlNet"),
+    (r"^(model\.diffusion_model\.)?double_blocks\.|^transformer_blocks\.", "a FLUX transformer"),
+    (r"^model\.diffusion_model\.|^down_blocks\.|^input_blocks\.", "a Stable Diffusion checkpoint"),
+    (r"^(first_stage_model\.|encoder\.down|decoder\.)", "a VAE"),
+    (r"^(module\.)?(body\.conv1|fpn\.|ssh1|BboxHead)", "a RetinaFace detector"),
+    (r"^(cp\.resnet|ffm\.)", "a BiSeNet face parser"),
+)
