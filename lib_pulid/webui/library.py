@@ -278,8 +278,10 @@ def _is_name(name: str) -> bool:
     letters = all(c.isalnum() or c in "_ .()'-" or unicodedata.category(c)[0] == "M" for c in name)  # M: vowel signs
     starts_well = name[:1].isalnum() or name[:1] == "_"
     taken = name == NONE or HASH.fullmatch(name) or RESERVED.fullmatch(name)
-    fits = len(name) <= 80 and len(name.encode()) <= LONGEST_NAME
-    return letters and starts_well and fits and not name.endswith(".") and not taken
+    return (
+        letters and starts_well and not name.endswith(".") and not taken
+        and len(name) <= 80 and len(name.encode()) <= LONGEST_NAME
+    )  # fmt: skip
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:

@@ -1,0 +1,298 @@
+"""Images that are no photo, or a strange one: read, or refused with a message and cheaply; see docs/reliability.md."""
+
+from __future__ import annotations
+
+import base64
+import io
+import resource
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from lib_pulid.errors import ImageError
+from lib_pulid.images import FORMATS, LONGEST_REGION, MAX_PIXELS, load_image, load_region
+from lib_pulid.webui.pictures import decode, photo, region
+
+ROOT = Path(__file__).parents[1]
+RNG = np.random.default_rng(5)
+NOISE = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+# ---------------------------------------------------------------- headers that promise too much
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def gif_header(width: int, height: int) -> bytes:
+    frame = b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\x00;"
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6) + frame
+
+
+def webp_header(width: int, height: int) -> bytes:
+    frame = b"VP8L" + struct.pack("<I", 6) + b"\x2f" + struct.pack("<I", (width - 1) | (height - 1) << 14) + b"\x00"
+    return b"RIFF" + struct.pack("<I", 4 + len(frame)) + b"WEBP" + frame
+
+
+def tiff_header(width: int, height: int) -> bytes:
+    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 16)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\x00" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(20)
+
+
+def bmp_header(width: int, height: int) -> bytes:
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + 16, 0, 0, 54) + info + bytes(16)
+
+
+def jpeg_header(width: int, height: int) -> bytes:
+    data = bytearray(encoded(Image.fromarray(NOISE), "JPEG"))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+HEADERS = {
+    "PNG": (png_header, 100_000, 100_000), "GIF": (gif_header, 65_535, 65_535), "WEBP": (webp_header, 16_383, 16_383),
+    "TIFF": (tiff_header, 1_000_000, 1_000_000), "BMP": (bmp_header, 500_000, 500_000),
+    "JPEG": (jpeg_header, 65_500, 65_500),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_header_that_promises_too_much_is_refused_before_decoding(kind, monkeypatch):
+    make, width, height = HEADERS[kind]
+    assert load_image(encoded(Image.fromarray(NOISE), kind)).shape == NOISE.shape  # this kind is read here
+    bomb, decoded = make(width, height), []
+    monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(self))
+    for limit in (89_000_000, None):  # a host may have switched PIL's own limit off
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ImageError, match=r"photo 1: the image is too large .*more than 150 million pixels"):
+            decode(text(bomb), "photo 1")
+    assert not decoded
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "BMP"])
+def test_a_header_within_the_limit_but_no_pixels_behind_it(kind):
+    make = HEADERS[kind][0]
+    with pytest.raises(ImageError, match="photo: "):
+        load_image(make(11_000, 11_000), "photo")
+
+
+MEASURED = """
+import resource, sys
+from tests.test_bad_images import *
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for make, width, height in HEADERS.values():
+    try: load_image(make(width, height))
+    except ImageError: pass
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted in other units elsewhere")
+def test_such_headers_take_no_memory():
+    made = subprocess.run([sys.executable, "-c", MEASURED], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(made.stdout) < 100  # MB; the smallest of them would be 700 MB
+
+
+def test_a_text_chunk_that_unpacks_to_gigabytes():
+    bomb = zlib.compress(bytes(200_000_000), 9)
+    data = b"Comment\x00\x00" + bomb
+    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
+    whole = encoded(Image.fromarray(NOISE))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ImageError, match="photo: "):
+        load_image(whole[:33] + chunk + whole[33:], "photo")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
+
+
+def test_a_hundred_megapixels_are_read():
+    data = encoded(Image.new("L", (11_600, 8_700), 77), "PNG", compress_level=1)
+    assert 100_000_000 < 11_600 * 8_700 < MAX_PIXELS
+    image = photo(text(data), "photo 1")
+    assert max(image.shape) == 1023  # 1024, rounded down as the official function does it
+    assert (image == 77).all()
+
+
+# ---------------------------------------------------------------- damaged
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF"])
+@pytest.mark.parametrize("keep", [0.02, 0.3, 0.6, 0.9])
+def test_a_truncated_image_is_an_error_in_every_format(kind, keep):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this PIL has no AVIF")
+    data = encoded(Image.fromarray(NOISE), kind)
+    with pytest.raises(ImageError, match=r"photo: (the image (is truncated|cannot be read)|this is not an image)"):
+        load_image(data[: int(len(data) * keep)], "photo")
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"x", b"\xff\xd8", b"\x89PNG\r\n\x1a\n"])
+def test_empty_and_a_few_bytes(data):
+    with pytest.raises(ImageError, match="photo 1: "):
+        decode(text(data), "photo 1")
+
+
+def test_no_pixels_and_one_pixel():
+    with pytest.raises(ImageError, match="photo: "):
+        load_image(png_header(0, 0), "photo")
+    with pytest.raises(ImageError, match="photo: "):
+        load_image(bmp_header(0, 5), "photo")
+    assert load_image(encoded(Image.new("RGB", (1, 1), "red"))).tolist() == [[[255, 0, 0]]]
+
+
+# ---------------------------------------------------------------- kinds
+
+
+def test_a_16_bit_colour_png_keeps_its_high_bytes():
+    rows = b"".join(b"\0" + struct.pack(">6H", 0, 0x1234, 0xFFFF, 0x8000, 0x00FF, 0xFE01) for _ in range(2))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    image = load_image(data)
+    np.testing.assert_allclose(image[0], [[0, 0x12, 0xFF], [0x80, 0, 0xFE]], atol=1)
+
+
+FOREIGN = {
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="file:///etc/passwd"/></svg>',
+    "pdf": b"%PDF-1.7\n1 0 obj\n", "html": b"<!DOCTYPE html><html></html>", "text": b"this is no image " * 40,
+    "zip": b"PK\x03\x04" + bytes(300), "heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300),
+    "json": b'{"images": []}' * 20, "mp4": b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + bytes(300),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_image_says_what_to_save_it_as(kind):
+    with pytest.raises(ImageError, match=r"photo 1: this is not an image, or of a kind .* JPEG, PNG or WebP"):
+        decode(text(FOREIGN[kind]), "photo 1")
+
+
+def test_postscript_is_never_interpreted(tmp_path):
+    """PIL hands EPS to Ghostscript, which is a program that runs programs."""
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) (w) file\nshowpage\n%%EOF\n"
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "EPS"  # PIL would
+    (tmp_path / "x.eps").write_bytes(data)
+    for source in (data, tmp_path / "x.eps"):
+        with pytest.raises(ImageError, match="not an image"):
+            load_image(source)
+    assert not {"EPS", "WMF", "PSD", "PDF", "FPX", "MIC"} & set(FORMATS)
+
+
+# ---------------------------------------------------------------- base64
+
+
+def test_base64_with_blanks_newlines_and_data_uris():
+    data = encoded(Image.fromarray(NOISE))
+    plain = text(data)
+    broken_up = "\n".join(plain[i : i + 76] for i in range(0, len(plain), 76))
+    for form in (plain, broken_up, " " + plain + "\r\n", "data:image/png;base64," + plain, "DATA:;base64," + plain,
+                 "data:application/octet-stream;charset=x;base64, " + broken_up):  # fmt: skip
+        np.testing.assert_array_equal(decode(form, "photo 1"), NOISE)
+
+
+@pytest.mark.parametrize("form", ["unpadded", "urlsafe", "percent", "utf-8", "no comma", "not base64", "surrogate"])
+def test_wrong_base64_is_told(form):
+    data = encoded(Image.fromarray(NOISE), "BMP") + b"\xff\xfe"
+    plain = text(data)
+    assert "/" in plain and plain.endswith("=")
+    wrong = {
+        "unpadded": plain.rstrip("="), "urlsafe": plain.replace("/", "_"), "percent": plain.replace("=", "%3D"),
+        "utf-8": plain + "é", "no comma": "data:image/png;base64", "not base64": "data:image/svg+xml;utf8,<svg/>",
+        "surrogate": "\ud800",
+    }[form]  # fmt: skip
+    with pytest.raises(ImageError, match="photo 1: (this is not base64 text|the file is empty)"):
+        decode(wrong, "photo 1")
+
+
+PLACES = ["/etc/passwd", "/etc/shadow1", "../x.png", "x.png", "photos/a/b/c", "file:///etc/passwd", "~/x.jpg",
+          "C:\\x.png", "\\\\host\\x.png", "http://127.0.0.1:1/x.png", "https://example.com/x.jpg", "ftp://host/x.png",
+          "//host/x.png", "data:text/plain,/etc/passwd", "blob:http://x/1", "s3://bucket/x.png"]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("read", [decode, photo, region])
+def test_paths_and_addresses_are_never_opened(place, read, monkeypatch, tmp_path):
+    def opened(*args, **_):
+        raise AssertionError(f"opened {args}")
+
+    Image.fromarray(NOISE).save(tmp_path / "x.png")
+    monkeypatch.chdir(tmp_path)  # where "x.png" is an image
+    Image.init()
+    import socket
+
+    for module, name in ((socket.socket, "connect"), (Path, "open"), (io, "open")):
+        monkeypatch.setattr(module, name, opened)
+    monkeypatch.setattr("builtins.open", opened)
+    with pytest.raises(ImageError, match=r"photo 1: .*Paths and addresses \(URLs\) are never opened"):
+        read(place, "photo 1")
+
+
+# ---------------------------------------------------------------- regions
+
+
+def test_a_region_may_be_of_any_size_and_kind():
+    for size in ((1, 1), (3, 7), (1, 500)):
+        assert load_region(encoded(Image.new("L", size, 255))).shape == size[::-1]
+    assert load_region(encoded(Image.new("1", (4, 4), 1))).max() == 1
+    half = np.zeros((6, 10), np.uint8)
+    half[:, :5] = 255
+    assert load_region(encoded(Image.fromarray(half))).mean() == 0.5
+
+
+def test_where_a_region_is_transparent_nothing_is_painted():
+    """White strokes on an empty layer: laid over white, as a photo is, they would be everywhere."""
+    layer = np.zeros((8, 8, 4), np.uint8)
+    layer[:2] = 255
+    assert region(text(encoded(Image.fromarray(layer))), "the region").mean() == 0.25
+    assert load_image(layer).min() == 255
+
+
+@pytest.mark.parametrize(
+    "mask", [Image.new("L", (9, 9)), Image.new("RGBA", (9, 9)), Image.new("RGBA", (9, 9), (0, 0, 0, 255))]
+)
+def test_a_region_that_is_black_all_over_is_an_error(mask, tmp_path):
+    mask.save(tmp_path / "mask.png")
+    for source in (encoded(mask), tmp_path / "mask.png"):
+        with pytest.raises(ImageError, match="the region: it is black all over"):
+            load_region(source, "the region")
+
+
+def test_a_huge_region_is_reduced():
+    wide = np.zeros((10, 3 * LONGEST_REGION), np.uint8)
+    wide[:, : 3 * LONGEST_REGION // 2] = 255
+    reduced = load_region(encoded(Image.fromarray(wide)))
+    assert reduced.shape == (3, LONGEST_REGION)
+    assert abs(reduced.mean() - 0.5) < 1e-3
+
+
+def test_a_region_that_is_no_image():
+    with pytest.raises(ImageError, match="the region: this is not an image"):
+        region(text(FOREIGN["text"]), "the region")

@@ -1,0 +1,227 @@
+"""What holds for every unit, every picture's parameters, every request and every region, not for examples only."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from lib_pulid.errors import ImageError, PulidError, SettingError
+from lib_pulid.fields import FIELD, FIELDS, LONGEST_TEXT, MOST_UNITS, NONE, PRESETS, Field
+from lib_pulid.injection import DenoiseStep, _Masks, token_grid
+from lib_pulid.units import PulidUnit, parse_args
+from lib_pulid.webui import infotext, pictures, routes
+from lib_pulid.webui.library import Library
+
+# Names as people and file systems have them: commas, quotes, line ends of other alphabets, characters of every plane.
+NAMES = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=LONGEST_TEXT)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=12,
+)
+VALID: dict[str, Any] = {
+    "bool": lambda field: st.booleans(),
+    "int": lambda field: st.integers(int(field.minimum), int(field.maximum)),
+    "float": lambda field: st.floats(field.minimum, field.maximum),
+    "choice": lambda field: st.sampled_from(field.choices),
+    "text": lambda field: NAMES,
+    "image": lambda field: st.text(max_size=12),
+    "images": lambda field: st.lists(st.text(min_size=1, max_size=12).filter(str.strip), max_size=4),
+}
+
+
+@st.composite
+def valid_dicts(draw) -> dict[str, Any]:
+    """What an API caller may send: any fields, each within its range."""
+    names = draw(st.lists(st.sampled_from(list(FIELD)), unique=True))
+    values = {name: draw(VALID[FIELD[name].kind](FIELD[name])) for name in names}
+    assume(values.get("start", 0.0) < values.get("end", 1.0))
+    if values.get("images") and values.get("identity", "").strip() not in ("", NONE):
+        del values["identity"]
+    return values
+
+
+def expected(field: Field, value: Any) -> Any:
+    """What a unit has to hold for a value that was given: the same, but for blanks around it and an empty choice."""
+    if field.kind == "text":
+        return field.default if value.strip() in ("", NONE) else value.strip()
+    if field.kind == "image":
+        return value.strip()
+    return tuple(image.strip() for image in value) if field.kind == "images" else value
+
+
+# ---------------------------------------------------------------- units
+
+
+@given(valid_dicts())
+def test_every_valid_dict_is_a_unit_and_keeps_its_values(values):
+    unit = PulidUnit.from_mapping(values, 1)
+    for name, value in values.items():
+        # the preset is named by what projection and zero tokens are
+        if name != "preset" or not {"projection", "num_zero"} & set(values):
+            assert name == "preset" and value == "custom" or getattr(unit, name) == expected(FIELD[name], value)
+    through_positions = PulidUnit.from_positions(json.loads(json.dumps(unit.positions())), 1)
+    assert through_positions == unit
+    assert PulidUnit.from_mapping(json.loads(json.dumps(unit.mapping())), 1) == unit
+    assert parse_args([True, *unit.positions()]) == ([(1, unit)] if unit.enabled else [])
+
+
+@given(st.sampled_from(FIELDS), JSON)
+def test_a_value_is_taken_as_it_is_or_refused(field, value):
+    """Never cut, rounded, or replaced by something else."""
+    try:
+        unit = PulidUnit.from_mapping({field.name: value}, 7)
+    except SettingError as error:
+        assert str(error).startswith(f"PuLID unit 7, field {field.name}: ") or field.name in ("start", "end")
+        str(error).encode()
+        return
+    taken = getattr(unit, field.name)
+    if value is None:
+        assert taken == field.default and field.kind in ("text", "image", "images")
+    elif field.kind == "images" and isinstance(value, str):
+        assert taken == ((value.strip(),) if value.strip() else ()) or value.lstrip().startswith("[")
+    elif field.kind != "choice" or value != "custom":
+        assert type(value) in (type(taken), int, float, list)
+        assert taken == expected(field, value)
+
+
+@given(st.lists(JSON, max_size=20) | st.lists(st.dictionaries(st.sampled_from(list(FIELD)), JSON), max_size=4))
+@example([math.nan])
+@example([{}, 10**5000])
+def test_any_arguments_are_units_or_a_message(args):
+    try:
+        units = parse_args(args)
+    except SettingError as error:
+        assert str(error).startswith("PuLID")
+        str(error).encode()
+    else:
+        assert all(isinstance(unit, PulidUnit) and 1 <= number <= MOST_UNITS for number, unit in units)
+
+
+# ---------------------------------------------------------------- what comes in over HTTP
+
+
+@pytest.fixture(scope="module")
+def empty_library(tmp_path_factory) -> Library:
+    folder = tmp_path_factory.mktemp("models")
+    return Library(lambda: folder)
+
+
+@given(st.dictionaries(st.sampled_from(["images", "face_order", "face_index"]) | st.text(max_size=5), JSON))
+def test_any_body_of_detect_is_a_message(empty_library, body):
+    with pytest.raises(PulidError, match="^PuLID, field "):
+        routes.detect(body, empty_library)
+
+
+@given(
+    st.text() | st.text(st.sampled_from("abcABC012+/=_- \n,:;data")) | st.binary().map(lambda b: b.decode("latin-1"))
+)
+def test_any_text_is_an_image_or_a_message(text):
+    with pytest.raises(ImageError, match="^photo 1: "):
+        pictures.decode(text, "photo 1")
+
+
+# ---------------------------------------------------------------- the picture's parameters
+
+
+FACTS = st.fixed_dictionaries({"hash": st.just("0123456789"), "file": NAMES, "weights": st.just("abcdef0123")})
+
+
+@given(valid_dicts(), FACTS)
+@example({"model": '100%2C, "x": y\\.bin'}, {"hash": "0123456789", "file": "a", "weights": "b"})
+@example({"start": 0.1234561, "end": 0.1234564}, {"hash": "0123456789", "file": "a", "weights": "b"})
+def test_every_unit_is_read_back_from_the_parameters_as_it_was(empty_library, values, facts):
+    unit = PulidUnit.from_mapping(values, 1)
+    text = infotext.write(unit, facts)
+    assert not set(text) & set('"\\\n\r')  # nothing that the hosts' own quoting has to change
+    parameters = {infotext.key(1): text}
+    read = {field.name: infotext.PastedField(1, field, empty_library)(parameters) for field in FIELDS if field.pasted}
+    for field in FIELDS:
+        if field.pasted and field.name != "identity":  # which is looked for among those that are saved
+            assert read[field.name] == getattr(unit, field.name)
+    assert infotext.read(text).get("identity", "") == unit.identity
+    assert infotext.read(text).get("file", "") == facts["file"]
+    # and a unit that is made of what was read is the same in all that the parameters hold
+    again = PulidUnit.from_mapping({**read, "identity": unit.identity}, 1)
+    assert {f.name: getattr(again, f.name) for f in FIELDS if f.pasted} == {
+        f.name: getattr(unit, f.name) for f in FIELDS if f.pasted
+    }
+
+
+@given(valid_dicts())
+def test_neither_photo_nor_region_is_in_the_parameters(values):
+    photo, mask = "UGhvdG9ncmFwaA==" * 4, "UmVnaW9u" * 4
+    unit = PulidUnit.from_mapping({**values, "images": [photo], "identity": "", "mask": mask}, 1)
+    text = infotext.write(unit, {"hash": "0123456789", "file": "x", "weights": "y"})
+    assert photo[:12] not in text and mask[:12] not in text
+
+
+@given(st.text() | st.lists(st.sampled_from([*FIELD, ": ", ", ", "%", "%2", "1e999", "nan", "\n"])).map("".join))
+def test_any_text_in_the_parameters_does_no_harm(empty_library, text):
+    for field in FIELDS:
+        infotext.PastedField(1, field, empty_library)({infotext.key(1): text})
+
+
+# ---------------------------------------------------------------- regions
+
+
+SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+
+def on_tokens(mask: np.ndarray, latent: tuple[int, int], halvings: int) -> torch.Tensor:
+    """The region [H, W] as a layer sees it, [h, w]."""
+    height, width = latent
+    for _ in range(halvings):
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+    step = DenoiseStep(0.0, True, latent)
+    masks = _Masks([SimpleNamespace(mask=torch.from_numpy(mask).float(), family="sdxl")], step)  # type: ignore[list-item]
+    assert (
+        token_grid(height * width, latent, "sdxl")[0] * token_grid(height * width, latent, "sdxl")[1] == height * width
+    )
+    return masks.over(0, height * width).reshape(token_grid(height * width, latent, "sdxl"))
+
+
+@given(SIZES, SIZES, st.integers(0, 3), st.integers(0, 2**32 - 1))
+def test_a_region_stays_within_its_own_bounds(size, latent, halvings, seed):
+    mask = np.random.default_rng(seed).random(size, np.float32)
+    seen = on_tokens(mask, latent, halvings)
+    assert mask.min() - 1e-5 <= seen.min() and seen.max() <= mask.max() + 1e-5
+    for value in (0.0, 0.25, 1.0):
+        even = on_tokens(np.full(size, value, np.float32), latent, halvings)
+        torch.testing.assert_close(even, torch.full_like(even, value))
+
+
+@given(SIZES, st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_the_mean_is_kept_where_the_sizes_divide(latent, times_high, times_wide, seed):
+    mask = np.random.default_rng(seed).random((latent[0] * times_high, latent[1] * times_wide), np.float32)
+    assert abs(on_tokens(mask, latent, 0).mean().item() - mask.mean()) < 1e-4
+
+
+@given(SIZES, SIZES, st.integers(0, 3), st.tuples(*[st.floats(0, 1)] * 4))
+def test_the_area_of_a_rectangle_is_kept_to_a_token_at_each_border(size, latent, halvings, corners):
+    (top, bottom), (left, right) = sorted(corners[:2]), sorted(corners[2:])
+    mask = np.zeros(size, np.float32)
+    mask[round(top * size[0]) : round(bottom * size[0]), round(left * size[1]) : round(right * size[1])] = 1
+    seen = on_tokens(mask, latent, halvings)
+    assert abs(seen.mean().item() - mask.mean()) <= 2 / seen.shape[0] + 2 / seen.shape[1]
+
+
+@given(SIZES, SIZES)
+def test_a_region_is_not_mirrored_nor_turned(size, latent):
+    assume(min(*size, *latent) >= 4)
+    mask = np.zeros(size, np.float32)
+    mask[: size[0] // 2, : size[1] // 2] = 1
+    seen = on_tokens(mask, latent, 0)
+    assert seen[0, 0] == 1 and seen[-1, -1] == 0 and seen[0, -1] == 0 and seen[-1, 0] == 0
+
+
+def test_the_presets_are_valid_dicts():
+    assert all(PulidUnit.from_mapping({"preset": name}, 1).preset == name for name in PRESETS)
