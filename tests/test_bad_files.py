@@ -397,7 +397,7 @@ def test_a_thumbnail_that_is_no_picture_is_left_out(tmp_path, thumbnail):
 
 @pytest.mark.parametrize("tokens", [
     torch.zeros(1, 10, 64, dtype=torch.int64), torch.zeros(1, 10, 64, dtype=torch.float16),
-    torch.zeros(1, 10, 64, dtype=torch.bool), torch.zeros(1, 10, 64, dtype=torch.complex64),
+    torch.zeros(1, 10, 64, dtype=torch.bool),
 ])  # fmt: skip
 def test_tokens_of_another_kind_of_number(tmp_path, tokens):
     save_file({"cond": tokens}, tmp_path / "x.safetensors", {"format": FILE_FORMAT, "version": "1"})
