@@ -39,13 +39,15 @@ def read_head(path: Path) -> Mapping[str, tuple[int, ...]]:
     try:
         with path.open("rb") as file:
             return readers[path.suffix.lower()](file)
-    except (KeyError, ValueError, TypeError, AttributeError, struct.error, MemoryError, OverflowError, OSError):
+    except (KeyError, ValueError, TypeError, AttributeError, struct.error, OSError):
+        return {}
+    except (MemoryError, OverflowError, RecursionError):  # lengths and nesting that no real file has
         return {}
 
 
 def _safetensors(file: BinaryIO) -> Mapping[str, tuple[int, ...]]:
     entries = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEAD)))
-    return {name: tuple(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}
+    return {name: tuple(map(int, entry["shape"])) for name, entry in entries.items() if name != "__metadata__"}
 
 
 def _gguf(file: BinaryIO) -> Mapping[str, tuple[int, ...]]:
@@ -63,14 +65,14 @@ def _gguf(file: BinaryIO) -> Mapping[str, tuple[int, ...]]:
         (axes,) = struct.unpack("<I", file.read(4))
         shapes[name] = struct.unpack(f"<{axes}Q", file.read(8 * axes))[::-1]
         file.seek(12, 1)
-        if file.tell() > LARGEST_HEAD:
-            raise ValueError("too long a head")
     return shapes
 
 
 def _gguf_text(file: BinaryIO) -> str:
     (length,) = struct.unpack("<Q", file.read(8))
-    return file.read(min(length, LARGEST_HEAD)).decode()
+    if file.tell() + length > LARGEST_HEAD:
+        raise ValueError("too long a head")
+    return file.read(length).decode()
 
 
 def _gguf_skip(file: BinaryIO, kind: int) -> None:

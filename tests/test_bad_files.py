@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, SettingError, WrongWeightsError
 from lib_pulid.face_models import ArcFaceRecogniser, BiSeNetParser, InsightFaceDetector, RetinaFaceLandmarker
+from lib_pulid.heads import checkpoint_family
 from lib_pulid.identity import FILE_FORMAT, LARGEST_FILE, FaceFeatures, Identity, encode_identity
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.webui.library import Library
@@ -197,6 +198,7 @@ def entry(start: int, end: int, shape: tuple[int, ...] = (4,), dtype: str = "F32
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
 
+SHAPES = [[[1], 2], "abc", 5, None, {"a": 1}, [1e400], ["9" * 5000]]
 LYING = {
     "overlapping": with_header({"cond": entry(0, 16), "uncond": entry(8, 24)}),
     "negative": with_header({"cond": entry(-16, 0)}),
@@ -214,6 +216,7 @@ LYING = {
     "not UTF-8": with_header(b'{"\xff\xfe": 1}'), "entry of a number": with_header({"cond": 5}),
     "digits": with_header(b'{"cond":' + b"9" * 10_000 + b"}"),
     "metadata of numbers": with_header({"__metadata__": {"format": 1}, "cond": entry(0, 16)}),
+    **{f"shape {shape}": with_header({"x.attn2.to_k.weight": {**entry(0, 16), "shape": shape}}) for shape in SHAPES},
 }  # fmt: skip
 
 
@@ -223,6 +226,7 @@ def test_a_lying_head_is_refused_by_every_reader(tmp_path, what):
     (tmp_path / "pulid" / "identities").mkdir(parents=True)
     path.write_bytes(LYING[what])
     before = peak()
+    assert checkpoint_family(path) == ""
     for load in (load_adapter, load_vision_tower, RetinaFaceLandmarker, Identity.load):
         with pytest.raises(ERRORS, match=r"pulid_v1\.1\.safetensors"):
             load(path)

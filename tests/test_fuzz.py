@@ -25,6 +25,7 @@ from safetensors.torch import save
 from lib_pulid import images
 from lib_pulid.errors import PulidError
 from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector
+from lib_pulid.heads import checkpoint_family, read_head
 from lib_pulid.identity import Identity
 from lib_pulid.images import load_image, load_region
 from lib_pulid.standin import (
@@ -234,3 +235,48 @@ def test_damaged_onnx(tmp_path):
         (InsightFaceDetector if path.name.startswith("scrfd") else ArcFaceRecogniser)(path)
 
     assert fuzz(corpus, read, tmp_path, 0.1, seed=6) > 0
+
+
+# ---------------------------------------------------------------- heads of checkpoints
+
+
+def gguf() -> bytes:
+    """Entries of each kind, a list of lists among them, and two tensors."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    numbers = {0: "<B", 4: "<I", 6: "<f", 7: "<?", 10: "<Q", 12: "<d"}
+    entries = [text(f"n{kind}") + struct.pack("<I", kind) + struct.pack(form, 1) for kind, form in numbers.items()]
+    entries += [
+        text("name") + struct.pack("<I", 8) + text("flux"),
+        text("l") + struct.pack("<IIQ", 9, 4, 3) + bytes(12),
+    ]
+    entries += [text("texts") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")]
+    entries += [text("lists") + struct.pack("<IIQ", 9, 9, 2) + (struct.pack("<IQ", 0, 3) + bytes(3)) * 2]
+    tensors = [text(name) + struct.pack("<IQQIQ", 2, 64, 32, 0, 0) for name in ("double_blocks.0.a", "b")]
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(entries))
+    return head + b"".join(entries) + b"".join(tensors) + bytes(100)
+
+
+DEEP_LIST = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)
+DEEP_LIST += struct.pack("<IQ", 9, 1) * 100_000
+
+
+def test_damaged_heads_of_checkpoints(tmp_path):
+    assert set(read_head(write(tmp_path / "x.gguf", gguf()))) == {"double_blocks.0.a", "b"}
+    for data in (DEEP_LIST, DEEP_LIST[:-8] + b"\xff" * 8):
+        assert read_head(write(tmp_path / "deep.gguf", data)) == {}
+
+    def read(path: Path) -> None:
+        shapes = read_head(path)
+        assert all(isinstance(side, int) for shape in shapes.values() for side in shape)
+        assert checkpoint_family(path) in ("", "sdxl", "flux")
+
+    corpus = [("x.gguf", gguf()), ("x.safetensors", save({"a.attn2.to_k.weight": torch.zeros(2, 2048)}))]
+    fuzz(corpus, read, tmp_path, 0.05, seed=7)
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path

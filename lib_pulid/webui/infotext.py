@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from lib_pulid.fields import AUTO, FIELDS, NONE, Field
+from lib_pulid.fields import AUTO, FIELDS, NONE, Field, check
 from lib_pulid.units import PulidUnit
 from lib_pulid.webui.library import Library
 
@@ -87,8 +87,8 @@ def _value(field: Field, entries: Mapping[str, str], library: Library) -> Any:
         return AUTO if field.name == "model" else None
     text = entries[field.name]
     try:
-        return {"float": float, "int": int}.get(field.kind, str)(text)
-    except ValueError:
+        return check(field, {"float": float, "int": int}.get(field.kind, str)(text), 0)
+    except ValueError:  # someone wrote into the parameters; SettingError is one, too
         return None
 
 
