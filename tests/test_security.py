@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from lib_pulid.errors import PulidError
+from lib_pulid.errors import PulidError, SettingError
 from lib_pulid.units import default_args
 from tests.fake_webui import Generation
 from tests.test_imports import ROOT, sources
@@ -117,7 +117,7 @@ class TestTheGridsPhotoFile:
         path = tmp_path / "photo.png"
         Image.fromarray(photo((330, 210))).save(path)
         for file in (path, tmp_path / "gone.png"):  # nor learn whether there is one
-            with pytest.raises(RuntimeError, match="unit 1, field images: the axis Photo file .* own page only"):
+            with pytest.raises(SettingError, match="unit 1, field images: the axis Photo file .* own page only"):
                 axis.confirm(SimpleNamespace(is_api=True), [str(file)])
             with pytest.raises(PulidError, match="own page only"):
                 axis.apply(SimpleNamespace(is_api=True), str(file), [])
@@ -126,7 +126,7 @@ class TestTheGridsPhotoFile:
 
     def test_nor_a_page_that_is_kept_from_folders(self, ui, axis, tmp_path):  # noqa: F811
         ui.modules.shared.cmd_opts.hide_ui_dir_config = True
-        with pytest.raises(RuntimeError, match="own page only"):
+        with pytest.raises(SettingError, match="own page only"):
             axis.confirm(SimpleNamespace(is_api=False), [str(tmp_path)])
 
 

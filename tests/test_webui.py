@@ -447,7 +447,7 @@ class TestXYZ:
     def test_slips_show_before_the_grid_begins(self, ui, library):
         axes = self.axes(ui, library)
         for label, value in (("Weight", 9.0), ("Preset", "best"), ("Photo file", "/nowhere.png")):
-            with pytest.raises(RuntimeError):
+            with pytest.raises(PulidError):
                 axes[f"[PuLID 1] {label}"].confirm(None, [value])
         axes["[PuLID 1] Use this person"].confirm(None, ["yes", "no"])
         assert axes["[PuLID 1] Saved identity"].choices() == []

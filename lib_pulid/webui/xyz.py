@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib_pulid.errors import PulidError, SettingError
+from lib_pulid.errors import SettingError
 from lib_pulid.fields import AUTO, FIELDS, Field, check, place
 from lib_pulid.images import load_image
 from lib_pulid.webui.library import Library
@@ -65,7 +65,7 @@ def _photo_axis(option: type, number: int) -> Any:
         for value in values:
             load_image(_path(p, value, number))
 
-    return option(f"[PuLID {number}] Photo file", str, set_photo, confirm=_told(confirm), cost=LOADING)
+    return option(f"[PuLID {number}] Photo file", str, set_photo, confirm=confirm, cost=LOADING)
 
 
 def _path(p: Any, value: str, number: int) -> Path:
@@ -94,17 +94,7 @@ def _confirm(number: int, field: Field) -> Callable[[Any, list[Any]], None]:
         for value in values:
             check(field, _plain(field, value), number)
 
-    return _told(confirm)
-
-
-def _told(confirm: Callable[[Any, list[Any]], None]) -> Callable[[Any, list[Any]], None]:
-    def told(p: Any, values: list[Any]) -> None:
-        try:
-            confirm(p, values)
-        except PulidError as error:  # the hosts' own axes raise RuntimeError
-            raise RuntimeError(str(error)) from error
-
-    return told
+    return confirm
 
 
 def _plain(field: Field, value: Any) -> Any:

@@ -121,3 +121,22 @@ def detect_nobody(host: Running) -> str:
     answer = host.api.send("POST", "/pulid/detect", {"images": [encoded(host.photo("nobody"))]})
     expect(answer.status >= 400 and "no face" in answer.text, f"{answer.status}: {answer.text}")
     return f"{answer.status}"
+
+
+@rows.row("Refused: paths, addresses, 10,000 units, a body nested without end; the log holds no photo")
+def strangers(host: Running) -> str:
+    for place in ("/etc/passwd", "../x.png", "http://127.0.0.1:9/x.png", "file:///etc/passwd"):
+        refused(host, ["unit 1", "images", "never opened"], {"images": [place]})
+        refused(host, ["unit 1", "mask", "never opened"], person(host, mask=place))
+        refused(host, ["unit 1", "identity"], {"identity": place})
+        refused(host, ["unit 1", "model"], person(host, model=place))
+    seen = refused(host, ["units are too many"], *[{}] * 10_000)
+    deep: Any = []
+    for _ in range(100):
+        deep = [deep]
+    refused(host, ["unit 1", "images"], {"images": deep})
+    refused(host, ["unit 2", "weight"], person(host), person(host, weight=10**400))
+    refused(host, ["unit 1", "wieght"], person(host) | {"wieght": person(host)})
+    piece = encoded(host.photo("anna")).partition(",")[2]
+    expect(not any(piece[at : at + 60] in host.log_text() for at in range(0, 3000, 60)), "a photo is in the log")
+    return seen

@@ -162,6 +162,7 @@ def error(host: Running) -> str:
         page.until("document.body.innerText.includes('no face was found')", "the message")
         page.keep(SCREENSHOTS, "error")
         expect(not page.shown_picture(), "there is a picture")
+        expect("base64," not in host.log_text(), "the photo is in the log")
         return page.parameters()[:200]
 
 
