@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib_pulid.errors import IdentityMismatchError
+from lib_pulid.errors import IdentityMismatchError, WrongWeightsError
 from lib_pulid.faces import LARGEST, Face, FaceChoice, FaceModels, read_face
 from lib_pulid.identity import FILE_VERSION, Identity, encode_identity, face_features
 from lib_pulid.images import ImageSource, load_image, thumbnail
@@ -111,12 +111,15 @@ def identity_key(
 
 
 def fingerprint_files(paths: Sequence[Path]) -> str:
-    """Sixteen hex digits that name the content of several files."""
+    """Sixteen hex digits that name the content of several files. Raises WrongWeightsError: one may not be read."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+        except OSError as error:
+            raise WrongWeightsError(f"{path.name} in {path.parent} cannot be read ({error.strerror}).") from error
     return digest.hexdigest()[:16]
 
 

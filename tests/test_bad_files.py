@@ -22,6 +22,7 @@ from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, Setting
 from lib_pulid.face_models import ArcFaceRecogniser, BiSeNetParser, InsightFaceDetector, RetinaFaceLandmarker
 from lib_pulid.heads import checkpoint_family
 from lib_pulid.identity import FILE_FORMAT, LARGEST_FILE, FaceFeatures, Identity, encode_identity
+from lib_pulid.photos import fingerprint_files
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.webui.library import Library
 from lib_pulid.weight_files import HARMLESS, read_state_dict
@@ -322,6 +323,8 @@ def test_a_refusal_to_open_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(WrongWeightsError, match=r"pulid_v1\.bin in .* may not be read; change its permissions"):
         load_adapter(tmp_path / "pulid_v1.bin")
+    with pytest.raises(WrongWeightsError, match=r"pulid_v1\.bin in .* cannot be read \(Permission denied\)"):
+        fingerprint_files([tmp_path / "pulid_v1.bin"])
 
 
 # ---------------------------------------------------------------- names

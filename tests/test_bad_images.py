@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from lib_pulid import cli
 from lib_pulid.errors import ImageError
 from lib_pulid.images import FORMATS, LONGEST_REGION, MAX_PIXELS, load_image, load_region
 from lib_pulid.webui.pictures import decode, photo, region
@@ -283,6 +284,10 @@ def test_a_region_that_is_black_all_over_is_an_error(mask, tmp_path):
     for source in (encoded(mask), tmp_path / "mask.png"):
         with pytest.raises(ImageError, match="the region: it is black all over"):
             load_region(source, "the region")
+    with pytest.raises(ImageError, match="the region: .* Paint the place white\\.$"):
+        region(text(encoded(mask)), "the region")
+    with pytest.raises(ImageError, match=r"mask\.png: it is black all over"):
+        cli._mask(tmp_path / "mask.png")
 
 
 def test_a_huge_region_is_reduced():

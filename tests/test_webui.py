@@ -16,7 +16,7 @@ from PIL import Image
 
 from lib_pulid import hosts, standin
 from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError
-from lib_pulid.fields import FIELDS, PRESETS
+from lib_pulid.fields import FIELDS, MOST_PHOTOS, PRESETS
 from lib_pulid.units import PulidUnit, default_args
 from tests.face_standins import blank, draw_face, write_face_files
 from tests.fake_modules.models import SD1_BLOCKS, WIDTH, UNet
@@ -479,6 +479,13 @@ class TestActions:
         assert json.loads(actions.remove_photo(images, 0)) == json.loads(images)[1:]
         assert actions.remove_photo(actions.remove_photo(images, -1), -1) == ""
         assert actions.remove_photo("", -1) == ""
+
+    def test_no_more_photos_than_a_unit_may_have(self, actions, one, tmp_path):
+        full = json.dumps([one] * MOST_PHOTOS)
+        Image.fromarray(photo((320, 100))).save(tmp_path / "more.png")
+        _, images, _, note = actions.add_photos([SimpleNamespace(name=str(tmp_path / "more.png"))], full)
+        assert json.loads(images) == json.loads(full)
+        assert "more.png" in note and "50 photos" in note
 
     def test_preview(self, actions, two, nobody):
         gallery, note = actions.preview(json.dumps([two, nobody]), "None", "largest", 1)

@@ -18,6 +18,7 @@ from lib_pulid.fields import (
     CUSTOM,
     FAMILIES,
     FIELD,
+    MOST_PHOTOS,
     NONE,
     PRESET_FAMILY,
     PRESET_TIPS,
@@ -63,6 +64,9 @@ class Actions:
         known, problems = list(_images(images)), []
         for file in files if isinstance(files, list) else [files] if files else []:
             path = Path(getattr(file, "name", None) or str(file))
+            if len(known) == MOST_PHOTOS:
+                problems.append(f"{path.name} and what follows is left out: {MOST_PHOTOS} photos are the most.")
+                break
             try:
                 known.append(pictures.packed(load_image(path)))
             except PulidError as error:

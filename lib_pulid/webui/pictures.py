@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lib_pulid.faces import Detection, Face
 
 NOT_OPENED = "Paths and addresses (URLs) are never opened: send the picture itself, as base64."
+LONGEST_PATH = 200  # bytes that a path could be the base64 of
 BLURRED = 12.0  # variance of the Laplacian of the grey crop; sharp portraits have some hundred
 DRAWN = (60, 200, 90)  # RGB of the chosen face's frame
 OTHER = (160, 160, 160)
@@ -31,6 +32,8 @@ def decode(text: str, name: str, read: Callable[[bytes, str], np.ndarray] = load
     Raises:
         ImageError: it calls the image `name`.
     """
+    from PIL import UnidentifiedImageError
+
     if len(text) > 2 * MAX_BYTES:  # base64 takes 4 / 3 of it
         raise ImageError(f"{name}: the file is too large (more than {MAX_BYTES // 10**6} MB).")
     _, comma, body = text.partition(",") if text[:5].lower() == "data:" else ("", ",", text)
@@ -42,7 +45,9 @@ def decode(text: str, name: str, read: Callable[[bytes, str], np.ndarray] = load
         return read(data, name)
     except ImageError as error:
         # "photos/a/b.c" is no base64, "photos/a/b/c" is.
-        raise (error if len(data) > len(NOT_OPENED) else ImageError(f"{error} {NOT_OPENED}")) from None
+        if isinstance(error.__cause__, UnidentifiedImageError) and len(data) < LONGEST_PATH:
+            raise ImageError(f"{error} {NOT_OPENED}") from error
+        raise
 
 
 def encode(image: np.ndarray) -> str:
