@@ -88,7 +88,7 @@ class Watch:
 
     def _begin(self, module: Any, args: tuple) -> None:
         self.last = None
-        self.calls.append({"rows": len(args[0]), "double": [], "single": [], "text": 0})
+        self.calls.append({"rows": len(args[0]), "double": [], "single": [], "text": 0, "missed": 0})
 
     def _returned(self, kind: str, index: int) -> Callable:
         def note(module: Any, args: tuple, output: Any) -> None:
@@ -106,6 +106,7 @@ class Watch:
             image_now, text_now = read(args, kwargs)
             if not torch.equal(image, image_now):
                 self.calls[-1][kind].append(int(index))
+                self.calls[-1]["missed"] += int((image == image_now).all(-1).sum())
             self.calls[-1]["text"] += not torch.equal(text, text_now)
 
         return compare
