@@ -14,7 +14,7 @@ from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject, token_grid
 from lib_pulid.sites import cross_attention_site, find_sites
 from lib_pulid.standin import image_stream
-from lib_pulid.weights import CrossAttentionWeights
+from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights
 from tests import layouts
 from tests.reference import cases
 
@@ -85,9 +85,24 @@ def test_range_is_half_open_and_reaches_the_last_step(adapter):
     assert compile_injection(adapter, person(), start=0.1 + 0.2).is_active(DenoiseStep(0.3, True))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_flux_keeps_on_the_device(rows):
+    """One site in the real sizes; the tensors own what they tell, no larger one stands behind them."""
+    shapes = {"norm_id_weight": (2048,), "norm_id_bias": (2048,), "norm_image_weight": (3072,)}
+    shapes |= {"norm_image_bias": (3072,), "to_q": (2048, 3072), "to_kv": (4096, 2048), "to_out": (3072, 2048)}
+    weights = ImageStreamWeights(**{name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
+    site = attention.prepare_site(weights, torch.ones(rows, 32, 2048), 1.0).to(torch.bfloat16)
+    assert 20 * site.nbytes == rows * 125_849_600  # docs/performance.md
+    kept = [value for value in vars(site).values() if isinstance(value, torch.Tensor)]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == site.nbytes
+
+
 def test_start_step_counts_steps(adapter):
     """Official: `id if i >= start_step`."""
     injection = compile_injection(adapter, person(), start_step=4)
+    assert [DenoiseStep(i / n, True, steps=n).index for n in range(1, 60) for i in range(n)] == [
+        i for n in range(1, 60) for i in range(n)
+    ]  # 15 / 22 * 22 is less than 15 in floating point
     for steps in (1, 4, 7, 20, 28):
         acts = [injection.is_active(DenoiseStep(i / steps, True, steps=steps)) for i in range(steps)]
         assert acts == [i >= 4 for i in range(steps)]

@@ -148,7 +148,7 @@ class Injector:
 
     def prepare(self, model: LoadedModel, *, hires: bool) -> None:
         """Gets ready for a pass. Raises: PulidError."""
-        wanted = (model.denoiser, model.device, model.dtype, model.guided, hires)
+        wanted = (model.denoiser, model.device, model.dtype, hires)
         if self._ready_for == wanted:
             return
         assert self._plan is not None, "the generation is over"
