@@ -115,6 +115,10 @@ def test_generate(generate, model, sites, weight):
     if model == "tiny-sdxl":
         assert not np.array_equal(generate("--face", GROUP, "--projection", "none")[1], picture)
         assert not np.array_equal(generate("--face", GROUP, "--num-zero", 0)[1], picture)
+    else:
+        _, second_step = generate("--model", model, "--face", GROUP, "--start", 0.5)
+        assert np.array_equal(generate("--model", model, "--face", GROUP, "--start-step", 1)[1], second_step)
+        assert not np.array_equal(second_step, picture)
     late, same = generate("--model", model, "--face", GROUP, "--start", 0.9)
     assert "injected at 0 sites" in late.out
     assert np.array_equal(same, plain)
