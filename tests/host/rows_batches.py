@@ -81,8 +81,9 @@ def left_out(host: Running) -> str:
     def made(name: str, **changes: Any) -> np.ndarray:
         return host.api.txt2img({"identity": f"marked {name}", "weight": WEIGHT}, steps=6, **changes).image
 
-    left, exchanged = (made(name, s_min_uncond=4.0) for name in "AB")
-    differ(left, host.api.txt2img(steps=6, s_min_uncond=4.0).image, "with and without")
+    setting = {"override_settings": {"s_min_uncond": 4.0}}  # reForge reads the option alone
+    left, exchanged = (made(name, **setting) for name in "AB")
+    differ(left, host.api.txt2img(steps=6, **setting).image, "with and without")
     differ(left, exchanged, "rows exchanged")
     return f"{differ(left, made('A'), 'with and without the setting', 0.05):.1f} by the setting"
 

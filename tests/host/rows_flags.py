@@ -12,16 +12,11 @@ from tests.host.table import Result, Row, close, differ, distance, equal, expect
 from tests.host.webui import NAMES, Checkout, Running, running
 
 # Forge has no flags for little video memory beside --always-cpu.
+ATTENTION = (["--attention-split"], ["--attention-quad"], ["--attention-pytorch"])
 FLAGS = {
     "a1111": (["--medvram"], ["--lowvram"], ["--medvram-sdxl", "--opt-sub-quad-attention"]),
-    "forge": (
-        ["--attention-split"],
-        ["--attention-quad"],
-        ["--attention-pytorch"],
-        ["--always-offload-from-vram"],
-        ["--unet-in-bf16"],
-        ["--unet-in-fp8-e4m3fn"],
-    ),
+    "forge": (*ATTENTION, ["--always-offload-from-vram"], ["--unet-in-bf16"], ["--unet-in-fp8-e4m3fn"]),
+    "first-forge": (*ATTENTION, ["--always-offload-from-vram"], ["--unet-in-bf16"]),
 }
 ANOTHER_PICTURE = ("--unet-in-bf16", "--unet-in-fp8-e4m3fn")  # flags that change it
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from tests.host.webui import NAMES, Running
 
-BOTH = ("a1111", "forge")
 VISIBLE = 1.0  # mean difference, of 255, from which on two pictures count as different
 ROUNDING = 1.0  # up to which they count as the same picture, computed in another order
 
@@ -46,7 +45,7 @@ class Rows:
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    def row(self, behaviour: str, hosts: tuple[str, ...] = BOTH) -> Callable:
+    def row(self, behaviour: str, hosts: tuple[str, ...] = tuple(NAMES)) -> Callable:
         """A check that raises Failed, or returns a few words on what it saw."""
 
         def add(check: Callable[[Running], str | None]) -> Callable[[Running], str | None]:

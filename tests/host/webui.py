@@ -35,9 +35,11 @@ SETTINGS = {
 FLAGS = {
     "a1111": "--use-cpu all --precision full --no-half --no-download-sd-model --skip-version-check",
     "forge": "--always-cpu",
+    "first-forge": "--always-cpu",
 }
 COMMON = "--api --skip-torch-cuda-test --skip-python-version-check --disable-console-progressbars"
-NAMES = {"a1111": "A1111", "forge": "Forge"}
+# The first Forge has ldm_patched where the later one has backend; reForge and Forge Classic went on from it.
+NAMES = {"a1111": "A1111", "forge": "Forge", "first-forge": "Forge 1"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,10 @@ class Checkout:
 
     @property
     def kind(self) -> str:
-        """ "a1111" or "forge"."""
-        return "forge" if (self.folder / "modules_forge").is_dir() else "a1111"
+        """A key of NAMES."""
+        if not (self.folder / "modules_forge").is_dir():
+            return "a1111"
+        return "forge" if (self.folder / "backend").is_dir() else "first-forge"
 
     @property
     def version(self) -> str:

@@ -1,13 +1,15 @@
-"""Test only: lets A1111 and Forge load the small checkpoints of tests/host/models.
+"""Test only: lets A1111, Forge and its first generation load the small checkpoints of tests/host/models.
 
 A1111 is told the small open_clip architecture. Forge takes a model's sizes from constants and from the config folders
-in its tree; here they are read from the checkpoint itself. Full-size models are loaded as before.
+in its tree, the first Forge (ldm_patched) from constants and config files; here they are read from the checkpoint
+itself. Full-size models are loaded as before.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -165,12 +167,12 @@ def wrap_unet_detection(original: Callable[..., Any]) -> Callable[..., Any]:
 def wrap_model_matching(original: Callable[..., Any]) -> Callable[..., Any]:
     """Models are told apart by model_channels too: let a small UNet pass for a 320 one."""
 
-    def match(config: Sizes, state: StateDict | None = None) -> Any:
+    def match(config: Sizes, *state: Any) -> Any:
         channels = config.get("model_channels", 320)
         if channels >= 320:
-            return original(config, state)
+            return original(config, *state)
         usual = 384 if config.get("context_dim") == 1280 else 320  # SDXL's refiner is wider
-        found = original(config | {"model_channels": usual}, state)
+        found = original(config | {"model_channels": usual}, *state)
         if found is not None:
             found.unet_config["model_channels"] = channels
         return found
@@ -199,8 +201,89 @@ def patch_forge() -> None:
     replace_once(detection, "model_config_from_unet_config", wrap_model_matching)
 
 
+# ---------------------------------------------------------------------------------------------- the first Forge
+
+_CLIP_LAYER = re.compile(r".*(?:encoder\.layers|resblocks)\.(\d+)\.mlp\.(?:fc1|c_fc)\.weight")
+
+
+def clip_sizes_by_width(state: StateDict) -> dict[int, Sizes]:
+    """Of every CLIP text encoder in a checkpoint, whatever its names: SDXL's two differ in width."""
+    found: dict[int, Sizes] = {}
+    for name, tensor in state.items():
+        if (layer := _CLIP_LAYER.fullmatch(name)) is not None:
+            inner, width = tensor.shape
+            depth = max(int(layer[1]) + 1, found.get(width, {}).get("num_hidden_layers", 0))
+            found[width] = {"num_hidden_layers": depth, "intermediate_size": inner}
+    return found
+
+
+_last_seen: dict[int, Sizes] = {}
+
+
+def wrap_model_detection(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Comes before the text encoders, wherever a checkpoint's are made."""
+
+    def detect(state: StateDict, *args: Any, **kwargs: Any) -> Any:
+        _last_seen.clear()
+        _last_seen.update(clip_sizes_by_width(state))
+        return original(state, *args, **kwargs)
+
+    return detect
+
+
+def wrap_clip_config(original: Any) -> Any:
+    """The text encoders' config files say how large they are; the checkpoint has the last word."""
+
+    class Config(original):  # type: ignore[misc]
+        @classmethod
+        def from_json_file(cls, path: str) -> Any:
+            config = original.from_json_file(path)
+            config.update(_last_seen.get(config.hidden_size, {}))
+            return config
+
+    return Config
+
+
+def wrap_text_encoder(original: Callable[..., Any]) -> Callable[..., Any]:
+    """It insists on more layers than the small ones have; which one is read is decided elsewhere."""
+
+    def init(self: Any, *args: Any, layer_idx: int | None = None, **kwargs: Any) -> None:
+        if layer_idx is not None and any(sizes["num_hidden_layers"] <= -layer_idx for sizes in _last_seen.values()):
+            layer_idx = -1
+        original(self, *args, layer_idx=layer_idx, **kwargs)
+
+    return init
+
+
+def wrap_vae(original: Callable[..., Any]) -> Callable[..., Any]:
+    def make(sd: StateDict, *args: Any, **kwargs: Any) -> Any:
+        if "encoder.conv_in.weight" not in sd or sd["encoder.conv_in.weight"].shape[0] >= 128:
+            return original(*args, sd=sd, **kwargs)
+        sizes, channels = vae_sizes(sd), sd["encoder.conv_in.weight"].shape[0]
+        latent = sd["post_quant_conv.weight"].shape[1]
+        config = {"double_z": True, "z_channels": latent, "resolution": 256, "in_channels": 3, "out_ch": 3}
+        config |= {"ch": channels, "ch_mult": [width // channels for width in sizes["block_out_channels"]]}
+        config |= {"num_res_blocks": sizes["layers_per_block"], "attn_resolutions": [], "dropout": 0.0}
+        return original(*args, sd=sd, config={"params": {"ddconfig": config, "embed_dim": latent}}, **kwargs)
+
+    return make
+
+
+def patch_first_forge() -> None:
+    from ldm_patched.modules import model_detection, sd1_clip
+    from modules_forge import forge_loader
+
+    replace_once(forge_loader, "VAE", wrap_vae)
+    replace_once(sd1_clip, "CLIPTextConfig", wrap_clip_config)
+    replace_once(sd1_clip.SDClipModel, "__init__", wrap_text_encoder)
+    replace_once(model_detection, "model_config_from_unet", wrap_model_detection)
+    replace_once(model_detection, "model_config_from_unet_config", wrap_model_matching)
+
+
 if importlib.util.find_spec("huggingface_guess") is not None:
     patch_forge()
+elif importlib.util.find_spec("ldm_patched") is not None:
+    patch_first_forge()
 else:
     from modules import script_callbacks
 
