@@ -135,6 +135,8 @@ def ends_the_request(p: Any) -> Iterator[None]:
         if sampler is not None:  # in the middle of a sampling
             sampler.sample = sampler.sample_img2img = refusal
         p.comment(str(error))  # a grid goes on with the next cell, and shows this below
+        if not hosts.current().tells_errors(p):
+            shared.state.interrupted = True  # before the first batch: no picture, and the comment below
         hosts.current().stop()
 
 

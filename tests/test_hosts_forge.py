@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import weakref
 
 import pytest
@@ -414,6 +415,16 @@ def test_loaded_model(p):
     assert (model.family, model.name, model.dtype) == ("sdxl", "some-model", torch.float32)
     with pytest.raises(UnsupportedModelError, match="SDXL or FLUX.1 checkpoint"):
         host().loaded_model(P(UNet(1280), "refiner"))
+
+
+def test_whether_the_page_tells_errors(p):
+    """reForge and Forge Classic lose what is raised in their main thread; the API does not go through it."""
+    main_thread = importlib.import_module("modules_forge.main_thread")
+    assert not host().tells_errors(p)
+    p.is_api = True
+    assert host().tells_errors(p)
+    p.is_api, main_thread.last_exception = False, None
+    assert host().tells_errors(p)
 
 
 def test_quantised_layers_have_no_sizes(p):

@@ -170,6 +170,14 @@ class TestNeverAStranger:
             ui.generate(script, Generation(unet, "old"), [{"images": [one]}])
         ui.generate(script, Generation(unet, "old"), default_args(3))
 
+    @pytest.mark.parametrize("told", [True, False])
+    def test_where_the_page_is_not_told_there_is_no_picture(self, ui, script, nobody, monkeypatch, told):
+        """The comment is below a result without pictures; an exception would only be printed."""
+        monkeypatch.setattr(hosts.current(), "tells_errors", lambda p: told)
+        with pytest.raises(NoFaceError):
+            ui.generate(script, Generation(), [{"images": [nobody]}])
+        assert getattr(ui.modules.shared.state, "interrupted", False) is not told
+
     def test_a_fault_of_ours_ends_it_too(self, ui, script, one, monkeypatch):
         monkeypatch.setattr(script.library, "encode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -5,6 +5,7 @@
     start(p, plan)              from now on every denoiser call of `p` injects what the plan says
     before_sampling(p)          a pass is about to be sampled
     stop()                      takes everything out again; may be called at any time
+    tells_errors(p)             whether the user is told what is raised while `p` is made
 
 `p` is the host's StableDiffusionProcessing. A batch of `p` lies between `start` and `stop`: other generations may run
 inside `p` between its batches (a detailer that repaints faces), and each has a start and a stop of its own.

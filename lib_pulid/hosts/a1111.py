@@ -61,6 +61,10 @@ def stop() -> None:
         _running.pop().end()
 
 
+def tells_errors(p: Any) -> bool:
+    return True
+
+
 # The hosts make one picture at a time, in one process-wide model: this is what we put into it.
 _running: list[_Run] = []
 

@@ -12,6 +12,7 @@ method a copy of all it holds. Hence the closures.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -62,6 +63,13 @@ def stop() -> None:
     """Removes the callback, makes the patches idle and lets go of everything."""
     while _running:
         _running.pop().end()
+
+
+def tells_errors(p: Any) -> bool:
+    """The page's pictures are made in another thread, whose exceptions reForge and Forge Classic only print: the page
+    then tells of a TypeError, since there is no result."""
+    main_thread = importlib.import_module("modules_forge.main_thread")
+    return bool(getattr(p, "is_api", False)) or hasattr(main_thread, "last_exception")
 
 
 # The hosts make one picture at a time, in one process-wide model: this is what we put into it.

@@ -19,7 +19,14 @@ from tests.fake_modules import callbacks
 
 HOSTS = {
     "a1111": ("modules", "modules.devices", "modules.script_callbacks", "modules.sd_hijack"),
-    "forge": ("modules", "modules.devices", "modules.script_callbacks", "modules_forge", "backend"),
+    "forge": (
+        "modules",
+        "modules.devices",
+        "modules.script_callbacks",
+        "modules_forge",
+        "modules_forge.main_thread",
+        "backend",
+    ),
 }
 
 
