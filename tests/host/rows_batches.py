@@ -78,12 +78,15 @@ def padded(host: Running) -> str:
 def left_out(host: Running) -> str:
     """The mirror does not hold where one side is left out; the negative tokens matter in the other steps only."""
 
-    def made(name: str, **changes: Any) -> np.ndarray:
-        return host.api.txt2img({"identity": f"marked {name}", "weight": WEIGHT}, steps=6, **changes).image
+    def made(name: str) -> np.ndarray:
+        return host.api.txt2img({"identity": f"marked {name}", "weight": WEIGHT}, steps=6).image
 
-    setting = {"override_settings": {"s_min_uncond": 4.0}}  # reForge reads the option alone
-    left, exchanged = (made(name, **setting) for name in "AB")
-    differ(left, host.api.txt2img(steps=6, **setting).image, "with and without")
+    host.api.options(s_min_uncond=4.0)  # reForge does not read the request's
+    try:
+        left, exchanged = (made(name) for name in "AB")
+        differ(left, host.api.txt2img(steps=6).image, "with and without")
+    finally:
+        host.api.options(s_min_uncond=0.0)
     differ(left, exchanged, "rows exchanged")
     return f"{differ(left, made('A'), 'with and without the setting', 0.05):.1f} by the setting"
 

@@ -44,14 +44,14 @@ def beside(host: Running, model: str, module: str, **more: Any) -> str:
 
 @rows.row("ControlNet beside it")
 def controlnet(host: Running) -> str:
-    return beside(host, "tiny-controlnet", "None" if host.kind == "forge" else "none")
+    return beside(host, "tiny-controlnet", "none" if host.kind == "a1111" else "None")
 
 
 @rows.row("IP-Adapter beside it")
 def ip_adapter(host: Running) -> str:
-    if host.kind == "forge":
-        return beside(host, "tiny-ip-adapter", "test embedding")
-    return beside(host, "tiny-ip-adapter", "ip-adapter_clip_h", ipadapter_input=[embedding(host)])
+    if host.kind == "a1111":
+        return beside(host, "tiny-ip-adapter", "ip-adapter_clip_h", ipadapter_input=[embedding(host)])
+    return beside(host, "tiny-ip-adapter", "test embedding")
 
 
 def embedding(host: Running) -> str:

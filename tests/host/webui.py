@@ -31,6 +31,7 @@ SETTINGS = {
     "auto_launch_browser": "Disable",
     "samples_save": False,
     "grid_save": False,
+    "skip_early_cond": -1.0,  # at 0, Forge Classic leaves the negative prompt out of the first step
 }
 FLAGS = {
     "a1111": "--use-cpu all --precision full --no-half --no-download-sd-model --skip-version-check",
@@ -60,8 +61,9 @@ class Checkout:
     def version(self) -> str:
         command = ["git", "-C", str(self.folder), "describe", "--tags", "--always"]
         tag = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        changes = (self.folder / "CHANGELOG.md").read_text(encoding="utf-8", errors="replace")
-        first = re.search(r"^## (\S+)", changes, re.MULTILINE)
+        changes = self.folder / "CHANGELOG.md"  # Forge Classic has none
+        text = changes.read_text(encoding="utf-8", errors="replace") if changes.is_file() else ""
+        first = re.search(r"^## (\S+)", text, re.MULTILINE)
         return f"{NAMES[self.kind]} {first[1] if first else ''} ({tag})"
 
     def changes(self) -> str:
