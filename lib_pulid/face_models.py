@@ -190,8 +190,13 @@ def _load_facexlib(
         # The random start values are overwritten; drawing them must not shift the seed of a picture under way.
         with torch.random.fork_rng(devices=[]):
             model = build()
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise NotImplementedError  # as RetinaFace does by itself
     except ImportError as error:
         raise PulidError(f"facexlib is needed to read faces and cannot be imported ({error}).") from error
+    except NotImplementedError as error:
+        # A1111 loads a checkpoint in another thread; until it has, layers are made without memory for their weights.
+        raise PulidError("The WebUI is loading a checkpoint just now; try again when it has done so.") from error
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

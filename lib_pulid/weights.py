@@ -128,6 +128,9 @@ def load_adapter(path: str | Path) -> Adapter:
 # ---------------------------------------------------------------- layouts
 
 
+# Numbers of four digits at most: what stands in a name must not decide how long this takes.
+
+
 def _build_sdxl(state: Mapping[str, Tensor], path: Path) -> Adapter:
     return _sdxl(state, path, "id_adapter.", r"id_adapter_attn_layers\.(\d{1,4})\.id_to_(k|v)\.weight")
 
@@ -143,8 +146,7 @@ def _sdxl(state: Mapping[str, Tensor], path: Path, encoder_prefix: str, pair: st
         raise WrongWeightsError(f"{path.name} looks like PuLID for SDXL, but also holds {foreign[0]!r}.")
     table = {(int(m[1]), m[2]): state[key] for key, m in matches.items() if m}
     # i counts every attention processor of the UNet; cross-attention is every second one: 1, 3, 5, ...
-    # No more of them than weights: a number in a name must not decide how long this takes.
-    count = min(1 + max((i for i, _ in table), default=0) // 2, len(table))
+    count = 1 + max(i for i, _ in table) // 2
     expected = {(i, x) for i in range(1, 2 * count, 2) for x in "kv"}
     if stray := sorted(set(table) ^ expected):
         raise WrongWeightsError(
@@ -165,7 +167,7 @@ def _build_flux(state: Mapping[str, Tensor], path: Path) -> Adapter:
         raise WrongWeightsError(f"{path.name} has the cross-attention of PuLID for FLUX, but another encoder.")
     modules = _under(state, "pulid_ca.")
     numbers = [int(match[0]) for key in modules if (match := re.match(r"\d{1,4}(?=\.)", key))]
-    count = min(1 + max(numbers, default=-1), len(modules))
+    count = 1 + max(numbers, default=-1)
     expected = {f"{n}.{key}" for n in range(count) for key in _IMAGE_STREAM_KEYS}
     stray = sorted((set(modules) ^ expected) | {k for k in state if not k.startswith(("pulid_encoder.", "pulid_ca."))})
     if stray:

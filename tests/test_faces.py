@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from lib_pulid import faces
-from lib_pulid.errors import MissingWeightsError, NoFaceError, SettingError, WrongWeightsError
+from lib_pulid.errors import MissingWeightsError, NoFaceError, PulidError, SettingError, WrongWeightsError
 from lib_pulid.face_models import (
     ArcFaceRecogniser,
     BiSeNetParser,
@@ -412,6 +412,19 @@ def test_loading_leaves_the_seed_alone(files):
     torch.manual_seed(3)
     load_face_models(files)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_while_a_host_makes_layers_without_memory(files, monkeypatch):
+    """A1111 does so in a thread of its own as it starts; a photo may be looked at meanwhile."""
+    original = torch.nn.Conv2d.__init__
+
+    def without_memory(self, *args, **kwargs):
+        original(self, *args, **{**kwargs, "device": "meta"})
+
+    monkeypatch.setattr(torch.nn.Conv2d, "__init__", without_memory)
+    for load, path in ((RetinaFaceLandmarker, files.landmarker), (BiSeNetParser, files.parser)):
+        with pytest.raises(PulidError, match="loading a checkpoint just now; try again"):
+            load(path)
 
 
 def test_providers():
