@@ -128,10 +128,8 @@ def load_adapter(path: str | Path) -> Adapter:
 # ---------------------------------------------------------------- layouts
 
 
-# Numbers of four digits at most: what stands in a name must not decide how long this takes.
-
-
 def _build_sdxl(state: Mapping[str, Tensor], path: Path) -> Adapter:
+    # Four digits at most, here and below: a number in a name must not decide how long this takes.
     return _sdxl(state, path, "id_adapter.", r"id_adapter_attn_layers\.(\d{1,4})\.id_to_(k|v)\.weight")
 
 
