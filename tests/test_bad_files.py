@@ -199,7 +199,7 @@ def entry(start: int, end: int, shape: tuple[int, ...] = (4,), dtype: str = "F32
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
 
-SHAPES = [[[1], 2], "abc", 5, None, {"a": 1}, [1e400], ["9" * 5000]]
+SHAPES = [[2, [1]], [[1], 2], "abc", 5, None, {"a": 1}, [1e400], ["9" * 5000]]
 LYING = {
     "overlapping": with_header({"cond": entry(0, 16), "uncond": entry(8, 24)}),
     "negative": with_header({"cond": entry(-16, 0)}),

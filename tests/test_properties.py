@@ -165,6 +165,7 @@ def test_neither_photo_nor_region_is_in_the_parameters(values):
 
 
 @given(st.text() | st.lists(st.sampled_from([*FIELD, ": ", ", ", "%", "%2", "1e999", "nan", "\n"])).map("".join))
+@example("weight: nan, num_zero: 999, projection: x, start: inf")
 def test_any_text_in_the_parameters_does_no_harm(empty_library, text):
     for field in FIELDS:
         value = infotext.PastedField(1, field, empty_library)({infotext.key(1): text})
