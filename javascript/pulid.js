@@ -19,6 +19,7 @@ class Pulid {
     connect() {
         if (!this.accordion || this.accordion.dataset.pulid) return;
         this.accordion.dataset.pulid = "connected";
+        this.element("missing_look")?.click(); // which files are there now, and what is being downloaded
         for (const event of ["input", "change", "click", "keyup"]) {
             this.accordion.addEventListener(event, () => setTimeout(() => this.refresh(), 60));
         }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib_pulid import __version__, catalog
-from lib_pulid.errors import MissingWeightsError, PulidError, SettingError
+from lib_pulid.errors import PulidError, SettingError
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -141,10 +141,11 @@ def _add_doctor(commands) -> None:
 
 
 def _add_models(commands) -> None:
-    parser = _command(commands, "models", run_models, "list or download the weight files")
-    parser.add_argument("action", choices=("list", "download"), help="what to do")
+    text = "list, download or verify the weight files"
+    parser = _command(commands, "models", run_models, text, f"{text}: what, how large, from where, under which licence")
+    parser.add_argument("action", choices=("list", "download", "verify"), help="what to do")
     parser.add_argument(
-        "names", nargs="*", help="files to download (default: the encoders, PuLID v1.1 and FLUX v0.9.1)"
+        "names", nargs="*", help="files, or sdxl, or flux (default: all; download: what sdxl and flux need)"
     )
     parser.add_argument(
         "--accept-licence", action="store_true", help="accept non-commercial licences without being asked"
@@ -217,32 +218,9 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def run_models(arguments: argparse.Namespace) -> int:
-    by_name = {file.name: file for file in catalog.CATALOG}
-    if unknown := [name for name in arguments.names if name not in by_name]:
-        raise SettingError(f"Unknown: {', '.join(unknown)}. Known: {', '.join(by_name)}.")
-    if arguments.action == "list":
-        for file in catalog.CATALOG:
-            path = catalog.find(file, arguments.models_dir)
-            print(f"{'there  ' if path else 'missing'}  {file.name:42} {file.purpose:32} {path or file.folder}")
-        return 0
-    default = [
-        *catalog.in_group("encoders"),
-        by_name["pulid_v1.1.safetensors"],
-        by_name["pulid_flux_v0.9.1.safetensors"],
-    ]
-    for file in [by_name[name] for name in arguments.names] or default:
-        if catalog.find(file, arguments.models_dir) is None and file.restricted and not arguments.accept_licence:
-            _ask_licence(file)
-        print(f"{file.name}: {catalog.download(file, arguments.models_dir)}")
-    return 0
+    from lib_pulid import models
 
-
-def _ask_licence(file: catalog.WeightFile) -> None:
-    question = f"{file.name} ({file.purpose}) may be used under this licence: {file.licence}. Accept? [y/N] "
-    if not sys.stdin.isatty():
-        raise MissingWeightsError(f"{file.name} needs its licence accepted ({file.licence}): --accept-licence.")
-    if input(question).strip().lower() not in ("y", "yes"):
-        raise MissingWeightsError(f"{file.name} was not downloaded: its licence was not accepted.")
+    return models.run(arguments.action, arguments.names, arguments.models_dir, arguments.accept_licence)
 
 
 # ---------------------------------------------------------------- helpers

@@ -79,11 +79,9 @@ def _files(models_dir: Path) -> list[str]:
     for file in catalog.CATALOG:
         path = catalog.find(file, models_dir)
         state = "there" if path else "missing"
-        if path and file.size and path.stat().st_size != file.size:
-            state = "DAMAGED"
-            problems.append(
-                f"{path} has {path.stat().st_size:,} bytes, not {file.size:,}: delete it, download it again"
-            )
+        if path and (wrong := catalog.problem(file, path)):
+            state = "DIFFERS"
+            problems.append(f"{wrong}: python -m lib_pulid models download {file.name}")
         print(f"{state:10} {file.name:40} {file.purpose}{f'  ({path.parent})' if path else ''}")
         if path is None and file.group == "encoders":
             problems.append(f"python -m lib_pulid models download {file.name}   ({file.licence})")

@@ -22,6 +22,10 @@ class MissingWeightsError(PulidError):
     """A file that is needed is not on this machine."""
 
 
+class DownloadError(MissingWeightsError):
+    """A file could not be downloaded, or is not the file that was promised."""
+
+
 class WrongWeightsError(PulidError):
     """A file is not what was needed: foreign, truncated, of another family, or not readable."""
 

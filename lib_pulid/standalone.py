@@ -98,14 +98,17 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
         return _stand_in_workshop(base, models_dir, pulid, cache)
     path = pulid or catalog.find_adapter(base.family, models_dir)
     if path is None:
-        wanted = " or ".join(file.name for file in catalog.in_group(base.family))
-        raise MissingWeightsError(f"No PuLID file for {base.family.upper()} in {models_dir / 'pulid'}: {wanted}.")
+        wanted = catalog.in_group(base.family)
+        raise MissingWeightsError(
+            f"No PuLID file for {base.family.upper()} in {models_dir / 'pulid'}. One of these is needed:\n"
+            f"{catalog.by_hand(wanted, models_dir)}\n{catalog.how_to_get(wanted[:1])}"
+        )
     files = catalog.require_encoders(models_dir)
     return Workshop(
         base=base,
         adapter=load_adapter(path),
         encoders=lambda: Encoders(load_face_models(_face_files(files), device), _tower(files, device)),
-        encoders_id=fingerprint_files(list(files.values())),
+        encoders_id=catalog.fingerprint(files, lambda path: fingerprint_files([path])),
         cache=cache,
         notes=(),
     )

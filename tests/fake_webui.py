@@ -44,8 +44,9 @@ class Widget:
         pass
 
     def _on(self, event: str) -> Any:
-        def wire(fn: Any, inputs: Any = (), outputs: Any = (), **_: Any) -> None:
+        def wire(fn: Any, inputs: Any = (), outputs: Any = (), **_: Any) -> SimpleNamespace:
             self.events[event] = (fn, list(inputs), list(outputs))
+            return SimpleNamespace(then=self._on(f"{event}.then"))
 
         return wire
 

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("images", "encoders", "sites", "catalog", "heads", "weight_files"),
+    ("images", "encoders", "sites", "heads", "weight_files", "server"),
+    ("download",),
+    ("catalog",),
     ("weights", "faces"),
     ("vision", "face_models", "haar", "attention"),
     ("identity",),
@@ -24,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("units",),
     ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other
     ("standalone", "webui"),
-    ("demo", "doctor"),
+    ("demo", "doctor", "models"),
     ("cli",),
     ("__main__",),
 )
@@ -174,7 +176,7 @@ OF_INJECTION = "insightface onnxruntime timm facexlib diffusers cv2 torchvision 
     [
         ("lib_pulid", HEAVY),
         ("lib_pulid.errors", HEAVY),
-        ("lib_pulid.catalog", HEAVY),
+        ("lib_pulid.catalog", f"{HEAVY} huggingface_hub requests httpx tqdm filelock"),
         ("lib_pulid.injection", OF_INJECTION),
         ("lib_pulid.hosts.diffusers", OF_INJECTION),
         ("lib_pulid.photos", "insightface onnxruntime timm facexlib diffusers cv2 torchvision transformers"),

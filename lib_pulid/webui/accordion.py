@@ -19,6 +19,7 @@ from lib_pulid.webui import canvas
 from lib_pulid.webui.actions import FOLLOWING, PRESET_FIELDS, Actions, preset_choices
 from lib_pulid.webui.infotext import PastedField
 from lib_pulid.webui.library import Library
+from lib_pulid.webui.missing import Missing
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Built:
 def build(tab: str, count: int, library: Library, actions: Actions, families: Sequence[str]) -> Built:
     """tab: "txt2img" or "img2img". count: number of units. families: of the checkpoints that the host can load."""
     with _switch(tab) as on:
+        missing = Missing(tab, library, lambda: actions.family(""))
         gr.HTML(
             "<p>One tab is one person. Drop a photo in which the face is large and sharp, describe the picture in the "
             "prompt, generate.</p>",
@@ -47,6 +49,9 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
                     units.append(_Unit(tab, number, library, actions, shown))
         if not family:
             _follow_checkpoint(tab, units, actions, shown)
+    missing.wire(
+        [(unit.widgets["identity"], unit.widgets["model"], unit.refresh) for unit in units], actions.refresh
+    )
     controls, fields = [on.value], [(on.value, PastedField(1, None, library))]
     for number, widgets in enumerate((unit.widgets for unit in units), 1):
         controls += [widgets[field.name] for field in FIELDS]

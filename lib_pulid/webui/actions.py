@@ -44,7 +44,7 @@ class Actions:
     """
 
     def __init__(self, library: Library, family: Callable[[str], str]) -> None:
-        self._library, self._family = library, family
+        self._library, self.family = library, family
 
     # ------------------------------------------------------------ lists
 
@@ -157,7 +157,7 @@ class Actions:
         """A named file's own; with auto the checkpoint's, or the only one there are files for."""
         files = self._library.adapters()
         named = [file.family for file in files if model in (file.name, file.path.stem) and file.family]
-        family = named[0] if named else self._family("")
+        family = named[0] if named else self.family("")
         if not family:
             families = {file.family for file in files if file.family} or {"sdxl"}
             if len(families) > 1:
@@ -185,7 +185,7 @@ class Actions:
 
         -> the family; then of every unit weight, preset, fusion, and the lines of SDXL and of FLUX.
         """
-        family, count = self._family(name or ""), len(FOLLOWING)
+        family, count = self.family(name or ""), len(FOLLOWING)
         units = [values[i : i + count] for i in range(0, len(values), count)]
         if family == shown:
             return [gr.update()] * (1 + 5 * len(units))

@@ -25,6 +25,7 @@ from lib_pulid.errors import (
 )
 from lib_pulid.fields import AUTO, NONE
 from lib_pulid.heads import checkpoint_family, read_head
+from lib_pulid.webui.fetching import Downloads
 from lib_pulid.webui.readers import Readers
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Library:
         keep: Callable[[], bool] = lambda: False,
     ) -> None:
         self._models_dir, self._keep = models_dir, keep
+        self.downloads = Downloads(models_dir)
         self._readers = Readers(device, lambda path: self._of(path, _fingerprint))
         self._lock = threading.RLock()
         self._adapter: tuple[Any, Adapter] | None = None
@@ -97,10 +99,15 @@ class Library:
     # ------------------------------------------------------------ PuLID files
 
     def adapters(self) -> list[AdapterFile]:
-        """The PuLID files, those of the catalogue first, in its order."""
+        """The PuLID files, those of the catalogue first, in its order, and these wherever `catalog.find` sees them."""
         order = {file.name: i for i, file in enumerate(catalog.CATALOG)}
         skip = {file.name for file in catalog.in_group("encoders")}
         paths = [path for path in _files(self.folder, WEIGHT_SUFFIXES) if path.name not in skip]
+        names = {path.name for path in paths}
+        elsewhere = (
+            catalog.find(file, self.models_dir) for family in catalog.FAMILIES for file in catalog.in_group(family)
+        )
+        paths += [path for path in elsewhere if path is not None and path.name not in names]
         found = [AdapterFile(path, self._of(path, _family)) for path in paths]
         found = [file for file in found if file.family != "other"]
         return sorted(found, key=lambda file: (order.get(file.name, len(order)), file.name.lower()))
@@ -119,8 +126,11 @@ class Library:
             adapters = self._of_family(family, encoder)
             first = next(adapters, None)
             if first is None:
-                wanted = " or ".join(file.name for file in catalog.in_group(family))
-                raise MissingWeightsError(f"no PuLID file for {family.upper()} in {self.folder}: {wanted}.")
+                wanted = catalog.in_group(family)
+                raise MissingWeightsError(
+                    f"no PuLID file for {family.upper()} in {self.folder}. One of these is needed:\n"
+                    f"{catalog.by_hand(wanted, self.models_dir)}\n{catalog.how_to_get(wanted[:1])}"
+                )
             if not encoder or first.fingerprint == encoder:
                 return first
             return next((adapter for adapter in adapters if adapter.fingerprint == encoder), first)

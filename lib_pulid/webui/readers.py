@@ -61,7 +61,7 @@ class Readers:
             list(photos),
             adapter,
             encoders=lambda: self._encoders(files, tell),
-            encoders_id="-".join(self._fingerprint(path) for path in files.values()),
+            encoders_id=catalog.fingerprint(files, self._fingerprint),
             cache=cache,
             choice=choice,
             fusion=fusion,

@@ -1,19 +1,24 @@
-"""HTTP: /pulid/models, /pulid/identities, /pulid/detect, /pulid/schema; and how our errors look to API callers."""
+"""HTTP: /pulid/models, /pulid/download, /pulid/identities, /pulid/detect, /pulid/schema; and how our errors look to API
+callers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from lib_pulid import catalog
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
 from lib_pulid.fields import FIELD, FIELDS, PRESETS, WEIGHTS, check, schema, spelled
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui import pictures
+from lib_pulid.webui.fetching import Downloads
 from lib_pulid.webui.library import Library
 
 LARGEST_BODY = 100 << 20  # bytes; the largest photo of a phone takes about 50 MB as base64
+DOWNLOAD_FIELDS = ("names", "accept_licence")
 DETECT_FIELDS = ("images", "face_order", "face_index")
 
 
@@ -31,11 +36,18 @@ def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
         return await run_in_threadpool(detect, await _body(request), library)
 
     post_detect.__annotations__["request"] = Request  # FastAPI goes by it; as text it would not find the class
+
+    async def post_download(request: Any) -> dict:
+        return download(await _body(request), library.downloads)
+
+    post_download.__annotations__["request"] = Request
     add("models", lambda: models(library), "GET")
+    add("download", lambda: progress(library.downloads), "GET")
     add("identities", lambda: identities(library), "GET")
     add("schema", describe, "GET")
     body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
     add("detect", post_detect, "POST", openapi_extra={"requestBody": body})
+    add("download", post_download, "POST", openapi_extra={"requestBody": body})
 
 
 def add_error_handler(app: Any) -> None:
@@ -78,8 +90,52 @@ async def _body(request: Any) -> dict[str, Any]:
 
 
 def models(library: Library) -> dict[str, Any]:
+    """What can be chosen as a unit's model, and every file of the catalogue with its state: there, missing or differs
+    (another size than the catalogue's)."""
     files = [{"name": file.name, "family": file.family or None} for file in library.adapters()]
-    return {"folder": str(library.folder), "models": files}
+    catalogue = [_in_catalogue(file, library) for file in catalog.CATALOG]
+    return {"folder": str(library.folder), "models": files, "files": catalogue}
+
+
+def _in_catalogue(file: catalog.WeightFile, library: Library) -> dict[str, Any]:
+    path = catalog.find(file, library.models_dir)
+    wrong = catalog.problem(file, path) if path else ""
+    return {
+        "name": file.name,
+        "for": file.group,
+        "purpose": file.purpose,
+        "state": "differs" if wrong else "there" if path else "missing",
+        "size": file.size or None,
+        "licence": file.licence,
+        "restricted": file.restricted,
+        "folder": str(path.parent if path else library.models_dir / file.folder),
+        "url": file.url,
+    }
+
+
+def download(body: Mapping[str, Any], downloads: Downloads) -> dict[str, Any]:
+    """Starts to fetch files of the catalogue. body: names, and accept_licence (true for restricted ones).
+
+    Raises:
+        SettingError: a name is not in the catalogue, or a licence is not accepted.
+    """
+    names, accepted = body.get("names"), body.get("accept_licence", False)
+    if not isinstance(names, list) or not names or not isinstance(accepted, bool) or set(body) - set(DOWNLOAD_FIELDS):
+        raise SettingError("PuLID: download takes names (a list of file names) and accept_licence (true or false).")
+    files = []
+    for name in names:
+        file = catalog.named(name) if isinstance(name, str) else None
+        if file is None:
+            raise SettingError(f"PuLID, field names: {str(name)[:60]} is not in the catalogue, see /pulid/models.")
+        if file.restricted and not accepted:
+            raise SettingError(f"PuLID, field accept_licence: {file.name} is under a licence: {file.licence}.")
+        files.append(file)
+    downloads.start(files)
+    return progress(downloads)
+
+
+def progress(downloads: Downloads) -> dict[str, Any]:
+    return asdict(downloads.state)
 
 
 def identities(library: Library) -> dict[str, Any]:

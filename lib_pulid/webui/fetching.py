@@ -1,0 +1,98 @@
+"""Downloads for the page and the API: in the background, one file after another, whoever closes which page."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lib_pulid import catalog
+from lib_pulid.catalog import WeightFile
+from lib_pulid.errors import PulidError
+
+
+@dataclass(frozen=True)
+class State:
+    """running: whether something is under way. name: of what is being fetched; done, total: bytes of it. note: what it
+    waits for. waiting: names of those to come. problems: in words, of those that failed."""
+
+    running: bool = False
+    name: str = ""
+    done: int = 0
+    total: int = 0
+    note: str = ""
+    waiting: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+class _Stopped(Exception):
+    pass
+
+
+class Downloads:
+    """See the module.
+
+    Args:
+        models_dir: gives the models folder.
+    """
+
+    def __init__(self, models_dir: Callable[[], Path]) -> None:
+        self._models_dir = models_dir
+        self._lock = threading.Lock()
+        self._state = State()
+        self._queue: list[WeightFile] = []
+        self._stop = False
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def start(self, files: Sequence[WeightFile]) -> None:
+        """Adds files to those that are under way."""
+        with self._lock:
+            queued = [file.name for file in self._queue] + [self._state.name]
+            self._queue += [file for file in files if file.name not in queued]
+            if self._state.running or not self._queue:
+                self._told()
+                return
+            self._stop, self._state = False, State(running=True)
+            self._told()
+        threading.Thread(target=self._work, name="PuLID download", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends at the next block; what has come is kept, and the next start goes on from there."""
+        with self._lock:
+            self._queue.clear()
+            self._stop = True
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._state = State(problems=self._state.problems)
+                    return
+                file = self._queue.pop(0)
+                self._state = State(running=True, name=file.name, total=file.size, problems=self._state.problems)
+                self._told()
+            try:
+                catalog.download(file, self._models_dir(), self._tell)
+            except _Stopped:
+                pass
+            except PulidError as error:
+                self._failed(str(error))
+            except Exception as error:  # a fault of ours: told here, or nobody would ever see it
+                self._failed(f"{file.name}: {type(error).__name__}: {error}")
+
+    def _failed(self, problem: str) -> None:
+        with self._lock:
+            self._state = replace(self._state, problems=(*self._state.problems, problem))
+
+    def _tell(self, done: int, total: int, note: str) -> None:
+        if self._stop:
+            raise _Stopped
+        with self._lock:
+            self._state = replace(self._state, done=done, total=total or self._state.total, note=note)
+
+    def _told(self) -> None:
+        self._state = replace(self._state, waiting=tuple(file.name for file in self._queue))
