@@ -62,10 +62,10 @@ class _Restart(Exception):
 
 def address(repository: str, name: str, revision: str = "main") -> tuple[str, dict[str, str]]:
     """URL and headers (with the user's token, if there is one) of a file on the Hugging Face Hub or its mirror."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import constants, get_token, hf_hub_url
 
-    return hf_hub_url(repository, name, revision=revision), build_hf_headers(library_name="sd-webui-pulid")
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    return hf_hub_url(repository, name, revision=revision), {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def fetch(
@@ -161,10 +161,8 @@ def _attempt(wanted: Wanted, headers: dict[str, str], tell: Tell, patience: Pati
         _throw_away(wanted, "there was more than the whole file")
     ask = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     with get(wanted.url, ask, patience.timeout) as answer:
-        if answer.status == 401 and any(name.lower() == "authorization" for name in headers):
-            for name in [name for name in headers if name.lower() == "authorization"]:
-                del headers[name]  # a token that has expired closes public files too
-            raise _Restart("401")
+        if answer.status == 401 and headers.pop("Authorization", None):
+            raise _Restart("401")  # a token that has expired closes public files too: without it
         if answer.status == 416:
             _throw_away(wanted, "416")
         answer.refuse()

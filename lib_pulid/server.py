@@ -84,7 +84,7 @@ def get(url: str, headers: Mapping[str, str], timeout: float = 0.0) -> Iterator[
     timeout = timeout or float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
     with contextlib.ExitStack() as stack:
         try:
-            if hasattr(session, "stream"):  # httpx
+            if callable(session.stream):  # httpx; requests has a flag of this name
                 context = session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True)
                 found = stack.enter_context(context)
                 blocks = found.iter_raw(BLOCK)

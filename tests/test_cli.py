@@ -1,11 +1,12 @@
-"""The command line in process: pictures of the stand-ins, identities, errors in words, downloads from a fake hub."""
+"""The command line in process: pictures of the stand-ins, identities, errors in words, the weight files."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_pulid import catalog, cli, demo, doctor, standalone
+from lib_pulid import catalog, cli, demo, doctor, download, standalone
+from lib_pulid.errors import DownloadError
 from lib_pulid.identity import Identity
 
 insightface = pytest.importorskip("insightface")
@@ -288,19 +290,16 @@ def test_interrupted(run, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub whose files are four bytes long; what was asked of it, as (source, name)."""
-    asked: list[tuple[str, str]] = []
+    """Nothing is fetched: files of the right size appear. What was asked for, by name. What a real server can do to a
+    download: test_download.py."""
+    asked: dict[str, str] = {}
 
-    def from_hub(repository, name, local_dir):
-        asked.append((repository, name))
-        (Path(local_dir) / name).write_bytes(b"file")
+    def fetch(wanted, headers, tell, patience):
+        asked[wanted.target.name] = wanted.url
+        put(Path(wanted.target).parents[0], wanted.target.name, folder="")
+        tell(wanted.size, wanted.size, "")
 
-    def from_url(url, target, progress):
-        asked.append((url, Path(target).name))
-        Path(target).write_bytes(b"file")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", from_hub)
-    monkeypatch.setattr("torch.hub.download_url_to_file", from_url)
+    monkeypatch.setattr("lib_pulid.download.fetch", fetch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # facexlib's own folder may hold weights
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     return asked
@@ -310,27 +309,27 @@ def test_list(run, hub, tmp_path):
     (tmp_path / "m" / "pulid").mkdir(parents=True)
     (tmp_path / "m" / "pulid" / "pulid_v1.bin").write_bytes(b"x")
     said = run("models", "list", models=tmp_path / "m")
-    assert (said.status, hub) == (0, [])
-    lines = {line.split()[1]: line for line in said.out.splitlines()}
-    assert set(lines) == {file.name for file in catalog.CATALOG}
+    assert (said.status, hub) == (0, {})
+    names = {file.name for file in catalog.CATALOG}
+    lines = {name: line for line in said.out.splitlines() for name in names if f" {name} " in line}
+    assert set(lines) == names
     there = [name for name, line in lines.items() if line.startswith("there")]
     assert there == ["pulid_v1.bin"]
     assert str(tmp_path / "m" / "pulid" / "pulid_v1.bin") in lines["pulid_v1.bin"]
-    assert lines["glintr100.onnx"].startswith("missing")
+    assert re.match(r"missing +261 MB +glintr100.onnx", lines["glintr100.onnx"])
+    assert "non-commercial research purposes only" in lines["glintr100.onnx"]
     assert "insightface/models/antelopev2" in lines["glintr100.onnx"]
 
 
 def test_download_of_everything(run, hub, tmp_path):
     said = run("models", "download", "--accept-licence", models=tmp_path / "m")
     assert said.status == 0
-    assert sorted(hub) == [
-        ("DIAMONIK7777/antelopev2", "glintr100.onnx"),
-        ("DIAMONIK7777/antelopev2", "scrfd_10g_bnkps.onnx"),
-        ("QuanSun/EVA-CLIP", "EVA02_CLIP_L_336_psz14_s6B.pt"),
-        ("guozinan/PuLID", "pulid_flux_v0.9.1.safetensors"),
-        ("guozinan/PuLID", "pulid_v1.1.safetensors"),
-        *sorted((f.source, f.name) for f in catalog.CATALOG if f.folder == "facexlib"),
-    ]
+    at = "https://huggingface.co"
+    assert hub["pulid_v1.1.safetensors"] == f"{at}/guozinan/PuLID/resolve/main/pulid_v1.1.safetensors"
+    assert hub["EVA02_CLIP_L_336_psz14_s6B.pt"].startswith(f"{at}/QuanSun/EVA-CLIP/resolve/11afd202")
+    assert hub["glintr100.onnx"].startswith(f"{at}/DIAMONIK7777/antelopev2/resolve/ba0c3e10")
+    assert hub["parsing_bisenet.pth"] == f"{at}/leonelhs/facexlib/resolve/main/parsing_bisenet.pth"
+    assert set(hub) == {*ENCODERS, "pulid_v1.1.safetensors", "pulid_flux_v0.9.1.safetensors"}
     written = {str(p.relative_to(tmp_path / "m")) for p in (tmp_path / "m").rglob("*") if p.is_file()}
     assert "pulid/pulid_v1.1.safetensors" in written
     assert "insightface/models/antelopev2/scrfd_10g_bnkps.onnx" in written
@@ -340,17 +339,17 @@ def test_download_of_everything(run, hub, tmp_path):
     assert said.out.count("non-commercial research purposes only") == 2
     hub.clear()  # what is there is left alone, and no licence is asked for again
     assert run("models", "download", models=tmp_path / "m").status == 0
-    assert hub == []
+    assert hub == {}
 
 
 def test_download_by_name(run, hub, tmp_path):
     said = run("models", "download", "pulid_v1.bin", models=tmp_path / "m")
     assert said.status == 0
-    assert hub == [("guozinan/PuLID", "pulid_v1.bin")]
+    assert list(hub) == ["pulid_v1.bin"]
     assert f"pulid_v1.bin: {tmp_path / 'm' / 'pulid' / 'pulid_v1.bin'}" in said.out
     said = run("models", "download", "pulid_v2.bin", "pulid_v1.bin", models=tmp_path / "m")
     assert said.status == 1
-    assert "SettingError: Unknown: pulid_v2.bin. Known: pulid_v1.1.safetensors, " in said.err
+    assert "SettingError: Unknown: pulid_v2.bin. Known: sdxl, flux, pulid_v1.1.safetensors, " in said.err
 
 
 @pytest.mark.parametrize("name", ["glintr100.onnx", "scrfd_10g_bnkps.onnx"])
@@ -359,7 +358,7 @@ def test_a_licence_that_was_not_accepted(run, hub, tmp_path, name):
     assert said.status == 1
     assert f"MissingWeightsError: {name} needs its licence accepted (InsightFace model licence: non-comm" in said.err
     assert "--accept-licence" in said.err
-    assert hub == []
+    assert hub == {}
     assert not list(tmp_path.rglob(name))
 
 
@@ -378,18 +377,56 @@ def test_a_licence_is_asked_for_on_a_terminal(run, hub, tmp_path, monkeypatch, a
     assert accepted or "glintr100.onnx was not downloaded: its licence was not accepted." in said.err
 
 
-@pytest.mark.parametrize("name", ["pulid_v1.1.safetensors", "parsing_bisenet.pth"])
-def test_a_download_that_fails(run, hub, tmp_path, monkeypatch, name):
-    def fail(*_, **__):
-        raise ConnectionError("no network")
+def test_download_for_a_family(run, hub, tmp_path):
+    put(tmp_path / "m", "pulid_v1.bin")
+    said = run("models", "download", "sdxl", "--accept-licence", models=tmp_path / "m")
+    assert (said.status, set(hub)) == (0, set(ENCODERS))  # there is a PuLID file for SDXL
+    assert run("models", "download", "flux", models=tmp_path / "m").status == 0
+    assert set(hub) == {*ENCODERS, "pulid_flux_v0.9.1.safetensors"}
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
-    said = run("models", "download", name, models=tmp_path / "m")
-    file = next(f for f in catalog.CATALOG if f.name == name)
+
+def test_downloads_that_fail_do_not_keep_others_from_coming(run, hub, tmp_path, monkeypatch):
+    real = download.fetch
+
+    def fail(wanted, *rest):
+        if "pulid_v1.1" in wanted.target.name or "parsing" in wanted.target.name:
+            raise DownloadError("no network")
+        real(wanted, *rest)
+
+    monkeypatch.setattr("lib_pulid.download.fetch", fail)
+    said = run("models", "download", "sdxl", "--accept-licence", models=tmp_path / "m")
     assert said.status == 1
-    assert f"MissingWeightsError: {name} could not be downloaded (ConnectionError)" in said.err
-    assert f"Put it into {tmp_path / 'm' / file.folder} by hand; it comes from {file.source}." in said.err
+    for name in ("pulid_v1.1.safetensors", "parsing_bisenet.pth"):
+        file = catalog.named(name)
+        assert f"DownloadError: {name} could not be downloaded: no network." in said.err
+        assert f"-> {tmp_path / 'm' / file.folder}   from {file.url}" in said.err
+    assert set(hub) == {*ENCODERS} - {"parsing_bisenet.pth"}
+
+
+def test_a_file_of_another_size_is_replaced_when_it_is_named(run, hub, tmp_path):
+    path = tmp_path / "insightface/models/antelopev2/scrfd_10g_bnkps.onnx"
+    put(tmp_path, *ENCODERS)
+    path.write_bytes(b"half")
+    said = run("models", "download", "sdxl", "--accept-licence", models=tmp_path)
+    assert (said.status, list(hub)) == (0, ["pulid_v1.1.safetensors"])
+    assert f"{path} has 4 bytes, not 16,923,827. It is left alone; to get it again: " in said.out
+    said = run("models", "download", path.name, "--accept-licence", models=tmp_path)
+    assert (said.status, list(hub)) == (0, ["pulid_v1.1.safetensors", path.name])
+
+
+def test_verify(run, hub, tmp_path, monkeypatch):
+    empty = replace(catalog.named("pulid_v1.1.safetensors"), size=10, sha256=hashlib.sha256(bytes(10)).hexdigest())
+    monkeypatch.setattr(catalog, "CATALOG", (empty, catalog.named("pulid_v1.bin"), catalog.named("glintr100.onnx")))
+    put(tmp_path, empty.name, "pulid_v1.bin")
+    said = run("models", "verify", models=tmp_path)
+    assert said.status == 0
+    for state, name in (("right", empty.name), ("sum not known", "pulid_v1.bin"), ("missing", "glintr100.onnx")):
+        assert re.search(rf"^{state} .*{re.escape(name)}", said.out, re.MULTILINE)
+    assert run("models", "verify", "glintr100.onnx", models=tmp_path).status == 1
+    (tmp_path / "pulid" / empty.name).write_bytes(b"123456789?")
+    said = run("models", "verify", models=tmp_path)
+    assert said.status == 1
+    assert re.search(rf"^DIFFERS .*{empty.name}.*\n .* is damaged: its sum is ", said.out, re.MULTILINE)
 
 
 def test_the_default_folder(run, monkeypatch, tmp_path):
@@ -400,11 +437,11 @@ def test_the_default_folder(run, monkeypatch, tmp_path):
 # ---------------------------------------------------------------- doctor
 
 
-def put(models: Path, *names: str) -> None:
-    """Files of the right size (sparse) in their places."""
+def put(models: Path, *names: str, folder: str | None = None) -> None:
+    """Files of the right size (sparse) in their places, or in a folder."""
     for file in catalog.CATALOG:
         if file.name in names:
-            path = models / file.folder / file.name
+            path = models / (file.folder if folder is None else folder) / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as handle:
                 handle.truncate(file.size or 10)
@@ -452,9 +489,9 @@ def test_doctor_sees_a_truncated_file(run, hub, tmp_path):
     path.write_bytes(b"half")
     said = run("doctor", models=tmp_path)
     assert said.status == 1
-    assert re.search(r"DAMAGED +glintr100\.onnx", said.out)
-    assert f"to do: {path} has 4 bytes, not 260,665,334: delete it, download it again" in said.out
-    assert said.out.count("to do") == said.out.count("DAMAGED") == 1
+    assert re.search(r"DIFFERS +glintr100\.onnx", said.out)
+    assert f"to do: {path} has 4 bytes, not 260,665,334: python -m lib_pulid models download glintr100" in said.out
+    assert said.out.count("to do") == said.out.count("DIFFERS") == 1
 
 
 def test_doctor_sees_missing_packages(run, monkeypatch):

@@ -199,7 +199,9 @@ class TestNeverAStranger:
         with webui("a1111", tmp_path) as ui:
             script = ui.script()
             (tmp_path / "pulid").mkdir()
-            with pytest.raises(MissingWeightsError, match=r"no PuLID file for SDXL in .*pulid: pulid_v1.1.safetensors"):
+            with pytest.raises(
+                MissingWeightsError, match=r"no PuLID file for SDXL in .*\s+pulid_v1.1.safetensors .*pulid "
+            ):
                 ui.generate(script, Generation(), [{"images": [one]}])
             standin.write_files(tmp_path / "pulid", [WIDTH] * 70, 64)
             with pytest.raises(MissingWeightsError, match="scrfd_10g_bnkps.onnx .*antelopev2"):

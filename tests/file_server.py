@@ -1,0 +1,225 @@
+"""A server of small files on the loopback, as the Hugging Face Hub and as a plain server, that misbehaves when told to.
+
+with serving({"name": b"..."}) as server:
+    server.misbehave(cut(1000), status(429, "1"))      # the next two answers; after that it behaves
+    server.url("name")                                  # plain
+    server.hub                                          # for HF_ENDPOINT: /owner/repo/resolve/main/name
+    server.asked                                        # what came: path, Range, Authorization
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+STEP = 1 << 14
+
+
+@dataclass(frozen=True)
+class Asked:
+    path: str
+    range: str
+    authorization: str
+
+
+@dataclass
+class Server:
+    files: dict[str, bytes]
+    port: int = 0
+    asked: list[Asked] = field(default_factory=list)
+    sent: int = 0  # bytes of files
+    sums: bool = True  # whether the hub tells the sum
+    todo: list[Callable[[Handler, bytes], None]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def hub(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def url(self, name: str) -> str:
+        return f"{self.hub}/plain/{name}"
+
+    def misbehave(self, *how: Callable[[Handler, bytes], None]) -> None:
+        self.todo[:] = how
+
+    @property
+    def of_files(self) -> list[Asked]:
+        """Without the hub's own answers, which only redirect."""
+        return [asked for asked in self.asked if "/resolve/" not in asked.path]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    ours: Server
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:  # noqa: N802 - http.server's name
+        ours, headers = self.ours, self.headers
+        with ours.lock:
+            ours.asked.append(Asked(self.path, headers.get("Range", ""), headers.get("Authorization", "")))
+        data = ours.files.get(self.path.rpartition("/")[2])
+        if data is None:
+            return self.short(404)
+        if "/resolve/" in self.path:
+            return self.redirect(data)
+        with ours.lock:
+            how = ours.todo.pop(0) if ours.todo else whole
+        with contextlib.suppress(ConnectionError):
+            how(self, data)
+        return None
+
+    def redirect(self, data: bytes) -> None:
+        """As the hub does for large files: what it is, and where its bytes are (on another host)."""
+        self.send_response(302)
+        self.send_header("Location", f"http://localhost:{self.ours.port}/cdn/{self.path.rpartition('/')[2]}")
+        self.send_header("X-Linked-Size", str(len(data)))
+        if self.ours.sums:
+            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def short(self, status: int, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": "0", **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+    @property
+    def start(self) -> int:
+        found = re.match(r"bytes=(\d+)-$", self.headers.get("Range", ""))
+        return int(found[1]) if found else 0
+
+    def head(self, data: bytes, length: int | None = None, status: int = 0, begins: int | None = None) -> None:
+        start = self.start
+        if start >= len(data) > 0 and start:
+            return self.short(416)
+        self.send_response(status or (206 if start else 200))
+        self.send_header("Content-Length", str(len(data) - start if length is None else length))
+        if (status or 206) == 206 and start:
+            begins = start if begins is None else begins
+            self.send_header("Content-Range", f"bytes {begins}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        return None
+
+    def body(self, data: bytes, wait: float = 0.0) -> None:
+        for at in range(0, len(data), STEP):
+            self.wfile.write(data[at : at + STEP])
+            with self.ours.lock:
+                self.ours.sent += len(data[at : at + STEP])
+            time.sleep(wait)
+
+
+class Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *args: object) -> None:
+        """Clients that go away in the middle are what is tested here."""
+
+
+# ---------------------------------------------------------------- how to answer
+
+
+def whole(handler: Handler, data: bytes) -> None:
+    handler.head(data)
+    handler.body(data[handler.start :])
+
+
+def slowly(wait: float) -> Callable[[Handler, bytes], None]:
+    def answer(handler: Handler, data: bytes) -> None:
+        handler.head(data)
+        handler.body(data[handler.start :], wait)
+
+    return answer
+
+
+def cut(after: int) -> Callable[[Handler, bytes], None]:
+    """Promises all, closes the connection after some bytes."""
+
+    def answer(handler: Handler, data: bytes) -> None:
+        handler.head(data)
+        handler.body(data[handler.start :][:after])
+        handler.close_connection = True
+
+    return answer
+
+
+def stall(after: int, seconds: float) -> Callable[[Handler, bytes], None]:
+    """Says nothing more after some bytes."""
+
+    def answer(handler: Handler, data: bytes) -> None:
+        handler.head(data)
+        handler.body(data[handler.start :][:after])
+        time.sleep(seconds)
+        handler.close_connection = True
+
+    return answer
+
+
+def other_bytes(handler: Handler, data: bytes) -> None:
+    handler.head(data)
+    handler.body(bytes(len(data) - handler.start))
+
+
+def no_ranges(handler: Handler, data: bytes) -> None:
+    handler.head(data, length=len(data), status=200)
+    handler.body(data)
+
+
+def from_another_byte(handler: Handler, data: bytes) -> None:
+    handler.head(data, begins=handler.start - 1)
+    handler.body(data[handler.start :])
+
+
+def length(count: int, html: bool = False) -> Callable[[Handler, bytes], None]:
+    """Lies about the size: says `count` bytes and sends as many."""
+
+    def answer(handler: Handler, data: bytes) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(count))
+        handler.send_header("Content-Type", "text/html" if html else "application/octet-stream")
+        handler.end_headers()
+        handler.body((data * 3)[:count])
+
+    return answer
+
+
+def chunked(count: int) -> Callable[[Handler, bytes], None]:
+    """Does not say how much it is, and sends `count` bytes."""
+
+    def answer(handler: Handler, data: bytes) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        data = (data * 3)[:count]
+        for at in range(0, len(data), STEP):
+            piece = data[at : at + STEP]
+            handler.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        handler.wfile.write(b"0\r\n\r\n")
+
+    return answer
+
+
+def status(code: int, **headers: str) -> Callable[[Handler, bytes], None]:
+    return lambda handler, data: handler.short(code, **headers)
+
+
+@contextlib.contextmanager
+def serving(files: Mapping[str, bytes]) -> Iterator[Server]:
+    ours = Server(dict(files))
+    http = Quiet(("127.0.0.1", 0), type("Bound", (Handler,), {"ours": ours}))
+    ours.port = http.server_address[1]
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield ours
+    finally:
+        http.shutdown()
+        http.server_close()

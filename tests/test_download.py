@@ -1,0 +1,568 @@
+"""Downloads from a server that breaks off, lies, stalls and refuses; and what the catalogue knows of files on the disk.
+
+Needs huggingface_hub and pytest only (`--noconftest` where there is no torch), to be run with the versions that the
+hosts pin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lib_pulid import catalog, download
+from lib_pulid.catalog import WeightFile
+from lib_pulid.download import Patience, Wanted
+from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
+from tests import file_server
+from tests.file_server import chunked, cut, length, other_bytes, serving, slowly, stall, status
+
+ROOT = Path(__file__).parents[1]
+DATA = random.Random(0).randbytes(500_000)
+SUM = hashlib.sha256(DATA).hexdigest()
+QUICK = Patience(timeout=0.4, attempts=3, wait=0.02, longest=3)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_elses_files(monkeypatch, tmp_path):
+    for name in ("HF_HUB_CACHE", "TORCH_HOME", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setattr(catalog, "_package", lambda name: [])
+
+
+@pytest.fixture
+def server():
+    with serving({"a.bin": DATA}) as made:
+        yield made
+
+
+@pytest.fixture
+def wanted(server, tmp_path) -> Wanted:
+    return Wanted(server.url("a.bin"), tmp_path / "models" / "a.bin", len(DATA), SUM)
+
+
+def get(wanted: Wanted, tell=lambda done, total, note: None, patience: Patience = QUICK, **headers: str) -> None:
+    download.fetch(wanted, headers, tell, patience)
+
+
+def files(wanted: Wanted) -> list[str]:
+    return sorted(path.name for path in wanted.target.parent.iterdir())
+
+
+def is_whole(wanted: Wanted) -> bool:
+    return wanted.target.read_bytes() == DATA and files(wanted) == ["a.bin"]
+
+
+# ---------------------------------------------------------------- one file
+
+
+def test_whole(server, wanted):
+    told = []
+    get(wanted, lambda done, total, note: told.append((done, total, note)))
+    assert is_whole(wanted)
+    amounts = [done for done, total, note in told if not note]
+    assert amounts == sorted(amounts)
+    assert (amounts[0], amounts[-1]) == (0, len(DATA))
+    assert {total for _, total, _ in told} == {len(DATA)}
+    assert told[-1][2] == "checking"
+    assert len(server.asked) == 1
+
+
+def test_a_connection_that_breaks_off_goes_on_where_it_ended(server, wanted):
+    server.misbehave(cut(200_000), cut(100_000))
+    get(wanted)
+    assert is_whole(wanted)
+    ranges = [asked.range for asked in server.asked]
+    starts = [int(text.removeprefix("bytes=").rstrip("-") or 0) for text in ranges]
+    assert ranges[0] == ""
+    assert 0 < starts[1] < starts[2] < len(DATA)
+    assert server.sent < len(DATA) + 3 * 65536  # at most the block under way came twice
+
+
+def test_one_that_always_breaks_off_is_given_up_and_kept(server, wanted):
+    server.misbehave(cut(200_000), *[cut(0)] * 9)
+    with pytest.raises(DownloadError, match=r"of 500,000 bytes|broke off.*; the 1\d\d kB that came are kept"):
+        get(wanted)
+    assert files(wanted) == ["a.bin.part"]
+    assert len(server.asked) == 1 + QUICK.attempts - 1
+    server.misbehave()
+    get(wanted)
+    assert is_whole(wanted)
+    assert server.asked[-1].range == server.asked[-2].range != ""
+
+
+def test_stopped_by_the_caller_and_taken_up_again(server, wanted):
+    def tell(done: int, total: int, note: str) -> None:
+        if done > 200_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        get(wanted, tell)
+    assert files(wanted) == ["a.bin.part"]
+    there = wanted.part.stat().st_size
+    get(wanted)
+    assert is_whole(wanted)
+    assert server.asked[-1].range == f"bytes={there}-"
+
+
+@pytest.mark.parametrize("how", [file_server.no_ranges, file_server.from_another_byte])
+def test_a_server_that_does_not_go_on_where_it_should(server, wanted, how):
+    server.misbehave(cut(200_000), how)
+    get(wanted)
+    assert is_whole(wanted)
+    assert server.asked[1].range.startswith("bytes=")
+
+
+@pytest.mark.parametrize("rest", [DATA + b"more", b"x" * 1000, DATA[:-1] + b"?"], ids=["longer", "damaged", "whole"])
+def test_a_damaged_rest_of_an_earlier_run(server, wanted, rest):
+    wanted.part.parent.mkdir()
+    wanted.part.write_bytes(rest)
+    get(wanted)
+    assert is_whole(wanted)
+    assert server.asked[-1].range == ""
+
+
+def test_a_rest_that_is_complete_is_only_checked(server, wanted):
+    wanted.part.parent.mkdir()
+    wanted.part.write_bytes(DATA)
+    get(wanted)
+    assert is_whole(wanted)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("size_known", [True, False])
+def test_a_rest_longer_than_the_file(server, wanted, size_known):
+    wanted.part.parent.mkdir()
+    wanted.part.write_bytes(DATA * 2)
+    get(wanted if size_known else replace(wanted, size=0))
+    assert is_whole(wanted)
+
+
+def test_wrong_bytes(server, wanted):
+    server.misbehave(other_bytes, other_bytes)
+    with pytest.raises(DownloadError, match=f"the bytes that came are not the file's.* instead of {SUM[:8]}"):
+        get(wanted)
+    assert files(wanted) == []
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (length(len(DATA) + 1), "another file there, of 500,001 bytes instead of 500,000"),
+        (length(1000), "another file there, of 1,000 bytes instead of 500,000"),
+        (length(1000, html=True), "a web page: a login or an error"),
+        (chunked(len(DATA) + 1), "sends more than the 500,000 bytes"),
+        (chunked(len(DATA) * 2), "sends more than the 500,000 bytes"),
+    ],
+)
+def test_a_server_that_lies_about_the_size(server, wanted, how, words):
+    server.misbehave(*[how] * 9)
+    with pytest.raises(DownloadError, match=words):
+        get(wanted)
+    assert files(wanted) == []
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_ends_too_early_without_having_said_how_much_it_is(server, wanted):
+    server.misbehave(chunked(200_000))
+    get(wanted)
+    assert is_whole(wanted)
+    assert server.asked[1].range.startswith("bytes=")
+
+
+def test_nothing_that_cannot_be_checked_is_taken(server, wanted):
+    server.misbehave(chunked(1000))
+    with pytest.raises(DownloadError, match="does not tell how large"):
+        get(replace(wanted, size=0, sha256=""))
+    assert files(wanted) == []
+
+
+def test_a_stall_is_noticed_and_overcome(server, wanted):
+    server.misbehave(stall(200_000, 2.0))
+    notes = set()
+    began = time.monotonic()
+    get(wanted, lambda done, total, note: notes.add(note))
+    assert time.monotonic() - began < 1.9  # not when the server is done with stalling
+    assert is_whole(wanted)
+    assert any("broke off" in note and "again in" in note for note in notes)
+
+
+def test_a_server_that_never_answers(wanted):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(DownloadError, match="cannot be reached .*time"):
+            get(replace(wanted, url=f"http://127.0.0.1:{port}/a.bin"))
+    assert files(wanted) == []
+
+
+def test_no_network(wanted):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(DownloadError, match="cannot be reached .*(refused|connect)"):
+        get(replace(wanted, url=f"http://127.0.0.1:{port}/a.bin"))
+    assert files(wanted) == []
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (status(404), "not there .404 Not Found"),
+        (status(410), "not there .410 Gone"),
+        (status(403), "refuses it .403 Forbidden.; the file is gated or private.* HF_TOKEN"),
+        (status(401, X_Error_Message="Access to it is restricted"), "refuses it .401 Access to it is restricted"),
+        (status(451), "answers 451"),
+        (status(429, Retry_After="3600"), "asks to wait 3600 seconds"),
+        (status(503, Retry_After="Wed, 21 Oct 2099 07:28:00 GMT"), r"asks to wait \d{5,} seconds"),
+    ],
+)
+def test_a_refusal_is_final(server, wanted, how, words):
+    server.misbehave(*[how] * 9)
+    with pytest.raises(DownloadError, match=words):
+        get(wanted)
+    assert files(wanted) == []
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("code", [429, 408, 500, 502, 503, 504])
+def test_a_busy_server_is_asked_again(server, wanted, code):
+    server.misbehave(status(code), status(code))
+    get(wanted)
+    assert is_whole(wanted)
+    assert len(server.asked) == 3
+    server.misbehave(*[status(code)] * 9)
+    wanted.target.unlink()
+    with pytest.raises(DownloadError, match=str(code)):
+        get(wanted)
+    assert len(server.asked) == 3 + QUICK.attempts
+
+
+def test_it_waits_as_long_as_the_server_asks(server, wanted):
+    server.misbehave(status(429, Retry_After="1"))
+    began = time.monotonic()
+    notes = set()
+    get(wanted, lambda done, total, note: notes.add(note))
+    assert time.monotonic() - began >= 1.0
+    assert "429 Too Many Requests; again in 1 s" in notes
+    assert is_whole(wanted)
+
+
+def test_a_token_that_has_expired_is_left_out(server, wanted):
+    server.misbehave(status(401))
+    get(wanted, Authorization="Bearer old")
+    assert [asked.authorization for asked in server.asked] == ["Bearer old", ""]
+    assert is_whole(wanted)
+
+
+# ---------------------------------------------------------------- the disk
+
+
+def test_a_disk_that_is_too_small(server, wanted, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 499_999, 499_999))
+    with pytest.raises(DownloadError, match=r"not enough room: 500 kB are free in .*models, 500 kB needed"):
+        get(wanted)
+    assert files(wanted) == []
+    wanted.part.write_bytes(DATA[:200])  # what is there already needs no room
+    get(wanted)
+    assert is_whole(wanted)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_becomes_full(server, wanted):
+    wanted.part.parent.mkdir()
+    wanted.part.symlink_to("/dev/full")  # really ENOSPC
+    with pytest.raises(DownloadError, match=r"the disk is full \(.*models\)"):
+        get(wanted)
+    assert files(wanted) == []
+
+
+def test_a_folder_that_cannot_be_written(server, wanted):
+    wanted.target.parent.write_text("not a folder")
+    with pytest.raises(DownloadError, match=r"models cannot be written"):
+        get(wanted)
+    assert server.asked == []
+
+
+def test_a_wrong_file_is_set_aside_not_lost(server, wanted):
+    wanted.target.parent.mkdir()
+    wanted.target.write_bytes(b"mine")
+    server.misbehave(other_bytes)
+    with pytest.raises(DownloadError):
+        get(wanted)
+    assert wanted.target.read_bytes() == b"mine"
+    get(wanted)
+    assert wanted.target.read_bytes() == DATA
+    assert wanted.target.with_name("a.bin.other").read_bytes() == b"mine"
+
+
+# ---------------------------------------------------------------- several at once, and killed
+
+
+def program(wanted: Wanted, code: str = "") -> str:
+    return textwrap.dedent(f"""
+        from pathlib import Path
+        from lib_pulid.download import *
+        {code}
+        fetch(Wanted({wanted.url!r}, Path({str(wanted.target)!r}), {wanted.size}, {wanted.sha256!r}))
+        """)
+
+
+def run(code: str, **variables: str) -> subprocess.Popen:
+    environment = {**os.environ, **variables}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def ends(process: subprocess.Popen) -> tuple[int, str]:
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def test_two_processes_at_once_download_once(server, wanted):
+    server.misbehave(slowly(0.02))
+    both = [run(program(wanted)) for _ in range(2)]
+    assert [ends(process)[0] for process in both] == [0, 0]
+    assert is_whole(wanted)
+    assert server.sent == len(DATA)
+
+
+def test_threads_at_once_download_once(server, wanted):
+    server.misbehave(slowly(0.03))
+    notes: set[str] = set()
+    threads = [threading.Thread(target=get, args=(wanted, lambda d, t, note: notes.add(note))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert is_whole(wanted)
+    assert server.sent == len(DATA)
+    assert "waiting: another process is downloading it" in notes
+
+
+def test_killed_in_the_middle(server, wanted):
+    server.misbehave(stall(300_000, 20.0))
+    process = run(program(wanted))
+    deadline = time.monotonic() + 30
+    while not (wanted.part.is_file() and wanted.part.stat().st_size > 200_000) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert ends(process)[0] == -signal.SIGKILL
+    assert not wanted.target.exists()
+    there = wanted.part.stat().st_size
+    get(wanted)  # the lock ended with the process
+    assert is_whole(wanted)
+    assert server.asked[-1].range == f"bytes={there}-"
+
+
+# ---------------------------------------------------------------- huggingface_hub's variables
+
+
+def hub_file(**facts: object) -> WeightFile:
+    return WeightFile("a.bin", "pulid", "a test", "owner/repo", "sdxl", **facts)  # type: ignore[arg-type]
+
+
+def from_hub(tmp_path: Path, file: WeightFile, **variables: str) -> tuple[int, str]:
+    code = f"""
+        from pathlib import Path
+        from lib_pulid.catalog import WeightFile, download
+        from lib_pulid.download import Patience
+        download({file!r}, Path({str(tmp_path)!r}), patience=Patience(wait=0.02, attempts=2))
+        """
+    return ends(run(textwrap.dedent(code), **variables))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_mirror_of_the_hub_with_a_token(server, tmp_path, known):
+    facts = {"size": len(DATA), "sha256": SUM} if known else {}
+    server.misbehave(cut(200_000))
+    variables = {"HF_ENDPOINT": server.hub, "HF_TOKEN": "hf_secret"}
+    assert from_hub(tmp_path, hub_file(**facts, revision="abc"), **variables) == (0, "")
+    assert (tmp_path / "pulid" / "a.bin").read_bytes() == DATA
+    first, second = (asked for asked in server.asked if "/resolve/" in asked.path)
+    assert first.path == "/owner/repo/resolve/abc/a.bin"
+    assert first.authorization == "Bearer hf_secret"
+    assert second.range.startswith("bytes=")
+    assert {asked.authorization for asked in server.of_files} == {""}  # another host
+
+
+def test_the_sum_that_the_hub_tells_counts_where_none_is_known(server, tmp_path):
+    server.misbehave(other_bytes, other_bytes)
+    done, said = from_hub(tmp_path, hub_file(), HF_ENDPOINT=server.hub)
+    assert done == 1
+    assert "the bytes that came are not the file's" in said
+    assert list((tmp_path / "pulid").iterdir()) == []
+
+
+def test_another_file_on_the_hub_is_not_even_begun(server, tmp_path):
+    file = hub_file(size=len(DATA), sha256="0" * 64)
+    done, said = from_hub(tmp_path, file, HF_ENDPOINT=server.hub)
+    assert done == 1
+    assert f"another file there, with the sum {SUM[:8]}... instead of 00000000..." in said
+    assert len(server.of_files) == 1
+    assert list((tmp_path / "pulid").iterdir()) == []
+
+
+def test_offline_nothing_is_asked(server, tmp_path):
+    done, said = from_hub(tmp_path, hub_file(), HF_ENDPOINT=server.hub, HF_HUB_OFFLINE="1")
+    assert done == 1
+    assert "HF_HUB_OFFLINE is set" in said
+    assert f"a.bin (a test, size not known) -> {tmp_path / 'pulid'}   from https://huggingface.co/owner/repo" in said
+    assert server.asked == []
+
+
+def test_a_proxy(server, tmp_path):
+    variables = {"HF_ENDPOINT": "http://hub.invalid", "NO_PROXY": "", "no_proxy": "", "http_proxy": server.hub}
+    done, said = from_hub(tmp_path, hub_file(), **variables)
+    assert "http://hub.invalid/owner/repo/resolve/main/a.bin" in [asked.path for asked in server.asked]
+    assert (done, said) == (0, "")
+
+
+# ---------------------------------------------------------------- the catalogue
+
+
+def test_every_entry_is_complete():
+    for file in catalog.CATALOG:
+        assert file.purpose
+        assert file.licence
+        assert file.restricted == ("non-commercial" in file.licence)
+        assert file.url.startswith("https://")
+        assert file.url.endswith(f"/{file.name}")
+        assert bool(file.size) == bool(file.sha256)
+        assert file.sha256 == "" or download.SUM.fullmatch(file.sha256)
+        assert file.group in (*catalog.FAMILIES, "encoders")
+    assert all(file.sha256 for file in catalog.in_group("encoders"))
+    assert len({file.name for file in catalog.CATALOG}) == len(catalog.CATALOG)
+
+
+def put(path: Path, data: bytes = b"1234") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/pulid"),
+        ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/pulid/pulid"),
+        ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/clip"),
+        ("EVA02_CLIP_L_336_psz14_s6B.pt", "models"),
+        ("EVA02_CLIP_L_336_psz14_s6B.pt", "home/models--QuanSun--EVA-CLIP/snapshots/11afd202"),
+        ("EVA02_CLIP_L_336_psz14_s6B.pt", "home/hub/checkpoints"),
+        ("glintr100.onnx", "models/insightface/models/antelopev2"),
+        ("glintr100.onnx", "models/insightface/models/antelopev2/antelopev2"),
+        ("glintr100.onnx", "models/antelopev2"),
+        ("glintr100.onnx", "models/antelopev2/antelopev2"),
+        ("scrfd_10g_bnkps.onnx", "home/.insightface/models/antelopev2"),
+        ("detection_Resnet50_Final.pth", "models/GFPGAN"),
+        ("detection_Resnet50_Final.pth", "models/facexlib/facexlib"),
+        ("parsing_bisenet.pth", "home/hub/checkpoints"),
+        ("ip-adapter_pulid_sdxl_fp16.safetensors", "models/ControlNet"),
+        ("ip-adapter_pulid_sdxl_fp16.safetensors", "extensions/sd-webui-controlnet/models"),
+    ],
+)
+def test_files_are_found_where_others_keep_them(tmp_path, name, place):
+    file = catalog.named(name)
+    assert catalog.find(file, tmp_path / "models") is None
+    path = put(tmp_path / place / name)
+    assert catalog.find(file, tmp_path / "models") == path
+
+
+@pytest.fixture
+def one(monkeypatch, server) -> WeightFile:
+    """An encoder file, the only one of its catalogue."""
+    file = WeightFile(
+        "a.bin", "insightface/models/antelopev2", "face recogniser", server.url("a.bin"), "encoders", "research only",
+        restricted=True, size=len(DATA), sha256=SUM, others=((7, "somebody else's"),),
+    )  # fmt: skip
+    monkeypatch.setattr(catalog, "CATALOG", (file,))
+    return file
+
+
+def test_the_right_file_goes_before_a_wrong_one(one, tmp_path):
+    wrong = put(tmp_path / one.folder / "a.bin")
+    assert catalog.find(one, tmp_path) == wrong
+    right = put(tmp_path / "antelopev2" / "a.bin", DATA)
+    assert catalog.find(one, tmp_path) == right
+
+
+def test_what_is_wrong_with_a_file(one, tmp_path):
+    path = tmp_path / "a.bin"
+    assert catalog.verify(one, put(path, DATA)) == catalog.problem(one, path) == ""
+    assert catalog.problem(one, put(path, DATA[:-1])) == f"{path} has 499,999 bytes, not 500,000"
+    assert catalog.problem(one, put(path, b"1234567")) == f"{path} is somebody else's, not a.bin"
+    assert catalog.problem(one, put(path, DATA[:-1] + b"?")) == ""  # as large as it should be
+    assert catalog.verify(one, path).startswith(f"{path} is damaged: its sum is ")
+    assert catalog.verify(replace(one, sha256="", size=0), path) == ""
+
+
+def test_another_recogniser_under_the_name_is_refused(one, tmp_path):
+    with pytest.raises(MissingWeightsError, match=r"a\.bin \(face recogniser, 500 kB\) -> .*antelopev2   from http"):
+        catalog.require_encoders(tmp_path)
+    path = put(tmp_path / one.folder / "a.bin", b"1234567")
+    with pytest.raises(WrongWeightsError, match="is somebody else's, not a.bin; with it, other people's faces"):
+        catalog.require_encoders(tmp_path)
+    assert catalog.missing("", tmp_path) == (one,)
+    assert catalog.download(one, tmp_path, patience=QUICK) == path
+    assert catalog.require_encoders(tmp_path) == {"a.bin": path}
+    assert path.with_name("a.bin.other").read_bytes() == b"1234567"
+
+
+def test_buffalo_s_and_auraface_are_among_those_that_are_refused():
+    sizes = {174_383_860: "buffalo_l", 13_616_099: "buffalo_s", 260_694_151: "AuraFace"}
+    others = dict(catalog.named("glintr100.onnx").others)
+    assert all(word in others[size] for size, word in sizes.items())
+
+
+def test_damage_shows_when_a_file_is_read(one, tmp_path):
+    def start_of_sum(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+    path = put(tmp_path / "a.bin", DATA)
+    assert catalog.fingerprint({"a.bin": path}, start_of_sum) == SUM[:16]
+    put(path, DATA[:-1] + b"?")
+    with pytest.raises(WrongWeightsError, match="is damaged.*models download a.bin"):
+        catalog.fingerprint({"a.bin": path}, start_of_sum)
+    put(path, b"a stand-in")  # another size: what it is shows when it is loaded
+    assert catalog.fingerprint({"a.bin": path}, start_of_sum) == start_of_sum(path)
+
+
+def test_what_a_family_lacks(tmp_path, monkeypatch):
+    names = {file.name for file in catalog.missing("sdxl", tmp_path)}
+    assert names == {"pulid_v1.1.safetensors", *(file.name for file in catalog.in_group("encoders"))}
+    put(tmp_path / "pulid" / "pulid_v1.bin")
+    for file in catalog.in_group("encoders"):
+        put(tmp_path / file.folder / file.name)
+    assert catalog.missing("sdxl", tmp_path) == catalog.missing("", tmp_path) == ()
+    assert [file.name for file in catalog.missing("flux", tmp_path)] == ["pulid_flux_v0.9.1.safetensors"]
+
+
+def test_what_is_there_is_left_alone(one, server, tmp_path):
+    path = put(tmp_path / one.folder / one.folder.rpartition("/")[2] / "a.bin", b"a file of mine")
+    assert catalog.download(one, tmp_path, patience=QUICK) == path
+    assert server.asked == []
+    assert catalog.download(one, tmp_path, replace=True, patience=QUICK).read_bytes() == DATA
+    assert path.read_bytes() == b"a file of mine"
+
+
+def test_where_the_source_fails_the_origin_is_asked(one, server, tmp_path):
+    file = replace(one, source=server.url("gone.bin"), origin=server.url("a.bin"))
+    assert catalog.download(file, tmp_path, patience=QUICK).read_bytes() == DATA
+    (tmp_path / one.folder / "a.bin").unlink()
+    with pytest.raises(DownloadError) as failed:
+        catalog.download(replace(file, origin=server.url("also-gone.bin")), tmp_path, patience=QUICK)
+    for words in ("a.bin could not be downloaded", "404", str(tmp_path / one.folder), server.url("gone.bin")):
+        assert words in str(failed.value)
