@@ -19,7 +19,7 @@ class Pulid {
     connect() {
         if (!this.accordion || this.accordion.dataset.pulid) return;
         this.accordion.dataset.pulid = "connected";
-        this.element("missing_look")?.click(); // which files are there now, and what is being downloaded
+        setInterval(() => this.lookForFiles(), 1000);
         for (const event of ["input", "change", "click", "keyup"]) {
             this.accordion.addEventListener(event, () => setTimeout(() => this.refresh(), 60));
         }
@@ -97,6 +97,19 @@ class Pulid {
     /** The button's answer: the checkpoint's name for the server. A click that came before gradio listened has none. */
     static follow(tab) {
         return Pulid.followed[tab] = Pulid.checkpoint();
+    }
+
+    /** Which files are missing: until the server has told once, and as long as it downloads some. */
+    lookForFiles() {
+        if (Pulid.looked[this.tab] && !this.element("missing")?.querySelector("progress")) return;
+        this.element("missing_look")?.click();
+    }
+
+    static looked = {};
+
+    /** Called when gradio hears the click; see above. */
+    static look(tab) {
+        Pulid.looked[tab] = true;
     }
 
     // ---------------------------------------------------------------- photos

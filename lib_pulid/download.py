@@ -230,7 +230,7 @@ def _refuse_offline() -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise DownloadError("HF_HUB_OFFLINE is set, so nothing is downloaded")
+        raise DownloadError("HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing is downloaded")
 
 
 # ---------------------------------------------------------------- the disk

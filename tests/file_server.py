@@ -140,6 +140,20 @@ def slowly(wait: float) -> Callable[[Handler, bytes], None]:
     return answer
 
 
+def held(release: threading.Event) -> Callable[[Handler, bytes], None]:
+    """A little now and then until it is released, then the rest."""
+
+    def answer(handler: Handler, data: bytes) -> None:
+        handler.head(data)
+        rest = data[handler.start :]
+        while not release.is_set() and len(rest) > 2 * STEP:
+            handler.body(rest[:STEP], 1.0)
+            rest = rest[STEP:]
+        handler.body(rest)
+
+    return answer
+
+
 def cut(after: int) -> Callable[[Handler, bytes], None]:
     """Promises all, closes the connection after some bytes."""
 

@@ -88,9 +88,9 @@ class TestOverHttp:
     def test_api_auth(self, client):
         guarded = client("anna:secret,bob:hidden")
         assert client().get("/pulid/models").status_code == 200
-        paths = ("models", "identities", "schema")
-        assert [guarded.get(f"/pulid/{path}").status_code for path in paths] == [401] * 3
-        assert guarded.post("/pulid/detect", json={}).status_code == 401
+        paths = ("models", "identities", "schema", "download")
+        assert [guarded.get(f"/pulid/{path}").status_code for path in paths] == [401] * 4
+        assert [guarded.post(f"/pulid/{path}", json={}).status_code for path in ("detect", "download")] == [401] * 2
         for login, status in (("bob:hidden", 200), ("bob:secret", 401), ("eve:", 401)):
             basic = {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
             assert guarded.get("/pulid/schema", headers=basic).status_code == status

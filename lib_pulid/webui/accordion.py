@@ -49,9 +49,7 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
                     units.append(_Unit(tab, number, library, actions, shown))
         if not family:
             _follow_checkpoint(tab, units, actions, shown)
-    missing.wire(
-        [(unit.widgets["identity"], unit.widgets["model"], unit.refresh) for unit in units], actions.refresh
-    )
+    missing.wire(units, actions.refresh)
     controls, fields = [on.value], [(on.value, PastedField(1, None, library))]
     for number, widgets in enumerate((unit.widgets for unit in units), 1):
         controls += [widgets[field.name] for field in FIELDS]

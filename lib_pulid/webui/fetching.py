@@ -53,10 +53,11 @@ class Downloads:
         with self._lock:
             queued = [file.name for file in self._queue] + [self._state.name]
             self._queue += [file for file in files if file.name not in queued]
+            self._stop = False
             if self._state.running or not self._queue:
                 self._told()
                 return
-            self._stop, self._state = False, State(running=True)
+            self._state = State(running=True)
             self._told()
         threading.Thread(target=self._work, name="PuLID download", daemon=True).start()
 

@@ -4,8 +4,7 @@ button that gets them."""
 from __future__ import annotations
 
 import html
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -16,8 +15,6 @@ from lib_pulid.download import in_words
 from lib_pulid.webui.fetching import State
 from lib_pulid.webui.library import Library
 
-LOOK_EVERY = 0.5  # seconds
-
 
 class Missing:
     """Widgets and what they do.
@@ -27,6 +24,7 @@ class Missing:
     """
 
     def __init__(self, tab: str, library: Library, family: Callable[[], str]) -> None:
+        self._tab = tab
         self._library, self._downloads, self._family = library, library.downloads, family
         files, elem_id = self.files(), f"pulid_{tab}_missing"
         with gr.Column(visible=bool(files), elem_id=elem_id, elem_classes=["pulid-missing-files"]) as self.panel:
@@ -36,20 +34,32 @@ class Missing:
             )
             self.accept.do_not_save_to_config = True
             with gr.Row(elem_classes=["pulid-buttons"]):
-                self.start = gr.Button(_label(files), size="sm", variant="primary", elem_id=f"{elem_id}_start")
+                self.start = gr.Button(_label(files, False), size="sm", variant="primary", elem_id=f"{elem_id}_start")
                 self.stop = gr.Button("Stop", size="sm", visible=False, elem_id=f"{elem_id}_stop")
         self.look = gr.Button("Look for PuLID's files", visible=False, elem_id=f"{elem_id}_look")  # clicked by pulid.js
         self.outputs = [self.panel, self.note, self.accept, self.start, self.stop]
 
-    def wire(self, refreshed: Sequence[tuple[Any, Any]], refresh: Callable[[], tuple[Any, Any]]) -> None:
-        """refreshed: each unit's lists of identities and of models, which `refresh` fills when a download has ended."""
-        lists = [widget for pair in refreshed for widget in pair]
-        for event in (
-            self.look.click(self.watch, [], self.outputs, show_progress=False),
-            self.start.click(self.download, [self.accept], self.outputs, show_progress=False),
-        ):
-            event.then(lambda: refresh() * len(refreshed), [], lists, show_progress=False)
-        self.stop.click(self._downloads.stop, [], [], show_progress=False)
+    def wire(self, units: Sequence[Any], refresh: Callable[[], tuple[Any, Any]]) -> None:
+        """units: of the accordion; `refresh` gives their lists of identities and of models."""
+        lists = [unit.widgets[name] for unit in units for name in ("identity", "model")]
+
+        def look(accepted: bool) -> list[Any]:
+            values = [*self.values(accepted)]
+            same = [gr.update()] * len(lists)
+            return values + (same if self._downloads.state.running else [*refresh()] * len(units))
+
+        def start(accepted: bool) -> list[Any]:
+            self._downloads.start([file for file in self.files() if accepted or not file.restricted])
+            return look(accepted)
+
+        asks = {"inputs": [self.accept], "outputs": [*self.outputs, *lists], "show_progress": False}
+        asks["queue"] = False  # not behind a picture that is being made
+        self.look.click(look, **asks, _js=f"(accepted) => {{ Pulid.look('{self._tab}'); return accepted; }}")
+        self.start.click(start, **asks)
+        for unit in units:
+            unit.refresh.click(look, **asks)
+        self.stop.click(self._downloads.stop, [], [], show_progress=False, queue=False)
+        self.accept.change(look, **asks)
 
     def files(self) -> tuple[WeightFile, ...]:
         """What the loaded checkpoint's family lacks; without one, the family of which there is a PuLID file."""
@@ -59,26 +69,17 @@ class Missing:
         own = {file.family for file in self._library.adapters()}  # of any name: told by what is in them
         return tuple(file for file in lacking if file.group not in own)
 
-    def download(self, accepted: bool) -> Iterator[tuple[Any, ...]]:
-        """Starts, and tells until it is done; what needs a licence accepted that is not stays where it is."""
-        self._downloads.start([file for file in self.files() if accepted or not file.restricted])
-        yield from self.watch()
-
-    def watch(self) -> Iterator[tuple[Any, ...]]:
-        """The widgets' values, again and again while something is under way."""
-        while True:
-            state, files = self._downloads.state, self.files()
-            restricted = any(file.restricted for file in files)
-            yield (
-                gr.update(visible=bool(files or state.running or state.problems)),
-                gr.update(value=self._text(files, state)),
-                gr.update(label=_notice(files), visible=restricted and not state.running),
-                gr.update(value=_label(files), visible=bool(files) and not state.running),
-                gr.update(visible=state.running),
-            )
-            if not state.running:
-                return
-            time.sleep(LOOK_EVERY)
+    def values(self, accepted: bool) -> tuple[Any, ...]:
+        """Of the widgets, as things stand; the page asks for them again while something is under way."""
+        state, files = self._downloads.state, self.files()
+        restricted = any(file.restricted for file in files)
+        return (
+            gr.update(visible=bool(files or state.running or state.problems)),
+            gr.update(value=self._text(files, state)),
+            gr.update(label=_notice(files), visible=restricted and not state.running),
+            gr.update(value=_label(files, accepted), visible=bool(files) and not state.running),
+            gr.update(visible=state.running),
+        )
 
     def _text(self, files: Sequence[WeightFile], state: State) -> str:
         folder = self._library.models_dir
@@ -110,9 +111,12 @@ def _notice(files: Sequence[WeightFile]) -> str:
     return f"I accept for {' and '.join(file.name for file in restricted)}: {licences}"
 
 
-def _label(files: Sequence[WeightFile]) -> str:
-    known, more = sum(file.size for file in files), any(not file.size for file in files)
-    return f"Download {len(files)} file{'s' * (len(files) != 1)} ({in_words(known)}{' or more' * more})"
+def _label(files: Sequence[WeightFile], accepted: bool) -> str:
+    ready = [file for file in files if accepted or not file.restricted]
+    chosen = ready or files
+    known, more = sum(file.size for file in chosen), " or more" * any(not file.size for file in chosen)
+    what = f"{len(chosen)} file{'s' * (len(chosen) != 1)} ({in_words(known)}{more})"
+    return f"Download {what}" if ready else f"To download {what}, accept the licence above"
 
 
 def _lines(text: str) -> str:

@@ -23,6 +23,7 @@ from tests.host import (
     rows_long,
     rows_page,
     rows_start,
+    rows_weights,
     rows_works_with,
 )
 from tests.host.models import checkpoints, flux, pulid
@@ -58,6 +59,8 @@ def main() -> int:
     results = in_one_run(checkout, generated, chosen, args.extension) if chosen else []
     if not args.only or "flags" in args.only:
         results += rows_flags.run_all(checkout, generated, args.match)
+    if not args.only or "weights" in args.only:
+        results += rows_weights.run_all(checkout, generated, args.match)
     if not args.only or "start" in args.only:
         results += rows_start.after_all(checkout, before, packages)
     text = as_markdown(results)
@@ -74,7 +77,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("webui", type=Path, help="a checkout of A1111 or Forge that runs")
     parser.add_argument("--python", type=Path, help="its interpreter; default: venv/bin/python in it")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "host", help="folder for generated models")
-    parser.add_argument("--only", nargs="+", choices=(*GROUPS, "flags"), help="groups of rows; default: all but long")
+    parser.add_argument(
+        "--only", nargs="+", choices=(*GROUPS, "flags", "weights"), help="groups of rows; default: all but long"
+    )
     parser.add_argument("--match", default="", help="only rows with this in their name")
     parser.add_argument("--extension", type=Path, action="append", default=[], help="folder of one more extension")
     parser.add_argument("--screenshots", type=Path, help="folder for pictures of the page")
@@ -82,7 +87,7 @@ def arguments() -> argparse.Namespace:
 
 
 def rows_of(name: str, args: argparse.Namespace) -> Iterable[Row]:
-    if name == "flags" or (name == "long" and not args.only):
+    if name in ("flags", "weights") or (name == "long" and not args.only):
         return []
     return [row for row in GROUPS[name].rows.rows if args.match.lower() in row.behaviour.lower()]
 

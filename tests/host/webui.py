@@ -14,7 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,9 +118,14 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    checkout: Checkout, generated: Path, flags: Sequence[str] = (), extensions: Sequence[Path] = ()
+    checkout: Checkout,
+    generated: Path,
+    flags: Sequence[str] = (),
+    extensions: Sequence[Path] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator:
-    """A started WebUI. generated: see __main__. flags: more of them. extensions: folders of more extensions."""
+    """A started WebUI. generated: see __main__. flags: more of them. extensions: folders of more extensions. variables:
+    of its environment."""
     with tempfile.TemporaryDirectory(prefix="webui-host-") as folder:
         data = Path(folder)
         fill(data, generated, extensions)
@@ -128,7 +133,11 @@ def running(
         command = [str(checkout.python), "launch.py", *arguments(checkout, data, generated, port), *flags]
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                command, cwd=checkout.folder, env=environment(checkout), stdout=sink, stderr=subprocess.STDOUT
+                command,
+                cwd=checkout.folder,
+                env=environment(checkout) | dict(variables or {}),
+                stdout=sink,
+                stderr=subprocess.STDOUT,
             )
         host = Running(checkout.kind, Api(f"http://127.0.0.1:{port}"), data, generated, log, process)
         try:

@@ -1,0 +1,257 @@
+"""The page's and the API's way to files that are missing, with a catalogue of small files on a real server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from lib_pulid import catalog, standin
+from lib_pulid.catalog import WeightFile
+from lib_pulid.errors import SettingError
+from tests.fake_modules.models import WIDTH
+from tests.fake_webui import webui
+from tests.file_server import serving, slowly, stall, status
+
+DATA = bytes(range(256)) * 2000
+LICENCE = "research <only>"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    names = ("pulid.safetensors", "flux.safetensors", "tower.pt", "faces.onnx")
+    with serving(dict.fromkeys(names, DATA)) as made:
+        known = {"size": len(DATA), "sha256": hashlib.sha256(DATA).hexdigest()}
+        files = [
+            WeightFile(name, "pulid", f"the {name[:-3]}", made.url(name), group, **known)
+            for name, group in zip(names, ("sdxl", "flux", "encoders"))
+        ]
+        restricted = WeightFile(
+            names[3], "insightface/models/antelopev2", "faces", made.url(names[3]), "encoders", LICENCE, True, **known
+        )
+        monkeypatch.setattr(catalog, "CATALOG", (*files, restricted))
+        yield made
+
+
+@pytest.fixture
+def library(tmp_path, server):
+    with webui("a1111", tmp_path) as ui:
+        made = ui.script().library
+        yield made
+        made.downloads.stop()
+        finished(made.downloads)
+
+
+def finished(downloads):
+    deadline = time.monotonic() + 20
+    while downloads.state.running and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not downloads.state.running
+    return downloads.state
+
+
+class Panel:
+    """What the page does with the widgets, without the page."""
+
+    def __init__(self, library, family: str = "sdxl") -> None:
+        from lib_pulid.webui import missing
+
+        self.library = library
+        self.made = missing.Missing("txt2img", library, lambda: family)
+        self.made.wire([], lambda: ())
+
+    def call(self, widget, accepted: bool) -> dict:
+        fn, _, outputs = next(iter(widget.events.values()))
+        assert outputs == self.made.outputs
+        return dict(zip(("panel", "note", "accept", "start", "stop"), fn(accepted)))
+
+    def look(self, accepted: bool = False) -> dict:
+        return self.call(self.made.look, accepted)
+
+    def press(self, accepted: bool) -> dict:
+        return self.call(self.made.start, accepted)
+
+    def download(self, accepted: bool) -> list[dict]:
+        """Presses the button and looks until it is done."""
+        seen = [self.press(accepted)]
+        while "<progress" in seen[-1]["note"]["value"]:
+            time.sleep(0.02)
+            seen.append(self.look(accepted))
+        return seen
+
+
+def there(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_missing_is_told(library, tmp_path):
+    made = Panel(library).made
+    note = made.note.value
+    for words in ("pulid.safetensors", "512 kB", str(tmp_path / "insightface/models/antelopev2"), "tower.pt"):
+        assert words in note
+    assert "research &lt;only&gt;" in note
+    assert "flux.safetensors" not in note
+    assert made.panel.kwargs["visible"] is True
+    assert made.accept.label == f"I accept for faces.onnx: {LICENCE}"
+    assert made.start.value == "Download 2 files (1.02 MB)"
+    for accepted, label in ((True, "Download 3 files (1.54 MB)"), (False, "Download 2 files (1.02 MB)")):
+        assert made.accept.events["change"][0](accepted)[3]["value"] == label
+    assert "flux.safetensors" in Panel(library, "flux").made.note.value
+
+
+def test_one_button_gets_everything_and_then_nothing_is_shown(library, server, tmp_path):
+    server.misbehave(slowly(0.01))
+    seen = Panel(library).download(True)
+    assert there(tmp_path) == {"pulid/pulid.safetensors", "pulid/tower.pt", "insightface/models/antelopev2/faces.onnx"}
+    assert [one["panel"]["visible"] for one in seen] == [True] * (len(seen) - 1) + [False]
+    assert seen[0]["stop"]["visible"] and not seen[0]["start"]["visible"]
+    assert any("pulid.safetensors: " in one["note"]["value"] and "<progress" in one["note"]["value"] for one in seen)
+    assert seen[-1]["note"]["value"] == ""
+    assert Panel(library).made.panel.kwargs["visible"] is False
+    assert Panel(library, "flux").made.start.value == "Download 1 file (512 kB)"
+
+
+def test_without_the_licence_accepted_the_others_come(library, tmp_path):
+    last = Panel(library).download(False)[-1]
+    assert there(tmp_path) == {"pulid/pulid.safetensors", "pulid/tower.pt"}
+    assert last["panel"]["visible"] and last["accept"]["visible"] and last["start"]["visible"]
+    assert last["start"]["value"] == "To download 1 file (512 kB), accept the licence above"
+
+
+def test_a_failure_is_told_and_the_rest_comes(library, server, tmp_path):
+    server.misbehave(status(404))
+    last = Panel(library).download(True)[-1]
+    assert "pulid.safetensors could not be downloaded: it is not there (404 Not Found)." in last["note"]["value"]
+    assert last["start"]["value"] == "Download 1 file (512 kB)"
+    assert len(there(tmp_path)) == 2
+    last = Panel(library).download(True)[-1]
+    assert last["panel"]["visible"] is False
+
+
+def test_stopped_and_taken_up_again(library, server, tmp_path):
+    server.misbehave(slowly(0.05))
+    page = Panel(library)
+    assert page.press(True)["stop"]["visible"]
+    while library.downloads.state.done <= 100_000:
+        time.sleep(0.02)
+    page.made.stop.events["click"][0]()
+    finished(library.downloads)
+    assert page.look()["start"]["visible"]
+    assert there(tmp_path) == {"pulid/pulid.safetensors.part"}
+    page.download(True)
+    assert len(there(tmp_path)) == 3
+    assert server.asked[1].range.startswith("bytes=")
+
+
+def test_a_closed_page_stops_nothing_and_another_sees_it(library, server, tmp_path):
+    server.misbehave(slowly(0.03))
+    Panel(library).press(True)
+    other = Panel(library)
+    assert other.look()["stop"]["visible"] and not other.look()["start"]["visible"]
+    finished(library.downloads)
+    assert other.look()["panel"]["visible"] is False
+    assert len(there(tmp_path)) == 3
+
+
+def test_pressed_twice_it_downloads_once(library, server, tmp_path):
+    server.misbehave(slowly(0.02))
+    files = catalog.missing("sdxl", tmp_path)
+    library.downloads.start(files)
+    library.downloads.start(files)
+    assert finished(library.downloads).problems == ()
+    assert server.sent == 3 * len(DATA)
+
+
+def test_a_fault_of_ours_is_told_too(library, monkeypatch):
+    def fault(*_: object) -> Path:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(catalog, "download", fault)
+    library.downloads.start(catalog.CATALOG[:2])
+    problems = finished(library.downloads).problems
+    assert problems == tuple(f"{file.name}: ZeroDivisionError: oh" for file in catalog.CATALOG[:2])
+
+
+def test_a_pulid_file_of_any_name_will_do(library, tmp_path):
+    standin.write_files(tmp_path / "pulid", [WIDTH] * 70, 64)
+    assert [file.name for file in Panel(library).made.files()] == ["tower.pt", "faces.onnx"]
+    assert [file.name for file in Panel(library, "").made.files()] == ["tower.pt", "faces.onnx"]
+
+
+def test_a_pulid_file_elsewhere_can_be_chosen(library, tmp_path):
+    files = standin.write_files(tmp_path / "made", [WIDTH] * 70, 64)
+    (tmp_path / "ControlNet").mkdir()
+    files.sdxl.rename(tmp_path / "ControlNet" / "pulid.safetensors")
+    assert [(file.name, file.family) for file in library.adapters()] == [("pulid.safetensors", "sdxl")]
+
+
+# ---------------------------------------------------------------- HTTP
+
+
+def test_models_tells_every_file(library, tmp_path):
+    from lib_pulid.webui import routes
+
+    (tmp_path / "pulid").mkdir()
+    (tmp_path / "pulid" / "tower.pt").write_bytes(DATA)
+    (tmp_path / "pulid" / "flux.safetensors").write_bytes(b"1234")
+    answer = json.loads(json.dumps(routes.models(library)))
+    states = {file["name"]: file["state"] for file in answer["files"]}
+    assert states == {
+        "pulid.safetensors": "missing",
+        "flux.safetensors": "differs",
+        "tower.pt": "there",
+        "faces.onnx": "missing",
+    }
+    faces = answer["files"][-1]
+    assert (faces["size"], faces["licence"], faces["restricted"]) == (len(DATA), LICENCE, True)
+    assert faces["folder"] == str(tmp_path / "insightface/models/antelopev2")
+
+
+def test_download_by_name(library, tmp_path):
+    from lib_pulid.webui import routes
+
+    begun = json.loads(json.dumps(routes.download({"names": ["tower.pt"]}, library.downloads)))
+    assert begun["running"] is True
+    finished(library.downloads)
+    assert there(tmp_path) == {"pulid/tower.pt"}
+    routes.download({"names": ["faces.onnx"], "accept_licence": True}, library.downloads)
+    finished(library.downloads)
+    assert len(there(tmp_path)) == 2
+    assert routes.progress(library.downloads)["running"] is False
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "download takes names"),
+        ({"names": "tower.pt"}, "download takes names"),
+        ({"names": ["tower.pt"], "url": "http://elsewhere/x"}, "download takes names"),
+        ({"names": ["tower.pt"], "accept_licence": "yes"}, "download takes names"),
+        ({"names": ["../tower.pt"]}, "field names: ../tower.pt is not in the catalogue"),
+        ({"names": ["http://elsewhere/tower.pt"]}, "is not in the catalogue"),
+        ({"names": [{"name": "tower.pt"}]}, "is not in the catalogue"),
+        ({"names": ["tower.pt", "faces.onnx"]}, "field accept_licence: faces.onnx is under a licence: research <only>"),
+    ],
+)
+def test_download_takes_names_of_the_catalogue_only(library, server, tmp_path, body, words):
+    from lib_pulid.webui import routes
+
+    with pytest.raises(SettingError, match=words):
+        routes.download(body, library.downloads)
+    assert not library.downloads.state.running
+    assert server.asked == []
+    assert there(tmp_path) == set()
+
+
+def test_a_stalled_server_does_not_keep_stop_from_working(library, server, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    server.misbehave(*[stall(100_000, 3)] * 9)
+    library.downloads.start(catalog.CATALOG[:1])
+    while library.downloads.state.done < 60_000:
+        time.sleep(0.02)
+    library.downloads.stop()
+    assert finished(library.downloads).problems == ()
+    assert there(tmp_path) == {"pulid/pulid.safetensors.part"}
