@@ -161,7 +161,7 @@ def _attempt(wanted: Wanted, headers: dict[str, str], tell: Tell, patience: Pati
         _throw_away(wanted, "there was more than the whole file")
     ask = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     with get(wanted.url, ask, patience.timeout) as answer:
-        if answer.status == 401 and headers.pop("Authorization", None):
+        if answer.status == 401 and headers.pop("Authorization", ""):
             raise _Restart("401")  # a token that has expired closes public files too: without it
         if answer.status == 416:
             _throw_away(wanted, "416")
