@@ -47,6 +47,7 @@ class PulidScript(scripts.Script):
     def process(self, p: Any, *args: Any) -> None:
         """Everything that can be known to fail fails here, before the prompt is read."""
         forget(p)
+        infotext.clear(p.extra_generation_params)
         with ends_the_request(p):
             units = parse_args(args, xyz.changes_of(p))
             if not units:
@@ -76,6 +77,7 @@ class PulidScript(scripts.Script):
             hosts.current().stop()
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+        """The parameters stay: ADetailer calls this, with a copy of `p`, before the last pictures get theirs."""
         forget(p)
 
 
@@ -107,7 +109,6 @@ def tell(text: str) -> None:
 def forget(p: Any) -> None:
     """Also called where PuLID is off: after an error the hosts do not call `postprocess`."""
     hosts.current().stop()
-    infotext.clear(p.extra_generation_params)
     for name in (PLAN, "sample"):
         vars(p).pop(name, None) if name != "sample" or isinstance(vars(p).get(name), Refusal) else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,12 +115,24 @@ class TestAGeneration:
     def test_parameters_are_written_and_removed(self, ui, script, one):
         p = Generation()
         ui.generate(script, p, [{"images": [one], "weight": 0.7}])
-        assert p.extra_generation_params == {}  # of this generation; the picture has them by then
-        p.extra_generation_params["PuLID 1"] = "of another cell of a grid"
-        ui.hook("process", script, p, *default_args(3))
-        assert p.extra_generation_params == {}
-        ui.hook("process", script, p, {"images": [one], "weight": 0.7})
         assert "weight: 0.7, " in p.extra_generation_params["PuLID 1"]
+        ui.hook("process", script, p, *default_args(3))  # another cell of a grid
+        assert p.extra_generation_params == {}
+
+    def test_a_detailers_calls_in_between_leave_the_parameters(self, ui, script, one):
+        """Of a batch of pictures ADetailer calls `postprocess` at the first and `process` at the last, both with a
+        copy of `p`; the others get their parameters in between."""
+        p, args = Generation(batches=2), [{"images": [one]}]
+        seen = []
+
+        def detail(batch: int) -> None:
+            ui.hook("postprocess", script, copy(p), SimpleNamespace(), *args)
+            seen.append(set(p.extra_generation_params))
+            ui.hook("process", script, copy(p), *args)
+            seen.append(set(p.extra_generation_params))
+
+        ui.generate(script, p, args, between=detail)
+        assert seen == [{"PuLID 1"}] * 4
 
     def test_the_progress_line_is_told_and_cleared(self, ui, script, weights):
         state = ui.modules.shared.state

@@ -147,9 +147,8 @@ class _Run:
 
     def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self._call.close()  # a call that was left by something other than an Exception
-        if (error := self._error) is not None:
-            stop()  # nobody else will: after an error the host calls no script
-            raise error
+        if self._error is not None:
+            raise self._error
         if self._window is None:
             self._check_seen()
             return  # not a sampler's call
@@ -159,13 +158,21 @@ class _Run:
         self._call.enter_context(self._injector.around(self._step))
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """output: None when an exception is under way, also one that `enter` raised. It ends the generation, and the
+        host will call no script, so everything is removed here."""
         self._call.close()
-        if output is None:  # an exception is under way and ends the generation; the host will call no script
-            stop()
-            return
         step, self._step = self._step, None
-        if step is not None:
+        if output is None:
+            stop()
+        elif step is not None:
+            self._check_reached(step)
+
+    def _check_reached(self, step: DenoiseStep) -> None:
+        try:
             self._injector.check_reached(step)
+        except UnsupportedModelError:
+            stop()
+            raise
 
     def _check_seen(self) -> None:
         if not self._seen:
