@@ -37,7 +37,7 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
         missing = Missing(tab, library, lambda: actions.family(""))
         gr.HTML(
             "<p>One tab is one person. Drop a photo in which the face is large and sharp, describe the picture in the "
-            "prompt, generate.</p>",
+            f"prompt, generate. {on.hint}</p>",
             elem_classes=["pulid-hint"],
         )
         family = families[0] if len(families) == 1 else ""
@@ -58,7 +58,11 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
 
 
 class _switch:
-    """The accordion that is its own on/off; where the host has none, a checkbox in a plain accordion."""
+    """The accordion that is its own on/off; where the host has none, a checkbox in a plain accordion.
+
+    hint: how it is switched. The hosts' accordion is on while it is open, until its checkbox was clicked once; from
+    then on the title opens and closes only.
+    """
 
     def __init__(self, tab: str) -> None:
         elem_id = f"pulid_{tab}"
@@ -66,11 +70,14 @@ class _switch:
             from modules.ui_components import InputAccordion
         except ImportError:
             self._box = gr.Accordion("PuLID", open=False, elem_id=elem_id)
-            self._plain = True
+            self._plain, self.hint = True, ""
             self.value: Any = None
         else:
             self._box = self.value = InputAccordion(False, label="PuLID", elem_id=elem_id)
             self._plain = False
+            self.hint = (
+                "Open, PuLID is on; closed, it is off. After a click on the checkbox in the title, that alone switches."
+            )
         self._elem_id = elem_id
 
     def __enter__(self) -> _switch:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.host import (
+    detector,
+    rows_adetailer,
     rows_basics,
     rows_batches,
     rows_controlnet,
@@ -37,6 +40,7 @@ GROUPS = {
     "works-with": rows_works_with,
     "img2img": rows_img2img,
     "controlnet": rows_controlnet,
+    "adetailer": rows_adetailer,
     "grid": rows_grid,
     "errors": rows_errors,
     "flux": rows_flux,
@@ -53,6 +57,7 @@ def main() -> int:
     checkout = Checkout(args.webui.resolve(), args.python or args.webui.resolve() / "venv" / "bin" / "python")
     print(f"{checkout.version}, {checkout.python}", flush=True)
     generated = generate(args.work / "generated", checkout)
+    write_detector(generated, checkout, args.extension)
     rows_page.SCREENSHOTS = args.screenshots
     chosen = [row for name in args.only or GROUPS for row in rows_of(name, args) if checkout.kind in row.hosts]
     before, packages = checkout.changes(), checkout.packages()
@@ -128,6 +133,13 @@ def generate(folder: Path, checkout: Checkout) -> Path:
     if (merge_table := checkout.merge_table()) is not None:
         checkpoints.write_configs(folder / "checkpoints", merge_table)
     return folder
+
+
+def write_detector(generated: Path, checkout: Checkout, extensions: list[Path]) -> None:
+    """Where ADetailer is among the extensions; ultralytics' files cannot be read by each of its versions."""
+    target = generated / "models" / "adetailer" / detector.NAME
+    if any((extension / "adetailer").is_dir() for extension in extensions):
+        subprocess.run([str(checkout.python), detector.__file__, str(target)], stdout=subprocess.DEVNULL, check=True)
 
 
 def unless_made(made: Path, stamp: str, make: Callable[[], None]) -> None:

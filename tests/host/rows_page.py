@@ -32,6 +32,26 @@ def accordion(host: Running) -> str:
         return page.badge()
 
 
+@rows.row("Page: open is on and closed is off; after a click on the checkbox the title opens and closes only")
+def title_and_checkbox(host: Running) -> None:
+    with opened(host) as page:
+        page.open()
+        expect("closed, it is off" in page.find("#pulid_txt2img .pulid-hint").first.inner_text(), "no hint")
+        title = page.part("").locator(".label-wrap").first
+        title.click()
+        page.until("!(new Pulid('txt2img')).isOn()", "closed, it is off")
+        title.click()
+        page.until("(new Pulid('txt2img')).isOn()", "open, it is on")
+        box = title.locator("input[type=checkbox]")
+        box.click()
+        page.until("!(new Pulid('txt2img')).isOn()", "the checkbox switches it off")
+        expect(page.part("1_drop").is_visible(), "the checkbox has closed it")
+        box.click()
+        title.click()
+        page.part("1_drop").wait_for(state="hidden")
+        expect(page.is_on() and page.badge() != "", "the title has switched it off")
+
+
 @rows.row("Page: preview shows the faces, the chosen one, the crops, and warns")
 def preview(host: Running) -> str:
     with opened(host) as page:
@@ -86,6 +106,7 @@ def send(host: Running) -> str:
         page.tab = "img2img"
         page.until("(new Pulid('img2img')).isOn()", "PuLID is on in img2img")
         page.until("(new Pulid('img2img')).units()[0]?.text.includes('0.65')", "the weight in img2img")
+        page.until("(new Pulid('img2img')).units()[0]?.ready", "the person in img2img")
         page.keep(SCREENSHOTS, "img2img", "#pulid_img2img")
         before = page.badge()
         page.describe("a photo of a cat", width=192, height=128, steps=4, seed=1)

@@ -7,8 +7,9 @@ import time
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from tests.host.api import Answer
+from tests.host.api import Answer, encoded
 from tests.host.rows_basics import ANNA, FAINT
 from tests.host.rows_batches import WEIGHT
 from tests.host.table import Rows, close, differ, distance, equal, expect
@@ -188,6 +189,45 @@ def while_sampling(host: Running, button: str, **changes: Any) -> Answer:
     host.api.post(f"/sdapi/v1/{button}")
     run.join(300)
     return answers[0]
+
+
+def while_making(host: Running, *units: dict[str, Any], **asked: Any) -> tuple[Answer, list[dict[str, Any]]]:
+    """A generation, and what the host's progress route says of it all the while."""
+    answers: list[Answer] = []
+    told: list[dict[str, Any]] = []
+    run = threading.Thread(target=lambda: answers.append(host.api.try_txt2img(*units, **asked)))
+    run.start()
+    while run.is_alive():
+        told.append(host.api.get("/sdapi/v1/progress"))
+        time.sleep(0.05)
+    return answers[0], told
+
+
+@rows.row("The progress line says what PuLID does while a new photo is read")
+def progress_line(host: Running) -> str:
+    fresh = np.array(Image.open(host.photo("ben")).convert("RGB"))
+    fresh[:8] = np.random.default_rng().integers(0, 255, 3)
+    answer, told = while_making(host, {"images": [encoded(fresh)]})
+    expect(answer.has_picture, f"{answer.status}: {answer.text[:300]}")
+    lines = list(dict.fromkeys(str(one.get("textinfo") or "") for one in told))
+    ours = [line for line in lines if line.startswith("PuLID")]
+    expect(bool(ours), f"the line said: {lines}")
+    expect(not str(host.api.get("/sdapi/v1/progress").get("textinfo") or ""), "it is still there afterwards")
+    return "; ".join(ours)
+
+
+@rows.row("Live previews: the same picture")
+def live_previews(host: Running) -> str:
+    usual = host.api.txt2img(MILD, steps=8).image
+    host.api.options(live_previews_enable=True, show_progress_every_n_steps=1)
+    try:
+        answer, told = while_making(host, MILD, steps=8)
+    finally:
+        host.api.options(live_previews_enable=False)
+    equal(usual, images(answer), "with previews")
+    shown = {one["current_image"] for one in told} - {None, ""}
+    expect(len(shown) > 1, f"{len(shown)} previews were seen")
+    return f"{len(shown)} previews were seen"
 
 
 @rows.row("Interrupt: the host's answer, then the baseline, nothing left")

@@ -1,0 +1,65 @@
+"""ADetailer itself, where its folder is given with --extension. Its detector is models/detector.py's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.host import detector
+from tests.host.api import Pictures
+from tests.host.rows_works_with import MILD
+from tests.host.table import Rows, Skipped, close, differ, equal, expect
+from tests.host.webui import Running
+
+rows = Rows()
+
+
+class Detailer:
+    """Pictures that ADetailer has gone over; `names` is its setting ad_script_names."""
+
+    def __init__(self, host: Running, names: str, **asked: Any) -> None:
+        self._host, self._names, self._asked = host, names, asked
+
+    def __call__(self, *units: dict[str, Any]) -> Pictures:
+        self._host.api.options(ad_script_names=self._names)
+        unit = {"ad_model": detector.NAME, "ad_denoising_strength": 0.7, "ad_mask_k": 1}
+        return self._host.api.txt2img(*units, alwayson_scripts={"ADetailer": {"args": [unit]}}, **self._asked)
+
+
+def usual_names(host: Running) -> str:
+    if host.api.send("GET", "/adetailer/v1/version").status >= 400:
+        raise Skipped("ADetailer is not there: give its folder with --extension")
+    models = host.api.get("/adetailer/v1/ad_model")["ad_model"]
+    expect(detector.NAME in models, f"ADetailer's models: {models}")
+    return host.api.get("/sdapi/v1/options")["ad_script_names"].removesuffix(",pulid")
+
+
+@rows.row("ADetailer itself: the face in the repainted part if ad_script_names holds “pulid”, else not")
+def adetailer(host: Running) -> str:
+    usual = usual_names(host)
+    left, handed = Detailer(host, usual), Detailer(host, f"{usual},pulid")
+    before, plain, whole = host.api.state(), host.api.txt2img().image, host.api.txt2img(MILD).image
+    painted = handed().image
+    inside = (painted != plain).any(axis=2)
+    expect(0.01 < inside.mean() < 0.5, f"{inside.mean():.2f} of the picture is repainted")
+    without, with_face = left(MILD).image, handed(MILD).image
+    for what, made in {"without the face": without, "with the face": with_face}.items():
+        equal(whole[~inside], made[~inside], f"outside of the part repainted {what}")
+    seen = differ(without[inside], with_face[inside], "the part with and without the face", 0.3)
+    equal(painted, handed({**MILD, "weight": 0}).image, "weight 0")
+    equal(painted, left().image, "afterwards, with ADetailer alone")
+    equal(plain, host.api.txt2img().image, "afterwards, without both")
+    after = host.api.state()
+    for what in ("hooks", "callbacks", "patches"):
+        expect(after[what] == before[what], f"{what}: {before[what]} -> {after[what]}")
+    return f"{seen:.1f} in the part, {100 * inside.mean():.0f} % of the picture"
+
+
+@rows.row("ADetailer itself: in each picture of two batches of two, and in its parameters")
+def adetailer_batches(host: Running) -> str:
+    names = f"{usual_names(host)},pulid"
+    alone = [Detailer(host, names, seed=seed)(MILD).image for seed in range(1, 5)]
+    together = Detailer(host, names, n_iter=2, batch_size=2)(MILD)
+    images, parameters = together.images[-4:], together.parameters[-4:]
+    lacking = [i for i, text in enumerate(parameters, 1) if "PuLID 1:" not in text]
+    expect(not lacking, f"no parameters of PuLID in the pictures {lacking} of 4")
+    return f"{max(close(a, b, 'alone and in a batch') for a, b in zip(alone, images)):.3f} of 255"
