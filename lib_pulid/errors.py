@@ -5,6 +5,10 @@ doors (the command line, the WebUI script) catch `PulidError` once and tell.
 Anything else that escapes is a bug.
 """
 
+from __future__ import annotations
+
+import re
+
 
 class PulidError(Exception):
     """Base of every error whose message is meant for the user."""
@@ -40,3 +44,24 @@ class IdentityMismatchError(PulidError):
 
 class SettingError(PulidError, ValueError):
     """A setting is out of range or unknown."""
+
+
+class OutOfMemoryError(PulidError):
+    """The memory of the computer or of its GPU did not suffice."""
+
+
+# As PyTorch (CUDA, MPS, XPU, DirectML, CPU), ONNX Runtime, cuBLAS and cuDNN say it; few of them have a class for it.
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough (GPU video )?memory|can't allocate memory|failed to allocate memory|ALLOC_FAILED", re.I
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory that did not suffice is what an exception, or what led to it, tells."""
+    while error is not None:
+        if isinstance(error, (MemoryError, OutOfMemoryError)) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if not isinstance(error, PulidError) and _NO_MEMORY.search(str(error)):
+            return True
+        error = error.__cause__
+    return False

@@ -12,7 +12,7 @@ The identity is compiled once; `inject` hooks the denoiser's sites for one call 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -183,7 +183,7 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
 # ---------------------------------------------------------------- at one site
 
 
-def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> list:
+def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> Iterable:
     def add(q: Tensor, h: Tensor) -> Tensor:
         total = h
         is_cond = _rows(step, len(h))
@@ -214,7 +214,7 @@ def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: D
     return site.attach(add)
 
 
-def _attach_image_stream(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> list:
+def _attach_image_stream(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> Iterable:
     def add(total: Tensor, image: Tensor) -> None:
         own = _own_tokens(image.shape[1], step)
         is_cond = _rows(step, len(image))

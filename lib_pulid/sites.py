@@ -1,6 +1,6 @@
 """A denoiser -> its injection sites, in the order of the adapter's weights.
 
-A Site is a place where a residual is added. `attach` hooks it with PyTorch's own forward hooks and returns
+A Site is a place where a residual is added. `attach` hooks it with PyTorch's own forward hooks and yields
 their handles; nothing of the denoiser is replaced or copied.
 
     SDXL   every cross-attention layer: `to_q`'s output is the query, `to_out[0]`'s input the text attention
@@ -10,7 +10,7 @@ their handles; nothing of the denoiser is replaced or copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Site:
         name: for messages, "input_blocks.4.1.transformer_blocks.0.attn2".
         width: channels of the activations there.
         heads: heads of the cross-attention (SDXL), 0 on an image stream.
-        attach: takes the function that adds the residual and returns the hooks' handles. The function is
+        attach: takes the function that adds the residual and yields each hook's handle as it is made. The function is
             `(q, h) -> h with residual` for a cross-attention, and on an image stream `(total, image)`, which adds
             to `total`, a copy of `image`, in place. All are [B, L, width].
     """
@@ -42,7 +42,7 @@ class Site:
     name: str
     width: int
     heads: int
-    attach: Callable[[Callable[..., Any]], list[RemovableHandle]]
+    attach: Callable[[Callable[..., Any]], Iterable[RemovableHandle]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _cross_attentions(unet: nn.Module, part: str) -> Iterator[Site]:
 def cross_attention_site(name: str, attention: Any) -> Site:
     """The site of a cross-attention layer with `to_q`, `to_k`, `to_out[0]` and `heads`."""
 
-    def attach(add: Callable[[Tensor, Tensor], Tensor]) -> list[RemovableHandle]:
+    def attach(add: Callable[[Tensor, Tensor], Tensor]) -> Iterator[RemovableHandle]:
         queries: list[Tensor] = []
 
         def keep_query(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -104,10 +104,8 @@ def cross_attention_site(name: str, attention: Any) -> Site:
         def add_residual(module: nn.Module, args: tuple) -> tuple:
             return (add(queries.pop(), args[0]), *args[1:])
 
-        return [
-            attention.to_q.register_forward_hook(keep_query),
-            attention.to_out[0].register_forward_pre_hook(add_residual),
-        ]
+        yield attention.to_q.register_forward_hook(keep_query)
+        yield attention.to_out[0].register_forward_pre_hook(add_residual)
 
     # Forge's quantised layers do not tell their width.
     width = getattr(attention.to_q, "out_features", None) or attention.heads * attention.dim_head

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from lib_pulid import hosts
-from lib_pulid.errors import PulidError
+from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
 from lib_pulid.hosts.webui import add_callback, chosen_checkpoint
 from lib_pulid.units import PulidUnit, at_unit, parse_args
 from lib_pulid.webui import accordion, infotext, routes, settings, xyz
@@ -46,35 +47,30 @@ class PulidScript(scripts.Script):
 
     def process(self, p: Any, *args: Any) -> None:
         """Everything that can be known to fail fails here, before the prompt is read."""
-        forget(p)
-        infotext.clear(p.extra_generation_params)
         with ends_the_request(p):
+            forget(p)
+            infotext.clear(p.extra_generation_params)
             units = parse_args(args, xyz.changes_of(p))
             if not units:
                 return
-            plan = UnitPlan(units, self.library, tell)
+            plan = UnitPlan(units, self.library, tell, p.comment)
             model = model_for(p, units)
             facts = plan.prepare(model)
-            setattr(p, PLAN, plan)
             for number, unit in units:
                 p.extra_generation_params[infotext.key(number)] = infotext.write(unit, model.family, facts[number])
+            setattr(p, PLAN, plan)
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        """Per batch: between two batches another script may have generated something, and stopped us."""
+        """What comes between two batches is not ours: detailers and upscalers may sample inside this generation."""
         plan = getattr(p, PLAN, None)
         if plan is not None:
             with ends_the_request(p):
-                hosts.current().start(p, plan)
+                p.sample = Sampling(p, hosts.current().start(p, plan))
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
         if getattr(p, PLAN, None) is not None:
             with ends_the_request(p):
                 hosts.current().before_sampling(p)
-
-    def post_sample(self, p: Any, *args: Any) -> None:
-        """What comes now is not ours: detailers and upscalers may sample inside this generation."""
-        if getattr(p, PLAN, None) is not None:
-            hosts.current().stop()
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         """The parameters stay: ADetailer calls this, with a copy of `p`, before the last pictures get theirs."""
@@ -109,8 +105,41 @@ def tell(text: str) -> None:
 def forget(p: Any) -> None:
     """Also called where PuLID is off: after an error the hosts do not call `postprocess`."""
     hosts.current().stop()
-    for name in (PLAN, "sample"):
-        vars(p).pop(name, None) if name != "sample" or isinstance(vars(p).get(name), Refusal) else None
+    vars(p).pop(PLAN, None)
+    if isinstance(sample := vars(p).get("sample"), Refusal):
+        del p.sample
+    elif isinstance(sample, Sampling):
+        sample.leave()
+
+
+class Sampling:
+    """Stands in the place of one generation's `sample`, for one call. After an error the hosts call no script; here
+    its end is seen however it comes, and what was put into the model for it is taken out."""
+
+    def __init__(self, p: Any, run: hosts.Run) -> None:
+        self._p, self._run = p, run
+        before = vars(p).get("sample")
+        self._before = before._before if isinstance(before, Sampling) else before  # another extension's
+
+    def leave(self) -> None:
+        if vars(self._p).get("sample") is self:
+            del self._p.sample
+            if self._before is not None:
+                self._p.sample = self._before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.leave()
+        sample = self._before or partial(type(self._p).sample, self._p)
+        self._run.is_sampling = True
+        try:
+            samples = sample(*args, **kwargs)
+            self._run.check()
+            return samples
+        except Exception as error:
+            raise short_of_memory(error) or error  # noqa: B904  it has its cause
+        finally:
+            self._run.is_sampling = False
+            hosts.current().stop()
 
 
 class Refusal:
@@ -123,13 +152,27 @@ class Refusal:
         raise self._error
 
 
+def short_of_memory(error: Exception) -> OutOfMemoryError | None:
+    """What to say in the place of an error that tells of a lack of memory, else None."""
+    if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+        return None
+    short = OutOfMemoryError(
+        "PuLID: the memory did not suffice. What helps: a smaller picture or batch, one person fewer, "
+        f"{hosts.current().LESS_MEMORY}, photos read on the CPU (Settings, PuLID), fewer other programs. "
+        f"({type(error).__name__}: {str(error)[:300]})"
+    )
+    short.__cause__ = error
+    return short
+
+
 @contextmanager
 def ends_the_request(p: Any) -> Iterator[None]:
     """Whatever is raised inside, a fault of ours as well, is raised again when samples are asked for."""
     try:
         yield
-    except Exception as error:
+    except Exception as raised:
         tell("")
+        error = short_of_memory(raised) or raised
         refusal = Refusal(error)
         p.sample = refusal
         sampler = getattr(p, "sampler", None)
@@ -139,6 +182,9 @@ def ends_the_request(p: Any) -> Iterator[None]:
         if not hosts.current().tells_errors(p):
             shared.state.interrupted = True  # before the first batch: no picture, and the comment below
         hosts.current().stop()
+    except BaseException:
+        hosts.current().stop()
+        raise
 
 
 # ---------------------------------------------------------------- the program around

@@ -4,7 +4,8 @@
         script = ui.script()
         pictures = ui.generate(script, p, args)      # raises what would end the request
 
-Exceptions of script hooks are swallowed, as in the hosts; those of sampling end the generation.
+Exceptions of script hooks are swallowed, as in the hosts; those of sampling end the generation. Interrupt and skip end
+a pass with what there is, at its next step; an interrupted generation begins no further batch.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.fake_modules import installed
-from tests.fake_modules.a1111 import P, sample
+from tests.fake_modules import a1111, forge, installed
 from tests.fake_modules.models import UNet
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +90,7 @@ class State:
     def __init__(self) -> None:
         self.told: list[Any] = []
         self.textinfo = None
+        self.interrupted = self.skipped = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         vars(self)[name] = value
@@ -115,26 +116,79 @@ class AxisOption:
         self.confirm, self.cost = kwargs.get("confirm"), kwargs.get("cost", 0.0)
 
 
-class Generation(P):
-    """StableDiffusionProcessing: a batch is a few UNet calls of `fake_modules.a1111.sample`."""
+class Interrupted(BaseException):
+    """As the hosts': samplers raise it when the user wants no more, and `sample` catches it."""
 
-    def __init__(self, unet: torch.nn.Module | None = None, name: str = "some-sdxl", batches: int = 1) -> None:
-        super().__init__(unet or UNet(), name)
+
+class _Processing:
+    """What both hosts' StableDiffusionProcessing have. before_sampling: the scripts' process_before_every_sampling."""
+
+    def _begin(self, batches: int, steps: int) -> None:
         self.extra_generation_params: dict[str, Any] = {}
         self.comments: list[str] = []
-        self.batches = batches
+        self.batches, self.steps = batches, steps
+        self.before_step: Any = lambda step: None
+        self.before_sampling: Any = lambda p: None
 
     def comment(self, text: str) -> None:
         self.comments.append(text)
 
     def sample(self) -> Tensor:
+        made: list[Tensor] = []
+
+        def before_step(step: int) -> None:
+            self.before_step(step)
+            state = sys.modules["modules"].shared.state
+            if state.interrupted or state.skipped:
+                raise Interrupted
+
         text = [torch.randn(1, 7, self.text_width, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-        with torch.no_grad():
-            return torch.stack(sample(self, text[0], text[1]))
+        try:
+            with torch.no_grad():
+                made += self._pass(*text, before_step)
+        except Interrupted:
+            return torch.zeros(1)
+        return torch.stack(made)
+
+
+class Generation(_Processing, a1111.P):
+    """In A1111: a batch is a few UNet calls of `fake_modules.a1111.sample`."""
+
+    def __init__(
+        self, unet: torch.nn.Module | None = None, name: str = "some-sdxl", batches: int = 1, steps: int = 2
+    ) -> None:
+        super().__init__(unet or UNet(), name)
+        self._begin(batches, steps)
+
+    def _pass(self, cond: Tensor, uncond: Tensor, before_step: Any) -> list[Tensor]:
+        return a1111.sample(self, cond, uncond, steps=self.steps, before_step=before_step)
 
     @property
     def text_width(self) -> int:
         return self.sd_model.model.diffusion_model.input_blocks[0].attn2.to_k.in_features
+
+
+class ForgeGeneration(_Processing, forge.P):
+    """In Forge, SDXL or FLUX."""
+
+    def __init__(self, denoiser: torch.nn.Module, name: str = "some-model", batches: int = 1, steps: int = 2) -> None:
+        super().__init__(denoiser, name)
+        self._begin(batches, steps)
+
+    def _pass(self, cond: Tensor, uncond: Tensor, before_step: Any) -> list[Tensor]:
+        self.sampler = SimpleNamespace(model_wrap_cfg=None)
+
+        def before_sampling(p: Any) -> None:
+            self.before_sampling(p)
+            getattr(p.sampler, "sample", lambda: None)()  # what a script may have put there
+
+        how = {"before_sampling": before_sampling, "before_step": before_step}
+        return forge.sample(self, [cond], [uncond], steps=self.steps, **how)
+
+    @property
+    def text_width(self) -> int:
+        denoiser = self.sd_model.forge_objects.unet.model.diffusion_model
+        return 6 if hasattr(denoiser, "double_blocks") else denoiser.input_blocks[0].attn2.to_k.in_features
 
 
 class WebUI:
@@ -159,14 +213,18 @@ class WebUI:
         except Exception as error:
             self.swallowed.append(error)
 
-    def generate(self, script: Any, p: Generation, args: Sequence[Any], between: Any = lambda batch: None) -> list:
-        """process_images. between: what other extensions do after a batch."""
+    def generate(self, script: Any, p: Any, args: Sequence[Any], between: Any = lambda batch: None) -> list:
+        """process_images. p: Generation or ForgeGeneration. between: what other extensions do after a batch."""
+        state = self.modules.shared.state
+        p.before_sampling = lambda p: self.hook("process_before_every_sampling", script, p, *args)
         self.hook("process", script, p, *args)
         pictures = []
         for batch in range(p.batches):
+            state.skipped = False
+            if state.interrupted:
+                break
             self.hook("process_batch", script, p, *args, batch_number=batch)
             pictures.append(p.sample())
-            self.hook("post_sample", script, p, SimpleNamespace(samples=pictures[-1]), *args)
             between(batch)
         self.hook("postprocess", script, p, SimpleNamespace(), *args)
         return pictures

@@ -85,7 +85,7 @@ def test_cross_attention_layer(projection, num_zero):
             q, h, site.k, site.v, heads=2, projection=projection, num_zero=num_zero
         )
 
-    handles = sites.cross_attention_site("layer", layer).attach(add)
+    handles = list(sites.cross_attention_site("layer", layer).attach(add))
     x, text = cases.normal(71, 2, 40, 128), cases.normal(72, 2, 7, 48)
     ours = layer(x, text)
     for handle in handles:

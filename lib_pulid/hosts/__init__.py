@@ -2,13 +2,15 @@
 
     NAME, FAMILIES              the host's name, for messages, and which models it can load
     loaded_model(p)             the denoiser that is loaded now, or UnsupportedModelError
-    start(p, plan)              from now on every denoiser call of `p` injects what the plan says
+    LESS_MEMORY                 what helps there against a lack of video memory, for messages
+    start(p, plan) -> Run       from now on every denoiser call of `p` injects what the plan says
     before_sampling(p)          a pass is about to be sampled
     stop()                      takes everything out again; may be called at any time
     tells_errors(p)             whether the user is told what is raised while `p` is made
 
-`p` is the host's StableDiffusionProcessing. A batch of `p` lies between `start` and `stop`: other generations may run
-inside `p` between its batches (a detailer that repaints faces), and each has a start and a stop of its own.
+`p` is the host's StableDiffusionProcessing. A batch of `p` lies between `start` and `stop`. Other generations may run
+between its batches (a detailer that repaints faces), and even while it is sampled; each has a start and a stop of its
+own, and `stop` leaves alone what is being sampled around it.
 
 Exceptions of a Plan come out of the denoiser call, since that is the one place from where the hosts let them end the
 generation: in script hooks and callbacks they are printed and forgotten, and the picture is made without the face.
@@ -68,6 +70,17 @@ class Plan(Protocol):
 
     def cfg_start_step(self, model: LoadedModel, *, hires: bool) -> int:
         """The steps of the pass before this one run without the negative prompt."""
+        ...
+
+
+class Run(Protocol):
+    """What `start` has put in. is_sampling: set by the caller; as long as it is, `stop` passes it over."""
+
+    is_sampling: bool
+
+    def check(self) -> None:
+        """After sampling. Raises: whatever went wrong where the host does not let it out, so that a step may have been
+        made without the face."""
         ...
 
 

@@ -9,7 +9,7 @@ Rows: the sampler stacks [cond..., uncond...] and gives them to the UNet in one 
 prompt lengths. The pieces come in order, so counting them tells which rows each has. Halving the batch does not: AND
 makes several cond rows per picture, and some steps leave uncond out.
 
-After an exception the host calls no script, so the hooks on the UNet, which see it, remove everything themselves.
+After an exception the host calls no script: who started a run has to see to it that `stop` is called.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lib_pulid.errors import UnsupportedModelError
-from lib_pulid.hosts import LoadedModel, Plan
+from lib_pulid.hosts import LoadedModel, Plan, Run
 from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of, is_refiner
 from lib_pulid.injection import DenoiseStep
 
 NAME = "AUTOMATIC1111"
 FAMILIES = ("sdxl",)
+LESS_MEMORY = "starting the WebUI with --medvram-sdxl or --medvram"
 
 
 def loaded_model(p: Any) -> LoadedModel:
@@ -43,12 +44,13 @@ def loaded_model(p: Any) -> LoadedModel:
     return LoadedModel(family_of(unet, name), unet, devices.device, devices.dtype_unet, name)
 
 
-def start(p: Any, plan: Plan) -> None:
+def start(p: Any, plan: Plan) -> Run:
     """Injects into every UNet call of `p` until `stop`. To be called before each batch is sampled."""
     stop()
     run = _Run(p, plan)
     _running.append(run)  # first, so that `stop` finds it whatever happens
     run.begin()
+    return run
 
 
 def before_sampling(p: Any) -> None:
@@ -56,8 +58,8 @@ def before_sampling(p: Any) -> None:
 
 
 def stop() -> None:
-    """Removes hooks and callbacks and lets go of everything."""
-    while _running:
+    """Removes hooks and callbacks and lets go of everything, save of what is being sampled around us."""
+    while _running and not _running[-1].is_sampling:
         _running.pop().end()
 
 
@@ -65,7 +67,7 @@ def tells_errors(p: Any) -> bool:
     return True
 
 
-# The hosts make one picture at a time, in one process-wide model: this is what we put into it.
+# The hosts make one picture at a time, in one process-wide model: this is what we put into it, inner generations last.
 _running: list[_Run] = []
 
 
@@ -100,9 +102,10 @@ class _Run:
         self._hooked: nn.Module | None = None
         self._call = ExitStack()  # of the UNet call under way
         self._step: DenoiseStep | None = None
-        self._window: _Window | None = None
+        self._window: _Window | Exception | None = None  # what the next UNet calls are
         self._seen = False
         self._error: Exception | None = None
+        self.is_sampling = False
 
     def begin(self) -> None:
         for event, callback in (("cfg_denoiser", self.open), ("cfg_denoised", self.close)):
@@ -125,30 +128,38 @@ class _Run:
         self._hooks.callback(unet.register_forward_hook(self.leave, always_call=True).remove)
         self._hooked = unet
 
+    def check(self) -> None:
+        """See `hosts.Run`."""
+        if self._error is not None:
+            raise self._error
+
     # ------------------------------------------------------------ called by the host
 
     def open(self, params: Any) -> None:
         """The CFGDenoiser is about to call the UNet. Exceptions here would be printed and forgotten: `enter` raises."""
-        self._window, self._error, self._seen = None, None, True
+        self._window, self._seen = None, True
         if self._p is None or params.denoiser.p is not self._p:
             return  # another generation
-        if self._injector.has_acted and is_refiner(_unet(self._p)):
-            return
-        self._hook(_unet(self._p))
         try:
-            self._injector.prepare(loaded_model(self._p), hires=bool(getattr(self._p, "is_hr_pass", False)))
-            self._injector.check_steps(params.denoiser.steps)
-            self._window = _Window(params, self._progress(params.denoiser, params.sigma))
+            self._window = self._opened(params)
         except Exception as error:
-            self._error = error
+            self._window = self._error = error
+
+    def _opened(self, params: Any) -> _Window | None:
+        if self._injector.has_acted and is_refiner(_unet(self._p)):
+            return None
+        self._hook(_unet(self._p))
+        self._injector.prepare(loaded_model(self._p), hires=bool(getattr(self._p, "is_hr_pass", False)))
+        self._injector.check_steps(params.denoiser.steps)
+        return _Window(params, self._progress(params.denoiser, params.sigma))
 
     def close(self, params: Any) -> None:
         self._window = None
 
     def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self._call.close()  # a call that was left by something other than an Exception
-        if self._error is not None:
-            raise self._error
+        if isinstance(self._window, Exception):
+            raise self._window
         if self._window is None:
             self._check_seen()
             return  # not a sampler's call
@@ -158,21 +169,10 @@ class _Run:
         self._call.enter_context(self._injector.around(self._step))
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """output: None when an exception is under way, also one that `enter` raised. It ends the generation, and the
-        host will call no script, so everything is removed here."""
         self._call.close()
         step, self._step = self._step, None
-        if output is None:
-            stop()
-        elif step is not None:
-            self._check_reached(step)
-
-    def _check_reached(self, step: DenoiseStep) -> None:
-        try:
+        if step is not None and output is not None:  # None: an exception is under way
             self._injector.check_reached(step)
-        except UnsupportedModelError:
-            stop()
-            raise
 
     def _check_seen(self) -> None:
         if not self._seen:

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from lib_pulid.errors import SettingError
-from lib_pulid.hosts import LoadedModel, Plan
+from lib_pulid.hosts import LoadedModel, Plan, Run
 from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of, is_refiner
 from lib_pulid.injection import DenoiseStep
 
 NAME = "Forge"
 FAMILIES = ("sdxl", "flux")
+LESS_MEMORY = "less “GPU Weights” at the top of the page"
 _SLOT = "model_function_wrapper"
 _MODIFIERS = "conditioning_modifiers"
 _COND = 0
@@ -45,12 +46,13 @@ def loaded_model(p: Any) -> LoadedModel:
     return LoadedModel(family, denoiser, unet.load_device, _computation_dtype(unet), name, _is_guided(p))
 
 
-def start(p: Any, plan: Plan) -> None:
+def start(p: Any, plan: Plan) -> Run:
     """Injects into every denoiser call of `p` until `stop`. To be called before each batch is sampled."""
     stop()
     run = _Run(p, plan)
     _running.append(run)  # first, so that `stop` finds it whatever happens
     run.begin()
+    return run
 
 
 def before_sampling(p: Any) -> None:
@@ -60,8 +62,8 @@ def before_sampling(p: Any) -> None:
 
 
 def stop() -> None:
-    """Removes the callback, makes the patches idle and lets go of everything."""
-    while _running:
+    """Removes the callback, makes the patches idle and lets go of everything, save of what is being sampled around us."""
+    while _running and not _running[-1].is_sampling:
         _running.pop().end()
 
 
@@ -72,7 +74,7 @@ def tells_errors(p: Any) -> bool:
     return bool(getattr(p, "is_api", False)) or hasattr(main_thread, "last_exception")
 
 
-# The hosts make one picture at a time, in one process-wide model: this is what we put into it.
+# The hosts make one picture at a time, in one process-wide model: this is what we put into it, inner generations last.
 _running: list[_Run] = []
 
 
@@ -107,6 +109,8 @@ class _Run:
         self._is_hooked = False
         self._whole = (0, 0)  # height and width of the latent, while hooked
         self._error: Exception | None = None
+        self._unpatched: Exception | None = None  # why a pass could not be patched
+        self.is_sampling = False
 
     def begin(self) -> None:
         # The refiner brings another model in the middle of a pass, and a later extension may take the one slot.
@@ -118,6 +122,11 @@ class _Run:
         self._injector.end()
         self._unpatch()
         self._p = self._error = None
+
+    def check(self) -> None:
+        """See `hosts.Run`."""
+        if self._unpatched is not None:
+            raise self._unpatched
 
     # ------------------------------------------------------------ patching
 
@@ -158,12 +167,17 @@ class _Run:
 
     def look_again(self, params: Any) -> None:
         """Before each step, after the refiner's turn: the unet may be another one."""
-        if self._p is not None and params.denoiser.p is self._p:
+        if self._p is None or params.denoiser.p is not self._p:
+            return
+        try:
             self.patch(self._p)
-            try:
-                self._injector.check_steps(params.denoiser.steps)
-            except Exception as error:
-                self._error = error
+        except Exception as error:  # it would be printed and forgotten here
+            self._unpatched = error
+            return
+        try:
+            self._injector.check_steps(params.denoiser.steps)
+        except Exception as error:
+            self._error = error
 
     def is_before_guidance(self, sigmas: Tensor) -> bool:
         """Whether this step is to run without the negative prompt. sigmas: [B]."""

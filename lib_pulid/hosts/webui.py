@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -208,7 +208,7 @@ def _watched(sites: Sites, note: Any) -> Sites:
     """The same sites, which call `note` when they are reached."""
 
     def watched(site: Site) -> Site:
-        def attach(add: Any) -> list:
+        def attach(add: Any) -> Iterable:
             def noted(*tensors: Tensor) -> Tensor | None:
                 note()
                 return add(*tensors)

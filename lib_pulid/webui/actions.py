@@ -120,7 +120,7 @@ class Actions:
             name = f"photo {number}"
             try:
                 photo = pictures.decode(text, name)
-                face = self._library.read_face(photo, choice, name)
+                face = self._library.read_face(photo, choice, name, lambda text: lines.append(_warn(text)))
             except MissingWeightsError:
                 raise
             except PulidError as error:
@@ -137,6 +137,7 @@ class Actions:
 
     def save(self, name: str, images: str, model: str, order: str, index: float, fusion: str) -> tuple[Any, Any, str]:
         """-> the list of identities with the new one chosen, the name field emptied, a note."""
+        told: list[str] = []
         try:
             if not name.strip():
                 raise SettingError("Give the identity a name first.")
@@ -144,14 +145,16 @@ class Actions:
             if not photos:
                 raise SettingError("There is no photo to save: drop one above.")
             adapter = self._library.adapter(model or AUTO, self._family_for(model))
-            identity = self._library.encode(photos, adapter, FaceChoice(order, int(index)), fusion)
+            choice = FaceChoice(order, int(index))
+            identity = self._library.encode(photos, adapter, choice, fusion, warn=lambda text: told.append(_warn(text)))
             saved = self._library.save(name, identity)
         except PulidError as error:
             return gr.update(), gr.update(), _bad([str(error)])
         finally:
             self._library.release()
         note = _good(f"{saved.name} ({saved.short_hash}) is saved for {saved.adapter} and chosen above.")
-        return gr.update(choices=self.identity_choices(), value=saved.name), gr.update(value=""), note
+        listed = gr.update(choices=self.identity_choices(), value=saved.name)
+        return listed, gr.update(value=""), "".join([note, *told])
 
     def _family_for(self, model: str) -> str:
         """A named file's own; with auto the checkpoint's, or the only one there are files for."""

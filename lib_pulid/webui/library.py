@@ -229,9 +229,10 @@ class Library:
                 "and neither a hash nor a word that is reserved (None, CON)."
             )
         path = self.identities_dir / f"{name}.safetensors"
-        if path.exists():
-            raise SettingError(f"{name} is saved already; take another name, or delete {path} first.")
-        replace(identity, info={**identity.info, "name": name}).save(path)
+        with self._lock:  # of two who save under one name, the second is told
+            if path.exists():
+                raise SettingError(f"{name} is saved already; take another name, or delete {path} first.")
+            replace(identity, info={**identity.info, "name": name}).save(path)
         return SavedIdentity(name, identity.short_hash, identity.info.get("adapter", ""), path)
 
     # ------------------------------------------------------------ photos
@@ -243,23 +244,29 @@ class Library:
         choice: FaceChoice,
         fusion: str,
         tell: Callable[[str], None] = lambda text: None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> Identity:
         """Photos, uint8 RGB [H, W, 3], of one person -> Identity; each set of photos is encoded once.
+
+        tell: is told what is being done. warn: what the user should know afterwards.
 
         Raises:
             ImageError, NoFaceError, MissingWeightsError, WrongWeightsError, SettingError.
         """
         with self._lock:
-            return self._readers.encode(photos, adapter, choice, fusion, self.models_dir, self._identity_cache(), tell)
+            cache = self._identity_cache()
+            return self._readers.encode(photos, adapter, choice, fusion, self.models_dir, cache, tell, warn)
 
-    def read_face(self, photo: np.ndarray, choice: FaceChoice, name: str) -> Face:
+    def read_face(
+        self, photo: np.ndarray, choice: FaceChoice, name: str, warn: Callable[[str], None] = lambda text: None
+    ) -> Face:
         """The face of one photo, for a preview; needs the face models only.
 
         Raises:
             NoFaceError, MissingWeightsError, WrongWeightsError.
         """
         with self._lock:
-            return self._readers.read_face(photo, choice, name, self.models_dir)
+            return self._readers.read_face(photo, choice, name, self.models_dir, warn)
 
     def release(self) -> None:
         """Lets go of the encoders, unless the settings keep them."""

@@ -25,11 +25,13 @@ class UnitPlan:
 
     Args:
         units: with their numbers, for messages. tell: is told what is being done, for the progress line.
+        warn: is told what the user should know when the picture is there.
     """
 
     units: Sequence[tuple[int, PulidUnit]]
     library: Library
     tell: Callable[[str], None] = lambda text: None
+    warn: Callable[[str], None] = lambda text: None
     _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
 
     def injections(self, model: LoadedModel, *, hires: bool) -> list[Injection]:
@@ -39,24 +41,20 @@ class UnitPlan:
             PulidError: its message begins with the unit and the field at fault.
         """
         wanted = [(number, unit) for number, unit in self.units if unit.in_pass(hires)]
-        return [self._unit(number, unit, model)[0] for number, unit in wanted]
+        return [injection for injection, _ in self._compiled(wanted, model).values()]
 
     def prepare(self, model: LoadedModel) -> dict[int, dict[str, str]]:
         """Compiles all units and returns, by unit, what to write into the picture's parameters beside the settings."""
-        try:
-            for number, unit in self.units:
-                unit.check_family(model.family, number)
-            return {number: self._unit(number, unit, model)[1] for number, unit in self.units}
-        finally:
-            self.tell("")
-            self.library.release()
+        for number, unit in self.units:
+            unit.check_family(model.family, number)
+        return {number: facts for number, (_, facts) in self._compiled(self.units, model).items()}
 
     def check_steps(self, model: LoadedModel, steps: int, *, hires: bool) -> None:
         """See `lib_pulid.hosts.Plan`. The second pass has few steps and a face already, unless it alone has one."""
         for number, unit in self.units:
             if not unit.in_pass(hires) or (hires and unit.in_pass(False)):
                 continue
-            injection = self._unit(number, unit, model)[0]
+            injection = self._compiled([(number, unit)], model)[number][0]
             if injection.weight and not injection.acts_within(steps):
                 name = "start_step" if injection.start_step >= steps else "start"
                 limits = f"from step {injection.start_step} on and " if injection.start_step else ""
@@ -73,12 +71,23 @@ class UnitPlan:
             (unit.cfg_start_step for _, unit in self.units if unit.in_pass(hires) and unit.weight != 0), default=0
         )
 
-    def _unit(self, number: int, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
-        key = (number, model.family, str(model.device), model.dtype)
+    def _compiled(
+        self, units: Sequence[tuple[int, PulidUnit]], model: LoadedModel
+    ) -> dict[int, tuple[Injection, dict[str, str]]]:
+        keys = {number: (number, model.family, str(model.device), model.dtype) for number, _ in units}
+        missing = [(number, unit) for number, unit in units if not self._is_known(keys[number], model)]
+        try:
+            for number, unit in missing:
+                self._known[keys[number]] = *self._compile(number, unit, model), model.guided
+        finally:
+            if missing:
+                self.tell("")
+                self.library.release()
+        return {number: self._known[key][:2] for number, key in keys.items()}
+
+    def _is_known(self, key: Any, model: LoadedModel) -> bool:
         known = self._known.get(key)
-        if known is None or model.guided > known[2]:
-            known = self._known[key] = *self._compile(number, unit, model), model.guided
-        return known[:2]
+        return known is not None and known[2] >= model.guided
 
     def _compile(self, number: int, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
         self.tell(f"PuLID: loading the model for unit {number}")
@@ -119,9 +128,15 @@ class UnitPlan:
             adapter = self.library.adapter(unit.model, family)
         with _at(number, "images"):
             photos = [photo(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
-            return self.library.encode(
-                photos, adapter, unit.choice, unit.fusion, lambda text: self.tell(f"PuLID: unit {number}, {text}")
-            ), adapter
+            identity = self.library.encode(
+                photos,
+                adapter,
+                unit.choice,
+                unit.fusion,
+                lambda text: self.tell(f"PuLID: unit {number}, {text}"),
+                lambda text: self.warn(f"PuLID unit {number}: {text}"),
+            )
+            return identity, adapter
 
 
 class _at:

@@ -1,15 +1,17 @@
 """The models that read photos (face models and vision tower): loaded for a photo that is not in the cache, released
-after use."""
+after use. Where a GPU's memory does not suffice for them, they work on the CPU until then."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from lib_pulid import catalog
+from lib_pulid.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from lib_pulid.faces import Face, FaceChoice, FaceModels
@@ -25,6 +27,9 @@ FACE_FILES = {
     "parser": "parsing_bisenet.pth",
 }
 TOWER_FILE = "EVA02_CLIP_L_336_psz14_s6B.pt"
+CPU = "cpu"
+MOVED = "the GPU's memory did not suffice to read photos; they were read on the CPU, which takes longer."
+Result = TypeVar("Result")
 
 
 class Readers:
@@ -38,6 +43,7 @@ class Readers:
         self._device, self._fingerprint = device, fingerprint
         self._faces: FaceModels | None = None
         self._tower: VisionTower | None = None
+        self._moved = False  # to the CPU
 
     @property
     def loaded(self) -> bool:
@@ -52,30 +58,55 @@ class Readers:
         models_dir: Path,
         cache: IdentityCache,
         tell: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> Identity:
         """Photos, uint8 RGB [H, W, 3], of one person -> Identity; see `photos.make_identity`."""
         from lib_pulid.photos import make_identity
 
         files = catalog.require_encoders(models_dir)
-        return make_identity(
-            list(photos),
-            adapter,
-            encoders=lambda: self._encoders(files, tell),
-            encoders_id=catalog.fingerprint(files, self._fingerprint),
-            cache=cache,
-            choice=choice,
-            fusion=fusion,
-            on_face=lambda name, face: tell(f"{name} read"),
+        return self._where_memory_suffices(
+            lambda: make_identity(
+                list(photos),
+                adapter,
+                encoders=lambda: self._encoders(files, tell),
+                encoders_id=catalog.fingerprint(files, self._fingerprint),
+                cache=cache,
+                choice=choice,
+                fusion=fusion,
+                on_face=lambda name, face: tell(f"{name} read"),
+            ),
+            warn,
         )
 
-    def read_face(self, photo: np.ndarray, choice: FaceChoice, name: str, models_dir: Path) -> Face:
+    def read_face(
+        self, photo: np.ndarray, choice: FaceChoice, name: str, models_dir: Path, warn: Callable[[str], None]
+    ) -> Face:
         """One face, uint8 RGB [H, W, 3]; needs the face models only."""
         from lib_pulid.faces import read_face
 
-        return read_face(photo, self._face_models(catalog.require_encoders(models_dir)), choice, name)
+        files = catalog.require_encoders(models_dir)
+        return self._where_memory_suffices(lambda: read_face(photo, self._face_models(files), choice, name), warn)
 
     def release(self) -> None:
         self._faces = self._tower = None
+        self._moved = False
+
+    def _where_memory_suffices(self, work: Callable[[], Result], warn: Callable[[str], None]) -> Result:
+        """On the chosen device, or else on the CPU."""
+        try:
+            return work()
+        except Exception as error:
+            if self._place() == CPU or not is_out_of_memory(error):
+                raise
+        # Outside of the `except`: the exception held on to what had been computed.
+        self.release()
+        _free_memory()
+        self._moved = True
+        warn(MOVED)
+        return work()
+
+    def _place(self) -> str:
+        return CPU if self._moved else self._device()
 
     def _encoders(self, files: dict[str, Path], tell: Callable[[str], None]) -> Encoders:
         from lib_pulid.photos import Encoders
@@ -85,7 +116,7 @@ class Readers:
         faces = self._face_models(files)
         if self._tower is None:
             tell("loading the vision tower")
-            self._tower = load_vision_tower(files[TOWER_FILE]).to(self._device())
+            self._tower = load_vision_tower(files[TOWER_FILE]).to(self._place())
         return Encoders(faces, self._tower)
 
     def _face_models(self, files: dict[str, Path]) -> FaceModels:
@@ -93,5 +124,13 @@ class Readers:
 
         if self._faces is None:
             paths = {kind: files[name] for kind, name in FACE_FILES.items()}
-            self._faces = load_face_models(FaceFiles(**paths), self._device())
+            self._faces = load_face_models(FaceFiles(**paths), self._place())
         return self._faces
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lib_pulid import catalog
-from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
+from lib_pulid.errors import MissingWeightsError, OutOfMemoryError, PulidError, SettingError, WrongWeightsError
 from lib_pulid.fields import FIELD, FIELDS, PRESETS, WEIGHTS, check, schema, spelled
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui import pictures
@@ -58,7 +58,7 @@ def add_error_handler(app: Any) -> None:
     from fastapi.responses import JSONResponse
 
     def answer(request: Any, error: Exception) -> Any:
-        ours = isinstance(error, (MissingWeightsError, WrongWeightsError))
+        ours = isinstance(error, (MissingWeightsError, WrongWeightsError, OutOfMemoryError))
         content = {"error": type(error).__name__, "detail": str(error), "body": "", "errors": str(error)}
         return JSONResponse(status_code=500 if ours else 422, content=content)
 
@@ -173,13 +173,14 @@ def detect(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
 
 def _photo(text: str, name: str, unit: PulidUnit, library: Library) -> dict[str, Any]:
     photo = pictures.decode(text, name)
-    face = library.read_face(photo, unit.choice, name)
+    told: list[str] = []
+    face = library.read_face(photo, unit.choice, name, told.append)
     scale = max(1.0, max(photo.shape[:2]) / 1024)  # faces are measured in the reduced photo
     boxes = [[round(float(x) * scale, 1) for x in found.box] for found in face.detections]
     return {
         "faces": [{"box": box, "score": float(found.score)} for box, found in zip(boxes, face.detections)],
         "chosen": next(i for i, found in enumerate(face.detections) if found is face.detection),
-        "warnings": pictures.warnings(face),
+        "warnings": [*pictures.warnings(face), *told],
         "aligned": pictures.encode(face.aligned),
         "parsed": pictures.encode(pictures.parsed(face)),
     }

@@ -1,0 +1,197 @@
+"""A WebUI whose pictures take milliseconds: the whole chain from photo to picture, with next to nothing in its models.
+
+    light = Light("forge", folder, monkeypatch)
+    with light.running() as host:            # one start of the program
+        host.generate([{"images": [PHOTOS["anna"]]}], "sdxl")
+
+What is small: the denoisers, PuLID files and models that read photos. What is not: everything between them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lib_pulid import catalog, hosts, standin
+from lib_pulid.faces import CROP_LANDMARKS, Detection, FaceModels
+from tests.fake_modules.models import Flux, UNet, count_hooks
+from tests.fake_webui import ForgeGeneration, Generation, webui
+
+BLOCKS = (2, 1, 2)
+SITES = sum(BLOCKS)
+FILES = ("pulid_v1.1.safetensors", "pulid_v1.1_other.safetensors", "pulid_flux_v0.9.1.safetensors")
+STEPS = 3
+
+
+# ---------------------------------------------------------------- photos, and what reads them
+
+
+def _photo(colour: tuple[int, int, int]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((48, 48, 3), colour, np.uint8)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+PHOTOS = {"anna": _photo((200, 80, 60)), "ben": _photo((60, 120, 200)), "cleo": _photo((90, 200, 90))}
+PHOTOS["nobody"] = _photo((0, 0, 0))
+
+
+class Detector:
+    """Sees one face in every picture that is not black."""
+
+    def detect(self, image_bgr: np.ndarray) -> list[Detection]:
+        if not image_bgr.any():
+            return []
+        scale = np.float32(image_bgr.shape[0] / 512)
+        return [Detection(np.array([4, 4, 44, 44], np.float32), (CROP_LANDMARKS * scale).astype(np.float32), 0.9)]
+
+
+class Recogniser:
+    def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
+        colour = image_bgr.reshape(-1, 3).mean(0) / 255
+        return np.cos(np.arange(512)[:, None] * colour).sum(1).astype(np.float32)
+
+    def embed_crop(self, aligned_bgr: np.ndarray) -> np.ndarray:
+        raise AssertionError("every face is detected")
+
+
+class Parser:
+    def labels(self, aligned_rgb: np.ndarray) -> np.ndarray:
+        return np.ones(aligned_rgb.shape[:2], np.int64)
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        mean = images.mean((1, 2, 3))[:, None] * self.weight
+        hidden = torch.linspace(-1, 1, 3 * standin.TOWER_WIDTH).view(1, 3, -1)
+        return torch.linspace(0, 3, 768) + mean, [torch.sin(hidden * (i + 1) + mean[:, None]) for i in range(5)]
+
+
+def face_models() -> FaceModels:
+    return FaceModels(Detector(), Recogniser(), Detector(), Parser())
+
+
+def write_models(folder: Path) -> None:
+    """A models folder: two PuLID files for SDXL, one for FLUX, and empty files in the place of the encoders."""
+    (folder / "pulid").mkdir(parents=True)
+    for seed, name in enumerate(FILES[:2], 1):
+        pairs = nn.ModuleList(standin.cross_attention_pair(8, standin.TOKEN_WIDTH) for _ in range(SITES))
+        weights = standin.random_weights(pairs.state_dict(), seed, gain=3.0)
+        save_file(standin.sdxl_file(_encoder(seed), weights), folder / "pulid" / name)
+    modules = nn.ModuleList(standin.image_stream(8, standin.TOKEN_WIDTH) for _ in range(20))
+    weights = standin.random_weights(modules.state_dict(), 3)
+    save_file(standin.flux_file(_encoder(4), weights), folder / "pulid" / FILES[2])
+    for file in catalog.in_group("encoders"):
+        (folder / file.folder).mkdir(parents=True, exist_ok=True)
+        (folder / file.folder / file.name).write_text(file.name)
+
+
+def _encoder(seed: int) -> dict[str, Tensor]:
+    return standin.random_weights(standin.id_former().state_dict(), 10 * seed)
+
+
+# ---------------------------------------------------------------- the program
+
+
+@dataclass
+class Host:
+    """One start of the program. unets: the checkpoints in its memory."""
+
+    kind: str
+    ui: Any
+    folder: Path
+    script: Any
+
+    @cached_property
+    def unets(self) -> dict[str, nn.Module]:
+        made = {"sdxl": UNet(blocks=BLOCKS), "sdxl-b": UNet(blocks=BLOCKS, seed=5), "sd15": UNet(768, (1, 0, 1))}
+        return made | ({"flux": Flux()} if self.kind == "forge" else {})
+
+    @property
+    def state(self) -> Any:
+        return self.ui.modules.shared.state
+
+    @property
+    def library(self) -> Any:
+        return self.script.library
+
+    def processing(self, checkpoint: str = "sdxl", **how: Any) -> Any:
+        made = {"a1111": Generation, "forge": ForgeGeneration}[self.kind]
+        return made(self.unets[checkpoint], checkpoint, **{"steps": STEPS} | how)
+
+    def generate(self, args: Sequence[Any], checkpoint: str = "sdxl", p: Any = None, **how: Any) -> list[Tensor]:
+        """The pictures of one request; raises what ends it."""
+        self.state.interrupted = self.state.skipped = False  # as the hosts do when a job begins
+        return self.ui.generate(self.script, p or self.processing(checkpoint, **how), args)
+
+    def start_anew(self) -> None:
+        """As if the program had been started again: a library that knows nothing, and nothing written."""
+        self.script = self.ui.script()
+        for path in self.written():
+            path.unlink()
+
+    # ------------------------------------------------------------ what may not be left behind
+
+    def fingerprint(self) -> str:
+        """Of all that is in the checkpoints: modules, what hangs on them, and weights."""
+        digest = hashlib.sha256()
+        for unet in self.unets.values():
+            for name, module in unet.named_modules():
+                digest.update(repr((name, type(module).__name__, sorted(vars(module)))).encode())
+            for name, tensor in unet.state_dict().items():
+                digest.update(name.encode() + tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+    def left_behind(self) -> list[str]:
+        """In words; empty when nothing is."""
+        found = {f"hooks on {name}": count_hooks(unet) for name, unet in self.unets.items()}
+        callbacks = self.ui.modules.script_callbacks.callback_map
+        found |= {event: len(callbacks[event]) for event in ("callbacks_cfg_denoiser", "callbacks_cfg_denoised")}
+        found["runs"] = len(hosts.current()._running)
+        found["models that read photos"] = self.library._readers.loaded
+        found["a line of progress"] = self.state.textinfo
+        found["a file of another kind"] = [path.name for path in self.written() if path.suffix != ".safetensors"]
+        return [f"{what}: {count}" for what, count in found.items() if count]
+
+    def written(self) -> list[Path]:
+        folders = (self.library.identities_dir, self.library.folder / "cache")
+        return [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+
+
+class Light:
+    """See the module. models: as `write_models` leaves it."""
+
+    def __init__(self, kind: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kind, self.models = kind, models
+        monkeypatch.setattr("lib_pulid.hosts.webui.SDXL_SITES", SITES)
+        monkeypatch.setattr("lib_pulid.face_models.load_face_models", lambda files, device: face_models())
+        monkeypatch.setattr("lib_pulid.vision.load_vision_tower", lambda path: Tower())
+
+    @contextmanager
+    def running(self) -> Iterator[Host]:
+        with webui(self.kind, self.models) as ui:
+            host = Host(self.kind, ui, self.models, ui.script())
+            host.start_anew()
+            try:
+                yield host
+            finally:
+                while hosts.current()._running:
+                    hosts.current()._running.pop().end()
