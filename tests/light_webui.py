@@ -27,13 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib_pulid import catalog, hosts, standin
+from lib_pulid.encoders import IDFormer
 from lib_pulid.faces import CROP_LANDMARKS, Detection, FaceModels
 from tests.fake_modules.models import Flux, UNet, count_hooks
 from tests.fake_webui import ForgeGeneration, Generation, webui
 
 BLOCKS = (2, 1, 2)
 SITES = sum(BLOCKS)
-FILES = ("pulid_v1.1.safetensors", "pulid_v1.1_other.safetensors", "pulid_flux_v0.9.1.safetensors")
+FILES = ("pulid_v1.safetensors", "pulid_v1_other.safetensors", "pulid_flux_v0.9.1.safetensors")
 STEPS = 3
 
 
@@ -95,17 +96,24 @@ def write_models(folder: Path) -> None:
     for seed, name in enumerate(FILES[:2], 1):
         pairs = nn.ModuleList(standin.cross_attention_pair(8, standin.TOKEN_WIDTH) for _ in range(SITES))
         weights = standin.random_weights(pairs.state_dict(), seed, gain=3.0)
-        save_file(standin.sdxl_file(_encoder(seed), weights), folder / "pulid" / name)
+        encoder = standin.random_weights(standin.id_encoder(hidden=64).state_dict(), 10 * seed)
+        save_file(standin.sdxl_file(encoder, weights), folder / "pulid" / name)
     modules = nn.ModuleList(standin.image_stream(8, standin.TOKEN_WIDTH) for _ in range(20))
     weights = standin.random_weights(modules.state_dict(), 3)
-    save_file(standin.flux_file(_encoder(4), weights), folder / "pulid" / FILES[2])
+    encoder = standin.random_weights(_id_former().state_dict(), 4)
+    save_file(standin.flux_file(encoder, weights), folder / "pulid" / FILES[2])
     for file in catalog.in_group("encoders"):
         (folder / file.folder).mkdir(parents=True, exist_ok=True)
         (folder / file.folder / file.name).write_text(file.name)
 
 
-def _encoder(seed: int) -> dict[str, Tensor]:
-    return standin.random_weights(standin.id_former().state_dict(), 10 * seed)
+def _id_former() -> IDFormer:
+    """The encoder of FLUX, with a layer for each scale."""
+    vit = standin.TOWER_WIDTH
+    return IDFormer(
+        dim=64, depth=5, inner_dim=64, ff_dim=64, num_queries=8, output_dim=standin.TOKEN_WIDTH,
+        id_mapping=[standin.ID_COND, 64, 64, 5 * 64], mapping=[vit, 64, 64, 64],
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- the program
@@ -147,6 +155,12 @@ class Host:
         self.script = self.ui.script()
         for path in self.written():
             path.unlink()
+
+    def forget_photos(self) -> None:
+        """They will be read again."""
+        self.library._cache = None
+        for path in (self.library.folder / "cache").glob("*.safetensors"):
+            path.unlink(missing_ok=True)
 
     # ------------------------------------------------------------ what may not be left behind
 

@@ -10,8 +10,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
 from lib_pulid.identity import Identity
 from lib_pulid.photos import IdentityCache
 from tests import light_webui
-from tests.light_webui import PHOTOS, STEPS, Host, Light, write_models
+from tests.faults import FAULTS, STAGES, TABLE, Stage, faulty
+from tests.light_webui import PHOTOS, Host, Light, write_models
 
 ANNA = {"images": [PHOTOS["anna"]]}
 TWO = [ANNA, {"images": [PHOTOS["ben"]], "weight": 0.5}]
@@ -51,146 +50,6 @@ def host(program) -> Host:
     return program
 
 
-# ---------------------------------------------------------------- stages
-
-
-def of(path: str) -> Callable[[Host], tuple[Any, str]]:
-    """A function or method by its name: "lib_pulid.faces.align"."""
-
-    def find(host: Host) -> tuple[Any, str]:
-        import importlib
-
-        module, _, name = path.rpartition(".")
-        try:
-            return importlib.import_module(module), name
-        except ModuleNotFoundError:
-            module, _, owner = module.rpartition(".")
-            return getattr(importlib.import_module(module), owner), name
-
-    return find
-
-
-def of_host(name: str) -> Callable[[Host], tuple[Any, str]]:
-    """A method of what the host's file puts into it; which of the two names depends on the host."""
-
-    def find(host: Host) -> tuple[Any, str]:
-        names = name.split("|")
-        return hosts.current()._Run, names[0] if host.kind == "a1111" else names[-1]
-
-    return find
-
-
-@dataclass(frozen=True)
-class Stage:
-    """name: for people. place: gives the owner and the name of what fails. number: which call of it, from 1 on.
-    after: it fails when it has done its work. fatal: whether an Exception there ends the request."""
-
-    name: str
-    place: Callable[[Host], tuple[Any, str]]
-    number: int = 1
-    after: bool = False
-    fatal: bool = True
-
-
-CALL = of("tests.fake_modules.models.UNet.forward")
-INSIDE = of("tests.fake_modules.models.Block.forward")
-STAGES = [
-    Stage("process", of("lib_pulid.webui.plan.UnitPlan.prepare")),
-    Stage("process, done", of("lib_pulid.webui.plan.UnitPlan.prepare"), after=True),
-    Stage("read the settings", of("lib_pulid.webui.xyz.changes_of")),
-    Stage("load adapter", of("lib_pulid.weights.load_adapter")),
-    Stage("load face models", of("lib_pulid.face_models.load_face_models")),
-    Stage("load vision tower", of("lib_pulid.vision.load_vision_tower")),
-    Stage("decode the photo", of("lib_pulid.webui.plan.decode")),
-    Stage("detect", of("tests.light_webui.Detector.detect")),
-    Stage("detect, second person", of("tests.light_webui.Detector.detect"), number=3),
-    Stage("align", of("lib_pulid.faces.align")),
-    Stage("recognise", of("tests.light_webui.Recogniser.embed")),
-    Stage("parse", of("tests.light_webui.Parser.labels")),
-    Stage("vision", of("tests.light_webui.Tower.forward")),
-    Stage("encode", of("lib_pulid.photos.encode_identity")),
-    Stage("write the cache", of("pathlib.Path.write_bytes")),
-    Stage("write the cache, written", of("pathlib.Path.write_bytes"), after=True),
-    Stage("rename in the cache", of("os.replace")),
-    Stage("rename in the cache, second person", of("os.replace"), number=2, after=True),
-    Stage("compile", of("lib_pulid.webui.plan.compile_injection")),
-    Stage("compile, second person", of("lib_pulid.webui.plan.compile_injection"), number=2),
-    Stage("compile one layer", of("lib_pulid.injection.prepare_site"), number=3),
-    Stage("write the parameters", of("lib_pulid.webui.infotext.write")),
-    Stage("process_batch", of_host("begin")),
-    Stage("process_batch, done", of_host("begin"), after=True),
-    Stage("process_batch, second batch", of_host("begin"), number=2),
-    Stage("process_before_every_sampling, or the first cfg_denoiser", of_host("_opened|patch")),
-    Stage("process_before_every_sampling, done", of_host("_opened|patch"), after=True),
-    Stage("cfg_denoiser callback", of_host("_opened|patch"), number=2),
-    Stage("cfg_denoiser callback, last", of_host("_opened|patch"), number=STEPS, after=True),
-    Stage("find the sites", of("lib_pulid.hosts.webui._watched")),
-    Stage("attach a hook", of("torch.nn.Module.register_forward_hook"), number=4),
-    Stage("attach a hook, between the two of a layer", of("torch.nn.Module.register_forward_pre_hook"), number=4),
-    Stage("before a call", of_host("enter")),
-    Stage("before a call, hooks in place", of_host("enter"), after=True),
-    Stage("before a call, last", of_host("enter"), number=STEPS),
-    Stage("the residual", of("lib_pulid.injection.cross_attention_residual")),
-    Stage("the residual, second person", of("lib_pulid.injection.cross_attention_residual"), number=2, after=True),
-    Stage("first call", CALL),
-    Stage("first call, done", CALL, after=True),
-    Stage("middle call", CALL, number=2),
-    Stage("middle call, inside", INSIDE, number=light_webui.SITES + 2),
-    Stage("last call, inside", INSIDE, number=light_webui.SITES * STEPS),
-    Stage("last call, done", CALL, number=STEPS, after=True),
-    Stage("first call of the second batch", CALL, number=STEPS + 1),
-    Stage("after a call", of_host("leave")),
-    Stage("after a call, last, done", of_host("leave"), number=STEPS, after=True),
-    Stage("postprocess", of("lib_pulid.webui.infotext.clear"), number=2, fatal=False),
-]
-
-
-def press(name: str) -> Callable[[Host], None]:
-    return lambda host: setattr(host.state, name, True)
-
-
-def throw(error: BaseException) -> Callable[[Host], None]:
-    def act(host: Host) -> None:
-        raise error
-
-    return act
-
-
-FAULTS: dict[str, Callable[[Host], None]] = {
-    "error": throw(RuntimeError("injected")),
-    "no memory": throw(torch.cuda.OutOfMemoryError("CUDA out of memory. Injected.")),
-    "full disk": throw(OSError(28, "No space left on device")),
-    "ctrl-c": throw(KeyboardInterrupt()),
-    "exit": throw(SystemExit(1)),
-    "thrown out": throw(GeneratorExit()),
-    "interrupt": press("interrupted"),
-    "skip": press("skipped"),
-}
-RARE = {"full disk": "cache", "exit": "call", "thrown out": "call"}  # only at stages with this in their name
-TABLE = [(stage, fault) for stage in STAGES for fault in FAULTS if RARE.get(fault, "") in stage.name]
-
-
-@contextmanager
-def faulty(host: Host, stage: Stage, fault: Callable[[Host], None], monkeypatch) -> Iterator[list[int]]:
-    """Inside, the fault comes at the stage, once. Yields the number of calls seen."""
-    owner, name = stage.place(host)
-    original, calls = getattr(owner, name), [0]
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        hit = calls[0] == stage.number
-        if hit and not stage.after:
-            fault(host)
-        result = original(*args, **kwargs)
-        if hit and stage.after:
-            fault(host)
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, run)
-        yield calls
-
-
 def equal(a: list, b: list) -> bool:
     return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b))
 
@@ -212,12 +71,12 @@ EXPECTED = Expected()
 
 
 @pytest.mark.parametrize(("stage", "fault"), TABLE, ids=[f"{stage.name}: {fault}" for stage, fault in TABLE])
-def test_a_fault_leaves_nothing_and_the_next_picture_is_right(host, stage, fault, monkeypatch):
+def test_a_fault_leaves_nothing_and_the_next_picture_is_right(host, stage, fault):
     plain, faced = EXPECTED.of(host)
     assert not equal(plain, faced)
     before, numbers = host.fingerprint(), torch.get_rng_state()
     pictures, error = None, None
-    with faulty(host, stage, FAULTS[fault], monkeypatch) as calls:
+    with faulty(host, stage, FAULTS[fault]) as calls:
         try:
             pictures = host.generate(TWO, batches=2)
         except BaseException as raised:
@@ -259,3 +118,213 @@ def is_free(lock: Any) -> bool:
     thread.start()
     thread.join()
     return taken == [True]
+
+
+# ---------------------------------------------------------------- the process is killed
+
+
+def killed_in_a_child(work: Callable[[], None]) -> None:
+    """Runs it in a copy of this process, which it has to kill."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)  # it was not killed
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def kill(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_half(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data[: len(data) // 2])
+        file.flush()
+        kill()
+
+
+def write_all(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+    kill()
+
+
+KILLS = {
+    "before a byte is written": ("pathlib.Path.write_bytes", kill),
+    "half-written": ("pathlib.Path.write_bytes", write_half),
+    "written, not renamed": ("pathlib.Path.write_bytes", write_all),
+    "at the renaming": ("os.replace", kill),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a copy of this process")
+class TestKill:
+    @pytest.mark.parametrize("moment", KILLS)
+    def test_while_an_identity_is_saved(self, host, moment):
+        identity = made_identity(host)
+        place, act = KILLS[moment]
+
+        def save() -> None:
+            pytest.MonkeyPatch().setattr(place, act)
+            host.library.save("Anna", identity)
+
+        killed_in_a_child(save)
+        assert host.library.identities() == [] and host.library.find("Anna") is None
+        saved = host.library.save("Anna", identity)
+        assert [one.name for one in host.library.identities()] == ["Anna"]
+        assert torch.equal(Identity.load(saved.path).cond, identity.cond)
+
+    @pytest.mark.parametrize("moment", KILLS)
+    def test_while_a_photo_is_remembered(self, host, moment):
+        _, faced = EXPECTED.of(host)
+        place, act = KILLS[moment]
+
+        def generate() -> None:
+            pytest.MonkeyPatch().setattr(place, act)
+            host.generate(TWO, batches=2)
+
+        killed_in_a_child(generate)
+        assert [path for path in host.written() if path.suffix == ".safetensors"] == []
+        assert equal(host.generate(TWO, batches=2), faced)
+
+    def test_after_a_photo_was_remembered(self, host):
+        _, faced = EXPECTED.of(host)
+
+        def generate() -> None:
+            place = hosts.current()._Run
+            pytest.MonkeyPatch().setattr(place, "begin", kill)
+            host.generate(TWO, batches=2)
+
+        killed_in_a_child(generate)
+        assert len([Identity.load(path) for path in host.written()]) == 2
+        assert equal(host.generate(TWO, batches=2), faced)
+
+
+def made_identity(host: Host) -> Identity:
+    from lib_pulid.faces import LARGEST
+    from lib_pulid.webui.pictures import decode
+
+    adapter = host.library.adapter("auto", "sdxl")
+    return host.library.encode([decode(PHOTOS["anna"], "photo")], adapter, LARGEST, "official")
+
+
+def test_of_a_file_that_was_cut_off_nothing_is_believed(tmp_path, host):
+    identity = made_identity(host)
+    path = identity.save(tmp_path / "key.safetensors")
+    whole = path.read_bytes()
+    for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert IdentityCache(tmp_path).get("key") is None
+    path.write_bytes(whole)
+    assert torch.equal(IdentityCache(tmp_path).get("key").cond, identity.cond)
+
+
+# ---------------------------------------------------------------- memory that does not suffice
+
+
+def onnx_error(text: str) -> Exception:
+    state = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
+    return state.RuntimeException(f"[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code: {text}")
+
+
+LACKS: dict[str, Callable[[], Exception]] = {
+    "CUDA": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "CUDA, by the driver": lambda: RuntimeError("CUDA error: out of memory"),
+    "MPS": lambda: RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+    "DirectML": lambda: RuntimeError("Could not allocate tensor with 9 bytes. There is not enough GPU video memory!"),
+    "CPU": lambda: RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    "ONNX Runtime": lambda: onnx_error("Failed to allocate memory for requested buffer of size 1073741824"),
+    "cuBLAS in ONNX Runtime": lambda: onnx_error("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED"),
+    "Python": lambda: MemoryError(),
+}
+OTHERS = [RuntimeError("CUDA error: device-side assert triggered"), ValueError("memory"), KeyError("x"), PulidError("no")]
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_a_lack_of_memory_is_recognised(lack):
+    error = LACKS[lack]()
+    outer = PulidError("it may be truncated")
+    outer.__cause__ = error
+    assert is_out_of_memory(error) and is_out_of_memory(outer)
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=repr)
+def test_other_errors_are_no_lack_of_memory(error):
+    assert not is_out_of_memory(error)
+
+
+class Gpu:
+    """A device that has no memory left at a stage, seen by where the models are loaded to. tried: number of times."""
+
+    def __init__(self, host: Host, patch: pytest.MonkeyPatch, stage: str, error: Exception) -> None:
+        self._error, self.loaded, self.tried = error, [], 0
+        patch.setattr(host.library._readers, "_device", lambda: "cuda:0")
+        patch.setattr("lib_pulid.face_models.load_face_models", lambda files, device: self._load(stage, device))
+        patch.setattr("tests.light_webui.Tower.to", lambda tower, device: self._move(tower, stage, device))
+
+    def _load(self, stage: str, device: str) -> Any:
+        if stage == "load" and device != "cpu":
+            self.fail()
+        self.loaded.append(device)
+        models = light_webui.face_models()
+        if stage == "detect" and device != "cpu":
+            models.detector.detect = self.fail
+        return models
+
+    def _move(self, tower: nn.Module, stage: str, device: str) -> nn.Module:
+        self.loaded.append(device)
+        if stage == "vision" and device != "cpu":
+            tower.forward = self.fail
+        return tower
+
+    def fail(self, *_: Any) -> Any:
+        self.tried += 1
+        raise self._error
+
+
+@pytest.mark.parametrize("stage", ["load", "detect", "vision"])
+@pytest.mark.parametrize("lack", LACKS)
+def test_photos_are_read_on_the_cpu_where_the_gpu_has_no_memory(host, monkeypatch, stage, lack):
+    _, faced = EXPECTED.of(host)
+    gpu = Gpu(host, monkeypatch, stage, LACKS[lack]())
+    p = host.processing(batches=2)
+    assert equal(host.generate(TWO, p=p), faced)
+    assert [text.split(":")[0] for text in p.comments if "read on the CPU" in text] == ["PuLID unit 1"]  # told once
+    assert gpu.tried == 1 and gpu.loaded[-2:] == ["cpu", "cpu"]
+    assert host.left_behind() == []
+    host.start_anew()
+    monkeypatch.setattr(host.library._readers, "_device", lambda: "cuda:0")
+    host.generate(TWO, batches=2)
+    assert gpu.tried == 2  # the next time the GPU may have room
+
+
+def test_another_fault_of_the_gpu_is_no_reason_to_move(host, monkeypatch):
+    gpu = Gpu(host, monkeypatch, "detect", RuntimeError("CUDA error: device-side assert triggered"))
+    with pytest.raises(RuntimeError, match="device-side"):
+        host.generate(TWO)
+    assert "cpu" not in gpu.loaded and host.left_behind() == []
+
+
+def test_previews_tell_it_too(host, monkeypatch):
+    from lib_pulid.webui.actions import Actions
+    from lib_pulid.webui.routes import detect
+
+    Gpu(host, monkeypatch, "detect", LACKS["CUDA"]())
+    assert "read on the CPU" in detect({"images": [PHOTOS["anna"]]}, host.library)["photos"][0]["warnings"][-1]
+    actions = Actions(host.library, lambda: "sdxl")
+    images = f'["{PHOTOS["anna"]}"]'
+    assert "read on the CPU" in actions.preview(images, "None", "largest", 0)[1]
+    assert "read on the CPU" in actions.save("Anna", images, "auto", "largest", 0, "official")[2]
+
+
+def test_what_would_help_is_told_as_the_host_calls_it(host):
+    stage = next(stage for stage in STAGES if stage.name == "middle call, inside")
+    p = host.processing()
+    with faulty(host, stage, FAULTS["no memory"]), pytest.raises(OutOfMemoryError) as raised:
+        host.generate(TWO, p=p)
+    assert ("--medvram" if host.kind == "a1111" else "GPU Weights") in str(raised.value)
+    assert "CUDA out of memory" in str(raised.value)
+    with faulty(host, stage, FAULTS["no memory"]), pytest.raises(torch.cuda.OutOfMemoryError):
+        host.generate([])  # without PuLID the error is the host's own

@@ -313,7 +313,10 @@ def _flat(models_dir: Path) -> Path | None:
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except FileNotFoundError:  # deleted since it was listed: who reads it sees that
+        return str(path), 0, 0
     return str(path), stat.st_size, stat.st_mtime_ns
 
 

@@ -25,6 +25,7 @@ from tests.host import (
     rows_img2img,
     rows_long,
     rows_page,
+    rows_sequences,
     rows_start,
     rows_weights,
     rows_works_with,
@@ -48,7 +49,9 @@ GROUPS = {
     "flux-settings": rows_flux_settings,
     "page": rows_page,
     "long": rows_long,
+    "sequences": rows_sequences,
 }
+ON_DEMAND = ("long", "sequences")  # they take many minutes
 
 
 def main() -> int:
@@ -82,9 +85,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("webui", type=Path, help="a checkout of A1111 or Forge that runs")
     parser.add_argument("--python", type=Path, help="its interpreter; default: venv/bin/python in it")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "host", help="folder for generated models")
-    parser.add_argument(
-        "--only", nargs="+", choices=(*GROUPS, "flags", "weights"), help="groups of rows; default: all but long"
-    )
+    only = f"groups of rows; default: all but {' and '.join(ON_DEMAND)}"
+    parser.add_argument("--only", nargs="+", choices=(*GROUPS, "flags", "weights"), help=only)
     parser.add_argument("--match", default="", help="only rows with this in their name")
     parser.add_argument("--extension", type=Path, action="append", default=[], help="folder of one more extension")
     parser.add_argument("--screenshots", type=Path, help="folder for pictures of the page")
@@ -92,7 +94,7 @@ def arguments() -> argparse.Namespace:
 
 
 def rows_of(name: str, args: argparse.Namespace) -> Iterable[Row]:
-    if name in ("flags", "weights") or (name == "long" and not args.only):
+    if name in ("flags", "weights") or (name in ON_DEMAND and not args.only):
         return []
     return [row for row in GROUPS[name].rows.rows if args.match.lower() in row.behaviour.lower()]
 

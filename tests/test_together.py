@@ -1,0 +1,270 @@
+"""Several at once: page and API beside a generation, one generation inside another. Nobody gets another's face."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lib_pulid import hosts
+from lib_pulid.errors import SettingError
+from lib_pulid.faces import LARGEST
+from lib_pulid.identity import Identity
+from tests.light_webui import FILES, PHOTOS, Host, Light, write_models
+
+PEOPLE = ("anna", "ben", "cleo")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("light") / "models"
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(params=("a1111", "forge"))
+def host(request, models, monkeypatch) -> Iterator[Host]:
+    with Light(request.param, models, monkeypatch).running() as running:
+        yield running
+
+
+def unit(name: str, **settings: Any) -> dict[str, Any]:
+    return {"images": [PHOTOS[name]], **settings}
+
+
+def equal(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def encoded(host: Host, name: str, file: str) -> str:
+    """The short hash of a person."""
+    from lib_pulid.webui.pictures import decode
+
+    return host.library.encode(
+        [decode(PHOTOS[name], "photo")], host.library.adapter(file, "sdxl"), LARGEST, "official"
+    ).short_hash
+
+
+# ---------------------------------------------------------------- beside a generation
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns as often as can be."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(usual)
+
+
+def at_once(*works: Callable[[], None]) -> None:
+    """All of them in threads; raises the first thing that went wrong."""
+    wrong: list[BaseException] = []
+
+    def run(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    if wrong:
+        raise wrong[0]
+
+
+def test_page_and_api_beside_generations(host, restless):
+    from lib_pulid.webui import routes
+    from lib_pulid.webui.actions import Actions
+
+    hashes = {(name, file): encoded(host, name, file) for name in PEOPLE for file in FILES[:2]}
+    pictures = {name: host.generate([unit(name)]) for name in PEOPLE}
+    aligned = {name: routes.detect({"images": [PHOTOS[name]]}, host.library)["photos"] for name in PEOPLE}
+    assert len(set(hashes.values())) == 6
+    actions = Actions(host.library, lambda: "sdxl")
+
+    def generate() -> None:
+        chosen = random.Random(1)
+        for _ in range(25):
+            name = chosen.choice(PEOPLE)
+            assert equal(host.generate([unit(name)]), pictures[name])
+            host.forget_photos()
+
+    def encode(seed: int) -> None:
+        chosen = random.Random(seed)
+        for _ in range(12):
+            name, file = chosen.choice(list(hashes))
+            assert encoded(host, name, file) == hashes[name, file]
+            host.library.release()
+
+    def look() -> None:
+        chosen = random.Random(3)
+        for number in range(12):
+            name = chosen.choice(PEOPLE)
+            assert routes.detect({"images": [PHOTOS[name]]}, host.library)["photos"] == aligned[name]
+            actions.preview(json.dumps([PHOTOS[name]]), "None", "largest", 0)
+            note = actions.save(f"{name} {number}", json.dumps([PHOTOS[name]]), FILES[0], "largest", 0, "official")[2]
+            assert f"({hashes[name, FILES[0]]}) is saved" in note
+            assert host.library.saved(f"{name} {number}").short_hash == hashes[name, FILES[0]]
+
+    at_once(generate, lambda: encode(1), lambda: encode(2), look)
+    assert host.left_behind() == [] and host.ui.swallowed == []
+
+
+def test_of_two_who_save_under_one_name_the_second_is_told(host, monkeypatch):
+    anna, ben = (host.library.saved(encoded(host, name, FILES[0])) for name in ("anna", "ben"))
+    write, told, saved = Identity.save, [], []
+
+    def slow(identity: Identity, path: Path) -> Path:
+        time.sleep(0.1)
+        return write(identity, path)
+
+    monkeypatch.setattr(Identity, "save", slow)
+
+    def save(identity: Identity) -> None:
+        try:
+            saved.append(host.library.save("One name", identity).short_hash)
+        except SettingError as error:
+            told.append(str(error))
+
+    at_once(lambda: save(anna), lambda: save(ben))
+    assert len(saved) == 1 and len(told) == 1 and "saved already" in told[0]
+    assert host.library.saved("One name").short_hash == saved[0]
+
+
+def test_a_file_that_goes_while_the_list_is_made(host, monkeypatch):
+    from lib_pulid.webui import library
+
+    host.library.save("Stays", host.library.saved(encoded(host, "anna", FILES[0])))
+    listed = library._files
+    gone = host.library.identities_dir / "Gone.safetensors"
+    monkeypatch.setattr(library, "_files", lambda *args: [gone, *listed(*args)])
+    assert [one.name for one in host.library.identities()] == ["Stays"]
+    assert {file.name for file in host.library.adapters()} >= set(FILES)
+
+
+# ---------------------------------------------------------------- one generation inside another
+
+
+def inside(host: Host, outer: Any, args: list, **how: Any) -> list:
+    """Another extension generates with the model that `outer` uses, through all scripts."""
+    p = host.processing(**how)
+    p.sd_model = outer.sd_model
+    if host.kind == "forge":
+        p._unpatched = outer._unpatched
+    return host.generate(args, p=p)
+
+
+PLACES = ("before a step", "between two batches")
+INNER = {"off": [], "another person": [unit("ben")], "the same person": [unit("anna")]}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("inner", INNER)
+def test_a_generation_inside_another(host, place, inner):
+    expected = {"outer": host.generate([unit("anna")], batches=2), "inner": host.generate(INNER[inner])}
+    assert not equal(expected["outer"][:1], host.generate([]))
+    p, made = host.processing(batches=2), []
+
+    def detail(number: int) -> None:
+        if number == 1 or place == "between two batches":
+            made.append(inside(host, p, INNER[inner]))
+
+    if place == "before a step":
+        p.before_step = detail
+        outer = host.generate([unit("anna")], p=p)
+    else:
+        outer = host.ui.generate(host.script, p, [unit("anna")], between=detail)
+    assert equal(outer, expected["outer"])
+    assert len(made) == 2 and all(equal(one, expected["inner"]) for one in made)
+    assert host.left_behind() == []
+
+
+def test_a_generation_that_fails_inside_another(host):
+    """It ends alone; and what fails in the outer one, in the middle, ends that."""
+    expected = host.generate([unit("anna")])
+    p = host.processing()
+
+    def detail(step: int) -> None:
+        with pytest.raises(Exception, match="no face"):
+            inside(host, p, [unit("nobody")])
+
+    p.before_step = detail
+    assert equal(host.generate([unit("anna")], p=p), expected)
+
+    p = host.processing()
+    p.before_step = lambda step: 1 / 0 if step == 1 else inside(host, p, [unit("ben")])
+    with pytest.raises(ZeroDivisionError):
+        host.generate([unit("anna")], p=p)
+    assert host.left_behind() == []
+
+
+def test_reload_ui_while_a_picture_is_made(host):
+    """The program unloads scripts; the picture under way keeps its face."""
+    expected, p = host.generate([unit("anna")]), host.processing()
+
+    def reload(step: int) -> None:
+        for unloaded in host.ui.modules.script_callbacks.callback_map["callbacks_script_unloaded"]:
+            unloaded.callback()
+
+    p.before_step = reload
+    assert equal(host.generate([unit("anna")], p=p), expected)
+    assert host.left_behind() == []
+
+
+def test_another_extension_in_the_place_of_sample(host):
+    """Before or after ours, as long as it calls what it found; and one that does not still samples with the face."""
+    expected = host.generate([unit("anna")], batches=2)
+    for keeps in (True, False):
+        p, calls = host.processing(batches=2), []
+
+        def wrap(p: Any = p, keeps: bool = keeps, calls: list = calls) -> None:
+            before = p.sample if keeps else lambda: type(p).sample(p)
+
+            def sample() -> Any:
+                calls.append(keeps)
+                return before()
+
+            p.sample = sample
+
+        wrap()
+        assert equal(host.generate([unit("anna")], p=p), expected)
+        assert calls == [keeps] * 2
+        assert host.left_behind() == []
+
+
+def test_a_script_after_ours_that_puts_something_else_in_the_place_of_sample(host):
+    """The face is there all the same, and nothing stays."""
+    expected, p, ours = host.generate([unit("anna")]), host.processing(), host.script.process_batch
+
+    def process_batch(p: Any, *args: Any, **kwargs: Any) -> None:
+        ours(p, *args, **kwargs)
+        p.sample = lambda: type(p).sample(p)
+
+    host.script.process_batch = process_batch
+    assert equal(host.generate([unit("anna")], p=p), expected)
+    assert host.left_behind() == []
+
+
+def test_a_family_that_comes_in_the_middle_leaves_no_encoder_loaded(host):
+    """The plan compiles again, in the middle of sampling, for the model that a refiner or a hires pass brings."""
+    if host.kind != "forge":
+        pytest.skip("A1111 has no FLUX")
+    p, flux = host.processing(), host.processing("flux")
+    host.ui.hook("process", host.script, p, unit("anna"))
+    injections = p.pulid_plan.injections(hosts.current().loaded_model(flux), hires=True)
+    assert [injection.family for injection in injections] == ["flux"]
+    host.ui.hook("postprocess", host.script, p, None)
+    assert host.left_behind() == []
