@@ -4,6 +4,7 @@
 # make lint    ruff and mypy
 # make test-host WEBUI_DIR=<checkout of A1111 or Forge that runs> [WEBUI_PYTHON=...] [ARGS=...]    see docs/hosts.md
 # make test-host-long WEBUI_DIR=...    100 pictures in a row
+# make test-host-sequences WEBUI_DIR=...    100 random sequences of settings, pictures, faults and interruptions
 # All keep their packages in .venv and use the one that is there.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ OUT ?= outputs
 BIN := .venv/bin
 QUIET := PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: demo test bench lint clean test-host test-host-long
+.PHONY: demo test bench lint clean test-host test-host-long test-host-sequences
 
 demo: .venv/standalone
 	$(BIN)/python -m lib_pulid demo $(if $(FACE),--face "$(FACE)") --out "$(OUT)"
@@ -34,6 +35,9 @@ test-host: .venv/host
 
 test-host-long:
 	$(MAKE) test-host ARGS="--only long $(ARGS)"
+
+test-host-sequences:
+	$(MAKE) test-host ARGS="--only sequences $(ARGS)"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 to 3.12 is needed") if not (3, 10) <= sys.version_info[:2] <= (3, 12) else 0'

@@ -36,6 +36,7 @@ BLOCKS = (2, 1, 2)
 SITES = sum(BLOCKS)
 FILES = ("pulid_v1.safetensors", "pulid_v1_other.safetensors", "pulid_flux_v0.9.1.safetensors")
 STEPS = 3
+SLOT = "model_function_wrapper"
 
 
 # ---------------------------------------------------------------- photos, and what reads them
@@ -174,14 +175,18 @@ class Host:
                 digest.update(name.encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
 
-    def left_behind(self) -> list[str]:
-        """In words; empty when nothing is."""
+    def left_behind(self, p: Any = None) -> list[str]:
+        """In words; empty when nothing is. p: what was generated."""
         found = {f"hooks on {name}": count_hooks(unet) for name, unet in self.unets.items()}
         callbacks = self.ui.modules.script_callbacks.callback_map
         found |= {event: len(callbacks[event]) for event in ("callbacks_cfg_denoiser", "callbacks_cfg_denoised")}
         found["runs"] = len(hosts.current()._running)
         found["models that read photos"] = self.library._readers.loaded
         found["a line of progress"] = self.state.textinfo
+        found["a patch"] = (
+            p is not None and self.kind == "forge" and SLOT in p.sd_model.forge_objects.unet.model_options
+        )
+        found["something in the place of sample"] = p is not None and type(vars(p).get("sample")).__name__ == "Sampling"
         found["a file of another kind"] = [path.name for path in self.written() if path.suffix != ".safetensors"]
         return [f"{what}: {count}" for what, count in found.items() if count]
 

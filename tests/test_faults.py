@@ -75,17 +75,17 @@ def test_a_fault_leaves_nothing_and_the_next_picture_is_right(host, stage, fault
     plain, faced = EXPECTED.of(host)
     assert not equal(plain, faced)
     before, numbers = host.fingerprint(), torch.get_rng_state()
-    pictures, error = None, None
+    p, pictures, error = host.processing(batches=2), None, None
     with faulty(host, stage, FAULTS[fault]) as calls:
         try:
-            pictures = host.generate(TWO, batches=2)
+            pictures = host.generate(TWO, p=p)
         except BaseException as raised:
             error = raised
     assert calls[0] >= stage.number, "the stage was not reached"
     check_the_end(host, stage, fault, pictures, error, faced)
     del error
 
-    assert host.left_behind() == []
+    assert host.left_behind(p) == []
     assert host.fingerprint() == before
     assert torch.equal(torch.get_rng_state(), numbers) and torch.is_grad_enabled()
     assert is_free(host.library._lock)
@@ -110,6 +110,20 @@ def check_the_end(host: Host, stage: Stage, fault: str, pictures: Any, error: An
         assert isinstance(error.__cause__, torch.cuda.OutOfMemoryError)
     else:
         assert str(error) == "injected"
+
+
+def test_a_request_that_ends_between_two_stages(host):
+    """The hosts read the prompt after process_batch, and tell nobody when that fails. What is left does nothing, and
+    goes when the next picture is asked for."""
+    plain, faced = EXPECTED.of(host)
+    p = host.processing()
+    host.ui.hook("process", host.script, p, *TWO)
+    host.ui.hook("process_batch", host.script, p, *TWO)
+    other = host.processing(batches=2)
+    assert equal([other.sample(), other.sample()], plain)  # another extension's, without scripts
+    assert equal(host.generate([], batches=2), plain)
+    assert host.left_behind() == []
+    assert equal(host.generate(TWO, batches=2), faced)
 
 
 def is_free(lock: Any) -> bool:
@@ -239,7 +253,12 @@ LACKS: dict[str, Callable[[], Exception]] = {
     "cuBLAS in ONNX Runtime": lambda: onnx_error("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED"),
     "Python": lambda: MemoryError(),
 }
-OTHERS = [RuntimeError("CUDA error: device-side assert triggered"), ValueError("memory"), KeyError("x"), PulidError("no")]
+OTHERS = [
+    RuntimeError("CUDA error: device-side assert triggered"),
+    ValueError("memory"),
+    KeyError("x"),
+    PulidError("no"),
+]
 
 
 @pytest.mark.parametrize("lack", LACKS)

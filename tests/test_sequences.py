@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,10 +81,8 @@ def play(host: Host, sequence: list[Action]) -> Settings:
 def fail(host: Host, settings: Settings, stage: int, fault: str) -> None:
     """At a stage which this picture may not come to."""
     with faulty(host, STAGES[stage], FAULTS[fault]):
-        try:
+        with suppress(Exception, KeyboardInterrupt):
             host.generate(settings.args, settings.checkpoint, batches=2)
-        except (Exception, KeyboardInterrupt):
-            pass
 
 
 def cells(host: Host, settings: Settings, weights: tuple[float, ...]) -> None:
@@ -94,10 +93,8 @@ def cells(host: Host, settings: Settings, weights: tuple[float, ...]) -> None:
     for weight in weights:
         cell = copy(p)
         axes["[PuLID 1] Weight"].apply(cell, weight, [])
-        try:
+        with suppress(PulidError):  # the grid goes on
             host.generate(settings.args, p=cell)
-        except PulidError:
-            pass  # the grid goes on
 
 
 def outcome(host: Host, settings: Settings, **how: Any) -> list[Any]:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from lib_pulid.errors import MissingWeightsError, NoFaceError, PulidError, SettingError
+from lib_pulid.errors import MissingWeightsError, NoFaceError, OutOfMemoryError, PulidError, SettingError
 from lib_pulid.fields import FIELDS
 from tests.test_webui import library, one, script, two, ui, weights  # noqa: F401 - fixtures
 
@@ -78,7 +78,10 @@ class TestOverHttp:
 
         return make
 
-    @pytest.mark.parametrize(("error", "status"), [(NoFaceError("who?"), 422), (MissingWeightsError("x.bin"), 500)])
+    @pytest.mark.parametrize(
+        ("error", "status"),
+        [(NoFaceError("who?"), 422), (MissingWeightsError("x.bin"), 500), (OutOfMemoryError("help"), 500)],
+    )
     def test_an_error_that_ends_a_request(self, client, error, status):
         answer = client(error=error).get("/fails")
         assert answer.status_code == status

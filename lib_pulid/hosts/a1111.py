@@ -58,7 +58,7 @@ def before_sampling(p: Any) -> None:
 
 
 def stop() -> None:
-    """Removes hooks and callbacks and lets go of everything, save of what is being sampled around us."""
+    """Removes hooks and callbacks and lets go of all, save of what is being sampled around us."""
     while _running and not _running[-1].is_sampling:
         _running.pop().end()
 
