@@ -80,9 +80,8 @@ def play(host: Host, sequence: list[Action]) -> Settings:
 
 def fail(host: Host, settings: Settings, stage: int, fault: str) -> None:
     """At a stage which this picture may not come to."""
-    with faulty(host, STAGES[stage], FAULTS[fault]):
-        with suppress(Exception, KeyboardInterrupt):
-            host.generate(settings.args, settings.checkpoint, batches=2)
+    with faulty(host, STAGES[stage], FAULTS[fault]), suppress(Exception, KeyboardInterrupt):
+        host.generate(settings.args, settings.checkpoint, batches=2)
 
 
 def cells(host: Host, settings: Settings, weights: tuple[float, ...]) -> None:
