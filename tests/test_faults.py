@@ -332,7 +332,7 @@ def test_previews_tell_it_too(host, monkeypatch):
 
     Gpu(host, monkeypatch, "detect", LACKS["CUDA"]())
     assert "read on the CPU" in detect({"images": [PHOTOS["anna"]]}, host.library)["photos"][0]["warnings"][-1]
-    actions = Actions(host.library, lambda: "sdxl")
+    actions = Actions(host.library, lambda name: "sdxl")
     images = f'["{PHOTOS["anna"]}"]'
     assert "read on the CPU" in actions.preview(images, "None", "largest", 0)[1]
     assert "read on the CPU" in actions.save("Anna", images, "auto", "largest", 0, "official")[2]

@@ -93,7 +93,7 @@ def test_page_and_api_beside_generations(host, restless):
     pictures = {name: host.generate([unit(name)]) for name in PEOPLE}
     aligned = {name: routes.detect({"images": [PHOTOS[name]]}, host.library)["photos"] for name in PEOPLE}
     assert len(set(hashes.values())) == 6
-    actions = Actions(host.library, lambda: "sdxl")
+    actions = Actions(host.library, lambda name: "sdxl")
 
     def generate() -> None:
         chosen = random.Random(1)
