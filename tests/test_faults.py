@@ -313,8 +313,7 @@ def test_photos_are_read_on_the_cpu_where_the_gpu_has_no_memory(host, monkeypatc
     assert [text.split(":")[0] for text in p.comments if "read on the CPU" in text] == ["PuLID unit 1"]  # told once
     assert gpu.tried == 1 and gpu.loaded[-2:] == ["cpu", "cpu"]
     assert host.left_behind() == []
-    host.start_anew()
-    monkeypatch.setattr(host.library._readers, "_device", lambda: "cuda:0")
+    host.forget_photos()
     host.generate(TWO, batches=2)
     assert gpu.tried == 2  # the next time the GPU may have room
 

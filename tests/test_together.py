@@ -18,6 +18,7 @@ from lib_pulid import hosts
 from lib_pulid.errors import SettingError
 from lib_pulid.faces import LARGEST
 from lib_pulid.identity import Identity
+from tests import light_webui
 from tests.light_webui import FILES, PHOTOS, Host, Light, write_models
 
 PEOPLE = ("anna", "ben", "cleo")
@@ -121,6 +122,41 @@ def test_page_and_api_beside_generations(host, restless):
 
     at_once(generate, lambda: encode(1), lambda: encode(2), look)
     assert host.left_behind() == [] and host.ui.swallowed == []
+
+
+def test_nobody_lets_go_of_what_another_reads_with(host, monkeypatch):
+    reading, go_on, let_go = threading.Event(), threading.Event(), threading.Event()
+    detect = light_webui.Detector.detect
+
+    def slow(detector: Any, image: Any) -> list:
+        reading.set()
+        assert go_on.wait(30)
+        return detect(detector, image)
+
+    def release() -> None:
+        assert reading.wait(30)
+        host.library.release()
+        let_go.set()
+
+    def look() -> None:
+        assert reading.wait(30)
+        try:
+            assert not let_go.wait(0.2) and host.library._readers.loaded
+        finally:
+            go_on.set()
+
+    monkeypatch.setattr(light_webui.Detector, "detect", slow)
+    at_once(lambda: encoded(host, "anna", FILES[0]), release, look)
+
+
+def test_the_same_processing_again(host):
+    """Scripts that loop use one for several pictures."""
+    plain, p = host.generate([]), host.processing()
+    for args in ([unit("anna")], []):
+        made = host.generate(args, p=p)
+        assert equal(made, plain) == (not args)
+    host.ui.hook("process", host.script, p, unit("anna"))  # and then the prompt could not be read
+    assert equal(host.generate([], p=p), plain)
 
 
 def test_of_two_who_save_under_one_name_the_second_is_told(host, monkeypatch):
