@@ -102,7 +102,8 @@ STAGES = [
     Stage("first call of the second batch", CALL, number=STEPS + 1),
     Stage("after a call", of_host("leave")),
     Stage("after a call, last, done", of_host("leave"), number=STEPS, after=True),
-    Stage("postprocess", of("lib_pulid.webui.infotext.clear"), number=2, fatal=False),
+    Stage("postprocess", lambda host: (type(host.script), "postprocess"), fatal=False),
+    Stage("postprocess, done", lambda host: (type(host.script), "postprocess"), after=True, fatal=False),
 ]
 
 

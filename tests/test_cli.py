@@ -127,15 +127,13 @@ def test_generate(generate, model, sites, weight):
 
 
 def test_generate_with_a_mask(generate, tmp_path):
-    for name, shade in (("white", 255), ("black", 0)):
-        Image.new("L", (40, 30), shade).save(tmp_path / f"{name}.png")
+    Image.new("L", (40, 30), 255).save(tmp_path / "white.png")
     half = Image.new("RGB", (40, 40), "black")
     half.paste((255, 255, 255), (0, 0, 20, 40))
     half.save(tmp_path / "half.png")
     whole, plain = generate("--face", GROUP)[1], generate("--face", GROUP, "--weight", 0)[1]
-    drawn = {n: generate("--face", GROUP, "--mask", tmp_path / f"{n}.png")[1] for n in ("white", "black", "half")}
+    drawn = {n: generate("--face", GROUP, "--mask", tmp_path / f"{n}.png")[1] for n in ("white", "half")}
     assert abs(drawn["white"].astype(int) - whole).max() <= 1
-    assert abs(drawn["black"].astype(int) - plain).max() <= 1
     for other in (whole, plain):
         assert abs(drawn["half"].astype(int) - other).max() > 1
     said, picture = generate("--face", GROUP, "--mask", tmp_path / "gone.png")

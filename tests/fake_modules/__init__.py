@@ -45,6 +45,8 @@ def installed(host: str, cached: bool = True) -> Iterator[ModuleType]:
         callbacks.fill(made["modules.script_callbacks"], cached)
         sys.modules.update(made)
         _devices(made["modules.devices"])
+        if host == "forge":
+            made["modules_forge.main_thread"].last_exception = None
         yield made["modules"]
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] in _ROOTS]:
