@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.file_server import Server, held, serving
 from tests.host import rows_page
 from tests.host.page import Page, opened
-from tests.host.table import BOTH, Result, Row, expect, run
+from tests.host.table import Result, Row, expect, run
 from tests.host.webui import NAMES, Checkout, Running, running
 
 PULID = "pulid_v1.1.safetensors"
@@ -37,7 +37,7 @@ def run_all(checkout: Checkout, generated: Path, match: str) -> list[Result]:
         flags = ("--pulid-models-dir", folder)
         try:
             with running(checkout, generated, flags, variables=variables) as host:
-                return [run(Row(name, BOTH, lambda host: check(host, server, Path(folder))), host)]
+                return [run(Row(name, tuple(NAMES), lambda host: check(host, server, Path(folder))), host)]
         except RuntimeError as error:  # it did not start
             return [Result(name, NAMES[checkout.kind], "NO", " ".join(str(error).split())[-300:], 0.0)]
 
