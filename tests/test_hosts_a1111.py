@@ -134,6 +134,8 @@ def test_a_face_that_would_never_act_ends_the_generation(p, monkeypatch):
     host().start(p, RandomPlan())
     with pytest.raises(SettingError, match="never"):
         sample(p, text(1, 77, 1), text(1, 77, 2))
+    host().stop()
+    assert hooks(p) == 0
 
 
 def test_asks_once_for_each_pass(p):

@@ -57,7 +57,7 @@ def actions(seed: int, kind: str) -> list[Action]:
         "cells": ((0.3, 1.5), (0.0, 0.8)),  # weights of a grid
         "forget": (None,),  # the photos that were read
     }
-    names = chosen.choices(list(choices), weights=(2, 3, 2, 2, 3, 4, 1, 1), k=chosen.randint(4, 9))
+    names = chosen.choices(list(choices), weights=(2, 3, 2, 2, 3, 4, 1, 1), k=chosen.randint(3, 6))
     return [(name, chosen.choice(choices[name])) for name in names]
 
 
