@@ -9,9 +9,11 @@ encoders.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +88,7 @@ class Identity:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        _sweep(path.parent)
         return path
 
     @classmethod
@@ -115,6 +118,14 @@ def _thumbnail(tensor: Tensor | None) -> np.ndarray | None:
     """A picture for lists; an identity is as good without one, so what is no uint8 RGB [h, w, 3] is left out."""
     fits = tensor is not None and tensor.dtype == torch.uint8 and tensor.ndim == 3 and tensor.shape[2] == 3
     return tensor.numpy() if fits and tensor.numel() else None  # type: ignore[union-attr]
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes that were killed while writing have left. A write takes no hour."""
+    for left in folder.glob(".*.safetensors.*.tmp"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -32,7 +32,9 @@ class Encoders:
 
 
 class IdentityCache:
-    """Identities by what they were made from, in memory and, with a folder, on disk (about 0.5 MB each)."""
+    """Identities by what they were made from: the last ones in memory and, with a folder, all on disk (0.5 MB each)."""
+
+    MOST_IN_MEMORY = 64
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self._folder = None if folder is None else Path(folder)
@@ -42,16 +44,21 @@ class IdentityCache:
         """The identity made under `key`, or None. A damaged file counts as none."""
         if key not in self._memory and self._folder is not None:
             try:
-                self._memory[key] = Identity.load(self._folder / f"{key}.safetensors")
+                self._remember(key, Identity.load(self._folder / f"{key}.safetensors"))
             except IdentityMismatchError:
                 return None
         return self._memory.get(key)
 
     def put(self, key: str, identity: Identity) -> None:
-        self._memory[key] = identity
+        self._remember(key, identity)
         if self._folder is not None:
             with contextlib.suppress(OSError):  # a full or read-only disk: it is remembered in memory all the same
                 identity.save(self._folder / f"{key}.safetensors")
+
+    def _remember(self, key: str, identity: Identity) -> None:
+        self._memory[key] = identity
+        while len(self._memory) > self.MOST_IN_MEMORY:
+            self._memory.pop(next(iter(self._memory)), None)
 
 
 def make_identity(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +191,27 @@ def test_the_second_use_runs_no_encoder(make, encoders, tmp_path, on_disk):
     assert (tmp_path / "cache").exists() == on_disk
 
 
+def test_the_cache_holds_the_last_ones_in_memory_and_all_on_disk(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(IdentityCache, "MOST_IN_MEMORY", 2)
+    identity, cache, alone = make([two_faces()], IdentityCache()), IdentityCache(tmp_path), IdentityCache()
+    for key in ("a", "b", "c"):
+        cache.put(key, identity)
+        alone.put(key, identity)
+    assert all(torch.equal(cache.get(key).cond, identity.cond) for key in ("a", "b", "c"))
+    assert [alone.get(key) is not None for key in ("a", "b", "c")] == [False, True, True]
+
+
+def test_what_a_killed_process_has_left_goes_with_a_later_write(make, tmp_path):
+    identity = make([two_faces()], IdentityCache())
+    old, new = (tmp_path / f".key.safetensors.{name}.tmp" for name in ("0a", "0b"))
+    for path in (old, new):
+        path.write_bytes(b"begun")
+    hours_ago = time.time() - 7200
+    os.utime(old, (hours_ago, hours_ago))
+    identity.save(tmp_path / "other.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "other.safetensors"]
+
+
 def test_a_new_cache_with_the_same_folder(make, tmp_path):
     first = make([two_faces()], IdentityCache(tmp_path / "cache"))
     again = make([two_faces()], IdentityCache(str(tmp_path / "cache")), encoders=fail)
@@ -202,6 +225,7 @@ def test_a_new_cache_with_the_same_folder(make, tmp_path):
 
 IN_A_NEW_PROCESS = """
 import sys
+import time
 from lib_pulid.photos import IdentityCache, make_identity
 from lib_pulid.weights import load_adapter
 photo, adapter, cache = sys.argv[1:]
