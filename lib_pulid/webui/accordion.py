@@ -16,7 +16,7 @@ import gradio as gr
 from lib_pulid.fields import FIELD, FIELDS, NONE, Field
 from lib_pulid.units import PulidUnit
 from lib_pulid.webui import canvas
-from lib_pulid.webui.actions import FOLLOWING, PRESET_FIELDS, Actions, preset_choices
+from lib_pulid.webui.actions import AT_ONCE, FOLLOWING, PRESET_FIELDS, Actions, preset_choices
 from lib_pulid.webui.infotext import PastedField
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.missing import Missing
@@ -99,8 +99,7 @@ def _follow_checkpoint(tab: str, units: Sequence[_Unit], actions: Actions, shown
         [shown, name, *(unit.widgets[field] for unit in units for field in FOLLOWING)],
         [shown, *(part for unit in units for part in unit.following)],
         _js=f"(shown, name, ...values) => [shown, Pulid.follow('{tab}'), ...values]",
-        show_progress=False,
-        queue=False,  # not behind a picture that is being made
+        **AT_ONCE,
     )
 
 
@@ -242,29 +241,30 @@ class _Unit:
     def _wire(self) -> None:
         act, w = self._actions, self.widgets
         images, face = w["images"], [w["face_order"], w["face_index"]]
-        self.drop.upload(
-            act.add_photos, [self.drop, images], [self.drop, images, w["enabled"], self.note], show_progress=False
-        )
-        images.change(act.show_photos, [images], [self.gallery, self.selected], show_progress=False)
-        self.gallery.select(act.select_photo, [], [self.selected], show_progress=False)
-        self.remove.click(act.remove_photo, [images, self.selected], [images], show_progress=False)
-        self.remove_all.click(lambda: "", [], [images], show_progress=False)
-        self.refresh.click(act.refresh, [], [w["identity"], w["model"]], show_progress=False)
-        self.preview.click(act.preview, [images, w["identity"], *face], [self.shown, self.note])
+        self.drop.upload(act.add_photos, [self.drop, images], [self.drop, images, w["enabled"], self.note], **AT_ONCE)
+        images.change(act.show_photos, [images], [self.gallery, self.selected], **AT_ONCE)
+        self.gallery.select(act.select_photo, [], [self.selected], **AT_ONCE)
+        self.remove.click(act.remove_photo, [images, self.selected], [images], **AT_ONCE)
+        self.remove_all.click(lambda: "", [], [images], **AT_ONCE)
+        self.refresh.click(act.refresh, [], [w["identity"], w["model"]], **AT_ONCE)
+        self.preview.click(act.preview, [images, w["identity"], *face], [self.shown, self.note], queue=False)
         self.save.click(
-            act.save, [self.name, images, w["model"], *face, w["fusion"]], [w["identity"], self.name, self.note]
+            act.save,
+            [self.name, images, w["model"], *face, w["fusion"]],
+            [w["identity"], self.name, self.note],
+            queue=False,
         )
         moved = [w[name] for name in PRESET_FIELDS]
-        w["preset"].change(act.apply_preset, [w["preset"]], moved, show_progress=False)
+        w["preset"].change(act.apply_preset, [w["preset"]], moved, **AT_ONCE)
         for name in PRESET_FIELDS:
             name_preset = partial(act.name_preset, FIELD[name].family)
-            w[name].change(name_preset, [self._shown, *moved], [w["preset"]], show_progress=False)
+            w[name].change(name_preset, [self._shown, *moved], [w["preset"]], **AT_ONCE)
         for changed in self.canvas.changed:
-            changed(act.keep_region, self.canvas.values, [w["mask"]], show_progress=False)
+            changed(act.keep_region, self.canvas.values, [w["mask"]], **AT_ONCE)
         size = f"() => pulid.pictureSize('{self._tab}')"
         labels = (f"PuLID {self._number} {side}" for side in ("width", "height"))
         width, height = (_silent(gr.Number(visible=False, label=label)) for label in labels)
-        self.blank.click(act.empty_picture, [width, height], [self.canvas.picture], _js=size, show_progress=False)
+        self.blank.click(act.empty_picture, [width, height], [self.canvas.picture], _js=size, **AT_ONCE)
 
 
 def _silent(widget: Any) -> Any:

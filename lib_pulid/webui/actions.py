@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ from lib_pulid.webui.library import Library
 THUMBNAIL = 256
 PRESET_FIELDS = ("projection", "num_zero", "start_step")  # what presets set
 FOLLOWING = ("weight", "fusion", *PRESET_FIELDS)  # what is looked at when the checkpoint changes
+
+
+# How the page asks: not through gradio's queue. A press would wait there behind a picture that is being made; and of
+# a page that is closed meanwhile gradio 3 never lets the connection go, for which Reload UI would then wait forever.
+AT_ONCE: Mapping[str, Any] = {"queue": False, "show_progress": False}
 
 
 class Actions:

@@ -12,6 +12,7 @@ import gradio as gr
 from lib_pulid import catalog
 from lib_pulid.catalog import FAMILIES, WeightFile
 from lib_pulid.download import in_words
+from lib_pulid.webui.actions import AT_ONCE
 from lib_pulid.webui.fetching import State
 from lib_pulid.webui.library import Library
 
@@ -52,13 +53,12 @@ class Missing:
             self._downloads.start([file for file in self.files() if accepted or not file.restricted])
             return look(accepted)
 
-        asks = {"inputs": [self.accept], "outputs": [*self.outputs, *lists], "show_progress": False}
-        asks["queue"] = False  # not behind a picture that is being made
+        asks = {"inputs": [self.accept], "outputs": [*self.outputs, *lists], **AT_ONCE}
         self.look.click(look, **asks, _js=f"(accepted) => {{ Pulid.look('{self._tab}'); return accepted; }}")
         self.start.click(start, **asks)
         for unit in units:
             unit.refresh.click(look, **asks)
-        self.stop.click(self._downloads.stop, [], [], show_progress=False, queue=False)
+        self.stop.click(self._downloads.stop, [], [], **AT_ONCE)
         self.accept.change(look, **asks)
 
     def files(self) -> tuple[WeightFile, ...]:

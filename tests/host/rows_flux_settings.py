@@ -163,6 +163,7 @@ def follows(host: Running) -> str:
         page.open()
         page.part("1_advanced").locator(".label-wrap").first.click()
         page.drop("anna")
+        choose(page, "tiny-sdxl")  # the rows before may have ended with FLUX
         shows(page, "sdxl")
         page.keep(rows_page.SCREENSHOTS, "sdxl", "#pulid_txt2img")
         choose(page, "tiny-flux")
