@@ -198,7 +198,7 @@ def follows(host: Running) -> str:
         choose(page, "tiny-sd15")
         page.part("1_num_zero").wait_for(state="visible")
         expect(page.part("1_start_step").is_visible(), "neither SDXL nor FLUX: both are shown")
-        choose(page, "tiny-sdxl.safetensors")
+        choose(page, "tiny-sdxl")
         shows(page, "sdxl")
     return badge
 
@@ -217,5 +217,5 @@ def paste(host: Running) -> str:
         for name, wanted in (("1_start_step", 4), ("1_cfg_start_step", 2)):
             expect(page.number(name) == wanted, f"{name}: {page.number(name)}")
         equal(picture.image, page.generate(), "the pasted settings")
-        choose(page, "tiny-sdxl.safetensors")
+        choose(page, "tiny-sdxl")
         return page.badge()
