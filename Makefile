@@ -19,7 +19,7 @@ demo: .venv/standalone
 
 test: .venv/test
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 bench: .venv/test
 	$(BIN)/python -m tests.bench
