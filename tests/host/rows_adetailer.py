@@ -40,6 +40,7 @@ def usual_names(host: Running) -> str:
 def adetailer(host: Running) -> str:
     usual = usual_names(host)
     left, handed = Detailer(host, usual), Detailer(host, f"{usual},pulid")
+    left()  # ultralytics sets torch's number of threads at its first use, and with it the last bits of every picture
     before, plain, whole = host.api.state(), host.api.txt2img().image, host.api.txt2img(MILD).image
     painted = handed().image
     inside = box_around((painted != plain).any(axis=2))
