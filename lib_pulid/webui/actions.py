@@ -36,8 +36,8 @@ PRESET_FIELDS = ("projection", "num_zero", "start_step")  # what presets set
 FOLLOWING = ("weight", "fusion", *PRESET_FIELDS)  # what is looked at when the checkpoint changes
 
 
-# How the page asks: not through gradio's queue. A press would wait there behind a picture that is being made; and gradio
-# 3.41 leaves a waiting request of a page that is closed open (`Queue.clean_event`), which Reload UI then may wait for.
+# How the page asks: not through gradio's queue. A press would wait there behind a picture that is being made; and
+# gradio 3.41 leaves a waiting request of a page that is closed open (`Queue.clean_event`), which Reload UI then may wait for.
 AT_ONCE: Mapping[str, Any] = {"queue": False, "show_progress": False}
 
 
