@@ -37,7 +37,7 @@ FOLLOWING = ("weight", "fusion", *PRESET_FIELDS)  # what is looked at when the c
 
 
 # How the page asks: not through gradio's queue. A press would wait there behind a picture that is being made; and
-# gradio 3.41 leaves a waiting request of a page that is closed open (`Queue.clean_event`), which Reload UI then may wait for.
+# gradio 3.41 leaves a waiting request open when its page is closed (`Queue.clean_event`); Reload UI may wait for it.
 AT_ONCE: Mapping[str, Any] = {"queue": False, "show_progress": False}
 
 
