@@ -33,6 +33,7 @@ from lib_pulid.attention import (
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
 from lib_pulid.sites import Site, Sites, find_sites
+from lib_pulid.watch import Watch, WatchedSites, uncompiled
 from lib_pulid.weights import Adapter
 
 _SLACK = 1e-6  # i / n against a share that a user typed
@@ -157,12 +158,13 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
     """Hooks the denoiser for one call; all injections at a site read the same input, and their residuals add up.
 
     Args:
-        denoiser: see `sites.find_sites`; or its Sites, found before.
+        denoiser: see `sites.find_sites`; or its Sites, found before. This call has to reach them, unless a Watch
+            follows them through a whole sampling, in which a step cache may skip calls.
         injections: of the denoiser's family. Those that are not active at `step.progress` cost nothing.
         step: the call's place in the sampling and its rows.
 
     Raises:
-        UnsupportedModelError: the denoiser does not fit the injections.
+        UnsupportedModelError: the denoiser does not fit the injections, or they could not act in it.
     """
     active = [injection for injection in injections if injection.is_active(step)]
     if not active:
@@ -172,12 +174,16 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
     for injection in active:
         _check_fit(found, injection)
     attach = _attach_cross_attention if found.family == "sdxl" else _attach_image_stream
+    watched = found if isinstance(found, WatchedSites) else Watch().over(found)
     with ExitStack() as hooks:
+        hooks.enter_context(uncompiled())
         masks = _Masks(active, step)
-        for n, site in enumerate(found.sites):
+        for n, site in enumerate(watched.sites):
             for handle in attach(site, n, active, step, masks):
                 hooks.callback(handle.remove)
         yield
+    if watched is not found:
+        watched.watch.check_call(acts=True)
 
 
 # ---------------------------------------------------------------- at one site
