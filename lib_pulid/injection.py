@@ -32,6 +32,7 @@ from lib_pulid.attention import (
 )
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
+from lib_pulid.images import ImageSource, load_region
 from lib_pulid.sites import Site, Sites, find_sites
 from lib_pulid.watch import Watch, WatchedSites, uncompiled
 from lib_pulid.weights import Adapter
@@ -112,7 +113,7 @@ def compile_injection(
     start: float = 0.0,
     end: float = 1.0,
     start_step: int = 0,
-    mask: Tensor | None = None,
+    mask: Tensor | ImageSource | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Injection:
@@ -124,7 +125,7 @@ def compile_injection(
         num_zero: zero tokens beside the identity, 0-80; SDXL only. More leave more freedom to the prompt.
         start, end: shares of the sampling between which it acts.
         start_step: number of the first step in which it acts, official on FLUX (range 0-10); it acts where both allow.
-        mask: [H, W], 0..1, region of the picture that gets the identity, any resolution.
+        mask: region of the picture that gets the identity, any resolution: [H, W], or an image; see `load_region`.
         device, dtype: of the denoiser's computation. The products are made in float32 and rounded once.
 
     Returns:
@@ -132,6 +133,7 @@ def compile_injection(
 
     Raises:
         SettingError: a value is out of range. IdentityMismatchError: the identity belongs to another adapter.
+        ImageError: the mask is none, or black.
     """
     _check_settings(weight, projection, num_zero, start, end, start_step, mask)
     _check_match(adapter, identity)
@@ -148,7 +150,7 @@ def compile_injection(
         num_zero=int(num_zero),
         start=float(start),
         end=float(end),
-        mask=None if mask is None else mask.detach().to(device, torch.float32),
+        mask=None if mask is None else _read_mask(mask).to(device),
         start_step=start_step,
     )
 
@@ -299,8 +301,20 @@ def _packed(hw: tuple[int, int]) -> tuple[int, int]:
 # ---------------------------------------------------------------- checks
 
 
+def _read_mask(mask: Tensor | ImageSource) -> Tensor:
+    if isinstance(mask, Tensor):
+        mask = (mask.detach().float() if mask.is_floating_point() else mask.detach()).cpu().numpy()
+    return torch.from_numpy(load_region(mask, "mask"))
+
+
 def _check_settings(
-    weight: float, projection: str, num_zero: int, start: float, end: float, start_step: int, mask: Tensor | None
+    weight: float,
+    projection: str,
+    num_zero: int,
+    start: float,
+    end: float,
+    start_step: int,
+    mask: Tensor | ImageSource | None,
 ) -> None:
     if not math.isfinite(weight):
         raise SettingError(f"weight is {weight}; it has to be a number")
@@ -312,7 +326,7 @@ def _check_settings(
         raise SettingError(f"start and end are {start} and {end}; both have to be in 0..1")
     if not (isinstance(start_step, int) and start_step >= 0):
         raise SettingError(f"start_step is {start_step!r}; it has to be a whole number from 0 (to 10 officially)")
-    if mask is not None and (mask.ndim != 2 or not mask.numel()):
+    if isinstance(mask, Tensor) and (mask.ndim != 2 or not mask.numel()):
         raise SettingError(f"mask has shape {tuple(mask.shape)}; it has to be [H, W]")
 
 

@@ -85,7 +85,7 @@ STAGES = [
     Stage("process_before_every_sampling, done", of_host("_opened|patch"), after=True),
     Stage("cfg_denoiser callback", of_host("_opened|patch"), number=2),
     Stage("cfg_denoiser callback, last", of_host("_opened|patch"), number=STEPS, after=True),
-    Stage("find the sites", of("lib_pulid.hosts.webui._watched")),
+    Stage("find the sites", of("lib_pulid.watch.Watch.over")),
     Stage("attach a hook", of("torch.nn.Module.register_forward_hook"), number=4),
     Stage("attach a hook, between the two of a layer", of("torch.nn.Module.register_forward_pre_hook"), number=4),
     Stage("before a call", of_host("enter")),
