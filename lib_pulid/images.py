@@ -79,8 +79,8 @@ def load_region(source: ImageSource, name: str = "region") -> np.ndarray:
         raise ImageError(f"{name}: it is black all over; the face would act nowhere. Paint the place white.")
     if plane.max() < DARKEST_REGION or plane.mean() < SMALLEST_REGION:
         raise ImageError(
-            f"{name}: it is nearly black ({plane.mean():.2%} white, {plane.max():.0%} at the brightest place); the face "
-            "could not be seen. Paint the place white; of a map of several labels, give this person's label alone."
+            f"{name}: it is nearly black ({plane.mean():.2%} white, {plane.max():.0%} at the brightest place); the "
+            "face could not be seen. Paint the place white; of a map of several labels, give this person's alone."
         )
     return plane
 

@@ -70,11 +70,14 @@ class PulidScript(scripts.Script):
         if plan is not None:
             with ends_the_request(p):
                 p.sample = Sampling(p, plan)
+                if not hasattr(scripts.Script, "process_before_every_sampling"):  # A1111 1.8
+                    hosts.current().start(p, plan)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        if getattr(p, PLAN, None) is not None:
+        plan = getattr(p, PLAN, None)
+        if plan is not None:
             with ends_the_request(p):
-                hosts.current().before_sampling(p)
+                hosts.current().before_sampling(p, plan)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         """The parameters stay: ADetailer calls this, with a copy of `p`, before the last pictures get theirs."""

@@ -45,7 +45,7 @@ def loaded_model(p: Any) -> LoadedModel:
 
 
 def start(p: Any, plan: Plan) -> Run:
-    """Injects into every UNet call of `p` until `stop`. To be called before each batch is sampled."""
+    """Injects into every UNet call of `p` until `stop`. To be called when a batch is about to be sampled."""
     stop()
     run = _Run(p, plan)
     _running.append(run)  # first, so that `stop` finds it whatever happens
@@ -53,8 +53,10 @@ def start(p: Any, plan: Plan) -> Run:
     return run
 
 
-def before_sampling(p: Any) -> None:
-    """Nothing to do: the UNet is looked at in every call."""
+def before_sampling(p: Any, plan: Plan | None = None) -> None:
+    """Starts, unless `p` was started. The UNet is looked at in every call."""
+    if plan is not None and not any(run.is_of(p) for run in _running):
+        start(p, plan)
 
 
 def stop() -> None:
@@ -106,6 +108,9 @@ class _Run:
         self._seen = False
         self._error: Exception | None = None
         self.is_sampling = False
+
+    def is_of(self, p: Any) -> bool:
+        return self._p is p
 
     def begin(self) -> None:
         for event, callback in (("cfg_denoiser", self.open), ("cfg_denoised", self.close)):

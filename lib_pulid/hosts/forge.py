@@ -47,7 +47,7 @@ def loaded_model(p: Any) -> LoadedModel:
 
 
 def start(p: Any, plan: Plan) -> Run:
-    """Injects into every denoiser call of `p` until `stop`. To be called before each batch is sampled."""
+    """Injects into every denoiser call of `p` until `stop`. To be called when a batch is about to be sampled."""
     stop()
     run = _Run(p, plan)
     _running.append(run)  # first, so that `stop` finds it whatever happens
@@ -55,8 +55,10 @@ def start(p: Any, plan: Plan) -> Run:
     return run
 
 
-def before_sampling(p: Any) -> None:
-    """Patches the unet of the coming pass. Does nothing when `p` was not started."""
+def before_sampling(p: Any, plan: Plan | None = None) -> None:
+    """Patches the unet of the coming pass; starts before, unless `p` was started or there is no plan."""
+    if plan is not None and not any(run.is_of(p) for run in _running):
+        start(p, plan)
     for run in _running:
         run.patch(p)
 
@@ -112,6 +114,9 @@ class _Run:
         self._error: Exception | None = None
         self._unpatched: Exception | None = None  # why a pass could not be patched
         self.is_sampling = False
+
+    def is_of(self, p: Any) -> bool:
+        return self._p is p
 
     def begin(self) -> None:
         # The refiner brings another model in the middle of a pass, and a later extension may take the one slot.
