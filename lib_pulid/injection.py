@@ -160,8 +160,8 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
     """Hooks the denoiser for one call; all injections at a site read the same input, and their residuals add up.
 
     Args:
-        denoiser: see `sites.find_sites`; or its Sites, found before. This call has to reach them, unless a Watch
-            follows them through a whole sampling, in which a step cache may skip calls.
+        denoiser: see `sites.find_sites`; or its Sites, found before. This call has to reach them all, unless a
+            Watch follows them through a whole sampling, in which a step cache may skip some.
         injections: of the denoiser's family. Those that are not active at `step.progress` cost nothing.
         step: the call's place in the sampling and its rows.
 

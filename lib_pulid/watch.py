@@ -7,7 +7,7 @@ added as often as the block runs.
     the block ran, and the residual was added            right
     neither, in a later call                             right: a step cache (TeaCache) or a cache of deep blocks
                                                          (DeepCache) reuses what an earlier call made with the face
-    neither, in the first call of a sampling             something else runs in the blocks' place
+    neither, in the first call of a sampling             something else runs in the block's place
     the block handed something back without running      a cache of blocks (FirstBlockCache): its output already has
                                                          the face of an earlier step, or never will
     the block ran, and nothing was added                 it was not called as a module
@@ -28,8 +28,8 @@ from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.sites import Site, Sites
 
 _REPLACED = (
-    "The model's own layers did not run: something else takes their place (TensorRT, a compiled or exported model, "
-    "another extension that replaces the UNet), and PuLID cannot add the face there. Disable it or PuLID."
+    "The model's own layers did not run ({} of {} did): something else takes their place (TensorRT, a compiled or "
+    "exported model, an extension that replaces the UNet), and PuLID cannot add the face there. Disable it or PuLID."
 )
 _CACHED = (
     "{} was not run, a cache answered for it (FirstBlockCache, MagCache or the like), so the face would count twice or "
@@ -57,6 +57,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
+        self._sites = 0
         self._fresh: set[str] = set()  # blocks that ran since a residual was last added there
         self._acted: set[str] = set()  # sites reached in this call
         self.begin()
@@ -69,6 +70,7 @@ class Watch:
     def over(self, sites: Sites) -> WatchedSites:
         """Returns the same sites, watched. Out of a denoiser call they raise UnsupportedModelError where a block hands
         something back without having run."""
+        self._sites = len(sites.sites)
         return WatchedSites(sites.family, tuple(map(self._watched, sites.sites)), self)
 
     def check_call(self, acts: bool) -> None:
@@ -81,10 +83,9 @@ class Watch:
         bypassed = self._fresh - self._acted
         if bypassed:
             raise UnsupportedModelError(_BYPASSED.format(min(bypassed)))
-        if acts and not self.reached:
-            if is_first:
-                raise UnsupportedModelError(_REPLACED)
-            self._missed = True
+        if acts and is_first and len(self.reached) < self._sites:
+            raise UnsupportedModelError(_REPLACED.format(len(self.reached), self._sites))
+        self._missed |= acts and not self.reached
 
     def check_end(self) -> None:
         """Checks a sampling that has ended well. Raises: UnsupportedModelError: the face was to act, and never did."""

@@ -149,6 +149,15 @@ def test_something_else_in_the_place_of_the_layers() -> None:
         call(unet)  # nothing is to act
 
 
+def test_something_else_in_the_place_of_one_layer() -> None:
+    """Its weights are used, and its modules are not called."""
+    unet = small_unet()
+    one, layer = face(unet), unet.middle_block[0].attn2
+    layer.forward = lambda x, context: nn.functional.linear(x, layer.to_q.weight)
+    with pytest.raises(UnsupportedModelError, match=r"layers did not run \(2 of 3 did\)"):
+        with_face(unet, [one])
+
+
 def test_a_pipeline_with_something_else_in_the_place_of_the_layers() -> None:
     pipeline = Pipeline(small_unet())
     one, late = face(pipeline.unet), face(pipeline.unet, start=0.5)
