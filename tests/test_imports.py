@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("units",),
     ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other
     ("standalone", "webui"),
-    ("demo", "doctor", "models"),
+    ("demo", "doctor", "models", "training"),
     ("cli",),
     ("__main__",),
 )

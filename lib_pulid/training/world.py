@@ -1,0 +1,133 @@
+"""The drawn world: people and scenes as images, prompts and labels, to train and test a miniature on.
+
+A sheet of it: python -m lib_pulid.training.world --seed 0 -o sheet.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from lib_pulid.training.drawing import BACKGROUND as NOTHING
+from lib_pulid.training.drawing import CLOTH, FINE, Face, Pen
+from lib_pulid.training.heads import draw_head
+from lib_pulid.training.people import ATTRIBUTES, Person, sample_person
+from lib_pulid.training.scenes import (
+    SCENE_ATTRIBUTES,
+    Placement,
+    Scene,
+    describe,
+    sample_scene,
+    scene_attributes,
+)
+from lib_pulid.training.surroundings import draw_background, draw_body, draw_collar, finish
+
+__all__ = [
+    "ATTRIBUTES",
+    "SCENE_ATTRIBUTES",
+    "Person",
+    "Placement",
+    "Scene",
+    "describe",
+    "draw",
+    "face_box",
+    "head_mask",
+    "labels",
+    "landmarks",
+    "sample_person",
+    "sample_scene",
+    "scene_attributes",
+    "vocabulary",
+]
+_OUTLINES = {"outlined": 0.012, "pencil": 0.0095}  # fractions of the image
+
+
+def draw(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray:
+    """Draws the persons at the scene's placements: uint8 RGB [size, size, 3]."""
+    pen = Pen(size, outline=_OUTLINES.get(scene.style, 0.0))
+    draw_background(pen, scene)
+    if scene.style == "sticker":
+        _people(Pen(size, "rim", ground=pen.image), persons, scene)
+    _people(pen, persons, scene)
+    image = np.asarray(pen.image.reduce(FINE), np.float32)
+    return finish(image, scene).round().astype(np.uint8)
+
+
+def labels(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray:
+    """What each pixel shows, classes of BiSeNet's face parsing, uint8 [size, size]."""
+    pen = Pen(size, "labels")
+    _people(pen, persons, scene)
+    return np.asarray(pen.image)[FINE // 2 :: FINE, FINE // 2 :: FINE].copy()
+
+
+def _people(pen: Pen, persons: Sequence[Person], scene: Scene) -> None:
+    faces = [Face(person, placement) for person, placement in zip(persons, scene.placements, strict=True)]
+    for face in faces:
+        draw_body(pen, face)
+    for face in faces:
+        draw_head(pen, face, scene.light, draw_collar)
+
+
+def head_mask(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray:
+    """Where heads are, hair and neck too, and a little around them: bool [size, size]."""
+    classes = labels(persons, scene, size)
+    head = Image.fromarray(np.uint8(255) * ((classes != NOTHING) & (classes != CLOTH)).astype(np.uint8))
+    margin = round(3 * size / 128)
+    return np.asarray(head.filter(ImageFilter.MaxFilter(2 * margin + 1))) > 0
+
+
+def landmarks(person: Person, placement: Placement, size: int = 128) -> np.ndarray:
+    """Eyes, nose tip, corners of the mouth in pixels, those on the left first: float32 [5, 2]."""
+    return (Face(person, placement).landmarks() * size).astype(np.float32)
+
+
+def face_box(person: Person, placement: Placement, size: int = 128) -> np.ndarray:
+    """x0, y0, x1, y1 of the face in pixels, forehead to chin without ears: float32 [4]."""
+    return (Face(person, placement).box() * size).astype(np.float32)
+
+
+def vocabulary() -> frozenset[str]:
+    """All words of describe(), in lowercase."""
+    rng = np.random.default_rng(0)
+    person, scene = sample_person(rng), sample_scene(rng)
+    prompts = [describe(sample_scene(rng, count), keep=keep) for count, keep in product((1, 2, 3), (None, ()))]
+    for name, values in ATTRIBUTES.items():
+        prompts += [describe(scene, [replace(person, **{name: value})]) for value in values]
+    for name, values in SCENE_ATTRIBUTES.items():
+        for value, keep in product(values, (None, {name})):
+            if name in Placement.__dataclass_fields__:
+                changed = replace(scene, placements=(replace(scene.placements[0], **{name: value}),))
+            elif name in ("position", "size"):
+                where = {"left": 0.3, "center": 0.5, "right": 0.7, "small": 0.48, "medium": 0.58, "close-up": 0.7}[
+                    value
+                ]
+                field = {"x" if name == "position" else "scale": where}
+                changed = replace(scene, placements=(replace(scene.placements[0], **field),))
+            else:
+                changed = replace(scene, **{name: value})
+            prompts.append(describe(changed, keep=keep))
+    return frozenset(" ".join(prompts).replace(",", "").lower().split())
+
+
+def _sheet() -> None:
+    """Command line: rows are persons, columns are scenes."""
+    parser = argparse.ArgumentParser(description="Draws a contact sheet: a row per person, a column per scene.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=6)
+    parser.add_argument("--columns", type=int, default=10)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("-o", "--output", default="sheet.png")
+    args = parser.parse_args()
+    rng = np.random.default_rng(args.seed)
+    people = [sample_person(rng) for _ in range(args.rows)]
+    rows = [[draw([person], sample_scene(rng), args.size) for _ in range(args.columns)] for person in people]
+    Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows])).save(args.output)
+
+
+if __name__ == "__main__":
+    _sheet()
