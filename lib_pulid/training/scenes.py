@@ -20,7 +20,7 @@ BACKGROUND_COLOR: dict[str, Color] = {
     "purple": (148, 118, 186),
     "pink": (240, 164, 176),
 }
-SECOND_COLOR: dict[str, Color] = {"white": (252, 244, 230), "navy": (50, 64, 100)}
+SECOND_COLOR: dict[str, Color] = {"white": (252, 244, 230), "navy": (72, 86, 132)}
 CLOTHES = ("shirt", "striped shirt", "hoodie", "suit", "turtleneck", "dress", "overalls")
 CLOTHES_COLOR: dict[str, Color] = {
     "red": (206, 62, 62),

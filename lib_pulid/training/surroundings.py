@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from lib_pulid.training.drawing import CLOTH, NECK, Face, Pen, ellipse, lit, mirrored, mix, shaded, smooth
+from lib_pulid.training.drawing import NECK, Pen, Sketch, ellipse, lit, mirrored, mix, shaded, smooth
 from lib_pulid.training.people import Color
 from lib_pulid.training.scenes import BACKGROUND_COLOR, CLOTHES_COLOR, SECOND_COLOR, Scene
 
@@ -19,7 +19,7 @@ PAPER = np.array([252, 248, 238], np.float32)
 def draw_background(pen: Pen, scene: Scene) -> None:
     """Fills the image with the scene's pattern, coarse and flat."""
     first, second = BACKGROUND_COLOR[scene.background_color], SECOND_COLOR[scene.second_color]
-    soft = mix(first, second, 0.6 if scene.second_color == "white" else 0.42)
+    soft = mix(first, second, 0.62 if scene.second_color == "white" else 1.0)
     pen.fill(np.array([(-1, -1), (2, -1), (2, 2), (-1, 2)]), first, 0, 0)
     for shape in _PATTERNS[scene.background](scene.shift):
         pen.fill(np.asarray(shape, float), soft, 0, 0)
@@ -93,18 +93,16 @@ def _torso() -> np.ndarray:
 TORSO = _torso()
 
 
-def draw_body(pen: Pen, face: Face) -> None:
+def draw_body(sketch: Sketch) -> None:
     """Clothes as far as the neck and the hair go over them."""
+    face, put = sketch.face, sketch.wear
     kind = face.placement.clothes
     color = CLOTHES_COLOR[face.placement.clothes_color]
-
-    def put(points, color: Color, label: int = CLOTH, line: float = 1.0) -> None:
-        pen.fill(face.body(points), color, label, line)
 
     if kind == "hoodie":
         put(ellipse(0, -0.12, 0.82, 0.46), shaded(color, 0.22))
     if kind == "dress":
-        put(TORSO, face.skin, NECK)
+        put(TORSO, face.skin, label=NECK)
         put(_below(0.62, 0.05), color)
         for side in (-1, 1):
             put(np.array([(0.5, 0.1), (0.66, 0.15), (0.74, 0.8), (0.54, 0.8)]) * (side, 1), color, line=0)
@@ -123,13 +121,11 @@ def draw_body(pen: Pen, face: Face) -> None:
             put(ellipse(side * 0.49, 0.84, 0.07, 0.07, count=14), (246, 206, 110), line=0.5)
 
 
-def draw_collar(pen: Pen, face: Face) -> None:
+def draw_collar(sketch: Sketch) -> None:
     """What of the clothes goes over the neck."""
+    face, put = sketch.face, sketch.wear
     kind = face.placement.clothes
     color = CLOTHES_COLOR[face.placement.clothes_color]
-
-    def put(points, color: Color, line: float = 1.0) -> None:
-        pen.fill(face.body(points), color, CLOTH, line)
 
     if kind in ("shirt", "striped shirt", "overalls"):
         ring = np.array([(-0.42, -0.02), (-0.34, 0.2), (0, 0.34), (0.34, 0.2), (0.42, -0.02)])
@@ -143,11 +139,11 @@ def draw_collar(pen: Pen, face: Face) -> None:
                     (-0.42, -0.24),
                     (0, -0.16),
                     (0.42, -0.24),
-                    (0.46, 0.1),
-                    (0.3, 0.2),
-                    (0, 0.24),
-                    (-0.3, 0.2),
-                    (-0.46, 0.1),
+                    (0.48, 0.14),
+                    (0.32, 0.3),
+                    (0, 0.36),
+                    (-0.32, 0.3),
+                    (-0.48, 0.14),
                 ]
             ),
             shaded(color, 0.12),
@@ -203,7 +199,7 @@ def _light(name: str, size: int) -> np.ndarray:
     if name == "evening":
         return one * (np.array([1.08, 0.94, 0.74], np.float32) + down * np.array([-0.1, -0.12, -0.04], np.float32))
     if name == "dim":
-        return one * np.array([0.6, 0.64, 0.8], np.float32)
+        return one * np.array([0.64, 0.67, 0.8], np.float32)
     return one
 
 
@@ -235,7 +231,7 @@ def finish(image: np.ndarray, scene: Scene) -> np.ndarray:
         source = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
         blurred = np.asarray(source.filter(ImageFilter.GaussianBlur(size / 40)), np.float32)
         image = image + 0.35 * (image - blurred)
-        share = 0.2 + 0.13 * _clouding(size)
+        share = 0.18 + 0.09 * _clouding(size)
         image = image + (PAPER - image) * share
         image = PAPER + (image - PAPER) * _margin(size)
     return np.clip(image, 0, 255)

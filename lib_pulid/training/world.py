@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lib_pulid.training.drawing import BACKGROUND as NOTHING
-from lib_pulid.training.drawing import CLOTH, FINE, Face, Pen
+from lib_pulid.training.drawing import CLOTH, FINE, Face, Pen, Sketch
 from lib_pulid.training.heads import draw_head
 from lib_pulid.training.people import ATTRIBUTES, Person, sample_person
 from lib_pulid.training.scenes import (
@@ -52,31 +52,41 @@ def draw(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray
     pen = Pen(size, outline=_OUTLINES.get(scene.style, 0.0))
     draw_background(pen, scene)
     if scene.style == "sticker":
-        _people(Pen(size, "rim", ground=pen.image), persons, scene)
+        pen.image.paste((255, 255, 255), mask=_rim(persons, scene, size))
     _people(pen, persons, scene)
     image = np.asarray(pen.image.reduce(FINE), np.float32)
     return finish(image, scene).round().astype(np.uint8)
 
 
+def _rim(persons: Sequence[Person], scene: Scene, size: int) -> Image.Image:
+    """The people and a rim around them: the white of a sticker, an L image of the fine size."""
+    seen = Image.fromarray(np.uint8(255) * (labels(persons, scene, size) != NOTHING))
+    grown = seen.filter(ImageFilter.GaussianBlur(size / 45)).resize(
+        (size * FINE, size * FINE), Image.Resampling.BICUBIC
+    )
+    return grown.point([min(255, max(0, 12 * value - 60)) for value in range(256)])
+
+
 def labels(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray:
     """What each pixel shows, classes of BiSeNet's face parsing, uint8 [size, size]."""
-    pen = Pen(size, "labels")
+    pen = Pen(size, labels=True)
     _people(pen, persons, scene)
     return np.asarray(pen.image)[FINE // 2 :: FINE, FINE // 2 :: FINE].copy()
 
 
 def _people(pen: Pen, persons: Sequence[Person], scene: Scene) -> None:
-    faces = [Face(person, placement) for person, placement in zip(persons, scene.placements, strict=True)]
-    for face in faces:
-        draw_body(pen, face)
-    for face in faces:
-        draw_head(pen, face, scene.light, draw_collar)
+    figures = zip(persons, scene.placements, strict=True)
+    sketches = [Sketch(pen, Face(person, placement), scene.light) for person, placement in figures]
+    for sketch in sketches:
+        draw_body(sketch)
+    for sketch in sketches:
+        draw_head(sketch, draw_collar)
 
 
 def head_mask(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray:
     """Where heads are, hair and neck too, and a little around them: bool [size, size]."""
     classes = labels(persons, scene, size)
-    head = Image.fromarray(np.uint8(255) * ((classes != NOTHING) & (classes != CLOTH)).astype(np.uint8))
+    head = Image.fromarray(np.uint8(255) * ((classes != NOTHING) & (classes != CLOTH)))
     margin = round(3 * size / 128)
     return np.asarray(head.filter(ImageFilter.MaxFilter(2 * margin + 1))) > 0
 
