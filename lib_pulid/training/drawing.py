@@ -77,7 +77,6 @@ def turned(points: np.ndarray, degrees: float) -> np.ndarray:
     return points @ _rotation(degrees) if degrees else points
 
 
-@lru_cache(maxsize=64)
 def _rotation(degrees: float) -> np.ndarray:
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     return np.array([[c, s], [-s, c]])
@@ -139,6 +138,7 @@ class Face:
         p, mood = person, EXPRESSIONS[placement.expression]
         self.person, self.placement, self.mood = person, placement, mood
         self.unit = placement.scale / 2
+        self._matrix, self._center = self.unit * _rotation(placement.tilt), np.array([placement.x, placement.y])
         self.turn = placement.turn
         self.width = 0.59 + 0.18 * p.face_width
         self.chin = 0.9 + 0.18 * p.face_length
@@ -166,14 +166,15 @@ class Face:
     def look(self, points: np.ndarray) -> np.ndarray:
         """Slides points on the face with the head's turn; what is on its edge or beyond stays."""
         u = points[:, 0] / self.width
-        inside = np.clip(u, -1, 1)
+        inside = np.minimum(np.maximum(u, -1), 1)
         edge = inside**4
-        slid = (1 - edge) * np.sin(np.arcsin(inside) + self.turn * _THETA) + edge * inside
-        return np.stack([(slid + (u - inside)) * self.width, points[:, 1]], 1)
+        slid = points.copy()
+        slid[:, 0] += self.width * (1 - edge) * (np.sin(np.arcsin(inside) + self.turn * _THETA) - inside)
+        return slid
 
     def place(self, points: np.ndarray) -> np.ndarray:
         """Head coordinates to fractions of the image."""
-        return turned(points * self.unit, self.placement.tilt) + (self.placement.x, self.placement.y)
+        return points @ self._matrix + self._center
 
     def body(self, points: ArrayLike) -> np.ndarray:
         """Body coordinates, upright from the base of the neck, to fractions of the image."""

@@ -126,6 +126,8 @@ def sample_scene(rng: np.random.Generator, persons: int = 1) -> Scene:
 
     placements = tuple(placement(number) for number in range(persons))
     names = {name: one(name) for name in SCENE_ATTRIBUTES if name not in _OF_PLACEMENT}
+    if names["background"] == "plain":
+        names["second_color"] = "white"  # it is not seen
     return Scene(placements, **names, shift=float(rng.uniform()))
 
 

@@ -197,7 +197,7 @@ def _light(name: str, size: int) -> np.ndarray:
         part = across if name == "left" else 1 - across
         return one * (warm + (cool - warm) * part**1.2)
     if name == "evening":
-        return one * (np.array([1.08, 0.94, 0.74], np.float32) + down * np.array([-0.1, -0.12, -0.04], np.float32))
+        return one * (np.array([1.07, 0.96, 0.8], np.float32) + down * np.array([-0.08, -0.1, -0.06], np.float32))
     if name == "dim":
         return one * np.array([0.64, 0.67, 0.8], np.float32)
     return one
@@ -222,7 +222,8 @@ def _margin(size: int) -> np.ndarray:
 def finish(image: np.ndarray, scene: Scene) -> np.ndarray:
     """Puts light and style over the reduced image."""
     size = image.shape[0]
-    image = image * _light(scene.light, size)
+    strength = 0.6 if scene.style in ("pencil", "watercolor") else 1.0  # paper is pale
+    image = image * (1 + strength * (_light(scene.light, size) - 1))
     if scene.style == "pencil":
         gray = image @ np.array([0.3, 0.59, 0.11], np.float32)
         image = gray[..., None] + 0.6 * (image - gray[..., None])
