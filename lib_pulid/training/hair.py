@@ -17,7 +17,7 @@ def draw_hair_behind(sketch: Sketch) -> None:
     face, v, style = sketch.face, sketch.person.hair_volume, sketch.person.hair_style
     back, slide, w = shaded(face.hair, 0.2), -0.05 * face.turn, face.width
     if style == "afro":
-        rx, ry = w + 0.19 + 0.11 * v, 0.74 + 0.13 * v
+        rx, ry = w + 0.11 + 0.08 * v, 0.7 + 0.12 * v
         _curls(sketch, ellipse(slide, -0.42, rx - 0.1, ry - 0.1, count=15), 0.19, face.hair)
         sketch.put(ellipse(slide, -0.42, rx - 0.02, ry - 0.02), face.hair, HAIR, 0)
     elif style == "curly":
@@ -27,8 +27,8 @@ def draw_hair_behind(sketch: Sketch) -> None:
         half += [(w + 0.04 + 0.06 * v, 0.86), (0.3, 0.82), (0, 0.82)]
         sketch.put(smooth(mirrored(half)) + (slide, 0), back, HAIR)
     elif style == "long":
-        half = [(0, -0.8), (w * 0.9, -0.6), (w + 0.08 + 0.1 * v, 0.1), (w + 0.12 + 0.16 * v, 0.8)]
-        half += [(w + 0.18 + 0.16 * v, 1.5), (w * 0.75, 1.84), (0.3, 1.6), (0, 1.6)]
+        half = [(0, -0.8), (w * 0.9, -0.6), (w + 0.08 + 0.1 * v, 0.1), (w + 0.1 + 0.12 * v, 0.8)]
+        half += [(w + 0.12 + 0.14 * v, 1.5), (w * 0.75, 1.84), (0.3, 1.6), (0, 1.6)]
         sketch.put(smooth(mirrored(half)) + (slide, 0), back, HAIR)
     elif style == "bun":
         size = 0.23 + 0.12 * v

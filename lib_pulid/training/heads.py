@@ -78,7 +78,7 @@ def _skin(sketch: Sketch) -> None:
         cheek = ellipse(side * 0.4 * face.width / 0.68, 0.36, 0.13, 0.09)
         sketch.put(cheek, mix(face.skin, (232, 84, 84), 0.17), None, 0, look=True)
         if p.freckles != "none":
-            spot = mix(face.skin, (120, 50, 20), 0.55)
+            spot = mix(face.skin, (66, 20, 8), 0.5)
             for x, y in ((0.24, 0.25), (0.36, 0.31), (0.48, 0.24), (0.40, 0.18 + 0.24)):
                 sketch.put(ellipse(side * x, y, 0.036, 0.034, count=10), spot, None, 0, look=True)
 

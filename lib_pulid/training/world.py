@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import product
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from lib_pulid.training.backdrops import draw_background, finish
+from lib_pulid.training.clothes import draw_body, draw_collar
 from lib_pulid.training.drawing import BACKGROUND as NOTHING
 from lib_pulid.training.drawing import CLOTH, FINE, Face, Pen, Sketch
 from lib_pulid.training.heads import draw_head
@@ -24,8 +24,8 @@ from lib_pulid.training.scenes import (
     describe,
     sample_scene,
     scene_attributes,
+    vocabulary,
 )
-from lib_pulid.training.surroundings import draw_background, draw_body, draw_collar, finish
 
 __all__ = [
     "ATTRIBUTES",
@@ -99,29 +99,6 @@ def landmarks(person: Person, placement: Placement, size: int = 128) -> np.ndarr
 def face_box(person: Person, placement: Placement, size: int = 128) -> np.ndarray:
     """x0, y0, x1, y1 of the face in pixels, forehead to chin without ears: float32 [4]."""
     return (Face(person, placement).box() * size).astype(np.float32)
-
-
-def vocabulary() -> frozenset[str]:
-    """All words of describe(), in lowercase."""
-    rng = np.random.default_rng(0)
-    person, scene = sample_person(rng), sample_scene(rng)
-    prompts = [describe(sample_scene(rng, count), keep=keep) for count, keep in product((1, 2, 3), (None, ()))]
-    for name, values in ATTRIBUTES.items():
-        prompts += [describe(scene, [replace(person, **{name: value})]) for value in values]
-    for name, values in SCENE_ATTRIBUTES.items():
-        for value, keep in product(values, (None, {name})):
-            if name in Placement.__dataclass_fields__:
-                changed = replace(scene, placements=(replace(scene.placements[0], **{name: value}),))
-            elif name in ("position", "size"):
-                where = {"left": 0.3, "center": 0.5, "right": 0.7, "small": 0.48, "medium": 0.58, "close-up": 0.7}[
-                    value
-                ]
-                field = {"x" if name == "position" else "scale": where}
-                changed = replace(scene, placements=(replace(scene.placements[0], **field),))
-            else:
-                changed = replace(scene, **{name: value})
-            prompts.append(describe(changed, keep=keep))
-    return frozenset(" ".join(prompts).replace(",", "").lower().split())
 
 
 def _sheet() -> None:

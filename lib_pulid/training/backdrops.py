@@ -1,4 +1,4 @@
-"""Draws what is not the person: background, clothes, light and style."""
+"""Draws backgrounds; puts light and style over an image."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from lib_pulid.training.drawing import NECK, Pen, Sketch, ellipse, lit, mirrored, mix, shaded, smooth
-from lib_pulid.training.people import Color
-from lib_pulid.training.scenes import BACKGROUND_COLOR, CLOTHES_COLOR, SECOND_COLOR, Scene
+from lib_pulid.training.drawing import Pen, ellipse, mix
+from lib_pulid.training.scenes import BACKGROUND_COLOR, SECOND_COLOR, Scene
 
-CREAM: Color = (250, 240, 220)
-NAVY: Color = (50, 60, 92)
 PAPER = np.array([252, 248, 238], np.float32)
 
 
@@ -80,107 +77,6 @@ _PATTERNS = {
     "hills": _hills,
     "clouds": _clouds,
 }
-
-# Clothes. Body coordinates: the base of the neck is at 0, one unit is half a head.
-_HALF = [(0, -0.02), (0.34, 0.0), (0.72, 0.16), (1.1, 0.36), (1.3, 0.74), (1.42, 1.5), (1.5, 4.0), (0, 4.0)]
-
-
-def _torso() -> np.ndarray:
-    half = smooth(_HALF[:7], 5)[:31]
-    return mirrored(np.concatenate([half, [(1.5, 4.0), (0.0, 4.0)]]))
-
-
-TORSO = _torso()
-
-
-def draw_body(sketch: Sketch) -> None:
-    """Clothes as far as the neck and the hair go over them."""
-    face, put = sketch.face, sketch.wear
-    kind = face.placement.clothes
-    color = CLOTHES_COLOR[face.placement.clothes_color]
-
-    if kind == "hoodie":
-        put(ellipse(0, -0.12, 0.82, 0.46), shaded(color, 0.22))
-    if kind == "dress":
-        put(TORSO, face.skin, label=NECK)
-        put(_below(0.62, 0.05), color)
-        for side in (-1, 1):
-            put(np.array([(0.5, 0.1), (0.66, 0.15), (0.74, 0.8), (0.54, 0.8)]) * (side, 1), color, line=0)
-        return
-    put(TORSO, CREAM if kind == "overalls" else color)
-    if kind == "striped shirt":
-        stripe = (90, 90, 104) if face.placement.clothes_color == "white" else (250, 246, 238)
-        for y in (0.2, 0.62, 1.04, 1.46, 1.88):
-            put(_band(y, y + 0.2), stripe, line=0)
-    if kind == "overalls":
-        bib = [(-0.62, 0.72), (0.62, 0.72), (0.7, 1.2), (0.95, 1.5), (1.0, 4), (-1.0, 4), (-0.95, 1.5), (-0.7, 1.2)]
-        for side in (-1, 1):
-            put(np.array([(0.42, 0.04), (0.66, 0.12), (0.6, 0.86), (0.38, 0.86)]) * (side, 1), color)
-        put(bib, color)
-        for side in (-1, 1):
-            put(ellipse(side * 0.49, 0.84, 0.07, 0.07, count=14), (246, 206, 110), line=0.5)
-
-
-def draw_collar(sketch: Sketch) -> None:
-    """What of the clothes goes over the neck."""
-    face, put = sketch.face, sketch.wear
-    kind = face.placement.clothes
-    color = CLOTHES_COLOR[face.placement.clothes_color]
-
-    if kind in ("shirt", "striped shirt", "overalls"):
-        ring = np.array([(-0.42, -0.02), (-0.34, 0.2), (0, 0.34), (0.34, 0.2), (0.42, -0.02)])
-        outer = smooth(np.concatenate([ring * (1.05, 1.0) + (0, 0.07), [(0, -0.2)]]), 5)[: 4 * 5 + 1]
-        inner = smooth(np.concatenate([ring * (0.88, 0.9), [(0, -0.2)]]), 5)[: 4 * 5 + 1]
-        put(np.concatenate([outer, inner[::-1]]), shaded(CREAM if kind == "overalls" else color, 0.22), 0.7)
-    elif kind == "turtleneck":
-        put(
-            smooth(
-                [
-                    (-0.42, -0.24),
-                    (0, -0.16),
-                    (0.42, -0.24),
-                    (0.48, 0.14),
-                    (0.32, 0.3),
-                    (0, 0.36),
-                    (-0.32, 0.3),
-                    (-0.48, 0.14),
-                ]
-            ),
-            shaded(color, 0.12),
-        )
-    elif kind == "hoodie":
-        for side in (-1, 1):
-            put(
-                smooth(
-                    np.array([(0.34, -0.24), (0.6, -0.04), (0.5, 0.26), (0.0, 0.52), (0.06, 0.3), (0.32, 0.1)])
-                    * (side, 1)
-                ),
-                shaded(color, 0.12),
-            )
-        for side in (-1, 1):
-            put(np.array([(0.14, 0.4), (0.22, 0.38), (0.24, 0.86), (0.16, 0.86)]) * (side, 1), CREAM, 0.5)
-    elif kind == "suit":
-        put([(-0.36, 0.02), (0, 0.24), (0.36, 0.02), (0.3, 0.5), (0, 1.5), (-0.3, 0.5)], (252, 250, 246))
-        tie = NAVY if face.placement.clothes_color not in ("black", "blue", "purple") else (206, 70, 70)
-        put([(-0.09, 0.2), (0.09, 0.2), (0.14, 0.9), (0, 1.4), (-0.14, 0.9)], tie, 0.6)
-        for side in (-1, 1):
-            put(
-                np.array([(0.34, -0.06), (0.56, 0.1), (0.6, 0.6), (0.0, 1.6), (0.24, 0.6), (0.3, 0.2)]) * (side, 1),
-                lit(color, 0.16) if sum(color) < 200 else shaded(color, 0.18),
-            )
-
-
-def _band(top: float, bottom: float) -> np.ndarray:
-    """The torso between two heights."""
-    right = TORSO[: np.argmax(TORSO[:, 1])]
-    y = np.linspace(top, bottom, 5)
-    x = np.interp(y, right[:, 1], right[:, 0])
-    return np.concatenate([np.stack([x, y], 1), np.stack([-x, y], 1)[::-1]])
-
-
-def _below(top: float, dip: float) -> np.ndarray:
-    band = _band(top, 1.8)
-    return np.concatenate([band[:5], [(1.5, 4.0), (-1.5, 4.0)], band[5:], [(-0.3, top + dip), (0.3, top + dip)]])
 
 
 # Light and style, on the finished image [size, size, 3] of float32, 0..255.
