@@ -134,7 +134,7 @@ def test_vocabulary_has_all_words(persons):
 
 
 def test_landmarks_are_on_the_features():
-    for (person,), scene in samples(60):
+    for (person,), scene in samples(40):
         placement = scene.placements[0]
         points, box = world.landmarks(person, placement), world.face_box(person, placement)
         assert (points > box[:2]).all()
@@ -189,7 +189,7 @@ def test_scene_leaves_the_person_alone():
 
 
 def test_person_leaves_the_scene_alone():
-    for (person,), scene in samples(20):
+    for (person,), scene in samples(10):
         stranger = world.sample_person(np.random.default_rng(8))
         head = world.head_mask([person], scene) | world.head_mask([stranger], scene)
         images = [world.draw([who], replace(scene, style="flat")) for who in (person, stranger)]

@@ -8,14 +8,17 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lib_pulid.training.drawing import Pen, ellipse, mix
+from lib_pulid.training.people import Color
 from lib_pulid.training.scenes import BACKGROUND_COLOR, SECOND_COLOR, Scene
 
-PAPER = np.array([252, 248, 238], np.float32)
+PAPER: Color = (252, 248, 238)
 
 
 def draw_background(pen: Pen, scene: Scene) -> None:
     """Fills the image with the scene's pattern, coarse and flat."""
     first, second = BACKGROUND_COLOR[scene.background_color], SECOND_COLOR[scene.second_color]
+    if scene.style == "pencil":  # more of the paper is left
+        first, second = mix(first, PAPER, 0.4), mix(second, PAPER, 0.4)
     soft = mix(first, second, 0.62 if scene.second_color == "white" else 1.0)
     pen.fill(np.array([(-1, -1), (2, -1), (2, 2), (-1, 2)]), first, 0, 0)
     for shape in _PATTERNS[scene.background](scene.shift):
@@ -123,12 +126,12 @@ def finish(image: np.ndarray, scene: Scene) -> np.ndarray:
     if scene.style == "pencil":
         gray = image @ np.array([0.3, 0.59, 0.11], np.float32)
         image = gray[..., None] + 0.6 * (image - gray[..., None])
-        image = image + (PAPER - image) * 0.2
+        image = image + (np.float32(PAPER) - image) * 0.2
     elif scene.style == "watercolor":
         source = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
         blurred = np.asarray(source.filter(ImageFilter.GaussianBlur(size / 40)), np.float32)
         image = image + 0.35 * (image - blurred)
         share = 0.18 + 0.09 * _clouding(size)
-        image = image + (PAPER - image) * share
-        image = PAPER + (image - PAPER) * _margin(size)
+        image = image + (np.float32(PAPER) - image) * share
+        image = np.float32(PAPER) + (image - np.float32(PAPER)) * _margin(size)
     return np.clip(image, 0, 255)

@@ -28,7 +28,7 @@ def draw_hair_behind(sketch: Sketch) -> None:
         sketch.put(smooth(mirrored(half)) + (slide, 0), back, HAIR)
     elif style == "long":
         half = [(0, -0.8), (w * 0.9, -0.6), (w + 0.08 + 0.1 * v, 0.1), (w + 0.1 + 0.12 * v, 0.8)]
-        half += [(w + 0.12 + 0.14 * v, 1.5), (w * 0.75, 1.84), (0.3, 1.6), (0, 1.6)]
+        half += [(w + 0.1 + 0.14 * v, 1.5), (w * 0.9, 1.8), (0.46, 1.66), (0.4, 1.24), (0, 1.0)]
         sketch.put(smooth(mirrored(half)) + (slide, 0), back, HAIR)
     elif style == "bun":
         size = 0.23 + 0.12 * v

@@ -208,7 +208,7 @@ def vocabulary() -> frozenset[str]:
     for index in range(max(map(len, [*ATTRIBUTES.values(), *SCENE_ATTRIBUTES.values()]))):
         looks: dict[str, Any] = {name: values[index % len(values)] for name, values in ATTRIBUTES.items()}
         names = {name: values[index % len(values)] for name, values in SCENE_ATTRIBUTES.items()}
-        person = Person(**looks, **dict.fromkeys(NUMBERS, 0.5))
+        person = Person(**looks | dict.fromkeys(NUMBERS, 0.5))
         worn: dict[str, Any] = {name: names[name] for name in ("expression", "clothes", "clothes_color")}
         rest: dict[str, Any] = {name: names[name] for name in names if name not in _OF_PLACEMENT}
         placement = Placement((0.3, 0.5, 0.7)[index % 3], scale=(0.48, 0.58, 0.7)[index % 3], **worn)

@@ -61,10 +61,10 @@ def draw(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray
 def _rim(persons: Sequence[Person], scene: Scene, size: int) -> Image.Image:
     """The people and a rim around them: the white of a sticker, an L image of the fine size."""
     seen = Image.fromarray(np.uint8(255) * (labels(persons, scene, size) != NOTHING))
-    grown = seen.filter(ImageFilter.GaussianBlur(size / 45)).resize(
-        (size * FINE, size * FINE), Image.Resampling.BICUBIC
+    grown = seen.filter(ImageFilter.GaussianBlur(size / 36)).resize(
+        (size * FINE, size * FINE), Image.Resampling.BILINEAR
     )
-    return grown.point([min(255, max(0, 12 * value - 60)) for value in range(256)])
+    return grown.point([min(255, max(0, 16 * value - 400)) for value in range(256)])
 
 
 def labels(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray:
