@@ -65,7 +65,8 @@ def _cap(sketch: Sketch, outer: np.ndarray, inner: Points, steps: int = 4, line:
         outer = (outer * (-1, 1) - (0.08 * sketch.face.turn, 0))[::-1]
     curve = smooth(np.concatenate([hairline[:1], hairline, hairline[-1:]]), steps)[steps : -2 * steps]
     curve = sketch.face.look(curve)
-    sketch.put(np.concatenate([curve, curve[::-1] * (0.97, 1) + (0, 0.06)]), shaded(sketch.face.skin, 0.3), None, 0)
+    edge = curve[curve[:, 1] < -0.15]
+    sketch.put(np.concatenate([edge, edge[::-1] + (0, 0.06)]), shaded(sketch.face.skin, 0.3), None, 0)
     sketch.put(np.concatenate([outer, curve]), sketch.face.hair, HAIR, line)
 
 

@@ -44,6 +44,7 @@ def draw_head(sketch: Sketch, collar: Callable[[Sketch], None]) -> None:
     _nose(sketch)
     _mouth(sketch)
     _eyes(sketch)
+    _temples(sketch)
     draw_hair(sketch)
     _brows(sketch)
     _glasses(sketch)
@@ -79,7 +80,7 @@ def _skin(sketch: Sketch) -> None:
         sketch.put(cheek, mix(face.skin, (232, 84, 84), 0.17), None, 0, look=True)
         if p.freckles != "none":
             spot = mix(face.skin, (66, 20, 8), 0.5)
-            for x, y in ((0.24, 0.25), (0.36, 0.31), (0.48, 0.24), (0.40, 0.18 + 0.24)):
+            for x, y in ((0.24, 0.25), (0.36, 0.31), (0.48, 0.24), (0.4, 0.42)):
                 sketch.put(ellipse(side * x, y, 0.036, 0.034, count=10), spot, None, 0, look=True)
 
 
@@ -89,9 +90,9 @@ def _nose(sketch: Sketch) -> None:
     tip = face.nose_tip()[0, 0]
     half = [(0, 0.02), (0.045, 0.08), (w * 0.55, y - 0.1), (w, y - 0.01), (w * 0.7, y + 0.05), (0, y + 0.065)]
     points = smooth(mirrored(half), 5)
-    points[:, 0] += tip * np.clip(points[:, 1] / y, 0, 1) + (tip - 0.07 * face.turn) * np.clip(
-        1 - points[:, 1] / y, 0, 1
-    )
+    root = tip - 0.07 * face.turn
+    down = np.clip(points[:, 1] / y, 0, 1)
+    points[:, 0] += root + (tip - root) * down
     sketch.put(points, shaded(face.skin, 0.2), NOSE, 0)
     sketch.put(ellipse(tip, y - 0.035, w * 0.62, 0.062), lit(mix(face.skin, (232, 96, 84), 0.12), 0.12), None, 0)
 
@@ -159,32 +160,36 @@ def _brows(sketch: Sketch) -> None:
         sketch.put(smooth(shape, 2), _brow_color(sketch), BROW + (side > 0), 0, look=True)
 
 
-def _glasses(sketch: Sketch) -> None:
-    face, kind = sketch.face, sketch.person.glasses
-    if kind == "none":
+def _frame(sketch: Sketch) -> tuple[float, float, Color]:
+    """Middle of the right lens, half its width, color of the frame."""
+    face = sketch.face
+    color = (38, 40, 58) if sketch.person.glasses == "square" else (150, 62, 40)
+    return face.eye_x + 0.015, max(0.225, face.eye_x - 0.035), color
+
+
+def _temples(sketch: Sketch) -> None:
+    """The arms of the glasses, which hair falls over."""
+    if sketch.person.glasses == "none":
         return
-    color = (38, 40, 58) if kind == "square" else (150, 62, 40)
-    ring, thick = max(0.225, face.eye_x - 0.035), 0.06
+    x, ring, color = _frame(sketch)
+    near, far = x + ring - 0.02, sketch.face.width
     for side in (-1, 1):
-        x = side * (face.eye_x + 0.015)
-        if kind == "round":
-            outer = ellipse(x, 0.03, ring, ring * 1.02, count=36)
-            inner = ellipse(x, 0.03, ring - thick, ring * 1.02 - thick, count=36)
+        arm = np.array([(near, -0.03), (far, -0.05), (far, 0.02), (near, 0.04)]) * (side, 1)
+        sketch.put(arm, color, GLASSES_AREA, 0, look=True)
+
+
+def _glasses(sketch: Sketch) -> None:
+    if sketch.person.glasses == "none":
+        return
+    (x, ring, color), thick = _frame(sketch), 0.06
+    for center in (-x, x):
+        if sketch.person.glasses == "round":
+            outer, inner = (ellipse(center, 0.03, r, r * 1.02, count=36) for r in (ring, ring - thick))
         else:
-            outer = squarish(x, 0.025, ring, 0.19)
-            inner = squarish(x, 0.025, ring - thick, 0.19 - thick)
+            outer, inner = (squarish(center, 0.025, ring - t, 0.19 - t) for t in (0, thick))
         frame = np.concatenate([outer, outer[:1], inner[:1], inner[::-1]])
         sketch.put(frame, color, GLASSES_AREA, 0, look=True)
-        arm = np.array(
-            [
-                (x + side * (ring - 0.02), -0.03),
-                (side * face.width, -0.05),
-                (side * face.width, 0.02),
-                (x + side * (ring - 0.02), 0.04),
-            ]
-        )
-        sketch.put(arm, color, GLASSES_AREA, 0, look=True)
-    gap = face.eye_x + 0.015 - ring + 0.03
+    gap = x - ring + 0.03
     sketch.put([(-gap, -0.03), (gap, -0.03), (gap, 0.035), (-gap, 0.035)], color, GLASSES_AREA, 0, look=True)
 
 
