@@ -12,6 +12,7 @@ from lib_pulid.training.people import Color
 from lib_pulid.training.scenes import BACKGROUND_COLOR, SECOND_COLOR, Scene
 
 PAPER: Color = (252, 248, 238)
+_PAPER = np.array(PAPER, np.float32)
 
 
 def draw_background(pen: Pen, scene: Scene) -> None:
@@ -126,12 +127,12 @@ def finish(image: np.ndarray, scene: Scene) -> np.ndarray:
     if scene.style == "pencil":
         gray = image @ np.array([0.3, 0.59, 0.11], np.float32)
         image = gray[..., None] + 0.6 * (image - gray[..., None])
-        image = image + (np.float32(PAPER) - image) * 0.2
+        image = image + (_PAPER - image) * 0.2
     elif scene.style == "watercolor":
         source = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
         blurred = np.asarray(source.filter(ImageFilter.GaussianBlur(size / 40)), np.float32)
         image = image + 0.35 * (image - blurred)
         share = 0.18 + 0.09 * _clouding(size)
-        image = image + (np.float32(PAPER) - image) * share
-        image = np.float32(PAPER) + (image - np.float32(PAPER)) * _margin(size)
+        image = image + (_PAPER - image) * share
+        image = _PAPER + (image - _PAPER) * _margin(size)
     return np.clip(image, 0, 255)
