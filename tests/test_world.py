@@ -164,7 +164,7 @@ def test_landmarks_are_those_of_a_real_face():
 
 @pytest.mark.parametrize("persons", [2, 3])
 def test_heads_do_not_overlap(persons):
-    for people, scene in samples(20, persons):
+    for people, scene in samples(12, persons):
         widest = replace(people[0], hair_style="afro", hair_volume=1.0, face_width=1.0)
         heads = [
             np.isin(world.labels([widest], replace(scene, placements=(placement,))), list(HEAD_PARTS))
