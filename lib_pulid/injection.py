@@ -32,7 +32,9 @@ from lib_pulid.attention import (
 )
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
+from lib_pulid.images import ImageSource, load_region
 from lib_pulid.sites import Site, Sites, find_sites
+from lib_pulid.watch import Watch, WatchedSites, uncompiled
 from lib_pulid.weights import Adapter
 
 _SLACK = 1e-6  # i / n against a share that a user typed
@@ -111,7 +113,7 @@ def compile_injection(
     start: float = 0.0,
     end: float = 1.0,
     start_step: int = 0,
-    mask: Tensor | None = None,
+    mask: Tensor | ImageSource | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Injection:
@@ -123,7 +125,7 @@ def compile_injection(
         num_zero: zero tokens beside the identity, 0-80; SDXL only. More leave more freedom to the prompt.
         start, end: shares of the sampling between which it acts.
         start_step: number of the first step in which it acts, official on FLUX (range 0-10); it acts where both allow.
-        mask: [H, W], 0..1, region of the picture that gets the identity, any resolution.
+        mask: region of the picture that gets the identity, any resolution: [H, W], or an image; see `load_region`.
         device, dtype: of the denoiser's computation. The products are made in float32 and rounded once.
 
     Returns:
@@ -131,6 +133,7 @@ def compile_injection(
 
     Raises:
         SettingError: a value is out of range. IdentityMismatchError: the identity belongs to another adapter.
+        ImageError: the mask is none, or black.
     """
     _check_settings(weight, projection, num_zero, start, end, start_step, mask)
     _check_match(adapter, identity)
@@ -147,7 +150,7 @@ def compile_injection(
         num_zero=int(num_zero),
         start=float(start),
         end=float(end),
-        mask=None if mask is None else mask.detach().to(device, torch.float32),
+        mask=None if mask is None else _read_mask(mask).to(device),
         start_step=start_step,
     )
 
@@ -157,12 +160,13 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
     """Hooks the denoiser for one call; all injections at a site read the same input, and their residuals add up.
 
     Args:
-        denoiser: see `sites.find_sites`; or its Sites, found before.
+        denoiser: see `sites.find_sites`; or its Sites, found before. This call has to reach them all, unless a
+            Watch follows them through a whole sampling, in which a step cache may skip some.
         injections: of the denoiser's family. Those that are not active at `step.progress` cost nothing.
         step: the call's place in the sampling and its rows.
 
     Raises:
-        UnsupportedModelError: the denoiser does not fit the injections.
+        UnsupportedModelError: the denoiser does not fit the injections, or they could not act in it.
     """
     active = [injection for injection in injections if injection.is_active(step)]
     if not active:
@@ -172,12 +176,16 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
     for injection in active:
         _check_fit(found, injection)
     attach = _attach_cross_attention if found.family == "sdxl" else _attach_image_stream
+    watched = found if isinstance(found, WatchedSites) else Watch().over(found)
     with ExitStack() as hooks:
+        hooks.enter_context(uncompiled())
         masks = _Masks(active, step)
-        for n, site in enumerate(found.sites):
+        for n, site in enumerate(watched.sites):
             for handle in attach(site, n, active, step, masks):
                 hooks.callback(handle.remove)
         yield
+    if watched is not found:
+        watched.watch.check_call(acts=True)
 
 
 # ---------------------------------------------------------------- at one site
@@ -293,8 +301,20 @@ def _packed(hw: tuple[int, int]) -> tuple[int, int]:
 # ---------------------------------------------------------------- checks
 
 
+def _read_mask(mask: Tensor | ImageSource) -> Tensor:
+    if isinstance(mask, Tensor):
+        mask = (mask.detach().float() if mask.is_floating_point() else mask.detach()).cpu().numpy()
+    return torch.from_numpy(load_region(mask, "mask"))
+
+
 def _check_settings(
-    weight: float, projection: str, num_zero: int, start: float, end: float, start_step: int, mask: Tensor | None
+    weight: float,
+    projection: str,
+    num_zero: int,
+    start: float,
+    end: float,
+    start_step: int,
+    mask: Tensor | ImageSource | None,
 ) -> None:
     if not math.isfinite(weight):
         raise SettingError(f"weight is {weight}; it has to be a number")
@@ -306,7 +326,7 @@ def _check_settings(
         raise SettingError(f"start and end are {start} and {end}; both have to be in 0..1")
     if not (isinstance(start_step, int) and start_step >= 0):
         raise SettingError(f"start_step is {start_step!r}; it has to be a whole number from 0 (to 10 officially)")
-    if mask is not None and (mask.ndim != 2 or not mask.numel()):
+    if isinstance(mask, Tensor) and (mask.ndim != 2 or not mask.numel()):
         raise SettingError(f"mask has shape {tuple(mask.shape)}; it has to be [H, W]")
 
 

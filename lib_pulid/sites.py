@@ -37,12 +37,14 @@ class Site:
         attach: takes the function that adds the residual and yields each hook's handle as it is made. The function is
             `(q, h) -> h with residual` for a cross-attention, and on an image stream `(total, image)`, which adds
             to `total`, a copy of `image`, in place. All are [B, L, width].
+        inner: a layer that runs whenever the site's block does, and not where a cache answers for the block.
     """
 
     name: str
     width: int
     heads: int
     attach: Callable[[Callable[..., Any]], Iterable[RemovableHandle]]
+    inner: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def cross_attention_site(name: str, attention: Any) -> Site:
 
     # Forge's quantised layers do not tell their width.
     width = getattr(attention.to_q, "out_features", None) or attention.heads * attention.dim_head
-    return Site(name, width, attention.heads, attach)
+    return Site(name, width, attention.heads, attach, attention.to_q)
 
 
 # ---------------------------------------------------------------- FLUX
@@ -124,16 +126,20 @@ def _transformer_sites(transformer: Any, double: str, single: str, image_first: 
     width = getattr(transformer, "hidden_size", None) or transformer.inner_dim
     text_length: list[int] = []  # of the call under way; the single blocks see text and image as one sequence
     sites = [
-        Site(f"{double}.{i}", width, 0, _after_double(block, 0 if image_first else 1, text_length))
+        Site(f"{double}.{i}", width, 0, _after_double(block, 0 if image_first else 1, text_length), _first_layer(block))
         for i, block in enumerate(getattr(transformer, double))
         if i % DOUBLE_INTERVAL == 0
     ]
     sites += [
-        Site(f"{single}.{i}", width, 0, _after_single(block, text_length))
+        Site(f"{single}.{i}", width, 0, _after_single(block, text_length), _first_layer(block))
         for i, block in enumerate(getattr(transformer, single))
         if i % SINGLE_INTERVAL == 0
     ]
     return Sites("flux", tuple(sites))
+
+
+def _first_layer(block: nn.Module) -> nn.Module | None:
+    return next(block.children(), None)
 
 
 def _after_double(block: nn.Module, image: int, text_length: list[int]) -> Callable:

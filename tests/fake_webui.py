@@ -83,6 +83,9 @@ class Script:
     def __init__(self) -> None:
         self.infotext_fields = self.paste_field_names = None
 
+    def process_before_every_sampling(self, p: Any, *args: Any) -> None:
+        """In Forge, and in A1111 from 1.9 on."""
+
 
 class State:
     """shared.state; told: all that was ever put into its progress line."""
@@ -161,6 +164,7 @@ class Generation(_Processing, a1111.P):
         self._begin(batches, steps)
 
     def _pass(self, cond: Tensor, uncond: Tensor, before_step: Any) -> list[Tensor]:
+        self.before_sampling(self)
         return a1111.sample(self, cond, uncond, steps=self.steps, before_step=before_step)
 
     @property

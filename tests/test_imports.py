@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("images", "encoders", "sites", "heads", "weight_files", "server"),
     ("download",),
     ("catalog",),
-    ("weights", "faces"),
+    ("weights", "faces", "watch"),
     ("vision", "face_models", "haar", "attention"),
     ("identity",),
     ("photos", "injection", "standin", "fields"),

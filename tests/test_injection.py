@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from lib_pulid import attention
 from lib_pulid.attention import cross_attention_residual, fold_image_stream, prepare_cross_attention
-from lib_pulid.errors import SettingError, UnsupportedModelError
+from lib_pulid.errors import ImageError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject, token_grid
 from lib_pulid.sites import cross_attention_site, find_sites
@@ -235,7 +237,7 @@ def test_regions(unet, adapter):
 
 def test_a_mask_of_ones_changes_nothing_and_of_zeros_removes_all(flux, flux_adapter):
     def shot(mask: Tensor | None) -> Tensor:
-        injection = compile_injection(flux_adapter, person(79, 64), mask=mask)
+        injection = replace(compile_injection(flux_adapter, person(79, 64)), mask=mask)
         with inject(flux, [injection], DenoiseStep(0.0, True, FLUX_HW)):
             return layouts.run_flux(flux)
 
@@ -296,6 +298,20 @@ def test_reference_tokens_get_no_identity(flux, flux_adapter):
     change = (seen[1] - seen[0]).abs().amax(dim=(0, 2))
     assert (change[:24] > 0).all()
     assert (change[24:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.float32])
+def test_masks_of_any_kind(adapter, kind):
+    """One reader for all, so that no mask makes the face 255 times as strong or weak."""
+    left = torch.zeros(8, 8)
+    left[:, :4] = 1
+    made = [left.to(kind), left.to(kind).float().numpy()]
+    if kind not in (torch.bool, torch.bfloat16):
+        made.append((255 * left).to(kind))
+    for mask in made:
+        assert torch.equal(compile_injection(adapter, person(), mask=mask).mask, left)
+    with pytest.raises(ImageError, match="mask: it is black all over"):
+        compile_injection(adapter, person(), mask=torch.zeros(8, 8, dtype=kind))
 
 
 def test_masks_need_a_latent_size(unet, adapter):
