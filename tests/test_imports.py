@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("download",),
     ("catalog",),
     ("weights", "faces", "watch"),
-    ("vision", "face_models", "haar", "attention"),
+    ("vision", "face_models", "haar", "attention", "judge"),
     ("identity",),
     ("photos", "injection", "standin", "fields"),
     ("units",),
