@@ -16,17 +16,18 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("images", "encoders", "sites", "heads", "weight_files", "server"),
+    ("images", "encoders", "sites", "heads", "weight_files", "server", "gpu_cost"),
     ("download",),
     ("catalog",),
     ("weights", "faces"),
     ("vision", "face_models", "haar", "attention"),
     ("identity",),
     ("photos", "injection", "standin", "fields"),
-    ("units",),
+    ("units", "bench_cases"),
     ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other
     ("standalone", "webui"),
     ("demo", "doctor", "models"),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )
