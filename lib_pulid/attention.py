@@ -76,8 +76,8 @@ class CrossAttentionTensors:
     def nbytes(self) -> int:
         return self.tokens.nbytes
 
-    def to(self, dtype: torch.dtype) -> CrossAttentionTensors:
-        return CrossAttentionTensors(self.tokens.to(dtype))
+    def to(self, where: torch.dtype | torch.device) -> CrossAttentionTensors:
+        return CrossAttentionTensors(self.tokens.to(where))
 
     def of_rows(self, rows: Sequence[int | None], num_zero: int) -> Sequence[Tensor]:
         """Keys and values [B, N + num_zero, C] and marks [B, N + num_zero, MARK] of a batch, zero tokens last.
@@ -245,10 +245,10 @@ class ImageStreamTensors:
     def nbytes(self) -> int:
         return self.score.nbytes + self.score_bias.nbytes + self.value.nbytes
 
-    def to(self, dtype: torch.dtype) -> ImageStreamTensors:
+    def to(self, where: torch.dtype | torch.device) -> ImageStreamTensors:
         # contiguous, for the matrix products of every step read them
-        score, value = (t.to(dtype).contiguous() for t in (self.score, self.value))
-        return ImageStreamTensors(score, self.score_bias.to(dtype), value, self.heads)
+        score, value = (t.to(where).contiguous() for t in (self.score, self.value))
+        return ImageStreamTensors(score, self.score_bias.to(where), value, self.heads)
 
 
 def fold_image_stream(weights: ImageStreamWeights, tokens: Tensor, weight: float) -> ImageStreamTensors:

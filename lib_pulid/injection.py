@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,11 @@ class Injection:
     def nbytes(self) -> int:
         """Bytes kept on the device while sampling."""
         return sum(site.nbytes for site in self.sites) + (0 if self.mask is None else self.mask.nbytes)
+
+    def to(self, device: str | torch.device) -> Injection:
+        device = torch.device(device)
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, sites=tuple(site.to(device) for site in self.sites), mask=mask)
 
     def is_active(self, step: DenoiseStep) -> bool:
         """Whether it acts in this call: from `start` and `start_step` on and before `end`; an end of 1 includes 1."""
