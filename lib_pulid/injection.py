@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from lib_pulid.attention import (
     PROJECTIONS,
-    CrossAttentionTensors,
-    ImageStreamTensors,
+    SiteIdentity,
     SiteTensors,
+    add_cross_attention,
     add_image_stream,
-    cross_attention_residual,
     prepare_site,
 )
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError
@@ -86,6 +85,11 @@ class Injection:
     def nbytes(self) -> int:
         """Bytes kept on the device while sampling."""
         return sum(site.nbytes for site in self.sites) + (0 if self.mask is None else self.mask.nbytes)
+
+    def to(self, device: str | torch.device) -> Injection:
+        device = torch.device(device)
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, sites=tuple(site.to(device) for site in self.sites), mask=mask)
 
     def is_active(self, step: DenoiseStep) -> bool:
         """Whether it acts in this call: from `start` and `start_step` on and before `end`; an end of 1 includes 1."""
@@ -193,31 +197,8 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
 
 def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> Iterable:
     def add(q: Tensor, h: Tensor) -> Tensor:
-        total = h
-        is_cond = _rows(step, len(h))
-        for index, injection in enumerate(active):
-            rows = [injection.identity_of(cond) for cond in is_cond]
-            present = [b for b, row in enumerate(rows) if row is not None]
-            if not present:
-                continue
-            tensors = cast(CrossAttentionTensors, injection.sites[n])
-            chosen = [row for row in rows if row is not None]
-            everyone = len(present) == len(rows)
-            residual = cross_attention_residual(
-                q if everyone else q[present],
-                h if everyone else h[present],
-                tensors.k[chosen].to(q),
-                tensors.v[chosen].to(q),
-                heads=site.heads,
-                projection=injection.projection,
-                num_zero=injection.num_zero,
-            )
-            if injection.mask is not None:
-                residual = residual * masks.over(index, h.shape[1])
-            if not everyone:
-                residual = torch.zeros_like(h, dtype=residual.dtype).index_copy(0, _index(present, h), residual)
-            total = total + residual
-        return total.to(h.dtype)
+        identities = _identities(n, active, step, masks, len(h), h.shape[1])
+        return add_cross_attention(q, h, identities, site.heads) if identities else h
 
     return site.attach(add)
 
@@ -225,14 +206,23 @@ def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: D
 def _attach_image_stream(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> Iterable:
     def add(total: Tensor, image: Tensor) -> None:
         own = _own_tokens(image.shape[1], step)
-        is_cond = _rows(step, len(image))
-        for index, injection in enumerate(active):
-            rows = [injection.identity_of(cond) for cond in is_cond]
-            mask = None if injection.mask is None else masks.over(index, own)
-            tensors = cast(ImageStreamTensors, injection.sites[n])
-            add_image_stream(total[:, :own], image[:, :own], tensors, rows, mask)
+        identities = _identities(n, active, step, masks, len(image), own)
+        add_image_stream(total[:, :own], image[:, :own], identities)
 
     return site.attach(add)
+
+
+def _identities(
+    n: int, active: list[Injection], step: DenoiseStep, masks: _Masks, batch: int, tokens: int
+) -> list[SiteIdentity[Any]]:
+    """What acts at site `n`, on so many rows and tokens."""
+    found = []
+    for index, injection in enumerate(active):
+        rows = [injection.identity_of(cond) for cond in _rows(step, batch)]
+        if any(row is not None for row in rows):
+            mask = None if injection.mask is None else masks.over(index, tokens)
+            found.append(SiteIdentity(injection.sites[n], rows, mask, injection.projection, injection.num_zero))
+    return found
 
 
 def _own_tokens(tokens: int, step: DenoiseStep) -> int:
@@ -255,10 +245,6 @@ def _rows(step: DenoiseStep, batch: int) -> list[bool]:
             "repeats the batch (FasterCache, tiles), disable it or PuLID."
         )
     return rows
-
-
-def _index(rows: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, device=like.device)
 
 
 class _Masks:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -36,7 +37,7 @@ class Site:
         heads: heads of the cross-attention (SDXL), 0 on an image stream.
         attach: takes the function that adds the residual and yields each hook's handle as it is made. The function is
             `(q, h) -> h with residual` for a cross-attention, and on an image stream `(total, image)`, which adds
-            to `total`, a copy of `image`, in place. All are [B, L, width].
+            to `total` in place: a copy of `image`, or `image` itself. All are [B, L, width].
         inner: on an image stream, a layer that runs whenever the block does, and not where a cache answers for it. (A
             cross-attention's hooks are inside.)
     """
@@ -143,31 +144,49 @@ def _first_layer(block: nn.Module) -> nn.Module | None:
     return next(block.children(), None)
 
 
+def image_stream_site(name: str, block: nn.Module, width: int, image: int = 0) -> Site:
+    """The site after a block that returns two streams; `image` is the place of the image's."""
+    return Site(name, width, 0, _after_double(block, image, []))
+
+
 def _after_double(block: nn.Module, image: int, text_length: list[int]) -> Callable:
     def attach(add: Callable[[Tensor, Tensor], None]) -> list[RemovableHandle]:
-        def add_residual(module: nn.Module, args: tuple, output: tuple) -> tuple:
+        def add_residual(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
             both = list(output)
             text_length[:] = [both[1 - image].shape[1]]
-            both[image] = both[image].clone()
+            both[image] = _to_change(module, args, kwargs, output[image])
             add(both[image], output[image])
             return tuple(both)
 
-        return [block.register_forward_hook(add_residual)]
+        return [block.register_forward_hook(add_residual, with_kwargs=True)]
 
     return attach
 
 
 def _after_single(block: nn.Module, text_length: list[int]) -> Callable:
     def attach(add: Callable[[Tensor, Tensor], None]) -> list[RemovableHandle]:
-        def add_residual(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        def add_residual(module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> Tensor | tuple:
             if isinstance(output, tuple):  # diffusers from 0.35 on: (txt, img)
-                total = output[1].clone()
+                total = _to_change(module, args, kwargs, output[1])
                 add(total, output[1])
                 return (output[0], total)
-            total, text = output.clone(), text_length[0]
+            total, text = _to_change(module, args, kwargs, output), text_length[0]
             add(total[:, text:], output[:, text:])
             return total
 
-        return [block.register_forward_hook(add_residual)]
+        return [block.register_forward_hook(add_residual, with_kwargs=True)]
 
     return attach
+
+
+def _to_change(block: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    """A block's output itself, or a copy where something else may need it as it is.
+
+    That is autograd, whoever wraps the block or hooks it too (step caches keep outputs), and a block that returned
+    what it was given.
+    """
+    is_watched = "forward" in vars(block) or len(block._forward_hooks) > 1
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched:
+        return output.clone()
+    given = {t.untyped_storage()._cdata for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+    return output.clone() if output.untyped_storage()._cdata in given else output

@@ -53,11 +53,12 @@ class PulidScript(scripts.Script):
         """Everything that can be known to fail fails here, before the prompt is read."""
         with ends_the_request(p):
             forget(p)
+            self.library.settle(is_interrupted)
             infotext.clear(p.extra_generation_params)
             units = parse_args(args, xyz.changes_of(p))
             if not units:
                 return
-            plan = UnitPlan(units, self.library, tell, p.comment)
+            plan = UnitPlan(units, self.library, tell, p.comment, is_interrupted)
             model = model_for(p, units)
             facts = plan.prepare(model)
             for number, unit in units:
@@ -107,6 +108,11 @@ def checkpoint_family(name: str = "") -> str:
 def tell(text: str) -> None:
     """Into the WebUI's progress line."""
     shared.state.textinfo = text or None
+
+
+def is_interrupted() -> bool:
+    """Whether the host would begin no further batch."""
+    return shared.state.interrupted or getattr(shared.state, "stopping_generation", False)
 
 
 def forget(p: Any) -> None:

@@ -102,6 +102,7 @@ class _Run:
         self._installed = ExitStack()  # callbacks
         self._hooks = ExitStack()  # on the UNet
         self._hooked: nn.Module | None = None
+        self._model: LoadedModel | None = None
         self._call = ExitStack()  # of the UNet call under way
         self._step: DenoiseStep | None = None
         self._window: _Window | Exception | None = None  # what the next UNet calls are
@@ -121,7 +122,7 @@ class _Run:
         for stack in (self._call, self._hooks, self._installed):
             stack.close()
         self._injector.end()
-        self._hooked = self._window = self._p = self._error = None
+        self._hooked = self._model = self._window = self._p = self._error = None
 
     def _hook(self, unet: nn.Module | None) -> None:
         """Moves the hooks to this UNet: the refiner or a hires checkpoint may have brought another one."""
@@ -154,8 +155,11 @@ class _Run:
     def _opened(self, params: Any) -> _Window | None:
         if self._injector.leaves_the_rest_to(_unet(self._p)):
             return None
-        self._hook(_unet(self._p))
-        self._injector.prepare(loaded_model(self._p), self._p)
+        unet = _unet(self._p)
+        self._hook(unet)
+        if self._model is None or self._model.denoiser is not unet:  # telling what it is goes through all its layers
+            self._model = loaded_model(self._p)
+        self._injector.prepare(self._model, self._p)
         self._injector.check_steps(params.denoiser.steps)
         return _Window(params, self._progress(params.denoiser, params.sigma))
 

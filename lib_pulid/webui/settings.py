@@ -9,6 +9,8 @@ from lib_pulid.fields import MOST_UNITS
 
 SECTION = ("pulid", "PuLID")
 UNITS, FOLDER, DEVICE, KEEP = "pulid_units", "pulid_models_dir", "pulid_device", "pulid_keep_encoders"
+KEPT = [SUFFICES, ALWAYS, NEVER] = ["where memory suffices", "always", "never"]
+ROOM = 8e9  # bytes that have to be left for others: a checkpoint, a VAE, the system
 
 
 def add_settings() -> None:
@@ -26,8 +28,9 @@ def add_settings() -> None:
         DEVICE: OptionInfo("CPU", "Photos are read on", gr.Radio, {"choices": ["CPU", "GPU"]}).info(
             "CPU takes some seconds per photo and no video memory; each photo is read once"
         ),
-        KEEP: OptionInfo(False, "Keep the models that read photos in memory").info(
-            "about 2 GB; new photos are read faster"
+        KEEP: OptionInfo(SUFFICES, "Keep the models that read photos in memory", gr.Radio, {"choices": KEPT}).info(
+            "about 2 GB, and a new photo is read in a fraction of the time; where memory suffices: on the CPU, while "
+            f"{ROOM / 1e9:.0f} GB of it are free"
         ),
     }
     for name, info in infos.items():
@@ -55,7 +58,19 @@ def device() -> str:
 
 
 def keep_encoders() -> bool:
-    return bool(_option(KEEP, False))
+    wanted = _option(KEEP, SUFFICES)
+    if wanted in (ALWAYS, NEVER):
+        return wanted == ALWAYS
+    return device() == "cpu" and _free_memory() >= ROOM
+
+
+def _free_memory() -> int:
+    """Bytes of the computer's memory that are free; 0 where that cannot be told."""
+    try:
+        import psutil  # the WebUIs bring it
+    except ImportError:
+        return 0
+    return psutil.virtual_memory().available
 
 
 def _option(name: str, default: Any) -> Any:
