@@ -93,20 +93,24 @@ def _peeked(source: ImageSource) -> tuple[np.ndarray | None, bool]:
     from PIL import Image
 
     Image.init()
-    file = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
     with contextlib.suppress(Exception), warnings.catch_warnings():  # load_image tells what is wrong
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        is_open = isinstance(file, Image.Image)
-        kinds = [kind for kind in FORMATS if kind in Image.OPEN]
-        with contextlib.nullcontext(file) if is_open else Image.open(file, formats=kinds) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return None, False
-            if image.mode == "F":
-                return np.array(image), False
-            if image.mode.startswith("I"):
-                return np.array(image).clip(0, 65535).astype(np.uint16), False
-            return None, image.mode == "P" and len(image.getcolors()) == 2
+        if isinstance(source, Image.Image):
+            return _peeked_at(source)
+        file = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
+        with Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
+            return _peeked_at(image)
     return None, False
+
+
+def _peeked_at(image: Image.Image) -> tuple[np.ndarray | None, bool]:
+    if image.width * image.height > MAX_PIXELS:
+        return None, False
+    if image.mode == "F":
+        return np.array(image), False
+    if image.mode.startswith("I"):
+        return np.array(image).clip(0, 65535).astype(np.uint16), False
+    return None, image.mode == "P" and len(image.getcolors() or ()) == 2
 
 
 def _shares(values: np.ndarray, name: str) -> np.ndarray:

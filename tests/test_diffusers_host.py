@@ -291,8 +291,8 @@ def test_rows_of_perturbed_attention_guidance(bases, calls, guidance, images):
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 def test_rows_of_instruct_pix2pix(bases, calls, guidance):
     parts = bases["sdxl"].pipeline.components
-    unet = diffusers.UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 8}).eval()
-    unet.register_to_config(in_channels=8)
+    config = {name: value for name, value in parts["unet"].config.items() if not name.startswith("_")}
+    unet = diffusers.UNet2DConditionModel(**{**config, "in_channels": 8})
     names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
     pipeline = diffusers.StableDiffusionXLInstructPix2PixPipeline(
         unet=unet, add_watermarker=False, **{name: parts[name] for name in names}
