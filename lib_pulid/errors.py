@@ -46,6 +46,10 @@ class SettingError(PulidError, ValueError):
     """A setting is out of range or unknown."""
 
 
+class StorageError(PulidError, OSError):
+    """A file or folder cannot be written."""
+
+
 class OutOfMemoryError(PulidError):
     """The memory of the computer or of its GPU did not suffice."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
 from lib_pulid.faces import Detection, FaceModels, normalise, to_tensor
 
@@ -154,7 +155,7 @@ class BiSeNetParser:
 
 
 def _require_file(path: Path, what: str) -> None:
-    if not path.is_file():
+    if not disk.is_file(path):
         raise MissingWeightsError(f"{path.name} ({what}) was not found in {path.parent}.")
 
 

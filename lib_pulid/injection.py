@@ -312,9 +312,10 @@ def _check_settings(
 
 def _check_match(adapter: Adapter, identity: Identity) -> None:
     made_with = identity.info.get("encoder", "")
-    if made_with and made_with != adapter.fingerprint:
+    if identity.family not in ("", adapter.family) or (made_with and not adapter.is_encoder(made_with)):
         raise IdentityMismatchError(
-            f"This identity was made with {identity.info.get('adapter', 'another PuLID file')} (encoder {made_with}); "
+            f"This identity was made with {identity.info.get('adapter', 'another PuLID file')} "
+            f"(encoder {made_with or 'not known'}); "
             f"{adapter.path.name} is {adapter.label} (encoder {adapter.fingerprint}). Make it again from the photo."
         )
     if identity.cond.shape[-1] != adapter.encoder.output_dim:

@@ -53,7 +53,7 @@ class IdentityCache:
         self._remember(key, identity)
         if self._folder is not None:
             with contextlib.suppress(OSError):  # a full or read-only disk: it is remembered in memory all the same
-                identity.save(self._folder / f"{key}.safetensors")
+                identity.save(self._folder / f"{key}.safetensors", replace=True)
 
     def _remember(self, key: str, identity: Identity) -> None:
         self._memory[key] = identity

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("images", "encoders", "sites", "heads", "weight_files", "server"),
-    ("download",),
+    ("disk", "names", "encoders", "sites", "server"),
+    ("images", "heads"),
+    ("weight_files", "pulidembd", "download"),
     ("catalog",),
     ("weights", "faces"),
     ("vision", "face_models", "haar", "attention"),

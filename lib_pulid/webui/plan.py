@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
 from lib_pulid.fields import AUTO
+from lib_pulid.identity import check_fusion, with_uncond
 from lib_pulid.injection import Injection, compile_injection
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.pictures import photo, region
@@ -93,8 +94,8 @@ class UnitPlan:
         self.tell(f"PuLID: loading the model for unit {number}")
         unit = unit.on(model.family)
         identity, adapter = self._identity(number, unit, model.family)
-        if not model.guided:  # half of the memory
-            identity = replace(identity, uncond=None)
+        # Without negative rows: half of the memory.
+        identity = with_uncond(identity, adapter) if model.guided else replace(identity, uncond=None)
         with _at(number, "mask"):
             mask = region(unit.mask, "the region") if unit.mask else None
         with _at(number, "model"):
@@ -126,6 +127,8 @@ class UnitPlan:
             raise at_unit(number, "images", SettingError("add a photo or choose a saved identity, or switch it off."))
         with _at(number, "model"):
             adapter = self.library.adapter(unit.model, family)
+        with _at(number, "fusion"):
+            check_fusion(unit.fusion, adapter)
         with _at(number, "images"):
             photos = [photo(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
             identity = self.library.encode(
