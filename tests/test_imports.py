@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("disk", "names", "encoders", "sites", "server"),
+    ("disk", "names", "camera_files", "encoders", "sites", "server"),
     ("images", "heads"),
     ("weight_files", "pulidembd", "download"),
     ("catalog",),
