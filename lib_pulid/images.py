@@ -216,7 +216,7 @@ def _with_transparent_colour(image: Image.Image, stored: str) -> Image.Image:
     colour, factor = image.info.get("transparency"), {"L;2": 85, "L;4": 17, "1": 255}.get(stored)
     if isinstance(colour, int) and factor:
         image = image.convert("L") if image.mode == "1" else image
-        image.info["transparency"] = colour * factor
+        image.info["transparency"] = min(255, colour * factor)  # of 1 bit newer versions have made 255 already
     elif isinstance(colour, tuple) and stored.startswith("RGB;16"):
         image.info["transparency"] = tuple(value >> 8 for value in colour)
     return image
