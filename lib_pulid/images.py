@@ -46,7 +46,7 @@ def load_image(source: ImageSource, name: str = "image", background: int = 255) 
         return _from_array(source, name, background)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        return _decode(path, path.name if name == "image" else name, background)
+        return _decode(path, (path.name or str(path)) if name == "image" else name, background)
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) == 0:
             raise ImageError(f"{name}: the file is empty.")

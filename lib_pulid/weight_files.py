@@ -92,6 +92,11 @@ def _load_pickle(path: Path, head: bytes) -> Mapping[str, object]:
         raise WrongWeightsError(f"{path.name} is empty. Download it again.")
     if head.startswith(b"version https://git-lfs"):
         raise WrongWeightsError(f"{path.name} is a Git LFS pointer, not the file itself. Download the file.")
+    if head.startswith(b"GGUF"):
+        raise WrongWeightsError(f"{path.name} is a GGUF file, which PuLID files and encoders are not.")
+    if head.lstrip()[:1] in (b"{", b"E") and head.isascii() and path.stat().st_size < 10_000:
+        raise WrongWeightsError(f"{path.name} is a server's answer ({head.decode().strip()!r}), not a weight file. "
+                                "Download the file itself.")  # fmt: skip
     if head.lstrip()[:1] == b"<":
         raise WrongWeightsError(f"{path.name} is a web page, not a weight file. Download the file itself.")
     _check_archive(path, head)
@@ -122,7 +127,7 @@ def _flat(loaded: object, path: Path) -> dict[str, Tensor]:
     flat: dict[str, Tensor] = {}
     for key, value in loaded.items():
         if isinstance(value, Tensor):
-            flat[str(key)] = value
+            flat[str(key)] = value.detach()
         elif isinstance(value, Mapping):
             inner = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
             wrapper = key in ("state_dict", "model", "module")
@@ -161,15 +166,24 @@ def describe(state: Mapping[str, Tensor]) -> str:
 
 
 _KNOWN_FILES: tuple[tuple[str, str], ...] = (
+    (
+        r"^(pulid_ca_(double|single)|id_former)\.",
+        "PuLID for FLUX.2 Klein, which does not work: its own loader finds other names than the file has, leaves the "
+        "cross-attention at random numbers, and its users see no effect. Use FLUX.1 with pulid_flux_v0.9.1",
+    ),
     (r"^pulid_(encoder|ca)\.", "a PuLID file for FLUX, or a part of one"),
     (r"^id_adapter", "a PuLID file for SDXL, or a part of one"),
     (r"^visual\.blocks\.|^blocks\.\d+\.attn\.", "a vision transformer (EVA-CLIP), not PuLID itself"),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, but no PuLID"),
-    (r"lora_|\.lora[_.]|\.alpha$", "a LoRA"),
+    (r"^ip_adapter_proj_model\.|\.processor\.ip_adapter_|^image_proj_model\.", "an IP-Adapter, but no PuLID"),
+    (r"lora_|\.lora[_.]|_lora\d*\.|\.alpha$|lokr_|hada_|oft_(blocks|diag)|dora_scale|lycoris_", "a LoRA"),
     (r"^control_model\.|input_hint_block|controlnet_", "a ControlNet"),
     (r"^(model\.diffusion_model\.)?double_blocks\.|^transformer_blocks\.", "a FLUX transformer"),
+    (r"^single_transformer_blocks\.", "a FLUX transformer"),
     (r"^model\.diffusion_model\.|^down_blocks\.|^input_blocks\.", "a Stable Diffusion checkpoint"),
     (r"^(first_stage_model\.|encoder\.down|decoder\.)", "a VAE"),
     (r"^(module\.)?(body\.conv1|fpn\.|ssh1|BboxHead)", "a RetinaFace detector"),
     (r"^(cp\.resnet|ffm\.)", "a BiSeNet face parser"),
+    (r"^vision_model\.", "a CLIP vision model"),
+    (r"^(text_model\.|encoder\.block\.\d+\.layer\.|emb_params$|string_to_param)", "a text encoder or an embedding"),
 )

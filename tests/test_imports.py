@@ -23,11 +23,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("weights", "faces"),
     ("vision", "face_models", "haar", "attention"),
     ("identity",),
-    ("photos", "injection", "standin", "fields"),
+    ("photos", "injection", "standin"),
+    ("fields",),
     ("units",),
     ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other
     ("standalone", "webui"),
-    ("demo", "doctor", "models"),
+    ("demo", "doctor", "models", "cli_checks"),
     ("cli",),
     ("__main__",),
 )

@@ -55,14 +55,7 @@ class UnitPlan:
         for number, unit in self.units:
             if not unit.in_pass(hires) or (hires and unit.in_pass(False)):
                 continue
-            injection = self._compiled([(number, unit)], model)[number][0]
-            if injection.weight and not injection.acts_within(steps):
-                name = "start_step" if injection.start_step >= steps else "start"
-                limits = f"from step {injection.start_step} on and " if injection.start_step else ""
-                raise at_unit(number, name, SettingError(
-                    f"the face would never act: of the {steps} steps, which count from 0, none lies "
-                    f"{limits}between the shares {injection.start:g} and {injection.end:g}."
-                ))  # fmt: skip
+            unit.check_steps(model.family, steps, number)
 
     def cfg_start_step(self, model: LoadedModel, *, hires: bool) -> int:
         """The largest of the units that act in this pass: it is one and the same for the whole picture."""

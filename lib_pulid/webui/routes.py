@@ -159,7 +159,7 @@ def detect(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
     for name in body:
         if name not in DETECT_FIELDS:
             raise SettingError(f"PuLID, field {spelled(name)}: detect takes {', '.join(DETECT_FIELDS)} only.")
-    checked = {name: check(FIELD[name], value, 0) for name, value in body.items()}
+    checked = {name: check(FIELD[name], value, 0) for name, value in body.items() if value is not None}
     unit = PulidUnit(**checked)
     if not unit.images:
         raise SettingError("PuLID, field images: there is none.")
