@@ -24,9 +24,9 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 7: "?", 10: "Q", 11:
 
 
 def pack(tokens: np.ndarray) -> bytes:
-    """Writes a person's tokens, [N, D] float32, in half precision, in which they have room."""
-    half = tokens.astype("<f2")
-    kind, data = (_F16, half) if np.isfinite(half).all() else (_F32, tokens.astype("<f4"))
+    """Writes a person's tokens, [N, D] float32, in half precision where that has room for them."""
+    fits = np.abs(tokens).max(initial=0) <= np.finfo(np.float16).max
+    kind, data = (_F16, tokens.astype("<f2")) if fits else (_F32, tokens.astype("<f4"))
     head = MAGIC + struct.pack("<IQQ", 3, 1, 2)
     head += _text("general.architecture") + struct.pack("<I", GGUF_TEXT) + _text(ARCHITECTURE)
     head += _text("pulid.version") + struct.pack("<II", _U32, VERSION)
