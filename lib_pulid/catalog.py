@@ -249,7 +249,7 @@ def _places(file: WeightFile, models_dir: Path) -> Iterator[Path]:
     yield from (folder / file.name for folder in folders)
     yield _torch_cache() / file.name
     if "://" not in file.source:
-        snapshots = _hub_cache() / f"models--{file.source.replace('/', '--')}" / "snapshots"
+        snapshots = hub_cache() / f"models--{file.source.replace('/', '--')}" / "snapshots"
         yield from (snapshot / file.name for snapshot in disk.listed(snapshots))
 
 
@@ -262,7 +262,7 @@ def _torch_cache() -> Path:
     return _folder_of("TORCH_HOME", default=_folder_of("XDG_CACHE_HOME") / "torch") / "hub" / "checkpoints"
 
 
-def _hub_cache() -> Path:
+def hub_cache() -> Path:
     """huggingface_hub.constants.HF_HUB_CACHE, without the third of a second that importing it takes."""
     home = _folder_of("HF_HOME", default=_folder_of("XDG_CACHE_HOME") / "huggingface")
     return _folder_of("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=home / "hub")

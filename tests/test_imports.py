@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("disk", "names", "camera_files", "encoders", "sites", "server"),
     ("images", "heads"),
-    ("weight_files", "pulidembd", "download"),
+    ("weight_files", "pulidembd", "sdxl_config", "download"),
     ("catalog",),
     ("weights", "faces"),
     ("vision", "face_models", "haar", "attention"),
