@@ -141,9 +141,11 @@ def set_computation(body: dict[str, str]) -> dict[str, bool]:
     from modules.sd_models import model_data
 
     if not hasattr(memory_management, "pulid_test_computation"):
-        usual = memory_management.get_computation_dtype
+        # Forge Neo's name for it is ComfyUI's.
+        name = "get_computation_dtype" if hasattr(memory_management, "get_computation_dtype") else "inference_cast"
+        usual = getattr(memory_management, name)
         memory_management.pulid_test_computation = computation
-        memory_management.get_computation_dtype = lambda *a, **k: computation.get("dtype") or usual(*a, **k)
+        setattr(memory_management, name, lambda *a, **k: computation.get("dtype") or usual(*a, **k))
     computation.clear()
     if body["dtype"]:
         computation["dtype"] = getattr(torch, body["dtype"])

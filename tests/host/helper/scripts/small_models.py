@@ -159,6 +159,12 @@ def wrap_unet_detection(original: Callable[..., Any]) -> Callable[..., Any]:
             config |= flux_sizes(state, prefix)
             if f"{prefix}distilled_guidance_layer.out_proj.weight" in state:
                 size_chroma(state, prefix)
+        out = f"{prefix}distilled_guidance_layer.out_proj.weight"
+        if config is not None and config.get("image_model") == "chroma" and state[out].shape[0] < config["out_dim"]:
+            # Forge Neo reads FLUX's sizes from the file, but not those of Chroma's own network.
+            root = f"{prefix}distilled_guidance_layer."
+            config |= {"out_dim": state[out].shape[0], "hidden_dim": state[out].shape[1]}
+            config |= {"n_layers": count(state, f"{root}layers.")}
         return config
 
     return detect
@@ -169,6 +175,11 @@ def wrap_model_matching(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def match(config: Sizes, *state: Any) -> Any:
         channels = config.get("model_channels", 320)
+        if config.get("image_model") == "flux2" and config["hidden_size"] < 3072:  # Forge Neo: Klein 4B
+            found = original(config | {"hidden_size": 3072}, *state)
+            if found is not None:
+                found.unet_config["hidden_size"] = config["hidden_size"]
+            return found
         if channels >= 320:
             return original(config, *state)
         usual = 384 if config.get("context_dim") == 1280 else 320  # SDXL's refiner is wider
@@ -183,10 +194,10 @@ def wrap_model_matching(original: Callable[..., Any]) -> Callable[..., Any]:
 def wrap_modules(original: Callable[..., Any]) -> Callable[..., Any]:
     """Files of text encoders and VAE are told by their sizes, too: let one with whole names in as it is."""
 
-    def replace(state: StateDict, added: StateDict, guess: Any) -> StateDict:
+    def replace(state: StateDict, added: StateDict, guess: Any, *path: Any) -> StateDict:  # path: Forge Neo
         if any(name.startswith("text_encoders.") for name in added):
             return {**state, **added}
-        return original(state, added, guess)
+        return original(state, added, guess, *path)
 
     return replace
 
