@@ -9,7 +9,7 @@ import numpy as np
 from tests.host.rows_basics import person
 from tests.host.rows_errors import refused
 from tests.host.rows_flux import FAINT, MILD, STEPS, asked, expect_sites, flux, sites_of
-from tests.host.table import Rows, differ, distance, equal, expect
+from tests.host.table import Rows, Skipped, differ, distance, equal, expect
 from tests.host.webui import FORGES, Running
 
 rows = Rows()
@@ -101,6 +101,8 @@ def half_precision(host: Running) -> str:
 def gpu_weights(host: Running) -> str:
     """On a CPU nothing is swapped: this shows that the settings and our claim on memory go together, no more."""
     usual, before = flux(host, MILD).image, host.api.get("/sdapi/v1/options")
+    if "forge_inference_memory" not in before:
+        raise Skipped("this Forge has no such settings")
     names = ("forge_inference_memory", "forge_async_loading", "forge_pin_shared_memory")
     try:
         host.api.options(forge_inference_memory=4096, forge_async_loading="Async", forge_pin_shared_memory="Shared")
@@ -115,6 +117,24 @@ def chroma(host: Running) -> str:
     body = asked("tiny-chroma.safetensors")
     differ(host.api.txt2img(**body).image, host.api.txt2img(**body | {"seed": 2}).image, "Chroma without PuLID", FAINT)
     return refused(host, ["tiny-chroma", "Chroma"], MILD, **body)
+
+
+@rows.row("Chroma as an experiment, switched on in the settings: the face acts, and the parameters say so", FORGES)
+def chroma_experiment(host: Running) -> str:
+    body = asked("tiny-chroma.safetensors", cfg_scale=3.0, negative_prompt="blurry")
+    plain = host.api.txt2img(**body).image
+    try:
+        host.api.options(pulid_chroma=True)
+        made = host.api.txt2img(MILD, **body)
+        expect("experiment: Chroma" in made.parameters[0], f"the parameters: {made.parameters[0]}")
+        host.api.post("/host-test/watch")
+        host.api.txt2img(MILD, **body)
+        expect_sites(host.api.get("/host-test/watch"))
+        equal(plain, host.api.txt2img({**MILD, "weight": 0}, **body).image, "weight 0")
+    finally:
+        host.api.options(pulid_chroma=False)
+    refused(host, ["Chroma", "Settings"], MILD, **body)
+    return f"{differ(plain, made.image, 'with and without', FAINT):.1f}"
 
 
 @rows.row("Refused: a FLUX with another number of blocks", FORGES)

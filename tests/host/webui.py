@@ -122,7 +122,7 @@ class Running:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def wait_until_ready(
-        self, starts: int = 1, limit: float = 300, pause: Callable[[float], object] = time.sleep
+        self, starts: int = 1, limit: float = 1500, pause: Callable[[float], object] = time.sleep
     ) -> None:
         """pause: what passes a few seconds; a page has to be let live meanwhile."""
         end = time.monotonic() + limit

@@ -110,6 +110,8 @@ def write_config(source: Path, target: Path, sizes: Sizes) -> None:
 
 def wrap_component_loader(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(guess: Any, component: str, library: str, kind: str, repo: str, state: StateDict | None) -> Any:
+        if component == "tokenizer" and kind.startswith("T5Tokenizer") and not has_tokenizer(Path(repo, component)):
+            repo, component = str(Path(repo).with_name("black-forest-labs") / "FLUX.1-dev"), "tokenizer_2"
         if kind not in READERS or not state:
             return original(guess, component, library, kind, repo, state)
         folder = tempfile.mkdtemp(prefix="tiny-models-")
@@ -120,6 +122,11 @@ def wrap_component_loader(original: Callable[..., Any]) -> Callable[..., Any]:
             shutil.rmtree(folder)
 
     return load
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """A copy of Forge Neo may lack Chroma's, which is the T5 one that FLUX.1 has, too."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model"))
 
 
 def flux_sizes(state: StateDict, prefix: str) -> Sizes:
