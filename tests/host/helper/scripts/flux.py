@@ -115,7 +115,7 @@ class Watch:
         return kwargs["img"], kwargs["txt"]
 
     def _single(self, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._parts(args[0])
+        return self._parts(args[-1])  # ersatzForge gives a buffer of its own first
 
     def _parts(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return both[:, self.length :], both[:, : self.length]

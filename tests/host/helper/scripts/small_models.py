@@ -167,7 +167,7 @@ def wrap_unet_detection(original: Callable[..., Any]) -> Callable[..., Any]:
             if f"{prefix}distilled_guidance_layer.out_proj.weight" in state:
                 size_chroma(state, prefix)
         out = f"{prefix}distilled_guidance_layer.out_proj.weight"
-        if config is not None and config.get("image_model") == "chroma" and state[out].shape[0] < config["out_dim"]:
+        if config is not None and config.get("image_model") == "chroma" and state[out].shape[0] < config.get("out_dim", 0):
             # Forge Neo reads FLUX's sizes from the file, but not those of Chroma's own network.
             root = f"{prefix}distilled_guidance_layer."
             config |= {"out_dim": state[out].shape[0], "hidden_dim": state[out].shape[1]}
@@ -209,10 +209,32 @@ def wrap_modules(original: Callable[..., Any]) -> Callable[..., Any]:
     return replace
 
 
+WRITTEN_OUT = {
+    "img.shape[0], 24, img": "img.shape[0], self.num_heads, img",
+    "[:, :, :3072]": "[:, :, :self.hidden_size]",
+    "[:, :, 3072:]": "[:, :, self.hidden_size:]",
+    "15360": "5 * self.hidden_size",
+    "Approximator(64, 3072, 5120, 5)": "Approximator(64, hidden_size, hidden_size, 2)",
+}
+
+
+def read_flux_sizes_from_the_model() -> None:
+    """ersatzForge's buffers for FLUX and Chroma have the sizes of the real ones written out."""
+    from backend.nn import chroma, flux
+
+    for module in (flux, chroma):
+        source = Path(module.__file__).read_text(encoding="utf-8")
+        if next(iter(WRITTEN_OUT)) in source:
+            for old, new in WRITTEN_OUT.items():
+                source = source.replace(old, new)
+            exec(compile(source, module.__file__, "exec"), vars(module))
+
+
 def patch_forge() -> None:
     from backend import loader
     from huggingface_guess import detection
 
+    read_flux_sizes_from_the_model()
     replace_once(loader, "load_huggingface_component", wrap_component_loader)
     replace_once(loader, "replace_state_dict", wrap_modules)
     replace_once(detection, "detect_unet_config", wrap_unet_detection)
