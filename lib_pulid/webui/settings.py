@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lib_pulid.disk import user_path
 from lib_pulid.fields import MOST_UNITS
+from lib_pulid.hosts.webui import CHROMA
 
 SECTION = ("pulid", "PuLID")
 UNITS, FOLDER, DEVICE, KEEP = "pulid_units", "pulid_models_dir", "pulid_device", "pulid_keep_encoders"
@@ -32,6 +34,9 @@ def add_settings() -> None:
         KEEP: OptionInfo(SUFFICES, "Keep the models that read photos in memory", gr.Radio, {"choices": KEPT}).info(
             "about 2 GB, and a new photo is read in a fraction of the time; where memory suffices: on the CPU, while "
             f"{ROOM / 1e9:.0f} GB of it are free"
+        ),
+        CHROMA: OptionInfo(False, "Try PuLID on Chroma").info(
+            "an experiment with the PuLID file for FLUX, which was not trained for Chroma: expect less likeness"
         ),
     }
     for name, info in infos.items():
@@ -72,6 +77,17 @@ def _free_memory() -> int:
     except ImportError:
         return 0
     return psutil.virtual_memory().available
+
+
+def make_temp_folder() -> None:
+    """Makes the folder of the host's setting temp_dir, where gradio shows images from. In a fresh Forge Neo nobody else
+    does, and the first photo that is dropped would fail."""
+    from modules.shared import opts
+
+    folder = getattr(opts, "temp_dir", "")
+    if folder:
+        with suppress(OSError):
+            Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def _option(name: str, default: Any) -> Any:
