@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 STEP = 1 << 14
+FOREVER = 600.0  # seconds, after which a test that hangs fails
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,13 @@ class Quiet(ThreadingHTTPServer):
         """Clients that go away in the middle are what is tested here."""
 
 
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + FOREVER
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 # ---------------------------------------------------------------- how to answer
 
 
@@ -149,6 +157,7 @@ def held(release: threading.Event) -> Callable[[Handler, bytes], None]:
         while not release.is_set() and len(rest) > 2 * STEP:
             handler.body(rest[:STEP], 1.0)
             rest = rest[STEP:]
+        release.wait(FOREVER)
         handler.body(rest)
 
     return answer
