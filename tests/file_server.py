@@ -149,11 +149,14 @@ def slowly(wait: float) -> Callable[[Handler, bytes], None]:
 
 
 def held(release: threading.Event) -> Callable[[Handler, bytes], None]:
-    """A little now and then until it is released, then the rest."""
+    """A quarter, then a little now and then until it is released, then the rest."""
 
     def answer(handler: Handler, data: bytes) -> None:
         handler.head(data)
         rest = data[handler.start :]
+        quarter = len(rest) // 4
+        handler.body(rest[:quarter])
+        rest = rest[quarter:]
         while not release.is_set() and len(rest) > 2 * STEP:
             handler.body(rest[:STEP], 1.0)
             rest = rest[STEP:]

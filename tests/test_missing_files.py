@@ -251,7 +251,7 @@ def test_download_takes_names_of_the_catalogue_only(library, server, tmp_path, b
 
 def test_a_stalled_server_does_not_keep_stop_from_working(library, server, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    server.misbehave(*[stall(60_000, FOREVER)] * 9)
+    server.misbehave(*[stall(100_000, FOREVER)] * 9)
     library.downloads.start(catalog.CATALOG[:1])
     until(lambda: library.downloads.state.done > 0)
     library.downloads.stop()
