@@ -7,9 +7,13 @@
 # make test-host-sequences WEBUI_DIR=...    100 random sequences of settings, pictures, faults and interruptions
 # All keep their packages in .venv and use the one that is there.
 
-PYTHON ?= python3
+# The newest Python that can make an environment: python3.13 to python3.10 on the path, then pyenv's.
+PYTHON ?= $(shell for minor in 13 12 11 10; do \
+	for python in python3.$$minor "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.$$minor.*/bin/python; do \
+	"$$python" -c 'import ensurepip, venv' 2>/dev/null && echo "$$python" && exit; done; done; echo python3)
 OUT ?= outputs
 BIN := .venv/bin
+PIPS := 'pip==24.0' 'pip==25.0.1' 'pip>=26'  # with which the tests run install.py; without them those are skipped
 QUIET := PIP_DISABLE_PIP_VERSION_CHECK=1
 
 .PHONY: demo test bench lint clean test-host test-host-long test-host-sequences
@@ -40,7 +44,7 @@ test-host-sequences:
 	$(MAKE) test-host ARGS="--only sequences $(ARGS)"
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 to 3.12 is needed") if not (3, 10) <= sys.version_info[:2] <= (3, 12) else 0'
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 to 3.13 is needed") if not (3, 10) <= sys.version_info[:2] <= (3, 13) else 0'
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo 'No venv module: apt-get install python3-venv'; exit 1; }
 
 # opencv-python wants libGL; the headless build of the same library, put over it, does not.
@@ -57,6 +61,7 @@ $(BIN)/python:
 
 .venv/test: requirements-test.txt .venv/standalone
 	$(QUIET) $(BIN)/python -m pip install -q -r requirements-test.txt
+	for pip in $(PIPS); do $(QUIET) $(BIN)/python -m pip download -q --no-deps -d .venv/pips "$$pip" || true; done
 	@touch $@
 
 clean:
