@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,7 +71,7 @@ def camera_file(data: Content) -> CameraFile | None:
         return None  # damaged: whoever reads it says so
 
 
-def _is_raw(head: bytes, pages: list[Mapping[int, int]]) -> bool:
+def _is_raw(head: bytes, pages: Sequence[Mapping[int, int]]) -> bool:
     by_head = head.startswith(_RAW_HEADS) or head[4:12] == b"ftypcrx " or (pages and head[8:10] == b"CR")
     if by_head or (pages and head[2:4] not in (b"*\0", b"\0*")):
         return True
@@ -81,14 +81,14 @@ def _is_raw(head: bytes, pages: list[Mapping[int, int]]) -> bool:
     )
 
 
-def _begins_reduced(pages: list[Mapping[int, int]]) -> bool:
+def _begins_reduced(pages: Sequence[Mapping[int, int]]) -> bool:
     """Whether the first page is marked as a smaller copy, and a page that is none, or cannot be read, follows."""
     if not pages or not pages[0].get(_REDUCED, 0) & 1:
         return False
     return any(not page or _area(page) > _area(pages[0]) for page in pages[1:])
 
 
-def _sorted(data: Content, pages: list[Mapping[int, int]], raw: bool) -> CameraFile:
+def _sorted(data: Content, pages: Sequence[Mapping[int, int]], raw: bool) -> CameraFile:
     orientation = pages[0].get(_ORIENTATION, 1) if pages else _heif_orientation(data)
     shown = [page for page in pages if page.get(_PHOTOMETRIC) in _SHOWN or not raw]
     found = [
@@ -139,7 +139,8 @@ def _pages(data: Content) -> Iterator[dict[int, int]]:
 
 def _page(data: Content, at: int, order: str) -> tuple[dict[int, int], list[int]]:
     """The page at a place, and the places of those that it names."""
-    page, further = {0: at}, []
+    page: dict[int, int] = {0: at}
+    further: list[int] = []
     (count,) = struct.unpack(order + "H", data[at : at + 2])
     for place in range(at + 2, at + 2 + 12 * count, 12):
         tag, kind, number = struct.unpack(order + "HHI", data[place : place + 8])

@@ -41,7 +41,7 @@ def test_the_vocabulary_made_of_open_clips(tmp_path):
 
     assert sdxl_config.write(tmp_path, NOWHERE)
     ours = [CLIPTokenizer.from_pretrained(tmp_path / name) for name in ("tokenizer", "tokenizer_2")]
-    for text in ("a photo of a Cat, 2 dogs!", "naïve café, 50% off...", "x" * 40, ""):
+    for text in ("a photo of a Cat, 2 dogs", "naïve café, 50% off...", "x" * 40, ""):
         theirs = open_clip.tokenizer.SimpleTokenizer()(text)[0].tolist()
         first, second = (one(text, padding="max_length", max_length=77).input_ids for one in ours)
         assert second == theirs  # padded with zeros, as open_clip does
