@@ -58,7 +58,7 @@ class Panel:
 
         self.library = library
         self.made = missing.Missing("txt2img", library, lambda: family)
-        self.made.wire([], lambda: ())
+        self.made.wire([], lambda identity: ())
 
     def call(self, widget, accepted: bool) -> dict:
         fn, _, outputs = next(iter(widget.events.values()))
