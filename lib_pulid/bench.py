@@ -20,7 +20,7 @@ import torch
 
 from lib_pulid import bench_cases as cases
 from lib_pulid.bench_cases import Case
-from lib_pulid.gpu_cost import Cost, count, fake_gpu
+from lib_pulid.gpu_cost import count, fake_gpu
 from lib_pulid.injection import inject
 
 Row = dict[str, Any]
@@ -52,11 +52,11 @@ def _counted(make: Callable[[], Case]) -> Row:
         "name": case.name,
         "sites": case.sites,
         "floor": case.floor,
-        **{who: {**asdict(cost), "floors": cost.moved / case.floor} for who, cost in _both(ours, official)},
+        **{who: {**asdict(cost), "floors": cost.moved / case.floor} for who, cost in _two(ours, official)},
     }
 
 
-def _both(ours: Cost, official: Cost) -> Sequence[tuple[str, Cost]]:
+def _two(ours: Any, official: Any) -> Sequence[tuple[str, Any]]:
     return ("ours", ours), ("official", official)
 
 
@@ -64,10 +64,10 @@ def kept() -> list[Row]:
     """Bytes on the device while sampling, in 16 bit, for a person and a set of rows (cond; the same for uncond)."""
     widths = [width for (_, width), layers in cases.SDXL_LAYERS.items() for _ in range(layers)]
     with fake_gpu():
-        sdxl, _ = cases.sdxl_injection(widths, "cuda", torch.float16)
-        flux, _ = cases.flux_injection(20, cases.FLUX_WIDTH, "cuda", torch.bfloat16)
-    injections = {"SDXL v1.1, 70 sites": sdxl, "FLUX, 20 sites": flux}
-    return [{"name": name, "bytes": injection.nbytes // 2} for name, injection in injections.items()]
+        sdxl = cases.sdxl_person(widths, "cuda", torch.float16)
+        flux = cases.flux_person(20, cases.FLUX_WIDTH, "cuda", torch.bfloat16)
+    persons = {"SDXL v1.1, 70 sites": sdxl, "FLUX, 20 sites": flux}
+    return [{"name": name, "bytes": person.injection.nbytes // 2} for name, person in persons.items()]
 
 
 # ---------------------------------------------------------------- timed
@@ -110,8 +110,16 @@ def sites(device: str, dtype: torch.dtype, runs: int) -> list[Row]:
     for make in (*kinds, flux, partial(flux, persons=2)):
         case = make()
         off, ours, official = medians(device, runs, (case.off, case.ours, case.official))
-        rows.append({"name": case.name, "ours": ours - off, "official": official - off})
+        row = {"name": case.name, "ours": ours - off, "official": official - off}
+        if "persons" not in case.name:
+            exact = case.exact()
+            row |= {f"error {who}": _error(work(), exact) for who, work in _two(case.ours, case.official)}
+        rows.append(row)
     return rows
+
+
+def _error(made: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((made.double() - exact).norm() / exact.norm()).item()
 
 
 def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
@@ -124,15 +132,19 @@ def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
     rows = []
     for family in ("sdxl", "flux"):
         call = bench_call(family, device, dtype, small)
-        injection = cases.injection_for(call.sites, device, dtype)
+        person = cases.person_for(call.sites, device, dtype)
 
-        def with_persons(persons: int, call=call, injection=injection) -> None:
-            with inject(call.sites, [injection] * persons, call.step):
+        def ours(persons: int, call=call, person=person) -> None:
+            with inject(call.sites, [person.injection] * persons, call.step):
                 call.run()
 
-        functions = [call.run, partial(with_persons, 1), partial(with_persons, 2)]
-        without, one, two = medians(device, runs, functions)
-        rows.append({"name": call.name, "without": without, "one person": one, "two persons": two})
+        def official(call=call, person=person) -> None:
+            with cases.official_at(call.sites, person):
+                call.run()
+
+        names = ("without", "one person", "two persons", "official")
+        taken = medians(device, runs, [call.run, partial(ours, 1), partial(ours, 2), official])
+        rows.append({"name": call.name, **dict(zip(names, taken))})
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,7 +161,7 @@ def test_models_are_kept_where_memory_suffices(host, monkeypatch, free, wanted, 
     options.pop("pulid_keep_encoders")
     if wanted is not None:
         options["pulid_keep_encoders"] = wanted
-    monkeypatch.setattr(sys.modules["lib_pulid.webui.settings"], "_free_memory", lambda: free)
+    monkeypatch.setitem(host.library._keep.__globals__, "_free_memory", lambda: free)
     host.generate([unit("anna")])
     host.generate([unit("ben")])
     assert seen == ["faces", "tower"] * (1 if kept else 2)
