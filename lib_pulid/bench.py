@@ -14,14 +14,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lib_pulid import bench_cases as cases
 from lib_pulid.bench_cases import Case
 from lib_pulid.gpu_cost import count, fake_gpu
 from lib_pulid.injection import inject
+
+if TYPE_CHECKING:
+    from lib_pulid.photos import Encoders
+    from lib_pulid.weights import Adapter
 
 Row = dict[str, Any]
 PARTS = ("counts", "kept", "sites", "steps", "photos")
@@ -142,10 +147,19 @@ def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
             with cases.official_at(call.sites, person):
                 call.run()
 
-        names = ("without", "one person", "two persons", "official")
-        taken = medians(device, runs, [call.run, partial(ours, 1), partial(ours, 2), official])
-        rows.append({"name": call.name, **dict(zip(names, taken))})
+        works = {"without": call.run, "one person": partial(ours, 1), "two persons": partial(ours, 2)}
+        works["official"] = official
+        rows.append({"name": call.name, **dict(zip(works, medians(device, runs, list(works.values()))))})
+        if device.startswith("cuda"):
+            rows[-1] |= {f"peak {name}, bytes": _peak(work) for name, work in works.items()}
     return rows
+
+
+def _peak(work: Callable[[], object]) -> int:
+    """The most of a GPU's memory that is in use while it runs."""
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated()
 
 
 # ---------------------------------------------------------------- photos
@@ -173,8 +187,26 @@ def photos(models_dir: Path, photo: Path | None, device: str, runs: int) -> list
             make_identity([changed], workshop.adapter, encoders=lambda: encoders, encoders_id="bench", cache=cache)
             taken.append(time.perf_counter() - start)
     warm, known = statistics.median(taken[2::2]), statistics.median(taken[3::2])
-    row = {"name": "photo to identity", "loading": loading, "first": taken[0], "warm": warm, "known": known}
-    return [{**row, "of": "; ".join(workshop.notes)}]
+    row = {"name": "photo to identity, seconds", "loading": loading, "first": taken[0], "warm": warm, "known": known}
+    stages = {"name": "its stages, milliseconds", **_stages(image, encoders, workshop.adapter, device, runs)}
+    return [{**row, "of": "; ".join(workshop.notes)}, stages]
+
+
+def _stages(image: np.ndarray, encoders: Encoders, adapter: Adapter, device: str, runs: int) -> dict[str, float]:
+    from lib_pulid.faces import read_face
+    from lib_pulid.identity import encode_identity, face_features
+    from lib_pulid.images import resize_long_edge
+
+    bgr, models = np.ascontiguousarray(resize_long_edge(image)[:, :, ::-1]), encoders.faces
+    face = read_face(image, models)
+    work: dict[str, Callable[[], object]] = {"detect": partial(models.detector.detect, bgr)}
+    if models.landmarker is not None:
+        work["landmarks"] = partial(models.landmarker.detect, bgr)
+    work["recognize"] = partial(models.recogniser.embed, bgr, face.detection)
+    work["parse"] = partial(models.parser.labels, face.aligned)
+    work["vision"] = partial(face_features, [face], encoders.tower)
+    work["encode"] = partial(encode_identity, face_features([face], encoders.tower), adapter)
+    return dict(zip(work, medians(device, runs, list(work.values()))))
 
 
 # ---------------------------------------------------------------- told

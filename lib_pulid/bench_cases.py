@@ -124,7 +124,7 @@ def sdxl_case(
         ours=ours,
         official=official,
         official_off=partial(official, False),
-        exact=lambda: sdxl_official(*_double(q, h, person.tokens, person.weights[width]), layer.heads),
+        exact=lambda: sdxl_official(*_double(q, h, person.tokens, person.weights[width]), heads=layer.heads),
     )
 
 
