@@ -1,6 +1,7 @@
 # make demo    a photo in, contact sheets out (FACE=path for your own photo)
 # make test    everything that can be tested without a WebUI
 # make bench   what a face costs, beside the official formulas: counted as on a GPU, timed, kept in memory
+# make bench-gpu    the times of sites and whole steps on a GPU, in both 16-bit formats; a few minutes
 # make lint    ruff and mypy
 # make test-host WEBUI_DIR=<checkout of A1111 or Forge that runs> [WEBUI_PYTHON=...] [ARGS=...]    see docs/hosts.md
 # make test-host-long WEBUI_DIR=...    100 pictures in a row
@@ -16,7 +17,7 @@ BIN := .venv/bin
 PIPS := 'pip==24.0' 'pip==25.0.1' 'pip>=26'  # with which the tests run install.py; without them those are skipped
 QUIET := PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: demo test bench lint clean test-host test-host-long test-host-sequences
+.PHONY: demo test bench bench-gpu lint clean test-host test-host-long test-host-sequences
 
 demo: .venv/standalone
 	$(BIN)/python -m lib_pulid demo $(if $(FACE),--face "$(FACE)") --out "$(OUT)"
@@ -27,6 +28,12 @@ test: .venv/test
 
 bench: .venv/test
 	$(BIN)/python -m lib_pulid bench
+
+bench-gpu: .venv/test
+	mkdir -p "$(OUT)"
+	for dtype in float16 bfloat16; do \
+		$(BIN)/python -m lib_pulid bench sites steps --device cuda --dtype $$dtype --json > "$(OUT)/bench-$$dtype.json" || exit 1; \
+	done
 
 lint: .venv/test
 	$(BIN)/python -m ruff check .

@@ -208,7 +208,7 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
 def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> Iterable:
     def add(q: Tensor, h: Tensor) -> Tensor:
         identities = _identities(n, active, step, masks, len(h), h.shape[1])
-        return add_cross_attention(q, h, identities, site.heads) if identities else h
+        return add_cross_attention(q, h, identities, site.heads)
 
     return site.attach(add)
 

@@ -126,7 +126,7 @@ class BenchCall:
     name: str
     sites: Sites
     step: DenoiseStep
-    run: Callable[[], Any]
+    run: Callable[[], Tensor]
 
 
 def bench_call(family: str, device: str, dtype: torch.dtype, small: bool) -> BenchCall:
@@ -151,7 +151,7 @@ def _bench_sdxl(side: int, device: str, dtype: torch.dtype, small: bool) -> Benc
     args = (torch.randn(2, 4, side, side, **like), torch.tensor(500, device=device), torch.randn(2, 77, text, **like))
     step = DenoiseStep(0.0, [False, True], (side, side))
     name = f"SDXL UNet, {8 * side} x {8 * side}, 2 rows" + ", narrow" * small
-    return BenchCall(name, find_sites(unet), step, lambda: unet(*args, added_cond_kwargs=added))
+    return BenchCall(name, find_sites(unet), step, lambda: unet(*args, added_cond_kwargs=added).sample)
 
 
 def _bench_flux(side: int, device: str, dtype: torch.dtype, small: bool) -> BenchCall:
@@ -168,10 +168,11 @@ def _bench_flux(side: int, device: str, dtype: torch.dtype, small: bool) -> Benc
     angles = torch.zeros(512 + tokens, head, device=device)
     given = {"temb": vec, "image_rotary_emb": (angles.cos(), angles.sin())}
 
-    def run() -> None:
+    def run() -> Tensor:
         x, y = image, text
         for block in (once, double, twice, single, single, single):
             y, x = block(hidden_states=x, encoder_hidden_states=y, **given)
+        return x
 
     sites = tuple(image_stream_site(name, block, width, 1) for name, block in (("double", once), ("single", twice)))
     name = f"FLUX, 2 double and 4 single blocks, {8 * side} x {8 * side}" + ", narrow" * small
