@@ -243,6 +243,13 @@ class TestTheAccordion:
         ui.modules.shared.opts.data["pulid_units"] = 5
         assert len(script.ui(False)) == 1 + 5 * len(FIELDS)
 
+    def test_each_persons_settings_have_labels_of_their_own(self, script):
+        """The hosts keep them in ui-config.json by their labels."""
+        for tab in (False, True):
+            labels = [one.label for one in script.ui(tab) if not getattr(one, "do_not_save_to_config", False)]
+            assert len(labels) == len(set(labels)) > 30
+            assert {"Weight", "Weight (person 2)", "Weight (person 3)"} <= set(labels)
+
     def test_without_an_input_accordion(self, ui, script):
         del ui.modules.ui_components.InputAccordion
         controls = script.ui(False)
@@ -324,6 +331,17 @@ class TestPlan:
         flux = plan.injections(model, hires=False)
         assert [(i.family, i.weight, i.start_step) for i in flux] == [("flux", 1.0, 3), ("flux", 0.3, 0)]
         assert [(i.weight, i.start_step) for i in plan.injections(sdxl, hires=False)] == [(0.8, 0), (0.3, 0)]
+
+    def test_chroma_is_called_an_experiment(self, library, one, model):
+        from lib_pulid.webui import infotext
+
+        plan, notes, chroma = self.plan(library, one, {}), [], torch.nn.Module()
+        plan.warn, chroma.distilled_guidance_layer = notes.append, torch.nn.Identity()
+        assert "experiment" not in plan.prepare(model)[1] and notes == []
+        facts = plan.prepare(replace(model, denoiser=chroma))[1]
+        plan.injections(replace(model, denoiser=chroma), hires=False)
+        assert len(notes) == 1 and "not trained for Chroma" in notes[0]
+        assert infotext.read(infotext.write(plan.units[0][1], "flux", facts))["experiment"] == "Chroma"
 
     def test_without_negative_rows_half_is_compiled(self, library, one, model):
         plan = self.plan(library, one, {})
@@ -535,6 +553,54 @@ class TestActions:
         finally:
             (library.identities_dir / "Anna.safetensors").unlink()
 
+    def test_photos_or_a_saved_identity_one_of_them_is_there(self, script):
+        """Whichever came last counts, and the other is gone from the page."""
+        same = {"__type__": "update"}
+        from lib_pulid.webui.actions import Actions
+
+        actions = Actions(script.library, lambda name: "sdxl")
+        chosen, note = actions.photos_count('["photo"]', "anna", "<p>before</p>")
+        assert chosen["value"] == "None"
+        assert "before" in note["value"] and "anna is no longer chosen" in note["value"]
+        assert actions.photos_count('["photo"]', "None", "") == (same, same)
+        assert actions.photos_count("", "anna", "") == (same, same)
+        assert actions.identity_counts("anna", '["photo"]') == ""
+        assert actions.identity_counts("None", '["photo"]') == same
+
+    def test_a_deleted_identity_is_chosen_no_longer(self, actions, library, one):
+        actions.save("Gone", json.dumps([one]), "auto", "largest", 0, "official")
+        path = library.identities_dir / "Gone.safetensors"
+        short_hash = library.find("Gone") and library.identities()[0].short_hash
+        for chosen in ("Gone", "gone", short_hash, "None", "", None):
+            assert "value" not in actions.refresh(chosen)[0]
+        path.unlink()
+        lists, _ = actions.refresh("Gone")
+        assert lists["value"] == "None" and "Gone" not in lists["choices"]
+
+    def test_a_preview_of_what_is_there_no_longer_goes(self, actions, one):
+        asked = actions.asked(json.dumps([one]), "None", "largest", 0)
+        same = {"__type__": "update"}
+        assert actions.still_asked(json.dumps([one]), "None", "largest", 0.0, asked) == (same, same)
+        gone = ({"__type__": "update", "value": [], "visible": False}, "")
+        for now in (("", "None", "largest", 0), (json.dumps([one]), "anna", "largest", 0),
+                    (json.dumps([one]), "None", "largest", 1)):  # fmt: skip
+            assert actions.still_asked(*now, asked) == gone
+        assert actions.no_preview() == gone
+
+    def test_save_what_is_chosen_under_another_name(self, actions, library, one):
+        saved = [library.identities_dir / f"{name}.safetensors" for name in ("First", "Second")]
+        try:
+            actions.save("First", json.dumps([one]), "auto", "largest", 0, "official")
+            listed, _, note = actions.save("Second", "", "auto", "largest", 0, "official", "First")
+            assert listed["value"] == "Second"
+            assert library.saved("Second").short_hash == library.saved("First").short_hash
+            note = actions.save("x.pulidembd", "", "auto", "largest", 0, "official", "First")[2]
+            assert "is for FLUX" in note
+            assert "no photo" in actions.save("Third", "", "auto", "largest", 0, "official", "None")[2]
+        finally:
+            for path in saved:
+                path.unlink(missing_ok=True)
+
     @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "0123456789", "x" * 90, "a:b"])
     def test_names_that_cannot_be(self, actions, one, name):
         assert "pulid-bad" in actions.save(name, json.dumps([one]), "auto", "largest", 0, "official")[2]
@@ -599,6 +665,20 @@ def test_settings_and_flags(ui, script, tmp_path):
     assert settings.models_dir() == tmp_path
     ui.modules.shared.opts.data["pulid_models_dir"] = ""
     assert str(settings.models_dir()) == ui.modules.paths.models_path
+
+
+def test_the_folder_for_temporary_images_is_made(ui, tmp_path):
+    """A fresh Forge Neo names one that is not there; a place where none can be made is no reason to fail."""
+    from lib_pulid.webui import settings
+
+    settings.make_temp_folder()  # the host's default: none
+    for folder in (tmp_path / "data" / "tmp", tmp_path / "data" / "tmp"):
+        ui.modules.shared.opts.temp_dir = str(folder)
+        settings.make_temp_folder()
+        assert folder.is_dir()
+    (tmp_path / "file").touch()
+    ui.modules.shared.opts.temp_dir = str(tmp_path / "file" / "tmp")
+    settings.make_temp_folder()
 
 
 def test_the_page_script_is_one_class():

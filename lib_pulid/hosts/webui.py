@@ -14,9 +14,10 @@ from lib_pulid.errors import SettingError, UnsupportedModelError
 from lib_pulid.hosts import LoadedModel, Plan
 from lib_pulid.hosts.frame import frame_of, part_of_mask
 from lib_pulid.injection import DenoiseStep, Injection, inject
-from lib_pulid.sites import Sites, find_sites
+from lib_pulid.sites import Sites, find_sites, is_chroma
 from lib_pulid.watch import Watch, uncompiled
 
+CHROMA = "pulid_chroma"  # name of the setting
 SDXL_SITES = 70
 REFINER_WIDTH = 1280
 # Width of the text that a UNet's cross-attention reads -> what it is then.
@@ -42,9 +43,19 @@ def family_of(denoiser: nn.Module | None, name: str, wanted: str = "an SDXL chec
     """
     problem = "no checkpoint is loaded" if denoiser is None else _problem(denoiser)
     if problem is None:
-        return find_sites(denoiser).family  # type: ignore[arg-type]
+        return find_sites(denoiser, chroma=True).family  # type: ignore[arg-type]
     what = f"{name}: {problem}" if name else problem[:1].upper() + problem[1:]
-    raise UnsupportedModelError(f"{what}. PuLID needs {wanted}: choose one, or switch PuLID off for this picture.")
+    hint = " To try it with Chroma: Settings, PuLID." if denoiser is not None and is_chroma(denoiser) else ""
+    raise UnsupportedModelError(
+        f"{what}. PuLID needs {wanted}: choose one, or switch PuLID off for this picture.{hint}"
+    )
+
+
+def tries_chroma() -> bool:
+    """The setting that lets Chroma pass for FLUX.1."""
+    from modules.shared import opts
+
+    return bool(opts.data.get(CHROMA, False))
 
 
 def is_refiner(denoiser: nn.Module | None) -> bool:
@@ -55,7 +66,7 @@ def is_refiner(denoiser: nn.Module | None) -> bool:
 
 def _problem(denoiser: nn.Module) -> str | None:
     try:
-        sites = find_sites(denoiser)
+        sites = find_sites(denoiser, chroma=is_chroma(denoiser) and tries_chroma())
     except UnsupportedModelError as error:
         return str(error).rstrip(".")
     if sites.family == "flux":
@@ -178,7 +189,7 @@ class Injector:
         if any(injection.weight for injection in injections):
             self._uncompiled.enter_context(uncompiled())
         self._injections = tuple(injections)
-        self._sites = self._watch.over(find_sites(model.denoiser))
+        self._sites = self._watch.over(find_sites(model.denoiser, chroma=True))
         self._model, self._hires, self._ready_for, self._was_ready = model, hires, wanted, True
 
     def check_steps(self, steps: int | None) -> None:

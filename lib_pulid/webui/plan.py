@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
 from lib_pulid.fields import AUTO
+from lib_pulid.identity import check_fusion, with_uncond
 from lib_pulid.injection import Injection
+from lib_pulid.sites import is_chroma
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.pictures import photo, region
 
@@ -33,6 +35,7 @@ class UnitPlan:
     tell: Callable[[str], None] = lambda text: None
     warn: Callable[[str], None] = lambda text: None
     stop: Callable[[], bool] | None = None
+    _is_experiment: bool = False
     _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
 
     def injections(self, model: LoadedModel, *, hires: bool) -> list[Injection]:
@@ -41,6 +44,7 @@ class UnitPlan:
         Raises:
             PulidError: its message begins with the unit and the field at fault.
         """
+        self._experiment(model)
         wanted = [(number, unit) for number, unit in self.units if unit.in_pass(hires)]
         return [injection for injection, _ in self._compiled(wanted, model).values()]
 
@@ -48,21 +52,24 @@ class UnitPlan:
         """Compiles all units and returns, by unit, what to write into the picture's parameters beside the settings."""
         for number, unit in self.units:
             unit.check_family(model.family, number)
-        return {number: facts for number, (_, facts) in self._compiled(self.units, model).items()}
+        experiment = self._experiment(model)
+        return {number: facts | experiment for number, (_, facts) in self._compiled(self.units, model).items()}
+
+    def _experiment(self, model: LoadedModel) -> dict[str, str]:
+        """What the picture's parameters and, once, a note say of a model that PuLID was not trained for."""
+        if not is_chroma(model.denoiser):
+            return {}
+        if not self._is_experiment:
+            self._is_experiment = True
+            self.warn("PuLID was not trained for Chroma: this is an experiment with the file for FLUX.")
+        return {"experiment": "Chroma"}
 
     def check_steps(self, model: LoadedModel, steps: int, *, hires: bool) -> None:
         """See `lib_pulid.hosts.Plan`. The second pass has few steps and a face already, unless it alone has one."""
         for number, unit in self.units:
             if not unit.in_pass(hires) or (hires and unit.in_pass(False)):
                 continue
-            injection = self._compiled([(number, unit)], model)[number][0]
-            if injection.weight and not injection.acts_within(steps):
-                name = "start_step" if injection.start_step >= steps else "start"
-                limits = f"from step {injection.start_step} on and " if injection.start_step else ""
-                raise at_unit(number, name, SettingError(
-                    f"the face would never act: of the {steps} steps, which count from 0, none lies "
-                    f"{limits}between the shares {injection.start:g} and {injection.end:g}."
-                ))  # fmt: skip
+            unit.check_steps(model.family, steps, number)
 
     def cfg_start_step(self, model: LoadedModel, *, hires: bool) -> int:
         """The largest of the units that act in this pass: it is one and the same for the whole picture."""
@@ -94,8 +101,8 @@ class UnitPlan:
         self.tell(f"PuLID: loading the model for unit {number}")
         unit = unit.on(model.family)
         identity, adapter = self._identity(number, unit, model.family)
-        if not model.guided:  # half of the memory
-            identity = replace(identity, uncond=None)
+        # Without negative rows: half of the memory.
+        identity = with_uncond(identity, adapter) if model.guided else replace(identity, uncond=None)
         with _at(number, "mask"):
             mask = region(unit.mask, "the region") if unit.mask else None
         with _at(number, "model"):
@@ -127,6 +134,8 @@ class UnitPlan:
             raise at_unit(number, "images", SettingError("add a photo or choose a saved identity, or switch it off."))
         with _at(number, "model"):
             adapter = self.library.adapter(unit.model, family)
+        with _at(number, "fusion"):
+            check_fusion(unit.fusion, adapter)
         with _at(number, "images"):
             photos = [photo(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
             identity = self.library.encode(

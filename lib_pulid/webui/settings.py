@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lib_pulid.disk import user_path
 from lib_pulid.fields import MOST_UNITS
+from lib_pulid.hosts.webui import CHROMA
 
 SECTION = ("pulid", "PuLID")
 UNITS, FOLDER, DEVICE, KEEP = "pulid_units", "pulid_models_dir", "pulid_device", "pulid_keep_encoders"
@@ -32,6 +35,9 @@ def add_settings() -> None:
             "about 2 GB, and a new photo is read in a fraction of the time; where memory suffices: on the CPU, while "
             f"{ROOM / 1e9:.0f} GB of it are free"
         ),
+        CHROMA: OptionInfo(False, "Try PuLID on Chroma").info(
+            "an experiment with the PuLID file for FLUX, which was not trained for Chroma: expect less likeness"
+        ),
     }
     for name, info in infos.items():
         info.section = SECTION
@@ -47,8 +53,8 @@ def models_dir() -> Path:
     from modules import paths
     from modules.shared import cmd_opts
 
-    chosen = getattr(cmd_opts, "pulid_models_dir", None) or _option(FOLDER, "")
-    return Path(chosen or getattr(paths, "models_path", "models")).expanduser().absolute()
+    chosen = (getattr(cmd_opts, "pulid_models_dir", None) or _option(FOLDER, "") or "").strip()
+    return user_path(chosen or getattr(paths, "models_path", "models")).absolute()
 
 
 def device() -> str:
@@ -71,6 +77,17 @@ def _free_memory() -> int:
     except ImportError:
         return 0
     return psutil.virtual_memory().available
+
+
+def make_temp_folder() -> None:
+    """Makes the folder of the host's setting temp_dir, where gradio shows images from. In a fresh Forge Neo nobody else
+    does, and the first photo that is dropped would fail."""
+    from modules.shared import opts
+
+    folder = getattr(opts, "temp_dir", "")
+    if folder:
+        with suppress(OSError):
+            Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def _option(name: str, default: Any) -> Any:

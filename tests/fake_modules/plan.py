@@ -37,7 +37,7 @@ class RandomPlan:
             raise self.error
         generator = torch.Generator().manual_seed(1)
         make = _cross_attention if model.family == "sdxl" else _image_stream
-        sites = tuple(make(site, self.weight, generator) for site in find_sites(model.denoiser).sites)
+        sites = tuple(make(site, self.weight, generator) for site in find_sites(model.denoiser, chroma=True).sites)
         settings = (self.has_uncond, self.weight, "ortho_v2", 20, self.start, self.end, self.mask)
         return [Injection(model.family, sites, *settings, self.start_step)]
 
@@ -50,7 +50,7 @@ class RandomPlan:
 
 def _cross_attention(site: Site, weight: float, generator: torch.Generator) -> CrossAttentionTensors:
     k, v = (torch.randn(2, 6, site.width, generator=generator) for _ in range(2))
-    return CrossAttentionTensors(k, v * weight)
+    return CrossAttentionTensors.joined(k, v * weight)
 
 
 def _image_stream(site: Site, weight: float, generator: torch.Generator) -> ImageStreamTensors:
