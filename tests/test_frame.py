@@ -77,8 +77,8 @@ class Script:
         return self.filename
 
 
-def chosen(file: str, *, replaced: bool) -> Any:
-    p = processing((64, 64), scripts=SimpleNamespace(selectable_scripts=[Script(file)]), script_args=(1,))
+def chosen(file: str, *, replaced: bool, size: tuple[int, int] = (64, 64)) -> Any:
+    p = processing(size, scripts=SimpleNamespace(selectable_scripts=[Script(file)]), script_args=(1,))
     remember_images(p)
     remember_images(p)
     if replaced:
@@ -95,6 +95,16 @@ def test_scripts_that_process_tiles_are_refused() -> None:
 def test_scripts_that_process_whole_images() -> None:
     for file, replaced in (("xyz_grid.py", False), ("loopback.py", True), ("ultimate-upscale.py", True)):
         assert frame_of(chosen(file, replaced=replaced), hires=False) == WHOLE
+
+
+def test_loopback_goes_on_with_what_it_made() -> None:
+    """A mask of the input image stays where it was when that was cropped."""
+    for file, frame in (("loopback.py", (0.25, 0, 0.75, 1)), ("ultimate-upscale.py", WHOLE)):
+        p = chosen(file, replaced=False, size=(200, 100))
+        p.resize_mode = 1
+        assert frame_of(p, hires=False) == (0.25, 0, 0.75, 1)
+        p.init_images = [Image.new("RGB", (64, 64))]
+        assert frame_of(p, hires=False) == frame
 
 
 def test_batches_of_files_without_a_script() -> None:
