@@ -64,28 +64,22 @@ def timm_version() -> str:
 
 
 def installed() -> dict[str, str]:
-    """Asks pip for name -> version of what is installed: of several versions of a package, pip knows which counts. It
-    fails where a package's metadata has no version; then the first on sys.path counts, as for pip."""
-    import subprocess
-
-    # The other formats of pip 24.1 to 25.3 fail with versions such as Debian's 1.1build1 too.
-    command = [sys.executable, "-m", "pip", "list", "--format=columns"]
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
-    rows = [line.split() for line in done.stdout.splitlines()[2:]] if done.returncode == 0 else described()[::-1]
-    return {re.sub(r"[-_.]+", "-", row[0]).lower(): row[1] for row in rows if len(row) > 1}
-
-
-def described() -> list[tuple[str, str]]:
-    """Name and version of what has metadata, in the order of sys.path. An uninstall of torch can leave a `~orch`."""
+    """Reads name -> version of what is installed as pip sees it: of several versions, the first on sys.path counts.
+    `pip list` itself fails, in some of its versions, for one package whose version is missing or not PEP 440's."""
     from importlib import metadata
 
-    found = []
+    found: dict[str, tuple[str, str]] = {}  # name -> version, folder
     for package in metadata.distributions():
         name, version = package.metadata.get("Name"), package.metadata.get("Version")
-        if name and version and not os.path.basename(str(getattr(package, "_path", ""))).startswith("~"):
-            found.append((name, version))
-    return found
+        folder, info = os.path.split(str(getattr(package, "_path", "")))
+        if not name or not version or info.startswith("~"):  # ~orch is what an uninstall of torch can leave
+            continue
+        name = re.sub(r"[-_.]+", "-", name).lower()
+        first, where = found.setdefault(name, (version, folder))
+        # Of two in one folder, pip takes the newer one; from Python 3.11 on, the one that is listed first.
+        if where == folder and sys.version_info < (3, 11) and numbers(version) > numbers(first):
+            found[name] = version, folder
+    return {name: version for name, (version, _) in found.items()}
 
 
 def constraints(have: dict[str, str]) -> str:

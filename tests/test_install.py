@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import runpy
@@ -39,8 +40,8 @@ def run(monkeypatch):
         monkeypatch.setitem(sys.modules, "launch", launch)
         found = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else found(name))
-        listed = "Package  Version\n---\n" + "".join(f"{name}  {version}\n" for name, version in have.items())
-        monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listed, returncode=0))
+        packages = [SimpleNamespace(metadata={"Name": name, "Version": version}) for name, version in have.items()]
+        monkeypatch.setattr(importlib.metadata, "distributions", lambda: packages)
         runpy.run_path(str(PATH))
         return calls
 
@@ -74,7 +75,7 @@ def test_package_without_metadata_is_not_overwritten(run, name):
 @pytest.mark.parametrize(
     ("version", "equal"),
     [("2.1.2+cu121", "=="), ("1.0.0-rc.1", "=="), ("2.4.0a0+3bcc3cddb5.nv24.7", "=="), ("1.0.post1.dev2", "==")]
-    + [("1.1build1", "==="), ("2.7.0-rocm6.3", "==="), ("None", "===")],
+    + [("1.1build1", "==="), ("2.7.0-rocm6.3", "===")],
 )
 def test_constraint_for_any_version(run, version, equal):
     ((_, text),) = run("onnx", have={**HAVE, "Some_Thing": version})
