@@ -82,6 +82,13 @@ def test_constraint_for_any_version(run, version, equal):
     assert text == f"numpy==1.26.2\nprotobuf==6.33.0\nsome-thing{equal}{version}\n"
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="from Python 3.11 on, pip takes the one listed first")
+def test_two_versions_in_one_folder(run):
+    """Which of them pip takes, its versions see differently; so it can take neither."""
+    ((_, text),) = run("onnx", have={**HAVE, "Some-Thing": "1.0", "some_thing": "2.0"})
+    assert "some-thing==1.0\nsome-thing==2.0\n" in text
+
+
 # With the real pip
 
 HOST = {
@@ -163,7 +170,8 @@ def environment(folder: Path, pip_wheel: Path | None) -> tuple[Path, Path]:
 def litter(site: Path, second: Path) -> None:
     """What lies around in environments that have been used for years."""
     lay(site, {"~orch-2.0.1.dist-info/METADATA": "Name: torch\nVersion: 2.0.1\n"})  # an uninstall that broke
-    lay(site, {"numpy-1.21.5.dist-info/METADATA": "Name: numpy\nVersion: 1.21.5\n"})  # an upgrade that broke
+    if sys.version_info >= (3, 11):  # an upgrade that broke; see test_two_versions_in_one_folder
+        lay(site, {"torch-2.0.1.dist-info/METADATA": "Name: torch\nVersion: 2.0.1\n"})
     lay(site, {"insightface/models/readme.txt": ""})  # a folder that outlived its package
     lay(site, {"distro_info-1.1build1.dist-info/METADATA": "Name: distro-info\nVersion: 1.1build1\n"})
     lay(site, {"nothing-1.0.dist-info/INSTALLER": "", "bare.egg-info/PKG-INFO": "", "alone.py": ""})  # no metadata
