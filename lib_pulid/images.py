@@ -242,8 +242,9 @@ def _from_pil(image: Image.Image, name: str, background: int, orientation: int =
         raise ImageError(f"{name}: the image is truncated or damaged ({error}).") from error
     with contextlib.suppress(Exception):  # damaged metadata is no reason to refuse a good photo
         exif = image.getexif()
-        exif.setdefault(_ORIENTATION, orientation)
-        if exif[_ORIENTATION] != 1:  # else it would only be copied
+        if orientation != 1:
+            exif.setdefault(_ORIENTATION, orientation)
+        if exif.get(_ORIENTATION, 1) != 1:  # else it would only be copied
             image = ImageOps.exif_transpose(image) or image
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_wide(image, stored, name, background)
