@@ -50,8 +50,8 @@ def test_resize_modes(mode: int, size: tuple[int, int], frame: tuple[float, ...]
     assert frame_of(processing(size, resize_mode=mode), hires=False) == frame
 
 
-def only_masked(size: tuple[int, int], paste_to: tuple[int, ...], **values: Any) -> Any:
-    return processing(size, inpaint_full_res=True, image_mask=Image.new("L", size), paste_to=paste_to, **values)
+def only_masked(size: tuple[int, int], paste_to: tuple[int, ...]) -> Any:
+    return processing(size, inpaint_full_res=True, image_mask=Image.new("L", size), paste_to=paste_to)
 
 
 def test_inpaint_only_masked() -> None:
@@ -59,8 +59,9 @@ def test_inpaint_only_masked() -> None:
     crops = {(100, 20, 50, 50): (0.5, 0.2, 0.75, 0.7), (0, 0, 200, 100): (0, -0.5, 1, 1.5)}
     for paste_to, frame in crops.items():
         assert frame_of(only_masked((200, 100), paste_to), hires=False) == pytest.approx(frame)
-    # The rectangle of an earlier request counts no longer.
-    assert frame_of(only_masked((200, 100), (9, 9, 9, 9), image_mask=None), hires=False) == WHOLE
+    earlier = only_masked((200, 100), (9, 9, 9, 9))
+    earlier.image_mask = None  # its rectangle counts no longer
+    assert frame_of(earlier, hires=False) == WHOLE
 
 
 def test_images_of_several_sizes() -> None:
