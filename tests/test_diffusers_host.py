@@ -143,7 +143,7 @@ def test_nothing_asked_nothing_changed(bases, adapters, family):
     base, adapter = bases[family], adapters[family]
     plain = draw(base)
     assert torch.equal(draw(base), plain)
-    settings = [{"weight": 0.0}, {"start": 0.0, "end": 0.0}, {"start": 1.0, "end": 1.0}, {"start": 0.8, "end": 1.0}]
+    settings = [{"weight": 0.0}, {"start": 0.8, "end": 1.0}]
     for setting in settings:
         assert torch.equal(draw(base, [compile_injection(adapter, person(), **setting)]), plain), setting
     assert torch.equal(draw(base, []), plain)
@@ -496,8 +496,8 @@ def test_no_hook_is_left(bases, adapters, family):
         draw(base, None)
         assert count_hooks(denoiser) == before + 3
     handle.remove()
-    # While it runs: two hooks a site on SDXL (70), one on FLUX (20).
-    assert set(during) == {before + 3 + {"sdxl": 2 * 70, "flux": 20}[family]}
+    # While it runs: two hooks a site, on SDXL (70) and on FLUX (20; one of the two sees whether the block ran).
+    assert set(during) == {before + 3 + 2 * {"sdxl": 70, "flux": 20}[family]}
     assert count_hooks(denoiser) == before
 
 
