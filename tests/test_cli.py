@@ -508,7 +508,13 @@ def test_verify(run, hub, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("value", "folder"),
-    [("elsewhere", "elsewhere"), ("", "models"), ("  ", "models"), ("~/mine", "home/mine"), ("~nobody/x", "~nobody/x")],
+    [
+        ("elsewhere", "elsewhere"),
+        ("", "models"),
+        ("  ", "models"),
+        ("~/mine", "home/mine"),
+        ("~no-such-user/x", "~no-such-user/x"),
+    ],
 )
 def test_the_default_folder(run, monkeypatch, tmp_path, value, folder):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
