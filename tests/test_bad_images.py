@@ -323,7 +323,7 @@ def colored(palette: list[int]) -> Image.Image:
         encoded(Image.fromarray(np.dstack([np.full((64, 64), 255, np.uint8)] * 3 + [squares(255, "uint8")]))),
         encoded(Image.fromarray(squares(255, "uint8")).convert("P")),
     ],
-    ids=str,
+    ids=lambda source: type(source).__name__,  # the same in every process
 )
 def test_a_region_acts_in_full_whatever_its_numbers(source):
     assert np.array_equal(load_region(source), squares(1, np.float32))
@@ -344,7 +344,7 @@ def test_shares_between_black_and_white_stay():
         squares(15, "uint8"),
         squares(200, "uint16"),
     ],
-    ids=str,
+    ids=lambda source: type(source).__name__,  # the same in every process
 )
 def test_a_region_that_is_nearly_black_is_an_error(mask):
     for source in (mask, encoded(Image.fromarray(mask))):
