@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_pulid demo | generate | embed | doctor | models`."""
+"""The command line: `python -m lib_pulid demo | generate | embed | doctor | models | bench`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sd-webui-pulid {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_generate, _add_embed, _add_doctor, _add_models):
+    for add in (_add_demo, _add_generate, _add_embed, _add_doctor, _add_models, _add_bench):
         add(commands)
     return parser
 
@@ -152,6 +152,25 @@ def _add_models(commands) -> None:
     )
 
 
+def _add_bench(commands) -> None:
+    parser = _command(commands, "bench", run_bench, "what a face costs, counted and timed")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help="counts (kernels and bytes, as on a GPU), kept (memory), sites (times of one layer), steps (of a whole "
+        "call), photos (to an identity); default: the first three",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the times")
+    parser.add_argument("--runs", type=int, default=7, help="of which the median is told")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; 0 takes torch's default")
+    parser.add_argument("--small", action="store_true", help="steps: of narrow stand-ins")
+    parser.add_argument("--face", type=Path, help="photos: your photo (default: a sample photograph of a library)")
+    parser.add_argument("--official", type=Path, help="counts: a checkout of ToTheBeginning/PuLID to count as well")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
 # ---------------------------------------------------------------- commands
 
 
@@ -221,6 +240,14 @@ def run_models(arguments: argparse.Namespace) -> int:
     from lib_pulid import models
 
     return models.run(arguments.action, arguments.names, arguments.models_dir, arguments.accept_licence)
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    from lib_pulid import bench
+
+    if unknown := set(arguments.parts) - set(bench.PARTS):
+        raise SettingError(f"bench does not know {', '.join(sorted(unknown))}; its parts: {', '.join(bench.PARTS)}.")
+    return bench.run(arguments)
 
 
 # ---------------------------------------------------------------- helpers

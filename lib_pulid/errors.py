@@ -46,6 +46,10 @@ class SettingError(PulidError, ValueError):
     """A setting is out of range or unknown."""
 
 
+class Interrupted(PulidError):
+    """The user wanted no more of it."""
+
+
 class OutOfMemoryError(PulidError):
     """The memory of the computer or of its GPU did not suffice."""
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 FUSIONS = ("official", "id_mix", "average")
 FILE_FORMAT = "sd-webui-pulid identity"
 FILE_VERSION = "1"
+VISION_BATCH = 4  # faces; each needs some 50 MB while the tower runs
 LARGEST_FILE = 100_000_000  # bytes; a photo makes 0.5 MB
 
 
@@ -159,15 +160,19 @@ class FaceFeatures:
 
 
 @torch.no_grad()
-def face_features(face: Face, tower: VisionTower) -> FaceFeatures:
-    """Runs the vision tower on a face, on the tower's device."""
+def face_features(faces: Sequence[Face], tower: VisionTower) -> list[FaceFeatures]:
+    """Runs the vision tower on faces, VISION_BATCH at once, on the tower's device."""
     from lib_pulid.faces import vision_input
 
-    device = next(tower.parameters()).device
-    class_token, hidden = tower(vision_input(face.features).to(device))
-    arcface = torch.from_numpy(face.embedding).to(device)[None]
-    id_cond = torch.cat((arcface, class_token / class_token.norm(dim=1, keepdim=True)), dim=1)
-    return FaceFeatures(id_cond, tuple(hidden))
+    device, found = next(tower.parameters()).device, []
+    for first in range(0, len(faces), VISION_BATCH):
+        some = faces[first : first + VISION_BATCH]
+        class_tokens, hidden = tower(torch.cat([vision_input(face.features) for face in some]).to(device))
+        for i, face in enumerate(some):
+            arcface, class_token = torch.from_numpy(face.embedding).to(device)[None], class_tokens[i : i + 1]
+            id_cond = torch.cat((arcface, class_token / class_token.norm(dim=1, keepdim=True)), dim=1)
+            found.append(FaceFeatures(id_cond, tuple(scale[i : i + 1] for scale in hidden)))
+    return found
 
 
 @torch.no_grad()

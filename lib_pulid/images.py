@@ -28,6 +28,8 @@ MAX_BYTES = 3 * MAX_PIXELS  # of an image file in memory: what the largest photo
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL")
 
 LONGEST_REGION = 4096  # pixels; a picture's tokens are 8 of its pixels wide and more
+DARKEST_REGION = 1 / 16  # of the full strength
+SMALLEST_REGION = 1 / 32**2  # of the image: a square 32 pixels wide in 1024
 _ORIENTATION = 0x0112  # Exif
 
 
@@ -58,16 +60,65 @@ def load_image(source: ImageSource, name: str = "image", background: int = 255) 
 
 
 def load_region(source: ImageSource, name: str = "region") -> np.ndarray:
-    """Read a region as float32 [H, W], 0..1: its brightness; where it is transparent nothing was painted, so 0.
+    """Reads a mask as float32 [H, W], 0..1: its brightness, of a color the brightest channel; 0 where transparent.
+
+    Numbers are taken in the range that they have: 0..1, 0..255 or 16 bits. Where a file or an integer array has no
+    other values than 0 and 1 (a label map), or a palette only black and one color, the face acts in full.
 
     Raises:
-        ImageError: it cannot be read, or is black all over, so that the face could act nowhere.
+        ImageError: it cannot be read; or it is black, or so nearly black that the face could not be seen.
     """
-    image = thumbnail(load_image(source, name, background=0), LONGEST_REGION)
-    grey = image.astype(np.float32).mean(axis=-1) / 255
-    if not grey.any():
+    values, has_two_colors = _peeked(source)
+    if values is None or values.ndim == 3 and values.shape[2] > 1:
+        values = load_image(source, name, background=0).max(-1)
+    plane = _shares(values.squeeze(-1) if values.ndim == 3 else values, name)
+    if has_two_colors and plane.min() == 0 < plane.max():
+        plane = plane / plane.max()
+    plane = thumbnail(plane, LONGEST_REGION)
+    if not plane.any():
         raise ImageError(f"{name}: it is black all over; the face would act nowhere. Paint the place white.")
-    return grey
+    if plane.max() < DARKEST_REGION or plane.mean() < SMALLEST_REGION:
+        raise ImageError(
+            f"{name}: it is nearly black ({plane.mean():.2%} white, {plane.max():.0%} at the brightest place); the "
+            "face could not be seen. Paint the place white; of a map of several labels, give this person's alone."
+        )
+    return plane
+
+
+def _peeked(source: ImageSource) -> tuple[np.ndarray | None, bool]:
+    """What `load_image` would lose of a mask: the values, where they are not 8 bits, and whether it is a palette of
+    which two entries are used."""
+    if isinstance(source, np.ndarray):
+        return (None if source.dtype == np.uint8 and source.ndim == 3 else source), False
+    from PIL import Image
+
+    Image.init()
+    file = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # load_image tells what is wrong
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        is_open = isinstance(file, Image.Image)
+        kinds = [kind for kind in FORMATS if kind in Image.OPEN]
+        with contextlib.nullcontext(file) if is_open else Image.open(file, formats=kinds) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return None, False
+            if image.mode == "F":
+                return np.array(image), False
+            if image.mode.startswith("I"):
+                return np.array(image).clip(0, 65535).astype(np.uint16), False
+            return None, image.mode == "P" and len(image.getcolors()) == 2
+    return None, False
+
+
+def _shares(values: np.ndarray, name: str) -> np.ndarray:
+    """Brightness of any range [H, W] -> float32, 0..1."""
+    if values.ndim != 2 or not values.size:
+        raise ImageError(f"{name}: an array of shape {values.shape} is not a mask; [height, width] is.")
+    _check_size(values.shape[1], values.shape[0], name)
+    kind, low, high = values.dtype.kind, float(values.min()), float(values.max())
+    if kind not in "buif" or not (low >= -1e-3 and high <= 65535):  # written so that NaN fails
+        raise ImageError(f"{name}: values in {low:g}..{high:g} are not a mask; those in 0..1 or 0..255 are.")
+    full = 1.0 if high <= 1 + 1e-3 else 255.0 if high <= 255 and values.dtype != np.uint16 else 65535.0
+    return (values.astype(np.float32) / np.float32(full)).clip(0, 1)
 
 
 def resize_long_edge(image: np.ndarray, limit: int = 1024) -> np.ndarray:

@@ -95,7 +95,7 @@ def make_identity(
         faces.append(read_face(image, models.faces, choice, name))
         on_face(name, faces[-1])
     identity = encode_identity(
-        [face_features(face, models.tower) for face in faces],
+        face_features(faces, models.tower),
         adapter,
         fusion=fusion,
         thumbnail=thumbnail(faces[0].aligned, 128) if faces else None,

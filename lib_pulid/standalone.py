@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from lib_pulid import catalog, standin
 from lib_pulid.errors import MissingWeightsError
@@ -21,8 +20,9 @@ from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource
 from lib_pulid.injection import Injection
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, make_identity
-from lib_pulid.sites import Site, Sites, find_sites
+from lib_pulid.sites import find_sites
 from lib_pulid.vision import load_vision_tower
+from lib_pulid.watch import Watch
 from lib_pulid.weights import Adapter, load_adapter
 
 if TYPE_CHECKING:
@@ -77,10 +77,11 @@ class Workshop:
         self, injections: Sequence[Injection], prompt: str, **settings: int | float | None
     ) -> tuple[Image.Image, int]:
         """A picture with the injections, and at how many sites a residual was really added."""
-        sites, used = _counted(find_sites(denoiser_of(self.base.pipeline)))
+        watch = Watch()
+        sites = watch.over(find_sites(denoiser_of(self.base.pipeline)))
         with apply(self.base.pipeline, injections, sites):
             picture = paint(self.base, prompt, **settings)  # type: ignore[arg-type]
-        return picture, len(used)
+        return picture, len(watch.reached)
 
 
 def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, device: str = "cpu") -> Workshop:
@@ -164,20 +165,3 @@ def _face_files(files: dict[str, Path]) -> FaceFiles:
 
 def _tower(files: dict[str, Path], device: str):
     return load_vision_tower(files["EVA02_CLIP_L_336_psz14_s6B.pt"]).to(device)
-
-
-def _counted(sites: Sites) -> tuple[Sites, set[str]]:
-    """The same sites, and the names of those at which a residual was added, filled as it happens."""
-    used: set[str] = set()
-
-    def counting(site: Site) -> Site:
-        def attach(add: Callable[..., Tensor | None]):
-            def add_and_count(*args: Tensor) -> Tensor | None:
-                used.add(site.name)
-                return add(*args)
-
-            return site.attach(add_and_count)
-
-        return replace(site, attach=attach)
-
-    return Sites(sites.family, tuple(map(counting, sites.sites))), used

@@ -123,9 +123,9 @@ def image_stream(width: int, token_width: int, inner: int = 128) -> nn.ModuleDic
     )
 
 
-def tower_shapes(width: int, classes: int, depth: int = 24) -> dict[str, tuple[int, ...]]:
+def tower_shapes(width: int, classes: int, depth: int = 24, hidden: int = 0) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the visual half of EVA02_CLIP_L_336_psz14_s6B.pt, with other widths."""
-    hidden = int(width * 2.6667)
+    hidden = hidden or int(width * 2.6667)
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, 577, width),

@@ -16,17 +16,18 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("images", "encoders", "sites", "heads", "weight_files", "server"),
+    ("images", "encoders", "sites", "heads", "weight_files", "server", "gpu_cost"),
     ("download",),
     ("catalog",),
-    ("weights", "faces"),
-    ("vision", "face_models", "haar", "attention"),
+    ("weights", "faces", "watch"),
+    ("vision", "face_models", "haar", "attention", "judge"),
     ("identity",),
     ("photos", "injection", "standin", "fields"),
-    ("units",),
+    ("units", "bench_cases"),
     ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other
     ("standalone", "webui"),
-    ("demo", "doctor", "models"),
+    ("demo", "doctor", "models", "training"),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )
@@ -88,8 +89,8 @@ def problems(root: Path) -> list[str]:
                 found.append(f"{where}: only hosts, webui and scripts know a host")
             if top in GRADIO and home not in ("webui", "scripts"):
                 found.append(f"{where}: only webui knows gradio")
-            if top == "diffusers" and not name.startswith("lib_pulid.hosts.diffusers"):
-                found.append(f"{where}: only hosts/diffusers*.py know diffusers")
+            if top == "diffusers" and not name.startswith(("lib_pulid.hosts.diffusers", "lib_pulid.training.")):
+                found.append(f"{where}: only hosts/diffusers*.py and training/ know diffusers")
     return [*found, *cycles(modules)]
 
 

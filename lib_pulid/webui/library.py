@@ -18,6 +18,7 @@ import numpy as np
 from lib_pulid import catalog
 from lib_pulid.errors import (
     IdentityMismatchError,
+    Interrupted,
     MissingWeightsError,
     SettingError,
     UnsupportedModelError,
@@ -26,12 +27,15 @@ from lib_pulid.errors import (
 from lib_pulid.fields import AUTO, NONE
 from lib_pulid.heads import checkpoint_family, read_head
 from lib_pulid.webui.fetching import Downloads
+from lib_pulid.webui.interruptible import Interruptible
 from lib_pulid.webui.readers import Readers
 
 if TYPE_CHECKING:
     from lib_pulid.faces import Face, FaceChoice
     from lib_pulid.identity import Identity
+    from lib_pulid.injection import Injection
     from lib_pulid.photos import IdentityCache
+    from lib_pulid.webui.compiled import CompiledInjections
     from lib_pulid.weights import Adapter
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -78,7 +82,9 @@ class Library:
         self.downloads = Downloads(models_dir)
         self._readers = Readers(device, lambda path: self._of(path, _fingerprint))
         self._lock = threading.RLock()
+        self._work = Interruptible()
         self._adapter: tuple[Any, Adapter] | None = None
+        self._compiled: CompiledInjections | None = None
         self._cache: tuple[Path, IdentityCache] | None = None
         self._read: dict[Any, Any] = {}  # what was read of a file, by its path, size and time
 
@@ -174,6 +180,14 @@ class Library:
             self._adapter = stamp, load_adapter(path)
         return self._adapter[1]
 
+    def injection(self, adapter: Adapter, identity: Identity, **settings: Any) -> Injection:
+        """As `compile_injection`; what was compiled last is not compiled again."""
+        if self._compiled is None:
+            from lib_pulid.webui.compiled import CompiledInjections
+
+            self._compiled = CompiledInjections()
+        return self._compiled.get(adapter, _stamp(adapter.path), identity, **settings)
+
     def checkpoint_family(self, path: Path) -> str:
         """Of a checkpoint's file, by its head: "sdxl", "flux", or "" where that does not tell."""
         try:
@@ -245,17 +259,37 @@ class Library:
         fusion: str,
         tell: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = lambda text: None,
+        stop: Callable[[], bool] | None = None,
     ) -> Identity:
         """Photos, uint8 RGB [H, W, 3], of one person -> Identity; each set of photos is encoded once.
 
-        tell: is told what is being done. warn: what the user should know afterwards.
+        tell: is told what is being done. warn: what the user should know afterwards. stop: whether to leave it be,
+        asked several times a second.
 
         Raises:
             ImageError, NoFaceError, MissingWeightsError, WrongWeightsError, SettingError.
+            Interrupted: `stop` said so.
         """
-        with self._lock:
-            cache = self._identity_cache()
-            return self._readers.encode(photos, adapter, choice, fusion, self.models_dir, cache, tell, warn)
+
+        def work(is_left: Callable[[], bool]) -> Identity:
+            def told(text: str) -> None:
+                if is_left():
+                    raise Interrupted(text)
+                tell(text)
+
+            with self._lock:
+                try:
+                    cache = self._identity_cache()
+                    return self._readers.encode(photos, adapter, choice, fusion, self.models_dir, cache, told, warn)
+                finally:
+                    if is_left() and not self._keep():
+                        self._readers.release()
+
+        return work(lambda: False) if stop is None else self._work.run(work, stop)
+
+    def settle(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Waits for photos that are still being read after an interrupt, or until `stop`."""
+        self._work.settle(stop)
 
     def read_face(
         self, photo: np.ndarray, choice: FaceChoice, name: str, warn: Callable[[str], None] = lambda text: None
@@ -269,7 +303,9 @@ class Library:
             return self._readers.read_face(photo, choice, name, self.models_dir, warn)
 
     def release(self) -> None:
-        """Lets go of the encoders, unless the settings keep them."""
+        """Lets go of the encoders, unless the settings keep them; after an interrupt, when their work is done."""
+        if self._work.is_busy:
+            return
         with self._lock:
             if not self._keep():
                 self._readers.release()

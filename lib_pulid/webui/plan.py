@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
 from lib_pulid.fields import AUTO
-from lib_pulid.injection import Injection, compile_injection
+from lib_pulid.injection import Injection
 from lib_pulid.sites import is_chroma
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.pictures import photo, region
@@ -26,13 +26,14 @@ class UnitPlan:
 
     Args:
         units: with their numbers, for messages. tell: is told what is being done, for the progress line.
-        warn: is told what the user should know when the picture is there.
+        warn: is told what the user should know when the picture is there. stop: whether the user has interrupted.
     """
 
     units: Sequence[tuple[int, PulidUnit]]
     library: Library
     tell: Callable[[str], None] = lambda text: None
     warn: Callable[[str], None] = lambda text: None
+    stop: Callable[[], bool] | None = None
     _is_experiment: bool = False
     _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
 
@@ -111,7 +112,7 @@ class UnitPlan:
         with _at(number, "mask"):
             mask = region(unit.mask, "the region") if unit.mask else None
         with _at(number, "model"):
-            injection = compile_injection(
+            injection = self.library.injection(
                 adapter,
                 identity,
                 weight=unit.weight or 0.0,
@@ -148,6 +149,7 @@ class UnitPlan:
                 unit.fusion,
                 lambda text: self.tell(f"PuLID: unit {number}, {text}"),
                 lambda text: self.warn(f"PuLID unit {number}: {text}"),
+                self.stop,
             )
             return identity, adapter
 

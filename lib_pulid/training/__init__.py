@@ -1,0 +1,1 @@
+"""Trains a miniature of the whole chain on a drawn world; nothing here is needed to use PuLID."""
