@@ -64,17 +64,28 @@ def timm_version() -> str:
 
 
 def installed() -> dict[str, str]:
-    """Asks pip for name -> version of what is installed: of several versions of a package, pip knows which counts."""
+    """Asks pip for name -> version of what is installed: of several versions of a package, pip knows which counts. It
+    fails where a package's metadata has no version; then the first on sys.path counts, as for pip."""
     import subprocess
 
-    # The other formats of pip 24.1 to 25.3 fail on versions such as Debian's 1.1build1.
+    # The other formats of pip 24.1 to 25.3 fail with versions such as Debian's 1.1build1 too.
     command = [sys.executable, "-m", "pip", "list", "--format=columns"]
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
-    if done.returncode:
-        sys.exit(f"PuLID installed nothing, because pip cannot list what is installed:\n{done.stderr}")
-    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    rows = [line.split() for line in done.stdout.splitlines()[2:]] if done.returncode == 0 else described()[::-1]
     return {re.sub(r"[-_.]+", "-", row[0]).lower(): row[1] for row in rows if len(row) > 1}
+
+
+def described() -> list[tuple[str, str]]:
+    """Name and version of what has metadata, in the order of sys.path. An uninstall of torch can leave a `~orch`."""
+    from importlib import metadata
+
+    found = []
+    for package in metadata.distributions():
+        name, version = package.metadata.get("Name"), package.metadata.get("Version")
+        if name and version and not os.path.basename(str(getattr(package, "_path", ""))).startswith("~"):
+            found.append((name, version))
+    return found
 
 
 def constraints(have: dict[str, str]) -> str:

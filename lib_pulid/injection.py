@@ -36,6 +36,7 @@ from lib_pulid.sites import Site, Sites, find_sites
 from lib_pulid.watch import Watch, WatchedSites, uncompiled
 from lib_pulid.weights import Adapter
 
+MOST = {"weight": 5, "num_zero": 80, "start_step": 10}  # what each may be; all begin at 0
 _SLACK = 1e-6  # i / n against a share that a user typed
 
 
@@ -95,15 +96,24 @@ class Injection:
         """Whether it acts in this call: from `start` and `start_step` on and before `end`; an end of 1 includes 1."""
         if self.weight == 0 or (self.start_step and step.index < self.start_step):
             return False
-        return self.start - _SLACK <= step.progress and (step.progress < self.end - _SLACK or self.end >= 1)
+        return _between(step.progress, self.start, self.end)
 
     def acts_within(self, steps: int) -> bool:
         """Whether there is a step among so many in which it acts."""
-        return any(self.is_active(DenoiseStep(i / steps, True, steps=steps)) for i in range(steps))
+        return self.weight != 0 and any(acts(i, steps, self.start, self.end, self.start_step) for i in range(steps))
 
     def identity_of(self, is_cond: bool) -> int | None:
         """Index of a row's identity in the compiled tensors."""
         return 0 if is_cond else 1 if self.has_uncond else None
+
+
+def acts(index: int, steps: int, start: float, end: float, start_step: int) -> bool:
+    """Whether an injection with these settings acts in step `index` of `steps`."""
+    return index >= start_step and _between(index / steps, start, end)
+
+
+def _between(progress: float, start: float, end: float) -> bool:
+    return start - _SLACK <= progress and (progress < end - _SLACK or end >= 1)
 
 
 @torch.no_grad()
@@ -198,7 +208,7 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
 def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> Iterable:
     def add(q: Tensor, h: Tensor) -> Tensor:
         identities = _identities(n, active, step, masks, len(h), h.shape[1])
-        return add_cross_attention(q, h, identities, site.heads) if identities else h
+        return add_cross_attention(q, h, identities, site.heads)
 
     return site.attach(add)
 
@@ -240,7 +250,10 @@ def _rows(step: DenoiseStep, batch: int) -> list[bool]:
         return [step.is_cond] * batch
     rows = [bool(cond) for cond in step.is_cond]
     if len(rows) != batch:
-        raise ValueError(f"is_cond has {len(rows)} rows, but the denoiser was called with {batch}")
+        raise SettingError(
+            f"is_cond has {len(rows)} rows, but the denoiser was called with {batch}. If something in between cuts or "
+            "repeats the batch (FasterCache, tiles), disable it or PuLID."
+        )
     return rows
 
 
@@ -270,14 +283,17 @@ def token_grid(tokens: int, latent_hw: tuple[int, int], family: str) -> tuple[in
     An SDXL layer sees the latent, or the latent halved (rounded up) once or several times; FLUX sees it in 2 x 2 packs.
 
     Raises:
-        ValueError: no such grid has `tokens` tokens.
+        SettingError: no such grid has `tokens` tokens.
     """
     height, width = latent_hw
     for _ in range(4):
         if height * width == tokens:
             return height, width
         height, width = _packed((height, width))
-    raise ValueError(f"a layer has {tokens} tokens, which no halving of the {family} latent {latent_hw} gives")
+    raise SettingError(
+        f"A layer has {tokens} tokens, which no halving of the {family.upper()} latent {latent_hw} gives, so a mask "
+        "cannot be used: disable what changes their number (Kohya HRFix, token merging), or remove the mask."
+    )
 
 
 def _packed(hw: tuple[int, int]) -> tuple[int, int]:
@@ -302,25 +318,25 @@ def _check_settings(
     start_step: int,
     mask: Tensor | ImageSource | None,
 ) -> None:
-    if not math.isfinite(weight):
-        raise SettingError(f"weight is {weight}; it has to be a number")
+    if not 0 <= weight <= MOST["weight"]:  # NaN is not, either
+        raise SettingError(f"weight is {weight}; it has to be in 0..{MOST['weight']}")
     if projection not in PROJECTIONS:
         raise SettingError(f"projection is {projection!r}; it has to be one of {', '.join(PROJECTIONS)}")
-    if not (isinstance(num_zero, int) and 0 <= num_zero <= 1000):
-        raise SettingError(f"num_zero is {num_zero!r}; it has to be a whole number from 0 (to 80 officially)")
-    if not (0 <= start <= 1 and 0 <= end <= 1):
-        raise SettingError(f"start and end are {start} and {end}; both have to be in 0..1")
-    if not (isinstance(start_step, int) and start_step >= 0):
-        raise SettingError(f"start_step is {start_step!r}; it has to be a whole number from 0 (to 10 officially)")
+    for name, value in (("num_zero", num_zero), ("start_step", start_step)):
+        if not (isinstance(value, int) and 0 <= value <= MOST[name]):
+            raise SettingError(f"{name} is {value!r}; it has to be a whole number in 0..{MOST[name]}")
+    if not 0 <= start < end <= 1:
+        raise SettingError(f"start and end are {start} and {end}; both have to be in 0..1, and start below end")
     if isinstance(mask, Tensor) and (mask.ndim != 2 or not mask.numel()):
         raise SettingError(f"mask has shape {tuple(mask.shape)}; it has to be [H, W]")
 
 
 def _check_match(adapter: Adapter, identity: Identity) -> None:
     made_with = identity.info.get("encoder", "")
-    if made_with and made_with != adapter.fingerprint:
+    if identity.family not in ("", adapter.family) or (made_with and not adapter.is_encoder(made_with)):
         raise IdentityMismatchError(
-            f"This identity was made with {identity.info.get('adapter', 'another PuLID file')} (encoder {made_with}); "
+            f"This identity was made with {identity.info.get('adapter', 'another PuLID file')} "
+            f"(encoder {made_with or 'not known'}); "
             f"{adapter.path.name} is {adapter.label} (encoder {adapter.fingerprint}). Make it again from the photo."
         )
     if identity.cond.shape[-1] != adapter.encoder.output_dim:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lib_pulid import catalog, standin
+from lib_pulid import catalog, disk, standin
 from lib_pulid.errors import MissingWeightsError
 from lib_pulid.face_models import FaceFiles, load_face_models
 from lib_pulid.faces import LARGEST, Face, FaceChoice
@@ -117,9 +117,8 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
 
 def real_model(family: str, models_dir: Path) -> str | None:
     """A base model that lies in `sdxl` or `flux` below the models folder: a single file or a diffusers folder."""
-    candidates = sorted((models_dir / family).glob("*"))
-    for path in candidates:
-        if path.suffix == ".safetensors" or (path / "model_index.json").is_file():
+    for path in disk.listed(models_dir / family):
+        if path.suffix == ".safetensors" or disk.is_file(path / "model_index.json"):
             return str(path)
     return None
 

@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from lib_pulid import faces
+from lib_pulid import face_models, faces
 from lib_pulid.errors import MissingWeightsError, NoFaceError, PulidError, SettingError, WrongWeightsError
 from lib_pulid.face_models import (
     ArcFaceRecogniser,
@@ -435,10 +435,49 @@ def test_providers():
     assert onnx_providers("cuda:0")[-1] == "CPUExecutionProvider"
 
 
+def test_a_file_for_a_newer_onnxruntime_says_so(files, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(str(files.detector))
+    model.ir_version = 99
+    onnx.save(model, str(tmp_path / "newer.onnx"))
+    with pytest.raises(WrongWeightsError, match=r"newer\.onnx in .* newer onnxruntime: update it"):
+        InsightFaceDetector(tmp_path / "newer.onnx")
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_onnxruntime_without_its_cuda_libraries(files, monkeypatch, raises):
+    """It falls back to the CPU, or raises, and only its log says why: so each face does, and the doctor."""
+    import insightface.model_zoo
+    import onnxruntime
+
+    real, both = insightface.model_zoo.get_model, ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+    def get_model(path, providers):
+        if raises and "CUDAExecutionProvider" in providers:
+            raise RuntimeError("CUDA_PATH is set but CUDA wasnt able to be loaded.")
+        return real(path, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(insightface.model_zoo, "get_model", get_model)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(both))
+    monkeypatch.setattr(face_models, "onnx_providers", lambda device: both)
+    models = load_face_models(files)
+    assert models.notes == (face_models.ON_THE_CPU,)
+    assert face_models.ON_THE_CPU in read_face(single(), models).notes
+    assert face_models.ON_THE_CPU in face_models.cuda_problem()
+    monkeypatch.setattr(face_models, "onnx_providers", lambda device: both[1:])
+    assert load_face_models(files).notes == ()
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(both[1:]))
+    assert face_models.cuda_problem() == ""
+
+
 # Eyes' midpoints of the six people in t1.jpg, reduced to 1024 pixels, read off by hand.
 SIX_PEOPLE = [(88, 253), (255, 172), (409, 258), (634, 322), (752, 94), (938, 260)]
 
 
+with_haar = pytest.mark.skipif(not hasattr(cv2, "CascadeClassifier"), reason="OpenCV 5 has no Haar cascades")
+
+
+@with_haar
 def test_haar_finds_the_six_people_and_nobody_else():
     found = HaarDetector().detect(bgr(resize_long_edge(load_image(SAMPLES / "t1.jpg"))))
     assert len(found) == 6
@@ -449,6 +488,7 @@ def test_haar_finds_the_six_people_and_nobody_else():
         assert face.box.dtype == face.landmarks.dtype == np.float32 and 0.5 <= face.score <= 1
 
 
+@with_haar
 def test_haar_places_the_landmarks_of_a_small_portrait():
     (face,) = HaarDetector().detect(bgr(load_image(SAMPLES / "Tom_Hanks_54745.png")))
     # The photo is aligned by ArcFace's own template.
@@ -457,6 +497,7 @@ def test_haar_places_the_landmarks_of_a_small_portrait():
     assert np.abs(face.landmarks[:2] - template[:2]).max() < 4
 
 
+@with_haar
 def test_haar_finds_nothing_where_there_is_nothing():
     haar = HaarDetector()
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
@@ -465,7 +506,7 @@ def test_haar_finds_nothing_where_there_is_nothing():
 
 
 def test_haar_says_what_is_missing_with_opencv_5(monkeypatch):
-    monkeypatch.delattr(cv2, "CascadeClassifier")
+    monkeypatch.delattr(cv2, "CascadeClassifier", raising=False)
     with pytest.raises(MissingWeightsError, match="haarcascade_frontalface_alt2.xml.*OpenCV 4"):
         HaarDetector()
 

@@ -223,3 +223,23 @@ def test_first_start_moves_nothing(tmp_path, index, version, protobuf, onnx):
     assert new == ["insightface-2.1", f"onnx-{onnx}", "scikit_image-0.25.2", "timm-1.0.20"]
     assert "PuLID: installing onnx, skimage, insightface, timm" in said
     assert said.count("Installing what PuLID needs") == 2
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_takes_the_newest_python(tmp_path):
+    """One that cannot make environments, as a shim of a version that is not there, is passed over."""
+    for minor, status in ((13, 127), (12, 0), (11, 0), (10, 0)):
+        lay(tmp_path, {f"bin/python3.{minor}": f"#!/bin/sh\nexit {status}\n"})
+    lay(tmp_path / "pyenv/versions", {f"3.{minor}.0/bin/python": "#!/bin/sh\n" for minor in (13, 14)})
+    for script in tmp_path.glob("**/bin/*"):
+        script.chmod(0o755)
+
+    def chosen(pyenv: Path) -> str:
+        path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "PYENV_ROOT": str(pyenv)}
+        environment.pop("PYTHON", None)
+        command = ["make", "-s", "--eval", "show: ; @echo $(PYTHON)", "show"]
+        return subprocess.run(command, cwd=PATH.parent, env=environment, capture_output=True, text=True).stdout.strip()
+
+    assert chosen(tmp_path / "pyenv") == str(tmp_path / "pyenv/versions/3.13.0/bin/python")
+    assert chosen(tmp_path / "none") == "python3.12"

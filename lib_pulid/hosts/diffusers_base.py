@@ -6,6 +6,7 @@ The stand-ins are diffusers' own UNet2DConditionModel and FluxTransformer2DModel
 
 from __future__ import annotations
 
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lib_pulid import disk, sdxl_config
+from lib_pulid.catalog import hub_cache
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
+from lib_pulid.heads import checkpoint_family, read_head
 from lib_pulid.hosts.diffusers import denoiser_of
 from lib_pulid.injection import DenoiseStep
 from lib_pulid.sites import Sites, find_sites, image_stream_site
@@ -56,20 +60,42 @@ def load_base(model: str, device: str = "cpu") -> Base:
     """
     if model in STAND_INS:
         return Base((_tiny_sdxl if model == "tiny-sdxl" else _tiny_flux)().to(device), model[5:], stand_in=True)
-    path = Path(model)
-    if not path.exists():
+    path = disk.user_path(model)
+    if not (disk.is_file(path) or disk.is_folder(path)):
         raise MissingWeightsError(f"There is no model at {path}. Give a checkpoint, a diffusers folder, or a stand-in.")
     import diffusers
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
-        if path.is_dir():
+        if disk.is_folder(path):
             pipeline = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
         else:
-            pipeline = diffusers.StableDiffusionXLPipeline.from_single_file(str(path), torch_dtype=dtype)
+            pipeline = _from_single_file(path, dtype)
+    except MissingWeightsError:
+        raise
     except Exception as error:  # diffusers raises many kinds; for the user it is one
         raise WrongWeightsError(f"{path.name} could not be opened as an SDXL or FLUX model: {error}") from error
     return Base(pipeline.to(device), "sdxl" if hasattr(pipeline, "unet") else "flux", stand_in=False)
+
+
+def _from_single_file(path: Path, dtype: torch.dtype) -> Any:
+    """Without asking the hub for what we know of SDXL; of others (inpainting, the refiner) diffusers asks it."""
+    import diffusers
+
+    load = diffusers.StableDiffusionXLPipeline.from_single_file
+    shape = read_head(path).get("model.diffusion_model.input_blocks.0.0.weight", ())
+    if checkpoint_family(path) != "sdxl" or shape[1:2] != (sdxl_config.CONFIGS["unet/config.json"]["in_channels"],):
+        return load(str(path), torch_dtype=dtype)
+    with tempfile.TemporaryDirectory(prefix="pulid-sdxl-") as folder:
+        if sdxl_config.write(Path(folder), hub_cache()):
+            return load(str(path), torch_dtype=dtype, config=folder, local_files_only=True)
+    try:
+        return load(str(path), torch_dtype=dtype)
+    except Exception as error:
+        raise MissingWeightsError(
+            f"{path.name} is an SDXL checkpoint; to read it, {sdxl_config.VOCABULARY} is needed, and is not on this "
+            f"machine: pip install open_clip_torch, or go online once. ({str(error)[:200]})"
+        ) from error
 
 
 @torch.no_grad()
@@ -100,7 +126,7 @@ class BenchCall:
     name: str
     sites: Sites
     step: DenoiseStep
-    run: Callable[[], Any]
+    run: Callable[[], Tensor]
 
 
 def bench_call(family: str, device: str, dtype: torch.dtype, small: bool) -> BenchCall:
@@ -125,7 +151,7 @@ def _bench_sdxl(side: int, device: str, dtype: torch.dtype, small: bool) -> Benc
     args = (torch.randn(2, 4, side, side, **like), torch.tensor(500, device=device), torch.randn(2, 77, text, **like))
     step = DenoiseStep(0.0, [False, True], (side, side))
     name = f"SDXL UNet, {8 * side} x {8 * side}, 2 rows" + ", narrow" * small
-    return BenchCall(name, find_sites(unet), step, lambda: unet(*args, added_cond_kwargs=added))
+    return BenchCall(name, find_sites(unet), step, lambda: unet(*args, added_cond_kwargs=added).sample)
 
 
 def _bench_flux(side: int, device: str, dtype: torch.dtype, small: bool) -> BenchCall:
@@ -142,10 +168,11 @@ def _bench_flux(side: int, device: str, dtype: torch.dtype, small: bool) -> Benc
     angles = torch.zeros(512 + tokens, head, device=device)
     given = {"temb": vec, "image_rotary_emb": (angles.cos(), angles.sin())}
 
-    def run() -> None:
+    def run() -> Tensor:
         x, y = image, text
         for block in (once, double, twice, single, single, single):
             y, x = block(hidden_states=x, encoder_hidden_states=y, **given)
+        return x
 
     sites = tuple(image_stream_site(name, block, width, 1) for name, block in (("double", once), ("single", twice)))
     name = f"FLUX, 2 double and 4 single blocks, {8 * side} x {8 * side}" + ", narrow" * small

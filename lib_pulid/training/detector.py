@@ -109,12 +109,12 @@ def place(image: np.ndarray, boxes: np.ndarray, points: np.ndarray, rng: np.rand
     """Brings an image with its faces to the network's size; rng: smaller and beside, or a part of it, at random."""
     scale, shift = INPUT / max(image.shape[:2]), np.zeros(2)
     way = rng.random() if rng is not None else 1.0
-    if rng is not None and way < 0.3 and len(boxes):  # near one face
+    if rng is not None and way < 0.12 and len(boxes):  # near one face
         box = boxes[rng.integers(len(boxes))]
         side = max(box[2:] - box[:2]) * rng.uniform(1.15, 2.2)
         scale = INPUT / side
         shift = INPUT / 2 - scale * (box[:2] + box[2:]) / 2 + rng.uniform(-0.08, 0.08, 2) * INPUT
-    elif rng is not None and way < 0.6:
+    elif rng is not None and way < 0.25:
         smaller = rng.uniform(0.4, 1.0)
         scale, shift = scale * smaller, rng.uniform(0, 1 - smaller, 2) * INPUT
     matrix = np.hstack([scale * np.eye(2), shift[:, None]])
@@ -187,14 +187,14 @@ class Lesson:
         """One image of a random kind."""
         kind = rng.random()
         none = np.zeros((0, 4), np.float32), np.zeros((0, 5, 2), np.float32)
-        if kind < 0.68:
+        if kind < 0.64:
             sharp = rng.random() < 0.2
             index = int(rng.integers(len(self.faces.sharp if sharp else self.faces.images)))
             rows = slice(self.of_image[index], self.of_image[index + 1])
             image, boxes, points = self.faces.images[index], self.faces.boxes[rows], self.faces.landmarks[rows]
             if sharp:
                 image, boxes, points = self.faces.sharp[index], boxes * (SHARP / SIZE), points * (SHARP / SIZE)
-        elif kind < 0.8:
+        elif kind < 0.74:
             image, boxes, points = self.groups[rng.integers(len(self.groups))]
         elif kind < 0.86 or not self.photos:
             image, (boxes, points) = self.empty[rng.integers(len(self.empty))], none
@@ -202,7 +202,8 @@ class Lesson:
             image, (boxes, points) = _part(self.photos[rng.integers(len(self.photos))], rng), none
         else:
             image, (boxes, points) = _noise(rng), none
-        return place(spoiled(np.asarray(image), rng), boxes, points, rng)
+        image = spoiled(np.asarray(image), rng) if rng.random() < 0.7 else np.asarray(image)
+        return place(image, boxes, points, rng)
 
     def batch(self, size: int, step: int) -> tuple[Tensor, list[Tensor]]:
         """Images [B, 3, INPUT, INPUT] and targets per stride [B, A, 15]."""

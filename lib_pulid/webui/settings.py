@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lib_pulid.disk import user_path
 from lib_pulid.fields import MOST_UNITS
 from lib_pulid.hosts.webui import CHROMA
 
@@ -52,8 +53,8 @@ def models_dir() -> Path:
     from modules import paths
     from modules.shared import cmd_opts
 
-    chosen = getattr(cmd_opts, "pulid_models_dir", None) or _option(FOLDER, "")
-    return Path(chosen or getattr(paths, "models_path", "models")).expanduser().absolute()
+    chosen = (getattr(cmd_opts, "pulid_models_dir", None) or _option(FOLDER, "") or "").strip()
+    return user_path(chosen or getattr(paths, "models_path", "models")).absolute()
 
 
 def device() -> str:
