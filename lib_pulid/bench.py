@@ -147,8 +147,8 @@ def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
             with cases.official_at(call.sites, person):
                 call.run()
 
-        works = {"without": call.run, "one person": partial(ours, 1), "two persons": partial(ours, 2)}
-        works["official"] = official
+        works: dict[str, Callable[[], object]] = {"without": call.run, "one person": partial(ours, 1)}
+        works |= {"two persons": partial(ours, 2), "official": official}
         rows.append({"name": call.name, **dict(zip(works, medians(device, runs, list(works.values()))))})
         if device.startswith("cuda"):
             rows[-1] |= {f"peak {name}, bytes": _peak(work) for name, work in works.items()}

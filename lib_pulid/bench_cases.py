@@ -114,7 +114,7 @@ def sdxl_case(
     def official(with_identity: bool = True) -> Tensor:
         if modules is not None:
             return modules.cross_attention(q, h, person.tokens if with_identity else None, person.weights[width])
-        return sdxl_official(q, h, person.tokens, person.weights[width], layer.heads) if with_identity else h
+        return sdxl_official(q, h, person.tokens, person.weights[width], heads=layer.heads) if with_identity else h
 
     return Case(
         name=f"SDXL layer, {tokens} x {width}, 2 rows" + f", {persons} persons" * (persons > 1) + ", region" * mask,
@@ -128,7 +128,7 @@ def sdxl_case(
     )
 
 
-def sdxl_official(q: Tensor, h: Tensor, identity: Tensor, weights: CrossAttentionWeights, heads: int) -> Tensor:
+def sdxl_official(q: Tensor, h: Tensor, identity: Tensor, weights: CrossAttentionWeights, *, heads: int) -> Tensor:
     """What the official `IDAttnProcessor2_0` makes of h, ortho_v2, with the identity tokens [B, N, D] of each row."""
     wide = torch.promote_types(h.dtype, torch.float32)
     tokens = torch.cat((identity, torch.zeros_like(identity[:, :1]).expand(-1, NUM_ZERO, -1)), dim=1)
@@ -223,7 +223,7 @@ def official_at(sites: Sites, person: Person) -> Iterator[None]:
             def add(x: Tensor, y: Tensor, site: Site = site) -> Tensor:
                 weights = person.weights[site.width]
                 if sites.family == "sdxl":
-                    return sdxl_official(x, y, person.tokens, weights, site.heads)
+                    return sdxl_official(x, y, person.tokens, weights, heads=site.heads)
                 return x.add_(flux_official(y, person.tokens[1:], weights))
 
             for handle in site.attach(add):

@@ -124,15 +124,16 @@ def test_what_is_compared_computes_the_same(make, dtype):
         ours, official = (
             ((made - exact).norm() / (exact - off).norm()).item() for made in (case.ours(), case.official())
         )
-    assert max(ours, official) < 1e-5 if dtype == torch.float32 else ours <= official < 2e-2
+    assert max(ours, official) < 1e-5 if dtype == torch.float32 else ours <= official
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_steps_compare_the_same(family):
-    """The same of whole calls of narrow stand-ins; and without a face they are as before."""
+    """The same of whole calls of narrow stand-ins; and without a face they are as before. In float64, since random
+    weights let little of a face through."""
     with torch.no_grad():
-        call = bench_call(family, "cpu", torch.float32, small=True)
-        person = bench_cases.person_for(call.sites, "cpu", torch.float32)
+        call = bench_call(family, "cpu", torch.float64, small=True)
+        person = bench_cases.person_for(call.sites, "cpu", torch.float64)
         plain = call.run()
         with inject(call.sites, [person.injection], call.step):
             ours = call.run()

@@ -158,7 +158,7 @@ BROKEN = [
     ([{"images": ["ONE"], "face_index": 3}], NoFaceError, "unit 1, field images"),
     ([{"images": ["ONE"], "mask": "%%%"}], ImageError, "unit 1, field mask"),
     ([{"images": ["ONE"], "mask": "BLACK"}], ImageError, "unit 1, field mask"),
-    ([{"images": ["ONE"], "fusion": "id_mix"}], SettingError, "unit 1, field images"),
+    ([{"images": ["ONE"], "fusion": "id_mix"}], SettingError, "unit 1, field fusion"),
 ]
 
 

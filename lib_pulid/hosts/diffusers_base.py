@@ -146,7 +146,7 @@ def _bench_sdxl(side: int, device: str, dtype: torch.dtype, small: bool) -> Benc
     unet = _random(unet, device, dtype)
     text, pooled = unet.config.cross_attention_dim, unet.config.projection_class_embeddings_input_dim
     pooled -= 6 * unet.config.addition_time_embed_dim
-    like = {"device": device, "dtype": dtype}
+    like: Any = {"device": device, "dtype": dtype}
     added = {"text_embeds": torch.randn(2, pooled, **like), "time_ids": torch.zeros(2, 6, **like)}
     args = (torch.randn(2, 4, side, side, **like), torch.tensor(500, device=device), torch.randn(2, 77, text, **like))
     step = DenoiseStep(0.0, [False, True], (side, side))
@@ -163,7 +163,7 @@ def _bench_flux(side: int, device: str, dtype: torch.dtype, small: bool) -> Benc
         blocks = FluxTransformerBlock(width, heads, head), FluxSingleTransformerBlock(width, heads, head)
     double, single = (_random(block, device, dtype) for block in blocks)
     once, twice = _Again(double), _Again(single)
-    like = {"device": device, "dtype": dtype}
+    like: Any = {"device": device, "dtype": dtype}
     image, text, vec = (torch.randn(*s, width, **like) for s in ((1, tokens), (1, 512), (1,)))
     angles = torch.zeros(512 + tokens, head, device=device)
     given = {"temb": vec, "image_rotary_emb": (angles.cos(), angles.sin())}
@@ -192,7 +192,8 @@ class _Again(torch.nn.Module):
 
 def _random(module: Any, device: str, dtype: torch.dtype) -> Any:
     """Of a module on "meta"; values of a size that keeps activations finite."""
-    module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    module = torch.nn.Module.to(module, dtype).to_empty(device=device)  # diffusers' own `to` warns of nothing
+    module = module.eval().requires_grad_(False)
     for parameter in module.parameters():
         parameter.uniform_(-1, 1).mul_(parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 1)
     return module
