@@ -220,7 +220,7 @@ def load_trainer(folder: Path, people: int, photos: int, wanted: Sequence[str], 
 
     base, vae, made = Base(), build_autoencoder(), folder / "miniature"
     base.load_state_dict(load_file(folder / "base.safetensors"))
-    vae.load_state_dict(load_file(folder / "autoencoder.safetensors"))
+    vae.load_state_dict({k: v.float() for k, v in load_file(folder / "autoencoder.safetensors").items()})
     for module in (base, vae):
         module.eval().requires_grad_(False)
     data = Drawn(folder, people)

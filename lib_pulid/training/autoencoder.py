@@ -24,6 +24,7 @@ from lib_pulid.training.loop import Run
 SCALE = 0.13025  # SDXL's: latents are multiplied by it before the UNet sees them
 KL_WEIGHT = 1e-6
 FACE_WEIGHT = 4.0
+NOISE = 0.02  # on the latents, of their own size, so that what a denoiser leaves does little harm
 COLOR_STEPS = 600  # so long, three latent channels are led to the mean colors, which come late by themselves
 NORM_GROUPS = (
     8  # at least 4 channels in each, as in SDXL; alone in its group a channel loses its mean, and so colors go
@@ -107,45 +108,38 @@ def whiten(vae: Any, images: np.ndarray) -> None:
     post.weight[:, :, 0, 0], post.bias[:] = w @ back, post.bias + w @ center
 
 
-def train(
-    folder: Path, people: int, steps: int, batch: int, side: int, minutes: float | None, decoder_only: bool
-) -> Any:
-    """Trains or goes on training; returns the autoencoder."""
+def train(args: argparse.Namespace) -> tuple[Any, Drawn]:
+    """Trains or goes on training; returns the autoencoder and what it was trained on."""
     torch.manual_seed(0)
-    data = Drawn(folder, people)
+    data = Drawn(args.folder, args.people)
     images, weights = data.images(), face_weights(data)
-    test = Drawn(folder, 64, HELD_OUT).images()[::SCENES_EACH]
     vae = build()
-    name = "autoencoder"
-    if decoder_only:
+    if args.start is not None:
         from safetensors.torch import load_file
 
-        vae.load_state_dict(load_file(folder / "autoencoder.safetensors"))
+        vae.load_state_dict({key: value.float() for key, value in load_file(args.start).items()})
+    if args.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-        name = "decoder"
-    run = Run(folder / name, vae.train(), steps, rate=2e-3 if not decoder_only else 5e-4, minutes=minutes)
-    stream = batches(len(images), batch, seed=3, start=run.step)
+    name = "decoder" if args.decoder_only else "autoencoder"
+    rate = 2e-3 if args.start is None else 1e-3
+    run = Run(args.folder / name, vae.train(), args.steps, rate, minutes=args.minutes)
+    stream = batches(len(images), args.batch, seed=3, start=run.step)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         chosen = next(stream)
-        x = to_input(_crops(images, chosen, side, np.random.default_rng([4, step])))
-        weight = torch.from_numpy(_crops(weights, chosen, side, np.random.default_rng([4, step]))).float()[:, None]
-        latent = vae.encode(x).latent_dist
-        z = (
-            latent.mean.detach()
-            if decoder_only
-            else latent.mean + 0.02 * latent.mean.std() * torch.randn_like(latent.mean)
-        )
-        loss = reconstruction_loss(vae.decode(z).sample, x, weight)
-        guide = max(0.0, 1 - step / COLOR_STEPS)
-        if guide and not decoder_only:
-            loss = loss + guide * (latent.mean[:, :3] - F.avg_pool2d(x, 8)).abs().mean()
-        spread = latent.mean.pow(2).mean()
-        return loss + KL_WEIGHT * spread, {"spread": spread.item()}
+        x = to_input(_crops(images, chosen, args.side, np.random.default_rng([4, step])))
+        weight = torch.from_numpy(_crops(weights, chosen, args.side, np.random.default_rng([4, step]))).float()[:, None]
+        mean = vae.encode(x).latent_dist.mean
+        made = vae.decode(mean + NOISE * mean.std().detach() * torch.randn_like(mean)).sample
+        spread = mean.pow(2).mean()
+        loss = reconstruction_loss(made, x, weight) + KL_WEIGHT * spread
+        if args.start is None and step < COLOR_STEPS:
+            loss = loss + (1 - step / COLOR_STEPS) * (mean[:, :3] - F.avg_pool2d(x, 8)).abs().mean()
+        return loss, {"spread": spread.item()}
 
     run.train(loss_of)
-    return run.finish(), test, images
+    return run.finish(), data
 
 
 def main() -> None:
@@ -157,15 +151,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--decoder-only", action="store_true")
+    parser.add_argument("--start", type=Path, help="weights to begin from, such as those that are shipped")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="leave the latents, and so the denoiser, as they are"
+    )
     args = parser.parse_args()
-    vae, test, images = train(**vars(args))
+    vae, data = train(args)
     from safetensors.torch import save_file
 
     if not args.decoder_only:
-        whiten(vae, np.asarray(images[:: max(1, len(images) // 256)][:256]))
-    print(f"held-out images: {psnr(vae, test):.2f} dB")
-    save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, args.folder / "autoencoder.safetensors")
+        whiten(vae, np.asarray(data.images()[:: max(1, len(data) // 256)][:256]))
+    state = {key: value.half().contiguous() for key, value in vae.state_dict().items()}
+    vae.load_state_dict(state)
+    print(f"held-out images: {psnr(vae, Drawn(args.folder, 64, HELD_OUT).images()[::SCENES_EACH]):.2f} dB")
+    save_file(state, args.folder / "autoencoder.safetensors")
 
 
 if __name__ == "__main__":

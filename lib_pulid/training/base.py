@@ -145,7 +145,7 @@ def latents_of(folder: Path, data: Drawn, vae: Any | None = None) -> np.ndarray:
 
         if vae is None:
             vae = build_autoencoder()
-            vae.load_state_dict(load_file(folder / "autoencoder.safetensors"))
+            vae.load_state_dict({k: v.float() for k, v in load_file(folder / "autoencoder.safetensors").items()})
         images = data.images()
         out = np.empty((len(images), 4, SIZE // 8, SIZE // 8), np.float16)
         for i in tqdm(range(0, len(images), 32), desc="encoding", mininterval=10):
