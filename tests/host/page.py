@@ -25,7 +25,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-PATIENCE = 120_000  # ms; a page of a WebUI is slow to come on a busy machine
+PATIENCE = 600_000  # ms; a page of a WebUI is slow to come on a busy machine
 
 
 class Page:
