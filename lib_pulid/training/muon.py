@@ -1,7 +1,7 @@
 """Muon: momentum whose steps are made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
 torch.optim.Muon takes matrices alone; here convolutions count as matrices [out, in x k x k], and what is no matrix
-(gains, biases, tables) is AdamW's. On the miniature's autoencoder it needs about a third of AdamW's first steps.
+(gains, biases, tables) is AdamW's. What it is worth here: docs/training.md.
 """
 
 from __future__ import annotations
