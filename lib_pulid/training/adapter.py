@@ -192,12 +192,12 @@ def _some(rng: np.random.Generator) -> set[str]:
 
 def start_from_base(adapter: SDXLAdapter, base: Base) -> None:
     """Starts keys as the text's own and values at .3 of them, where widths allow."""
-    modules = dict(base.unet.named_modules())
-    for site, k, v in zip(find_sites(base.unet).sites, adapter.id_to_k, adapter.id_to_v):
-        attention = modules[site.name]
-        if attention.to_k.weight.shape == k.weight.shape:
-            k.weight.data.copy_(attention.to_k.weight)
-            v.weight.data.copy_(0.3 * attention.to_v.weight)
+    text = dict(base.unet.named_parameters())
+    for site, weights in zip(find_sites(base.unet).sites, adapter.weights()):
+        k, v = (text[f"{site.name}.to_{x}.weight"].data for x in "kv")
+        if k.shape == weights.to_k.shape:
+            weights.to_k.data.copy_(k)
+            weights.to_v.data.copy_(0.3 * v)
 
 
 def total(found: dict[str, Tensor]) -> Tensor:

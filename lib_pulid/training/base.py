@@ -56,7 +56,7 @@ def build_text_encoders() -> tuple[Any, Any]:
 
     sizes: dict[str, Any] = {"num_hidden_layers": TEXT_LAYERS, "num_attention_heads": 1}
     sizes |= {"max_position_embeddings": TOKENS, "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
-    one, two = ({"hidden_size": width, "projection_dim": width} for width in TEXT_WIDTHS)
+    one, two = (dict[str, Any](hidden_size=width, projection_dim=width) for width in TEXT_WIDTHS)
     first = CLIPTextModel(CLIPTextConfig(**sizes, **one, intermediate_size=4 * TEXT_WIDTHS[0], hidden_act="quick_gelu"))
     second = CLIPTextModelWithProjection(
         CLIPTextConfig(**sizes, **two, intermediate_size=4 * TEXT_WIDTHS[1], hidden_act="gelu", pad_token_id=0)
@@ -105,7 +105,10 @@ class TextEncoders(nn.Module):
 
 
 class Base(nn.Module):
-    """The UNet and its text encoders, and SDXL's noise schedule."""
+    """The UNet and its text encoders, and SDXL's noise schedule. Args: alphas, sigmas: [1000]."""
+
+    alphas: Tensor
+    sigmas: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +175,8 @@ def train(folder: Path, people: int, steps: int, batch: int, rate: float, minute
         alpha, sigma = base.levels(t)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step)).to(device)
         sizes = torch.from_numpy(rng.integers(0, 2 * SIZE, (batch, 6))).to(device)
-        v = base.predict(alpha * clean + sigma * noise, t, *base.text(prompts), sizes)
+        context, pooled = base.text(prompts)
+        v = base.predict(alpha * clean + sigma * noise, t, context, pooled, sizes)
         return (v - (alpha * noise - sigma * clean)).pow(2).mean(), {}
 
     run.train(loss_of)

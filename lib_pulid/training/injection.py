@@ -34,9 +34,13 @@ class SDXLAdapter(nn.Module):
         self.id_to_k = nn.ModuleList(nn.Linear(encoder.output_dim, width, bias=False) for width in widths)
         self.id_to_v = nn.ModuleList(nn.Linear(encoder.output_dim, width, bias=False) for width in widths)
 
+    def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """The layers for keys and values of each site."""
+        return zip(self.id_to_k, self.id_to_v)
+
     def weights(self) -> list[CrossAttentionWeights]:
         """Of each site, as `weights.load_adapter` reads them from a file."""
-        return [CrossAttentionWeights(k.weight, v.weight) for k, v in zip(self.id_to_k, self.id_to_v)]
+        return [CrossAttentionWeights(k.get_parameter("weight"), v.get_parameter("weight")) for k, v in self.pairs()]
 
     def state(self) -> dict[str, Tensor]:
         """In the layout of pulid_v1.1.safetensors."""

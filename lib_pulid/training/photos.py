@@ -65,7 +65,9 @@ def _compute(facts: Path, hidden: Path, data: Drawn, models: FaceModels, tower: 
     images = data.images()
     width = tower.trunk.embed_dim
     out = np.lib.format.open_memmap(hidden, "w+", np.float16, (count, SCALES, 577, width))
-    conds, people, indices = [], [], []
+    conds: list[np.ndarray] = []
+    people: list[int] = []
+    indices: list[int] = []
     for person in tqdm(range(count), desc="photos", mininterval=10):
         alone = [i for i in range(SCENES_EACH * person, SCENES_EACH * (person + 1)) if len(data.numbers(i)) == 1]
         if not alone:
@@ -74,7 +76,7 @@ def _compute(facts: Path, hidden: Path, data: Drawn, models: FaceModels, tower: 
             face = read_face(np.asarray(images[alone[0]]), models)
         except NoFaceError:
             continue
-        features = face_features(face, tower)
+        features = face_features([face], tower)[0]
         out[len(people)] = torch.cat(features.vit_hidden).half().numpy()
         conds.append(features.id_cond[0].numpy())
         people.append(person)
