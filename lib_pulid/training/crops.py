@@ -66,7 +66,8 @@ def spoiled(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1.5) * size / 128)
     if rng.random() < 0.25:
         quality = int(rng.integers(25, 95))
-        image = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
+        packed = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        image = np.asarray(cv2.imdecode(packed, cv2.IMREAD_COLOR))
     if rng.random() < 0.8:
         image = cv2.transform(image, _color_matrix(rng))
     if rng.random() < 0.5:  # fine, or in blotches
@@ -89,7 +90,7 @@ def faces_of(drawn: Drawn, sharp: int = 0) -> Faces:
     path = drawn.folder / f"faces-{drawn.seed}-{drawn.people}.npz"
     if not path.is_file():
         part = path.with_suffix(".part.npz")
-        np.savez(part, **_list_faces(drawn))
+        np.savez(part, **_list_faces(drawn))  # type: ignore[arg-type]
         part.rename(path)
     with np.load(path) as rows:
         return Faces(drawn.images(), _sharp_images(drawn, sharp), **{name: rows[name] for name in rows.files})

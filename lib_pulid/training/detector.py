@@ -50,9 +50,9 @@ class Detector(nn.Module):
         self.smooth = nn.ModuleList(Block(neck, separable=True) for _ in STRIDES)
         self.heads = nn.ModuleList(nn.Conv2d(neck, 2 * 15, 1) for _ in STRIDES)
         for head in self.heads:
-            nn.init.zeros_(head.bias)
-            nn.init.constant_(head.bias.view(2, 15)[:, 0], -4.0)  # faces are rare
-            nn.init.constant_(head.bias.view(2, 15)[:, 1:5], 0.5)  # half a face to each side
+            bias = nn.init.zeros_(head.get_parameter("bias")).view(2, 15)
+            nn.init.constant_(bias[:, 0], -4.0)  # faces are rare
+            nn.init.constant_(bias[:, 1:5], 0.5)  # half a face to each side
 
     def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         x, maps = self.stem(images), []
@@ -139,7 +139,7 @@ def targets(sample: Sample) -> list[np.ndarray]:
     rows = []
     for stride, anchors in zip(STRIDES, ANCHORS):
         side = INPUT // stride
-        cells = np.stack(np.mgrid[:side, :side][::-1], -1).reshape(-1, 1, 2) * float(stride)
+        cells = np.stack(list(np.mgrid[:side, :side][::-1]), -1).reshape(-1, 1, 2) * float(stride)
         out = np.zeros((side * side, 2, 15), np.float32)
         for box, points, whole in zip(sample.boxes, sample.points, sample.whole):
             size = np.sqrt((box[2:] - box[:2]).prod())
@@ -254,7 +254,7 @@ def _noise(rng: np.random.Generator) -> np.ndarray:
 def train(folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None) -> Detector:
     """Trains the detector or goes on training it."""
     torch.manual_seed(30)
-    detector = Detector().to(memory_format=torch.channels_last)
+    detector = Detector().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     lesson = Lesson(folder, people)
     run = Run(folder / "detector", detector.train(), steps, rate, decay=0.995, minutes=minutes)
 
@@ -271,7 +271,7 @@ def train(folder: Path, people: int, steps: int, batch: int, rate: float, minute
 def save(detector: Detector, folder: Path) -> None:
     """Writes detector.onnx."""
     names = [f"{what}_{stride}" for what in ("score", "bbox", "kps") for stride in STRIDES]
-    module = _Scrfd(detector.to(memory_format=torch.contiguous_format))
+    module = _Scrfd(detector.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
     save_onnx(module, torch.zeros(1, 3, INPUT, INPUT), folder / "detector.onnx", names)
 
 

@@ -34,7 +34,7 @@ def save_onnx(
         torch.onnx.export(
             module.eval(),
             (example,),
-            data,
+            data,  # type: ignore[arg-type]  # it takes a buffer, too
             input_names=["input"],
             output_names=list(outputs),
             dynamic_axes=free,

@@ -104,14 +104,14 @@ def to_input(crops: np.ndarray) -> Tensor:
 def train(folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None) -> ParserNet:
     """Trains the parser or goes on training it."""
     torch.manual_seed(40)
-    net = ParserNet().to(memory_format=torch.channels_last)
+    net = ParserNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data = Labeled(Drawn(folder, people))
     run = Run(folder / "parser", _Inner(net).train(), steps, rate, warmup=25, decay=0.97, minutes=minutes)
 
     def pick(step: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([41, step])
         crops, labels = zip(*(data.crop(i, INNER, rng) for i in rng.integers(0, data.count, batch)))
-        return to_input(np.stack(crops)).to(memory_format=torch.channels_last), torch.from_numpy(np.stack(labels))
+        return to_input(np.stack(crops)).to(memory_format=torch.channels_last), torch.from_numpy(np.stack(labels))  # type: ignore[call-overload]
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         crops, labels = pick(step)
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--minutes", type=float)
     args = parser.parse_args()
-    net = train(**vars(args)).to(memory_format=torch.contiguous_format)
+    net = train(**vars(args)).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     path = args.folder / "miniature" / "parser.onnx"
     save_onnx(net, torch.zeros(1, 3, CROP_SIZE, CROP_SIZE), path, ["scores"])
     text = json.dumps(figures(path, args.folder), indent=1)

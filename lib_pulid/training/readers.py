@@ -95,7 +95,7 @@ class Reader(nn.Module):
 def build(name: str) -> Reader:
     """An untrained reader of KINDS."""
     torch.manual_seed(KINDS[name].seed)
-    return Reader(KINDS[name]).to(memory_format=torch.channels_last)
+    return Reader(KINDS[name]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def contrastive_loss(embedding: Tensor, identity: Tensor, temperature: float = 0.07) -> Tensor:
@@ -125,6 +125,7 @@ class _FaceLesson(nn.Module):
         return pairs(self.faces, self.people, self.kind.seed, start)
 
     def images(self, chosen: np.ndarray, step: int) -> Tensor:
+        assert self.kind.points is not None
         rng = np.random.default_rng([self.kind.seed, 1, step])
         return to_input(np.stack([self.faces.cut(i, self.kind.points, self.kind.size, rng) for i in chosen]))
 
@@ -199,6 +200,7 @@ def read_all(reader: Reader, crops: list[np.ndarray]) -> list[np.ndarray]:
 
 def face_figures(reader: Reader, kind: Kind, faces: Faces, spoil: bool = False) -> dict[str, float]:
     """How well people that training never saw are told apart and named; spoil: on spoiled images."""
+    assert kind.points is not None
     rng = np.random.default_rng(0) if spoil else None
     embedding, *logits = read_all(reader, [faces.cut(i, kind.points, kind.size, rng) for i in range(len(faces))])
     z = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
@@ -234,7 +236,7 @@ def save(name: str, reader: Reader, folder: Path) -> None:
     """Writes NAME.onnx into a folder; of the recogniser its weights too, for losses that need gradients."""
     kind = KINDS[name]
     example = torch.zeros(2, 3, kind.size, kind.size)
-    reader = reader.to(memory_format=torch.contiguous_format)
+    reader = reader.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if name == "recogniser":
         from safetensors.torch import save as to_bytes
 

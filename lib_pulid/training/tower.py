@@ -60,8 +60,8 @@ def build() -> VisionTower:
     with torch.no_grad():
         weight = torch.zeros(WIDTH, 3, PATCH, PATCH)
         weight[: side * side] = flat[:, None] / (3 * 3)
-        trunk.patch_embed.proj.weight.copy_(weight)
-        trunk.pos_embed.mul_(5)
+        trunk.get_parameter("patch_embed.proj.weight").copy_(weight)
+        trunk.get_parameter("pos_embed").mul_(5)
     trunk.patch_drop = Kept()
     return VisionTower(trunk)
 
@@ -90,7 +90,7 @@ class Lesson(nn.Module):
             nn.ModuleDict({name: nn.Linear(WIDTH, len(v)) for name, v in world.ATTRIBUTES.items()}) for _ in BLOCKS
         )
         for layer in (self.numbers, *self.who.values()):
-            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.normal_(layer.get_parameter("weight"), std=0.01)
 
     def loss(self, images: Tensor, labels: Tensor, chosen: Tensor | None, who: Tensor, traits: Tensor, numbers: Tensor):
         """images [B, 3, 336, 336], labels [B, 576] of the patches, chosen [B, K] patches, who [B] -> loss, figures."""
@@ -102,13 +102,13 @@ class Lesson(nn.Module):
             state = F.layer_norm(state, (WIDTH,))
             patches.append(F.cross_entropy(probe(state[:, 1:]).transpose(1, 2), labels))
             mean = state.mean(dim=1)
-            persons.append(heads_loss(tuple(head(mean) for head in named.values()), traits))
+            persons.append(heads_loss(tuple(head(mean) for head in named.values()), traits))  # type: ignore[operator]
         same = contrastive_loss(token, who, 0.1)
-        named = heads_loss(tuple(head(token) for head in self.who.values()), traits)
+        of_token = heads_loss(tuple(head(token) for head in self.who.values()), traits)
         measured = 12 * F.mse_loss(self.numbers(token), numbers)
         patch, person = torch.stack(patches).mean(), torch.stack(persons).mean()
-        figures = {"same": same, "named": named, "measured": measured, "patch": patch, "person": person}
-        total = 0.5 * same + 2 * named + 0.5 * measured + patch + person
+        figures = {"same": same, "named": of_token, "measured": measured, "patch": patch, "person": person}
+        total = 0.5 * same + 2 * of_token + 0.5 * measured + patch + person
         return total, {name: value.item() for name, value in figures.items()}
 
 
