@@ -1,5 +1,6 @@
 # make demo    a photo in, contact sheets out (FACE=path for your own photo)
 # make test    everything that can be tested without a WebUI
+# make test-long    more random sequences and damaged files, which take long
 # make bench   what a face costs, beside the official formulas: counted as on a GPU, timed, kept in memory
 # make bench-gpu    the times of sites and whole steps on a GPU, in both 16-bit formats; a few minutes
 # make lint    ruff and mypy
@@ -17,7 +18,7 @@ BIN := .venv/bin
 PIPS := 'pip==24.0' 'pip==25.0.1' 'pip>=26'  # with which the tests run install.py; without them those are skipped
 QUIET := PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: demo test bench bench-gpu lint clean test-host test-host-long test-host-sequences
+.PHONY: demo test test-long bench bench-gpu lint clean test-host test-host-long test-host-sequences
 
 demo: .venv/standalone
 	$(BIN)/python -m lib_pulid demo $(if $(FACE),--face "$(FACE)") --out "$(OUT)"
@@ -25,6 +26,9 @@ demo: .venv/standalone
 test: .venv/test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-long: .venv/test
+	PULID_SEQUENCES=500 PULID_FUZZ=60 $(BIN)/python -m pytest tests/test_sequences.py tests/test_fuzz.py
 
 bench: .venv/test
 	$(BIN)/python -m lib_pulid bench

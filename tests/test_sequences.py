@@ -1,4 +1,4 @@
-"""A thousand random afternoons: settings that change, pictures that fail, and at the end the right picture.
+"""Random afternoons: settings that change, pictures that fail, and at the end the right picture.
 
 A sequence is a seeded list of actions on a running program; its last picture has to be the one that a fresh start makes
 with the settings that the sequence arrived at, or the refusal in the same words. A failure prints the sequence, and
@@ -7,6 +7,7 @@ with the settings that the sequence arrived at, or the refusal in the same words
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,7 +24,7 @@ from tests.fake_webui import AxisOption
 from tests.faults import FAULTS, STAGES, faulty
 from tests.light_webui import FILES, PHOTOS, Host, Light, write_models
 
-SEQUENCES, BLOCKS = 500, 5  # of each host
+SEQUENCES, BLOCKS = int(os.environ.get("PULID_SEQUENCES", "50")), 5  # of each host; make test-long plays 500
 CHECKPOINTS = {"a1111": ("sdxl", "sdxl-b", "sd15"), "forge": ("sdxl", "sdxl-b", "flux", "sd15")}
 SUDDEN = ("error", "no memory", "ctrl-c", "interrupt", "skip")
 
