@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib_pulid import disk
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, Injection, compile_injection, inject
 from lib_pulid.sites import Site, Sites, cross_attention_site, image_stream_site
@@ -271,7 +272,7 @@ def official_modules(checkout: Path) -> SimpleNamespace:
 
 def _load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"official_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
+    if spec is None or spec.loader is None or not disk.is_file(path):
         raise FileNotFoundError(f"{path} was not found; --official wants a checkout of ToTheBeginning/PuLID.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

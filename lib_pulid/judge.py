@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
 
 
@@ -34,7 +35,7 @@ class Judge:
 
     def __init__(self, path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
         path = Path(path)
-        if not path.is_file():
+        if not disk.is_file(path):
             raise MissingWeightsError(f"{path.name} (a judge of drawn images) was not found in {path.parent}.")
         try:
             import onnxruntime
