@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 
 from lib_pulid.training.people import HAIR_COLOR, SKIN, Color, Person
 from lib_pulid.training.scenes import Placement
 
 FINE = 4  # drawn this many times larger, then reduced
+CROWN = -0.96
 INK: Color = (46, 36, 44)
 # Numbers of the classes of BiSeNet's face parsing.
 BACKGROUND, SKIN_AREA, BROW, EYE, GLASSES_AREA, EAR, NOSE, MOUTH, UPPER_LIP, LOWER_LIP, NECK, CLOTH, HAIR = (
@@ -35,43 +37,52 @@ def lit(color: Color, share: float = 0.2) -> Color:
     return mix(color, (255, 244, 222), share)
 
 
-@lru_cache(maxsize=8)
-def _basis(steps: int) -> np.ndarray:
-    t = np.arange(steps)[:, None] / steps
-    powers = t ** np.arange(4)
-    return powers @ (0.5 * np.array([[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 1]]))
+@lru_cache(maxsize=64)
+def _spline(count: int, steps: int) -> np.ndarray:
+    """Matrix [count * steps, count] of a closed Catmull-Rom curve."""
+    powers = (np.arange(steps)[:, None] / steps) ** np.arange(4)
+    basis = powers @ (0.5 * np.array([[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 1]]))
+    matrix = np.zeros((count, steps, count))
+    for index in range(count):
+        for k in range(4):
+            matrix[index, :, (index + k - 1) % count] += basis[:, k]
+    return matrix.reshape(count * steps, count)
 
 
-def smooth(points, steps: int = 6) -> np.ndarray:
+def smooth(points: ArrayLike, steps: int = 6) -> np.ndarray:
     """Closed curve [n * steps, 2] through the points [n, 2]."""
     points = np.asarray(points, float)
-    around = np.stack([np.roll(points, shift, 0) for shift in (1, 0, -1, -2)])
-    return np.einsum("sk,knd->nsd", _basis(steps), around).reshape(-1, 2)
+    return _spline(len(points), steps) @ points
+
+
+@lru_cache(maxsize=16)
+def _circle(count: int, power: float) -> np.ndarray:
+    angle = np.arange(count) * (2 * np.pi / count)
+    circle = np.stack([np.cos(angle), np.sin(angle)], 1)
+    return np.sign(circle) * np.abs(circle) ** power
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, degrees: float = 0.0, count: int = 28) -> np.ndarray:
     """Ellipse [count, 2], turned clockwise."""
-    angle = np.arange(count) * (2 * np.pi / count)
-    return turned(np.stack([rx * np.cos(angle), ry * np.sin(angle)], 1), degrees) + (x, y)
+    return turned(_circle(count, 1.0) * (rx, ry), degrees) + (x, y)
 
 
-def squarish(x: float, y: float, rx: float, ry: float, count: int = 36) -> np.ndarray:
-    """Square with round corners [count, 2]."""
-    angle = np.arange(count) * (2 * np.pi / count)
-    cos, sin = np.cos(angle), np.sin(angle)
-    power = 0.36
-    return np.stack([x + rx * np.sign(cos) * abs(cos) ** power, y + ry * np.sign(sin) * abs(sin) ** power], 1)
+def squarish(x: float, y: float, rx: float, ry: float) -> np.ndarray:
+    """Rectangle with round corners [36, 2]."""
+    return _circle(36, 0.36) * (rx, ry) + (x, y)
 
 
 def turned(points: np.ndarray, degrees: float) -> np.ndarray:
     """Points turned clockwise about the origin."""
-    if not degrees:
-        return points
+    return points @ _rotation(degrees) if degrees else points
+
+
+def _rotation(degrees: float) -> np.ndarray:
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    return points @ np.array([[c, s], [-s, c]])
+    return np.array([[c, s], [-s, c]])
 
 
-def mirrored(half) -> np.ndarray:
+def mirrored(half: ArrayLike) -> np.ndarray:
     """The right half of an outline [n, 2], from top to bottom, and its mirror image."""
     half = np.asarray(half, float)
     inner = half[1:-1] if abs(half[-1, 0]) < 1e-6 else half[1:]
@@ -79,31 +90,23 @@ def mirrored(half) -> np.ndarray:
 
 
 class Pen:
-    """Draws closed shapes, in fractions of the image; ink says what comes out.
+    """Draws closed shapes, given in fractions of the image, with colors or, for a map of labels, with their classes."""
 
-    "paint": colors [RGB]. "labels": classes of face parsing. "rim": all in white, with a wide white line around it.
-    """
-
-    def __init__(self, size: int, ink: str = "paint", outline: float = 0.0, ground: Image.Image | None = None):
-        self.size, self.ink, self.outline = size, ink, outline
+    def __init__(self, size: int, labels: bool = False, outline: float = 0.0) -> None:
         full = (size * FINE, size * FINE)
-        self.image = ground if ground is not None else Image.new("L" if ink == "labels" else "RGB", full)
-        self._draw = ImageDraw.Draw(self.image)
+        self.image = Image.new("L" if labels else "RGB", full)
+        self.labels, self.outline = labels, outline
+        self._scale, self._draw = size * FINE, ImageDraw.Draw(self.image)
 
     def fill(self, points: np.ndarray, color: Color, label: int | None = None, line: float = 1.0) -> None:
         """One shape [n, 2]; label None: no class of its own; line: width of its outline, if there are outlines."""
-        pixels = (points * (self.size * FINE)).ravel().tolist()
-        if self.ink == "labels":
-            if label is not None:
-                self._draw.polygon(pixels, fill=label)
-        elif self.ink == "rim":
-            self._draw.polygon(pixels, fill=(255, 255, 255))
-            self._draw.line(pixels + pixels[:4], fill=(255, 255, 255), width=round(0.05 * self.size * FINE))
-        else:
-            self._draw.polygon(pixels, fill=color)
-            if self.outline and line:
-                width = max(1, round(line * self.outline * self.size * FINE))
-                self._draw.line(pixels + pixels[:4], fill=INK, width=width, joint="curve" if len(pixels) < 60 else None)
+        if self.labels and label is None:
+            return
+        pixels = (points * self._scale).ravel().tolist()
+        self._draw.polygon(pixels, fill=label if self.labels else color)
+        if self.outline and line:
+            width = max(1, round(line * self.outline * self._scale))
+            self._draw.line(pixels + pixels[:4], fill=INK, width=width, joint="curve" if len(pixels) < 40 else None)
 
 
 @dataclass(frozen=True)
@@ -129,48 +132,51 @@ _THETA = np.radians(21)  # of the head at turn 1
 
 
 class Face:
-    """Measures of one head. Head coordinates: the crown is at y -1, the chin near 1, x 0 the middle."""
+    """Measures of one head. Head coordinates: the crown is near y -1, the chin near 1, x 0 the middle."""
 
     def __init__(self, person: Person, placement: Placement) -> None:
         p, mood = person, EXPRESSIONS[placement.expression]
         self.person, self.placement, self.mood = person, placement, mood
         self.unit = placement.scale / 2
+        self._matrix, self._center = self.unit * _rotation(placement.tilt), np.array([placement.x, placement.y])
         self.turn = placement.turn
-        self.width = 0.61 + 0.15 * p.face_width
-        self.chin = 0.92 + 0.15 * p.face_length
+        self.width = 0.59 + 0.18 * p.face_width
+        self.chin = 0.9 + 0.18 * p.face_length
         self.eye_x = 0.25 + 0.07 * p.eye_distance
-        self.eye = (0.115 + 0.045 * p.eye_size, (0.082 + 0.042 * p.eye_size) * mood.lids)
+        self.eye = (0.11 + 0.055 * p.eye_size, (0.076 + 0.054 * p.eye_size) * mood.lids)
         self.brow_y = -0.19 - 0.08 * p.brow_height - mood.brows
         self.nose_y = 0.25 + 0.11 * p.nose_length
-        self.nose_width = 0.085 + 0.075 * p.nose_width
+        self.nose_width = 0.075 + 0.1 * p.nose_width
         self.mouth_y = self.chin * 0.62 + 0.06 * (p.mouth_height - 0.5)
-        self.mouth_width = (0.18 + 0.08 * p.mouth_width) * mood.wide
+        self.mouth_width = (0.17 + 0.1 * p.mouth_width) * mood.wide
+        self.hairline = -0.66 + 0.2 * p.hairline
         self.skin = shaded(lit(SKIN[p.skin], 0.12 * (1 - p.skin_shade)), 0.1 * p.skin_shade)
         self.hair = mix(HAIR_COLOR[p.hair_color], (20, 10, 20), 0.16 * p.hair_shade)
 
     def outline(self) -> np.ndarray:
         """The face without ears, forehead up to the crown, [n, 2] in head coordinates."""
         p, w, chin = self.person, self.width, self.chin
-        jaw, tip = w * (0.72 + 0.2 * p.jaw), w * (0.26 + 0.28 * p.chin)
-        half = [(0, -1), (0.56 * w, -0.86), (0.93 * w, -0.42), (w, 0), (0.965 * w, 0.3)]
+        jaw, tip = w * (0.68 + 0.26 * p.jaw), w * (0.22 + 0.34 * p.chin)
+        half = [(0, CROWN), (0.64 * w, -0.82), (0.96 * w, -0.42), (w, 0), (0.965 * w, 0.3)]
         half += [(jaw, 0.64 * chin), (tip, 0.94 * chin), (0, chin)]
-        points = smooth(mirrored(half), 5)
+        points = smooth(mirrored(half), 4)
         points[:, 0] += 0.06 * self.turn * np.clip(points[:, 1], 0, 1)
         return points
 
     def look(self, points: np.ndarray) -> np.ndarray:
         """Slides points on the face with the head's turn; what is on its edge or beyond stays."""
         u = points[:, 0] / self.width
-        inside = np.clip(u, -1, 1)
+        inside = np.minimum(np.maximum(u, -1), 1)
         edge = inside**4
-        slid = (1 - edge) * np.sin(np.arcsin(inside) + self.turn * _THETA) + edge * inside
-        return np.stack([(slid + (u - inside)) * self.width, points[:, 1]], 1)
+        slid = points.copy()
+        slid[:, 0] += self.width * (1 - edge) * (np.sin(np.arcsin(inside) + self.turn * _THETA) - inside)
+        return slid
 
     def place(self, points: np.ndarray) -> np.ndarray:
         """Head coordinates to fractions of the image."""
-        return turned(points * self.unit, self.placement.tilt) + (self.placement.x, self.placement.y)
+        return points @ self._matrix + self._center
 
-    def body(self, points: np.ndarray) -> np.ndarray:
+    def body(self, points: ArrayLike) -> np.ndarray:
         """Body coordinates, upright from the base of the neck, to fractions of the image."""
         return np.asarray(points, float) * self.unit + self.place(np.array([[0.0, 1.12]]))
 
@@ -193,3 +199,22 @@ class Face:
         points = self.outline()
         points = self.place(points[points[:, 1] > -0.7])
         return np.concatenate([points.min(0), points.max(0)])
+
+
+class Sketch:
+    """One head with one pen, and the side of it that is in the shadow: -1, 1 or 0."""
+
+    def __init__(self, pen: Pen, face: Face, light: str) -> None:
+        self.pen, self.face, self.person = pen, face, face.person
+        self.dark_side = {"left": 1, "right": -1}.get(light, 0)
+
+    def put(
+        self, points: ArrayLike, color: Color, label: int | None = None, line: float = 1.0, look: bool = False
+    ) -> None:
+        """A shape in head coordinates; look: on the face, so that it slides with the head's turn."""
+        points = np.asarray(points, float)
+        self.pen.fill(self.face.place(self.face.look(points) if look else points), color, label, line)
+
+    def wear(self, points: ArrayLike, color: Color, line: float = 1.0, label: int = CLOTH) -> None:
+        """A shape in body coordinates."""
+        self.pen.fill(self.face.body(points), color, label, line)

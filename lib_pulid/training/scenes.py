@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from lib_pulid.training.people import Color, Person
+from lib_pulid.training.people import ATTRIBUTES, NUMBERS, Color, Person
 
 BACKGROUND = ("plain", "stripes", "dots", "checks", "waves", "rays", "hills", "clouds")
 BACKGROUND_COLOR: dict[str, Color] = {
@@ -20,7 +21,7 @@ BACKGROUND_COLOR: dict[str, Color] = {
     "purple": (148, 118, 186),
     "pink": (240, 164, 176),
 }
-SECOND_COLOR: dict[str, Color] = {"white": (252, 244, 230), "navy": (50, 64, 100)}
+SECOND_COLOR: dict[str, Color] = {"white": (252, 244, 230), "navy": (72, 86, 132)}
 CLOTHES = ("shirt", "striped shirt", "hoodie", "suit", "turtleneck", "dress", "overalls")
 CLOTHES_COLOR: dict[str, Color] = {
     "red": (206, 62, 62),
@@ -118,14 +119,16 @@ def sample_scene(rng: np.random.Generator, persons: int = 1) -> Scene:
             x = 0.5 + side * rng.uniform(0.09, 0.42 - 0.45 * scale) + (not side) * rng.uniform(-0.05, 0.05)
             y = rng.uniform(0.5 * scale + 0.06, 0.52 - 0.1 * scale)
         else:
-            scale = rng.uniform(0.35, 0.44) if persons == 2 else rng.uniform(0.26, 0.31)
-            x = (number + 0.5) / persons + rng.uniform(-0.01, 0.01)
-            y = rng.uniform(0.38, 0.56)
-        tilt, turn = 12 * rng.uniform(-1, 1), rng.uniform(-1, 1)
+            scale = rng.uniform(0.35, 0.42) if persons == 2 else rng.uniform(0.24, 0.28)
+            x = (number + 0.5) / persons + rng.uniform(-0.005, 0.005)
+            y = rng.uniform(0.42, 0.5)
+        tilt, turn = (12 if persons == 1 else 8) * rng.uniform(-1, 1), rng.uniform(-1, 1)
         return Placement(x, y, scale, tilt, turn, one("expression"), one("clothes"), one("clothes_color"))
 
     placements = tuple(placement(number) for number in range(persons))
-    names = {name: one(name) for name in SCENE_ATTRIBUTES if name not in _OF_PLACEMENT}
+    names: dict[str, Any] = {name: one(name) for name in SCENE_ATTRIBUTES if name not in _OF_PLACEMENT}
+    if names["background"] == "plain":
+        names["second_color"] = "white"  # it is not seen
     return Scene(placements, **names, shift=float(rng.uniform()))
 
 
@@ -197,3 +200,20 @@ def _backdrop(scene: Scene, keep: Collection[str]) -> str:
     if plain:
         return f"in front of a plain {' '.join([*colors, 'wall'])}"
     return f"in front of {' '.join([' and '.join(colors), scene.background]).strip()}"
+
+
+def vocabulary() -> frozenset[str]:
+    """All words of describe(), in lowercase."""
+    prompts = []
+    for index in range(max(map(len, [*ATTRIBUTES.values(), *SCENE_ATTRIBUTES.values()]))):
+        looks: dict[str, Any] = {name: values[index % len(values)] for name, values in ATTRIBUTES.items()}
+        names = {name: values[index % len(values)] for name, values in SCENE_ATTRIBUTES.items()}
+        person = Person(**looks | dict.fromkeys(NUMBERS, 0.5))
+        worn: dict[str, Any] = {name: names[name] for name in ("expression", "clothes", "clothes_color")}
+        rest: dict[str, Any] = {name: names[name] for name in names if name not in _OF_PLACEMENT}
+        placement = Placement((0.3, 0.5, 0.7)[index % 3], scale=(0.48, 0.58, 0.7)[index % 3], **worn)
+        for count in (1, 2, 3):
+            scene = Scene((placement,) * count, **rest)
+            prompts += [describe(scene, keep={name}) for name in SCENE_ATTRIBUTES]
+            prompts += [describe(scene, [person] * count), describe(scene, keep=())]
+    return frozenset(" ".join(prompts).replace(",", "").lower().split())

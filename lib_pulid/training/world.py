@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import product
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from lib_pulid.training.backdrops import draw_background, finish
+from lib_pulid.training.clothes import draw_body, draw_collar
 from lib_pulid.training.drawing import BACKGROUND as NOTHING
-from lib_pulid.training.drawing import CLOTH, FINE, Face, Pen
+from lib_pulid.training.drawing import CLOTH, FINE, Face, Pen, Sketch
 from lib_pulid.training.heads import draw_head
 from lib_pulid.training.people import ATTRIBUTES, Person, sample_person
 from lib_pulid.training.scenes import (
@@ -24,8 +24,8 @@ from lib_pulid.training.scenes import (
     describe,
     sample_scene,
     scene_attributes,
+    vocabulary,
 )
-from lib_pulid.training.surroundings import draw_background, draw_body, draw_collar, finish
 
 __all__ = [
     "ATTRIBUTES",
@@ -52,31 +52,41 @@ def draw(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray
     pen = Pen(size, outline=_OUTLINES.get(scene.style, 0.0))
     draw_background(pen, scene)
     if scene.style == "sticker":
-        _people(Pen(size, "rim", ground=pen.image), persons, scene)
+        pen.image.paste((255, 255, 255), mask=_rim(persons, scene, size))
     _people(pen, persons, scene)
     image = np.asarray(pen.image.reduce(FINE), np.float32)
     return finish(image, scene).round().astype(np.uint8)
 
 
+def _rim(persons: Sequence[Person], scene: Scene, size: int) -> Image.Image:
+    """The people and a rim around them: the white of a sticker, an L image of the fine size."""
+    seen = Image.fromarray(np.uint8(255) * (labels(persons, scene, size) != NOTHING))
+    grown = seen.filter(ImageFilter.GaussianBlur(size / 36)).resize(
+        (size * FINE, size * FINE), Image.Resampling.BILINEAR
+    )
+    return grown.point([min(255, max(0, 16 * value - 400)) for value in range(256)])
+
+
 def labels(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray:
     """What each pixel shows, classes of BiSeNet's face parsing, uint8 [size, size]."""
-    pen = Pen(size, "labels")
+    pen = Pen(size, labels=True)
     _people(pen, persons, scene)
     return np.asarray(pen.image)[FINE // 2 :: FINE, FINE // 2 :: FINE].copy()
 
 
 def _people(pen: Pen, persons: Sequence[Person], scene: Scene) -> None:
-    faces = [Face(person, placement) for person, placement in zip(persons, scene.placements, strict=True)]
-    for face in faces:
-        draw_body(pen, face)
-    for face in faces:
-        draw_head(pen, face, scene.light, draw_collar)
+    figures = zip(persons, scene.placements, strict=True)
+    sketches = [Sketch(pen, Face(person, placement), scene.light) for person, placement in figures]
+    for sketch in sketches:
+        draw_body(sketch)
+    for sketch in sketches:
+        draw_head(sketch, draw_collar)
 
 
 def head_mask(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray:
     """Where heads are, hair and neck too, and a little around them: bool [size, size]."""
     classes = labels(persons, scene, size)
-    head = Image.fromarray(np.uint8(255) * ((classes != NOTHING) & (classes != CLOTH)).astype(np.uint8))
+    head = Image.fromarray(np.uint8(255) * ((classes != NOTHING) & (classes != CLOTH)))
     margin = round(3 * size / 128)
     return np.asarray(head.filter(ImageFilter.MaxFilter(2 * margin + 1))) > 0
 
@@ -89,29 +99,6 @@ def landmarks(person: Person, placement: Placement, size: int = 128) -> np.ndarr
 def face_box(person: Person, placement: Placement, size: int = 128) -> np.ndarray:
     """x0, y0, x1, y1 of the face in pixels, forehead to chin without ears: float32 [4]."""
     return (Face(person, placement).box() * size).astype(np.float32)
-
-
-def vocabulary() -> frozenset[str]:
-    """All words of describe(), in lowercase."""
-    rng = np.random.default_rng(0)
-    person, scene = sample_person(rng), sample_scene(rng)
-    prompts = [describe(sample_scene(rng, count), keep=keep) for count, keep in product((1, 2, 3), (None, ()))]
-    for name, values in ATTRIBUTES.items():
-        prompts += [describe(scene, [replace(person, **{name: value})]) for value in values]
-    for name, values in SCENE_ATTRIBUTES.items():
-        for value, keep in product(values, (None, {name})):
-            if name in Placement.__dataclass_fields__:
-                changed = replace(scene, placements=(replace(scene.placements[0], **{name: value}),))
-            elif name in ("position", "size"):
-                where = {"left": 0.3, "center": 0.5, "right": 0.7, "small": 0.48, "medium": 0.58, "close-up": 0.7}[
-                    value
-                ]
-                field = {"x" if name == "position" else "scale": where}
-                changed = replace(scene, placements=(replace(scene.placements[0], **field),))
-            else:
-                changed = replace(scene, **{name: value})
-            prompts.append(describe(changed, keep=keep))
-    return frozenset(" ".join(prompts).replace(",", "").lower().split())
 
 
 def _sheet() -> None:
