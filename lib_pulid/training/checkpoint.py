@@ -1,6 +1,6 @@
 """Writes the trained miniature in the file formats of the real models, in 16 bit.
 
-    python -m lib_pulid.training.export --folder .training --out lib_pulid/miniature
+    python -m lib_pulid.training.checkpoint --folder .training --out lib_pulid/miniature
 
 The base becomes a single-file checkpoint with the names of SDXL's own code (sgm, open_clip), which diffusers, A1111 and
 Forge read; the adapter a file in the layout of pulid_v1.1.safetensors.
