@@ -1,0 +1,292 @@
+"""Trains the miniature's PuLID file: IDFormer and 70 pairs, by the paper's losses, beside the frozen base.
+
+    python -m lib_pulid.training.adapter --folder .training --losses diffusion            the base of the ablation
+    python -m lib_pulid.training.adapter --folder .training --losses diffusion,id
+    python -m lib_pulid.training.adapter --folder .training --losses diffusion,id,alignment
+
+Each step shows one photo of a person to the encoders and asks for another image of the same person, whose prompt says
+nothing of the looks and only half of the scene. Identity and alignment losses come in after the first third.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib_pulid.encoders import SCALES
+from lib_pulid.sites import Sites, find_sites
+from lib_pulid.training import losses, world
+from lib_pulid.training.autoencoder import SCALE
+from lib_pulid.training.autoencoder import build as build_autoencoder
+from lib_pulid.training.base import Base, latents_of
+from lib_pulid.training.dataset import SIZE, Drawn
+from lib_pulid.training.injection import RowIdentities, SDXLAdapter, id_former, inject_rows
+from lib_pulid.training.loop import Run
+from lib_pulid.training.photos import Photos, photos_of
+
+ID_DROPOUT = 0.1
+ID_WEIGHT = 0.3
+SEMANTIC_WEIGHT, LAYOUT_WEIGHT = (
+    15.0,
+    3.0,
+)  # of losses relative to the activations' power; see facts in docs/training.md
+LOSSES = ("diffusion", "id", "alignment")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """All that a step works with.
+
+    Args:
+        recogniser: differentiable, aligned faces [B, 3, 112, 112] in -1..1 -> [B, 512].
+        find_faces: images uint8 [B, H, W, 3] -> landmarks of each one's largest face [5, 2], or None.
+    """
+
+    base: Base
+    vae: Any
+    adapter: SDXLAdapter
+    photos: Photos
+    data: Drawn
+    latents: np.ndarray
+    recogniser: Any
+    find_faces: Any
+    losses: Sequence[str]
+
+    @cached_property
+    def sites(self) -> Sites:
+        return find_sites(self.base.unet)
+
+    @cached_property
+    def weights(self) -> list[Any]:
+        return self.adapter.weights()
+
+    # ------------------------------------------------------------ the standard branch
+
+    def diffusion(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
+        """L_diff on other images of the people in the photos; every sixth batch shows two people, each in a half."""
+        pair = step % 6 == 5
+        index, rows_of_people = self._draw(batch, pair, rng)
+        clean = torch.from_numpy(self.latents[index]).float()
+        prompts = [self._prompt(i, rng) for i in index]
+        t = torch.from_numpy(rng.integers(0, 1000, batch))
+        alpha, sigma = self.base.levels(t)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step))
+        with torch.no_grad():
+            text = self.base.text(prompts)
+        rows = [self._identities(who, rng, half if pair else None) for half, who in enumerate(rows_of_people)]
+        with inject_rows(self.sites, self.weights, rows):
+            v = self.base.predict(alpha * clean + sigma * noise, t, *text)
+        return losses.diffusion_loss(v, alpha * noise - sigma * clean)
+
+    def _draw(self, batch: int, pair: bool, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Images [B], and for each person in them the rows of `photos` [B]; the photos themselves are left out."""
+        index, rows = self._pools[int(pair)]
+        chosen = rng.choice(len(index), min(batch, len(index)), replace=False)
+        return index[chosen], list(rows[chosen].T)
+
+    @cached_property
+    def _pools(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Images of one person and of two, all of whom have photos, and the rows of these: [N] and [N, 1 or 2]."""
+        photos, pools = set(self.photos.image.tolist()), ([], [])  # type: ignore[var-annotated]
+        for index in range(len(self.data)):
+            numbers = self.data.numbers(index)
+            rows = [self.photos.row_of(number) for number in numbers]
+            if index not in photos and min(rows) >= 0:
+                pools[len(numbers) - 1].append((index, rows))
+        return tuple((np.array([i for i, _ in pool]), np.array([rows for _, rows in pool])) for pool in pools)
+
+    def _prompt(self, index: int, rng: np.random.Generator) -> str:
+        if rng.random() < 0.1:
+            return ""
+        keep = {name for name in world.SCENE_ATTRIBUTES if rng.random() < 0.5}
+        return world.describe(self.data.example(int(index))[1], None, keep)
+
+    def _identities(self, who: np.ndarray, rng: np.random.Generator, half: int | None = None) -> RowIdentities:
+        tokens = self.photos.tokens(who, self.adapter.encoder, rng)
+        dropped = torch.from_numpy(rng.random(len(who)) < ID_DROPOUT)
+        tokens = torch.where(dropped[:, None, None], self.nobody(), tokens)
+        return RowIdentities(tokens, None if half is None else _half(len(who), half), num_zero=20)
+
+    def nobody(self) -> Tensor:
+        """The uncond identity, [1, N, D]: the encoder run on zeros."""
+        width = self.photos.hidden.shape[-1]
+        return self.adapter.encoder(torch.zeros(1, 1280), [torch.zeros(1, 2, width)] * SCALES)
+
+    # ------------------------------------------------------------ the contrastive, few-step branch
+
+    def lightning(self, step: int, batch: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """L_align and L_id: from pure noise under a new prompt, with and without the identity."""
+        who = rng.choice(len(self.photos), batch, replace=False)
+        scenes = [world.sample_scene(rng) for _ in who]
+        noise = torch.randn((batch, *self.latents.shape[1:]), generator=torch.Generator().manual_seed(10**6 + step))
+        with torch.no_grad():
+            text = self.base.text([world.describe(scene, None, _some(rng)) for scene in scenes])
+        rows = [RowIdentities(self.photos.tokens(who, self.adapter.encoder, rng))]
+        found: dict[str, Tensor] = {}
+        if "alignment" in self.losses:
+            found |= self._alignment(noise, text, rows, rng)
+        if "id" in self.losses:
+            found["id"] = self._id(noise, text, rows, who)
+        return found
+
+    def _alignment(self, noise: Tensor, text: tuple, rows: list, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The pair at one step of the way that sampling without an identity takes."""
+        with torch.no_grad():
+            t = torch.full((len(noise),), int(rng.integers(200, 1000)))
+            clean = self._sample(noise, text, None, steps=4, gradient_steps=0)
+            alpha, sigma = self.base.levels(t)
+            noisy = alpha * clean + sigma * noise
+            with losses.listen(self.base.unet) as without:
+                self.base.predict(noisy, t, *text)
+        with losses.listen(self.base.unet) as seen, inject_rows(self.sites, self.weights, rows):
+            self.base.predict(noisy, t, *text)
+        semantic, layout = losses.alignment_losses(seen, without)
+        return {"semantic": semantic, "layout": layout}
+
+    def _sample(self, noise: Tensor, text: tuple, rows: list | None, steps: int, gradient_steps: int) -> Tensor:
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            if rows is None:
+                return self.base.predict(x, t, *text)
+            with inject_rows(self.sites, self.weights, rows):
+                return self.base.predict(x, t, *text)
+
+        return losses.sample_few_steps(predict, noise, self.base.alphas, self.base.sigmas, steps, gradient_steps)
+
+    def _id(self, noise: Tensor, text: tuple, rows: list, who: np.ndarray) -> Tensor:
+        clean = self._sample(noise, text, rows, steps=4, gradient_steps=2)
+        images = self.vae.decode(clean / SCALE).sample.clamp(-1, 1)
+        pixels = ((images.detach() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        marks = [self.find_faces(image) for image in pixels]
+        seen = [row for row, mark in enumerate(marks) if mark is not None]
+        if not seen:
+            return torch.zeros(())
+        landmarks = torch.from_numpy(np.stack([marks[row] for row in seen])).float()
+        faces = losses.align_faces(images[seen], landmarks, template(), 112)
+        return losses.id_loss(self.recogniser(faces), self.photos.id_cond[who[seen], :512])
+
+
+def template() -> Tensor:
+    """ArcFace's five landmarks in its 112 x 112 crop, [5, 2] (insightface `utils/face_align.py`)."""
+    from insightface.utils.face_align import arcface_dst
+
+    return torch.from_numpy(np.asarray(arcface_dst)).float()
+
+
+def _half(rows: int, half: int) -> Tensor:
+    mask = torch.zeros(rows, SIZE // 8, SIZE // 8)
+    mask[:, :, : SIZE // 16] = 1
+    return mask if half == 0 else 1 - mask
+
+
+def _some(rng: np.random.Generator) -> set[str]:
+    return {name for name in world.SCENE_ATTRIBUTES if rng.random() < 0.5}
+
+
+def start_from_base(adapter: SDXLAdapter, base: Base) -> None:
+    """Starts keys as the text's own and values at .3 of them, where widths allow."""
+    modules = dict(base.unet.named_modules())
+    for site, k, v in zip(find_sites(base.unet).sites, adapter.id_to_k, adapter.id_to_v):
+        attention = modules[site.name]
+        if attention.to_k.weight.shape == k.weight.shape:
+            k.weight.data.copy_(attention.to_k.weight)
+            v.weight.data.copy_(0.3 * attention.to_v.weight)
+
+
+def total(found: dict[str, Tensor]) -> Tensor:
+    """L_diff + L_align + L_id, weighed."""
+    weights = {"diffusion": 1.0, "id": ID_WEIGHT, "semantic": SEMANTIC_WEIGHT, "layout": LAYOUT_WEIGHT}
+    return torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
+
+
+# ---------------------------------------------------------------- the run
+
+
+def load_trainer(folder: Path, people: int, photos: int, wanted: Sequence[str], seed: int) -> Trainer:
+    """Everything that training needs from the files of the earlier steps."""
+    from safetensors.torch import load_file
+
+    from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector, OnnxParser
+    from lib_pulid.faces import FaceModels
+    from lib_pulid.training.readers import load_recogniser
+    from lib_pulid.vision import load_vision_tower
+
+    base, vae, made = Base(), build_autoencoder(), folder / "miniature"
+    base.load_state_dict(load_file(folder / "base.safetensors"))
+    vae.load_state_dict(load_file(folder / "autoencoder.safetensors"))
+    for module in (base, vae):
+        module.eval().requires_grad_(False)
+    data = Drawn(folder, people)
+    detector = InsightFaceDetector(made / "detector.onnx")
+    models = FaceModels(
+        detector=detector,
+        recogniser=ArcFaceRecogniser(made / "recogniser.onnx"),
+        landmarker=None,
+        parser=OnnxParser(made / "parser.onnx"),
+    )
+    tower = load_vision_tower(next(made.glob("tower.*")))
+    width = tower.trunk.embed_dim  # type: ignore[union-attr]
+    adapter = SDXLAdapter(id_former(vit_width=width, seed=seed), [site.width for site in find_sites(base.unet).sites])
+    start_from_base(adapter, base)
+
+    def find_face(image: np.ndarray) -> np.ndarray | None:
+        found = detector.detect(np.ascontiguousarray(image[:, :, ::-1]))
+        return max(found, key=lambda face: float(np.prod(face.box[2:] - face.box[:2]))).landmarks if found else None
+
+    recogniser = load_recogniser(made / "recogniser.safetensors").embed
+    seen = photos_of(folder, data, models, tower, photos)
+    return Trainer(base, vae, adapter, seen, data, latents_of(folder, data), recogniser, find_face, wanted)
+
+
+def train(args: argparse.Namespace) -> Trainer:
+    """Trains an adapter or goes on training it."""
+    wanted = args.losses.split(",")
+    if unknown := set(wanted) - set(LOSSES):
+        raise SystemExit(f"unknown losses: {', '.join(sorted(unknown))}; there are {', '.join(LOSSES)}")
+    torch.manual_seed(args.seed)
+    trainer = load_trainer(args.folder, args.people, args.photos, wanted, args.seed)
+    name = f"adapter-{'-'.join(wanted)}-{args.seed}"
+    run = Run(args.folder / name, trainer.adapter.train(), args.steps, args.rate, minutes=args.minutes)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng([7, args.seed, step])
+        found = {"diffusion": trainer.diffusion(step, args.batch, rng)}
+        if len(wanted) > 1 and step > args.steps // 3 and step % 2:
+            found |= trainer.lightning(step, args.lightning_batch, rng)
+        return total(found), {key: value.item() for key, value in found.items()}
+
+    run.train(loss_of)
+    run.finish()
+    return trainer
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path(".training"))
+    parser.add_argument("--losses", default="diffusion,id,alignment", help="some of " + ", ".join(LOSSES))
+    parser.add_argument("--people", type=int, default=3000, help="of the drawn data set")
+    parser.add_argument("--photos", type=int, default=1500, help="people of whom a photo is shown")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--lightning-batch", type=int, default=6)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float)
+    args = parser.parse_args()
+    trainer = train(args)
+    from safetensors.torch import save_file
+
+    state = {key: value.half().contiguous() for key, value in trainer.adapter.state().items()}
+    save_file(state, args.folder / f"pulid-{args.losses.replace(',', '-')}-{args.seed}.safetensors")
+
+
+if __name__ == "__main__":
+    main()

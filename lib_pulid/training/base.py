@@ -1,0 +1,200 @@
+"""Trains the miniature's base model: SDXL's UNet with all 70 cross-attentions, and its two text encoders with it.
+
+    python -m lib_pulid.training.base --folder .training [--minutes 60]
+
+Latents come from the trained autoencoder. The UNet predicts v (Salimans and Ho, arXiv 2202.00512) on SDXL's noise
+schedule; prompts are left out in a tenth of the images, for guidance.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lib_pulid.training import world
+from lib_pulid.training.autoencoder import NORM_GROUPS, SCALE, to_input
+from lib_pulid.training.autoencoder import build as build_autoencoder
+from lib_pulid.training.dataset import SIZE, Drawn, batches
+from lib_pulid.training.loop import Run
+
+TEXT_WIDTHS = (24, 40)  # of the two text encoders, which diffusers tells apart by it; the UNet reads both side by side
+TEXT_LAYERS = 3
+TOKENS = 77
+TIME_WIDTH = 256  # of each of the six size embeddings
+PROMPT_DROPOUT = 0.1
+
+
+def build_unet() -> Any:
+    """diffusers' UNet in SDXL's layout at width 64: 70 cross-attentions, heads of 64."""
+    import diffusers
+
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(64, 64, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(1, 1, 1),  # diffusers' name for the number of heads
+        cross_attention_dim=sum(TEXT_WIDTHS),
+        norm_num_groups=NORM_GROUPS,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_WIDTH,
+        projection_class_embeddings_input_dim=TEXT_WIDTHS[1] + 6 * TIME_WIDTH,
+        sample_size=SIZE // 8,
+    )
+
+
+def build_text_encoders() -> tuple[Any, Any]:
+    """Two CLIP text models in the places of CLIP-L and OpenCLIP-bigG."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    sizes: dict[str, Any] = {"num_hidden_layers": TEXT_LAYERS, "num_attention_heads": 1}
+    sizes |= {"max_position_embeddings": TOKENS, "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
+    one, two = ({"hidden_size": width, "projection_dim": width} for width in TEXT_WIDTHS)
+    first = CLIPTextModel(CLIPTextConfig(**sizes, **one, intermediate_size=4 * TEXT_WIDTHS[0], hidden_act="quick_gelu"))
+    second = CLIPTextModelWithProjection(
+        CLIPTextConfig(**sizes, **two, intermediate_size=4 * TEXT_WIDTHS[1], hidden_act="gelu", pad_token_id=0)
+    )
+    for model in (first, second):
+        nn.init.normal_(_embedding(model).weight, std=0.5)
+    return first, second
+
+
+def _embedding(model: Any) -> nn.Embedding:
+    return model.get_input_embeddings()
+
+
+class TextEncoders(nn.Module):
+    """Prompts -> what SDXL's UNet reads of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from open_clip.tokenizer import SimpleTokenizer
+
+        self.first, self.second = build_text_encoders()
+        self.tokenizer = SimpleTokenizer()
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token numbers [B, 77] for each encoder; they differ in what follows the end."""
+        ids = torch.full((len(prompts), TOKENS), 49407)
+        other = torch.zeros((len(prompts), TOKENS), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            words = [49406, *self.tokenizer.encode(prompt)[: TOKENS - 2], 49407]
+            ids[row, : len(words)] = other[row, : len(words)] = torch.tensor(words)
+        return ids, other
+
+    def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """-> context [B, 77, 64], the outputs of the last layer but one, and the pooled text [B, 40].
+
+        An empty prompt gives zeros, as SDXL's negative prompt does where it is empty (diffusers'
+        `force_zeros_for_empty_prompt`, and the WebUIs).
+        """
+        device = _embedding(self.first).weight.device
+        ids, other = (t.to(device) for t in self.tokenize(prompts))
+        one = self.first(ids, output_hidden_states=True)
+        two = self.second(other, output_hidden_states=True)
+        context = torch.cat((one.hidden_states[-2], two.hidden_states[-2]), dim=-1)
+        says = torch.tensor([float(bool(prompt)) for prompt in prompts], device=device)[:, None]
+        return context * says[:, :, None], two.text_embeds * says
+
+
+class Base(nn.Module):
+    """The UNet and its text encoders, and SDXL's noise schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet, self.text = build_unet(), TextEncoders()
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        self.register_buffer("alphas", (1 - betas).cumprod(0).sqrt().float(), persistent=False)
+        self.register_buffer("sigmas", (1 - (1 - betas).cumprod(0)).sqrt().float(), persistent=False)
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma [B, 1, 1, 1] of steps t [B]."""
+        return self.alphas[t][:, None, None, None], self.sigmas[t][:, None, None, None]
+
+    def predict(self, noisy: Tensor, t: Tensor, context: Tensor, pooled: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """v [B, 4, h, w] of noisy latents at steps t [B]; sizes: [B, 6], SDXL's size conditions, which mean nothing."""
+        if sizes is None:
+            sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=noisy.device).expand(len(noisy), 6)
+        return self.unet(noisy, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes.float()}).sample
+
+
+def sample_prompt(people: Sequence[world.Person], scene: world.Scene, rng: np.random.Generator) -> str:
+    """A prompt for a training image: with the people's looks or without, some attributes left out; or none at all."""
+    if rng.random() < PROMPT_DROPOUT:
+        return ""
+    keep = set(world.SCENE_ATTRIBUTES)
+    if rng.random() < 0.3:
+        keep = {name for name in keep if rng.random() < 0.6}
+    return world.describe(scene, people if rng.random() < 0.5 else None, keep)
+
+
+@torch.no_grad()
+def latents_of(folder: Path, data: Drawn, vae: Any | None = None) -> np.ndarray:
+    """float16 [N, 4, 16, 16], encoded once and kept beside the images; scaled as the UNet sees them."""
+    path = folder / f"latents-{data.seed}-{data.people}.npy"
+    if not path.is_file():
+        from safetensors.torch import load_file
+        from tqdm import tqdm
+
+        if vae is None:
+            vae = build_autoencoder()
+            vae.load_state_dict(load_file(folder / "autoencoder.safetensors"))
+        images = data.images()
+        out = np.empty((len(images), 4, SIZE // 8, SIZE // 8), np.float16)
+        for i in tqdm(range(0, len(images), 32), desc="encoding", mininterval=10):
+            out[i : i + 32] = (vae.encode(to_input(images[i : i + 32])).latent_dist.mean * SCALE).numpy()
+        np.save(path, out)
+    return np.load(path)
+
+
+def train(folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None, device: str) -> Base:
+    """Trains or goes on training; returns the base with averaged weights."""
+    torch.manual_seed(1)
+    data = Drawn(folder, people)
+    latents = latents_of(folder, data)
+    base = Base().to(device)
+    run = Run(folder / "base", base.train(), steps, rate=rate, minutes=minutes)
+    stream = batches(len(latents), batch, seed=5, start=run.step)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng([6, step])
+        chosen = next(stream)
+        clean = torch.from_numpy(latents[chosen]).to(device).float()
+        prompts = [sample_prompt(*data.example(i), rng) for i in chosen]
+        t = torch.from_numpy(rng.permutation(batch) * 1000 // batch + rng.integers(0, 1000 // batch, batch)).to(device)
+        alpha, sigma = base.levels(t)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step)).to(device)
+        sizes = torch.from_numpy(rng.integers(0, 2 * SIZE, (batch, 6))).to(device)
+        v = base.predict(alpha * clean + sigma * noise, t, *base.text(prompts), sizes)
+        return (v - (alpha * noise - sigma * clean)).pow(2).mean(), {}
+
+    run.train(loss_of)
+    return run.finish()  # type: ignore[return-value]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path(".training"))
+    parser.add_argument("--people", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    base = train(**vars(args))
+    from safetensors.torch import save_file
+
+    save_file({k: v.contiguous().cpu() for k, v in base.state_dict().items()}, args.folder / "base.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Reference photos for the training of an adapter: what the product's own encoders make of them, computed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lib_pulid.encoders import SCALES
+from lib_pulid.errors import NoFaceError
+from lib_pulid.faces import FaceModels, read_face
+from lib_pulid.identity import face_features
+from lib_pulid.training.dataset import SCENES_EACH, Drawn
+from lib_pulid.vision import VisionTower
+
+PATCHES = 96  # of the vision tower's 576 that a training step reads
+
+
+@dataclass(frozen=True)
+class Photos:
+    """One photo of each person in whose images a face was found.
+
+    Args:
+        id_cond: [P, 1280]. hidden: float16 [P, 5, 577, width], a memory map.
+        person: [P], number in the data set. image: [P], index of the photo in the data set.
+    """
+
+    id_cond: Tensor
+    hidden: np.ndarray
+    person: np.ndarray
+    image: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.person)
+
+    def row_of(self, person: int) -> int:
+        """Where a person's photo is, or -1."""
+        row = int(np.searchsorted(self.person, person))
+        return row if row < len(self) and self.person[row] == person else -1
+
+    def tokens(self, rows: np.ndarray, encoder: nn.Module, rng: np.random.Generator) -> Tensor:
+        """Identity tokens [B, N, D] of photos [B], with gradients, from a random part of the patches."""
+        chosen = np.concatenate(([0], 1 + np.sort(rng.choice(576, PATCHES, replace=False))))
+        hidden = torch.from_numpy(self.hidden[rows][:, :, chosen].astype(np.float32))
+        return encoder(self.id_cond[rows], [hidden[:, scale] for scale in range(SCALES)])
+
+
+def photos_of(folder: Path, data: Drawn, models: FaceModels, tower: VisionTower, count: int) -> Photos:
+    """The photos of the first `count` people, computed on first use (about .3 s each) and kept in `folder`."""
+    facts, hidden = folder / f"photos-{count}.npz", folder / f"photos-{count}.npy"
+    if not facts.is_file():
+        _compute(facts, hidden, data, models, tower, count)
+    found = np.load(facts)
+    size = (len(found["person"]), *found["shape"])
+    mapped = np.lib.format.open_memmap(hidden, "r")[: size[0]]
+    return Photos(torch.from_numpy(found["id_cond"]), mapped, found["person"], found["image"])
+
+
+def _compute(facts: Path, hidden: Path, data: Drawn, models: FaceModels, tower: VisionTower, count: int) -> None:
+    from tqdm import tqdm
+
+    images = data.images()
+    width = tower.trunk.embed_dim
+    out = np.lib.format.open_memmap(hidden, "w+", np.float16, (count, SCALES, 577, width))
+    conds, people, indices = [], [], []
+    for person in tqdm(range(count), desc="photos", mininterval=10):
+        alone = [i for i in range(SCENES_EACH * person, SCENES_EACH * (person + 1)) if len(data.numbers(i)) == 1]
+        if not alone:
+            continue
+        try:
+            face = read_face(np.asarray(images[alone[0]]), models)
+        except NoFaceError:
+            continue
+        features = face_features(face, tower)
+        out[len(people)] = torch.cat(features.vit_hidden).half().numpy()
+        conds.append(features.id_cond[0].numpy())
+        people.append(person)
+        indices.append(alone[0])
+    out.flush()
+    np.savez(facts, id_cond=np.stack(conds), person=people, image=indices, shape=out.shape[1:])
