@@ -1,4 +1,4 @@
-"""Drawn people in the miniature: how much the host's images are like them is what diffusers gives, by the same judge."""
+"""Drawn people in the miniature: the host's images are as like them as those of diffusers, by the same judge."""
 
 from __future__ import annotations
 

@@ -154,9 +154,8 @@ def running(
                 stdout=sink,
                 stderr=subprocess.STDOUT,
             )
-        host = Running(
-            checkout.kind, Api(f"http://127.0.0.1:{port}", first_checkpoint(generated)), data, generated, log, process
-        )
+        api = Api(f"http://127.0.0.1:{port}", first_checkpoint(generated))
+        host = Running(checkout.kind, api, data, generated, log, process)
         try:
             host.wait_until_ready()
             yield host

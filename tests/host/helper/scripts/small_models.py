@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from modules import script_callbacks
 
 StateDict = Mapping[str, torch.Tensor]
 Sizes = dict[str, Any]
@@ -343,7 +344,6 @@ if importlib.util.find_spec("huggingface_guess") is not None:
 elif importlib.util.find_spec("ldm_patched") is not None:
     patch_first_forge()
 else:
-    from modules import script_callbacks
-
     register_open_clip()
     script_callbacks.on_before_ui(narrow_controlnet)
+script_callbacks.on_model_loaded(settle_norms)
