@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
 from lib_pulid.heads import checkpoint_family
-from lib_pulid.hosts import single_file
+from lib_pulid.hosts import diffusers_checkpoint as single_file
 from lib_pulid.hosts.diffusers_base import load_base
 from lib_pulid.training import checkpoint
 from lib_pulid.training.autoencoder import build as build_autoencoder

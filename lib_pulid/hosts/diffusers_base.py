@@ -11,7 +11,7 @@ import torch
 
 from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
 from lib_pulid.hosts.diffusers import denoiser_of
-from lib_pulid.hosts.single_file import load_sdxl
+from lib_pulid.hosts.diffusers_checkpoint import load_sdxl
 
 if TYPE_CHECKING:
     from PIL import Image

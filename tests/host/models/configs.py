@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lib_pulid.hosts.single_file import read_merges, write_tokenizer
+from lib_pulid.hosts.diffusers_checkpoint import read_merges, write_tokenizer
 from tests.host.models.parts import CLIP_POSITIONS, CLIP_VOCAB, TIME_ROWS, VAE_CHANNELS, VAE_MULT
 from tests.host.models.unet import UNetSpec, refiner_spec, sd15_spec, sdxl_spec
 
