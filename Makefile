@@ -1,6 +1,6 @@
 # make demo    contact sheets of people who are kept (FACE=path for your own photo)
 # make test    everything that can be tested without a WebUI
-# make bench   speed and memory of the injection against the official formulas
+# make bench   what a face costs, beside the official formulas: counted as on a GPU, timed, kept in memory
 # make lint    ruff and mypy
 # make test-host WEBUI_DIR=<checkout of A1111 or Forge that runs> [WEBUI_PYTHON=...] [ARGS=...]    see docs/hosts.md
 # make test-host-long WEBUI_DIR=...    100 pictures in a row
@@ -22,7 +22,7 @@ test: .venv/test
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 bench: .venv/test
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m lib_pulid bench
 
 lint: .venv/test
 	$(BIN)/python -m ruff check .

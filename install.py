@@ -1,36 +1,60 @@
-"""Installs what is missing, at the versions the host can live with; nothing that is installed is moved.
+"""Installs the packages that are missing, and moves none that is installed.
 
-Bare `pip install insightface` would bring numpy and protobuf past what the WebUIs pin. So every installed package
-becomes a constraint. The WebUI runs this file at each start: it has to be quick when nothing is missing.
+Bare `pip install insightface` would take numpy and protobuf past what the WebUIs pin, lay opencv-python over
+opencv-python-headless, and onnxruntime over onnxruntime-gpu. The WebUI runs this file at each start, and shows what it
+prints when it has ended; so it is quick when nothing is missing, and writes to the console when something is.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
+from importlib import invalidate_caches
 from importlib.util import find_spec
 
-# Told by their modules, without reading packages' metadata, which takes longer than all else here. onnxruntime's
-# module is there under several package names (onnxruntime-gpu ...), and two of them hide each other.
-WANTED = ("insightface", "onnxruntime", "facexlib", "timm", "safetensors")
-ONNX = "onnx==1.16.2"
+# Module -> requirement. Missing is what cannot be imported: a module may come from a package of another name
+# (onnxruntime-gpu, opencv-contrib-python), and looking for modules is quicker than reading all packages' metadata.
+WITH_DEPENDENCIES = {
+    "onnx": "onnx>=1.16",
+    "onnxruntime": "onnxruntime>=1.17",
+    "cv2": "opencv-python-headless>=4.8",
+    "skimage": "scikit-image",
+    "safetensors": "safetensors",
+}
+# What these import, the table above and the hosts bring (torch, torchvision, Pillow, scipy, tqdm, requests, ...). Old
+# versions of insightface have no wheel and are built for minutes.
+ALONE = {"insightface": "insightface>=1.0,<3", "facexlib": "facexlib==0.3.0", "timm": "timm>=1.0.8,<1.1"}
 OLDEST_TIMM = (1, 0, 8)  # the first with all of forward_intermediates
 
+# A1111 and Forge pin protobuf 3.20.0; every onnx wheel that runs with numpy 1.24 and later asks for 3.20.2, but this
+# one works with 3.20.0.
+OLD_PROTOBUF, ONNX_FOR_IT = (3, 20, 2), "onnx==1.16.2"
+# Where pip does not know of these, though they can be imported, it would write over them.
+SHARED = {"numpy": "numpy", "google.protobuf": "protobuf"}
 
-def installed() -> dict[str, str]:
-    """Name -> version of every package that is there."""
-    from importlib import metadata
+# PEP 440, appendix B.
+VERSION = (
+    r"v?(\d+!)?\d+(\.\d+)*([-_.]?(a|b|c|rc|alpha|beta|pre|preview)[-_.]?\d*)?"
+    r"(-\d+|[-_.]?(post|rev|r)[-_.]?\d*)?([-_.]?dev[-_.]?\d*)?(\+[a-z0-9]+([-_.][a-z0-9]+)*)?"
+)
 
-    found = ((dist.metadata["Name"], dist.version) for dist in metadata.distributions())
-    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found if name and version}
+
+def importable(module: str) -> bool:
+    """A folder without __init__.py, which an uninstall can leave, is not a package."""
+    try:
+        spec = find_spec(module)
+    except ImportError:  # of the package around it
+        return False
+    return spec is not None and spec.origin is not None
 
 
-def missing() -> list[str]:
-    return [name for name in WANTED if find_spec(name) is None]
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
 def timm_version() -> str:
-    """As timm's own file tells it; "" where there is none."""
+    """Reads timm's version from its own file; "" where there is none."""
     spec = find_spec("timm")
     try:
         with open(os.path.join(os.path.dirname(spec.origin), "version.py"), encoding="utf-8") as file:
@@ -39,44 +63,87 @@ def timm_version() -> str:
         return ""
 
 
+def installed() -> dict[str, str]:
+    """Asks pip for name -> version of what is installed: of several versions of a package, pip knows which counts."""
+    import subprocess
+
+    # The other formats of pip 24.1 to 25.3 fail on versions such as Debian's 1.1build1.
+    command = [sys.executable, "-m", "pip", "list", "--format=columns"]
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
+    if done.returncode:
+        sys.exit(f"PuLID installed nothing, because pip cannot list what is installed:\n{done.stderr}")
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    return {re.sub(r"[-_.]+", "-", row[0]).lower(): row[1] for row in rows if len(row) > 1}
+
+
 def constraints(have: dict[str, str]) -> str:
-    """A pip constraints file that keeps everything where it is; pip takes local versions, 2.1.2+cu121, as they are."""
-    return "".join(f"{name}=={version}\n" for name, version in sorted(have.items()) if name != "pip")
+    """A constraints file that keeps every package where it is. `===` takes a version as it is written; with `==`, pip
+    refuses the whole file for one version that is not PEP 440's."""
+    equal = {name: "==" if re.fullmatch(VERSION, version, re.IGNORECASE) else "===" for name, version in have.items()}
+    return "".join(f"{name}{equal[name]}{version}\n" for name, version in sorted(have.items()))
 
 
-def main() -> None:
-    wanted, timm = missing(), timm_version()
-    if timm and tuple(map(int, re.findall(r"\d+", timm)[:3])) < OLDEST_TIMM:
-        wanted_timm = ".".join(map(str, OLDEST_TIMM))
-        print(f"PuLID needs timm {wanted_timm} or later, and {timm} is installed, which is left as it is. "
-              f"If nothing else needs it: pip install --no-deps timm=={wanted_timm}")  # fmt: skip
-    if not wanted:
-        return
+def tell(text: str) -> None:
+    """Writes to the console, although the WebUI keeps what this file prints until it has ended."""
+    try:
+        with open("CONOUT$" if os.name == "nt" else "/dev/tty", "w", encoding="utf-8") as console:
+            print(text, file=console)
+    except OSError:  # a service has no console
+        print(text, flush=True)
+
+
+def check_timm() -> None:
+    version, oldest = timm_version(), ".".join(map(str, OLDEST_TIMM))
+    if version and numbers(version) < OLDEST_TIMM:
+        print(f"PuLID needs timm {oldest} or later, and {version} is installed, which is left as it is. "
+              f"If nothing else needs it: pip install --no-deps timm=={oldest}")  # fmt: skip
+
+
+def install(missing: list[str]) -> None:
     import tempfile
 
     import launch
 
+    have = installed()
+    for module, name in SHARED.items():
+        if importable(module) and name not in have:
+            sys.exit(f"PuLID needs {', '.join(missing)}. Nothing was installed, because {name} is there but pip does "
+                     f"not know of it (its metadata is missing) and would write over it. Reinstall {name} with pip, "
+                     "then restart.")  # fmt: skip
+    full = {module: WITH_DEPENDENCIES[module] for module in missing if module in WITH_DEPENDENCIES}
+    alone = {module: ALONE[module] for module in missing if module in ALONE}
+    if "onnx" in full and numbers(have.get("protobuf", "999")) < OLD_PROTOBUF:
+        del full["onnx"]
+        alone["onnx"] = ONNX_FOR_IT
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "constraints.txt")
         with open(path, "w", encoding="utf-8") as file:
-            file.write(constraints(installed()))
-        keep = f'--constraint "{path}" --only-binary onnx'
-        names = " ".join(wanted)
-        try:
-            launch.run_pip(f"install {names} {keep}", f"what PuLID needs ({names})")
-        except RuntimeError:
-            if "insightface" not in wanted:
-                raise
-            install_without_dependencies(launch, [name for name in wanted if name != "insightface"], keep)
+            file.write(constraints(have))
+        for wanted, how in ((full, f'--constraint "{path}"'), (alone, "--no-deps")):
+            if wanted:
+                call_pip(launch, wanted, how)
 
 
-def install_without_dependencies(launch, others: list[str], keep: str) -> None:  # noqa: ANN001
-    """For hosts with an older protobuf than any onnx wheel for their Python asks for, though it works with it: Forge
-    pins 3.20.0, onnx 1.13 and later ask for 3.20.2. What else insightface needs, the hosts bring."""
-    if others:
-        launch.run_pip(f"install {' '.join(others)} {keep}", f"what PuLID needs ({' '.join(others)})")
-    names = f"insightface {ONNX}"
-    launch.run_pip(f"install --no-deps --only-binary :all: {names}", f"what PuLID needs ({names}, nothing else moved)")
+def call_pip(launch, wanted: dict[str, str], how: str) -> None:  # noqa: ANN001
+    """Installs the requirements of these modules. pip 24.1 and later fail when all is installed, if a package with an
+    invalid version lies in the same folder; what can be imported then is installed."""
+    names = " ".join(f'"{requirement}"' for requirement in wanted.values())
+    try:
+        launch.run_pip(f"install {names} --only-binary :all: {how}", f"what PuLID needs ({', '.join(wanted.values())})")
+    except RuntimeError as error:
+        invalidate_caches()
+        if not all(map(importable, wanted)):
+            raise
+        print(f"PuLID: {', '.join(wanted)} were installed, then pip failed: {str(error).strip().splitlines()[-1]}")
+
+
+def main() -> None:
+    check_timm()
+    missing = [module for module in (*WITH_DEPENDENCIES, *ALONE) if not importable(module)]
+    if missing:
+        tell(f"PuLID: installing {', '.join(missing)} (only at the first start, up to a minute) ...")
+        install(missing)
 
 
 main()

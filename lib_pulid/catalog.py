@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+from lib_pulid import disk
 from lib_pulid import download as downloads
 from lib_pulid.download import Patience, Tell, Wanted, in_words
 from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
@@ -115,7 +117,7 @@ CATALOG = (
 
 def default_models_dir() -> Path:
     """$PULID_MODELS_DIR, or `models` below the current folder."""
-    return Path(os.environ.get(MODELS_DIR_VARIABLE, "models")).absolute()
+    return disk.user_path(os.environ.get(MODELS_DIR_VARIABLE, "").strip() or "models").absolute()
 
 
 def in_group(group: str) -> tuple[WeightFile, ...]:
@@ -131,8 +133,9 @@ def named(name: str) -> WeightFile | None:
 
 def find(file: WeightFile, models_dir: Path) -> Path | None:
     """Where the file lies, or None. Looks into its folder, a folder too deep (a usual slip), where other programs keep
-    it, and huggingface_hub's and torch's own folders; a file that is the right one goes before one that is not."""
-    found = [path for path in _places(file, models_dir) if path.is_file()]
+    it, and huggingface_hub's and torch's own folders; a file that is the right one goes before one that is not, and
+    one that may be read before one that may not."""
+    found = sorted(filter(disk.is_file, _places(file, models_dir)), key=lambda path: not os.access(path, os.R_OK))
     return next((path for path in found if not problem(file, path)), found[0] if found else None)
 
 
@@ -143,7 +146,7 @@ def find_adapter(family: str, models_dir: Path) -> Path | None:
 
 def problem(file: WeightFile, path: Path) -> str:
     """What is wrong with a file, as far as its size tells; "" where nothing is."""
-    size = path.stat().st_size
+    size = disk.size_of(path)
     if file.size in (0, size):
         return ""
     other = dict(file.others).get(size)
@@ -166,7 +169,7 @@ def fingerprint(files: Mapping[str, Path], fingerprint_of: Callable[[Path], str]
     parts = []
     for name, path in files.items():
         file, found = named(name), fingerprint_of(path)
-        if file is not None and file.size == path.stat().st_size and (wrong := _wrong_sum(file, path, found)):
+        if file is not None and file.size == disk.size_of(path) and (wrong := _wrong_sum(file, path, found)):
             raise WrongWeightsError(f"{wrong}. Get it again: {how_to_get([file])}")
         parts.append(found)
     return "-".join(parts)
@@ -221,7 +224,7 @@ def _unusable(file: WeightFile, path: Path | None) -> str:
     like the right one and makes a stranger, so those that are known are refused."""
     if path is None:
         return "missing"
-    return problem(file, path) if path.stat().st_size in dict(file.others) else ""
+    return problem(file, path) if disk.size_of(path) in dict(file.others) else ""
 
 
 def _places(file: WeightFile, models_dir: Path) -> Iterator[Path]:
@@ -242,31 +245,32 @@ def _places(file: WeightFile, models_dir: Path) -> Iterator[Path]:
     else:  # insightface's own folders, and the official demo's
         pack = home.name
         folders += [models_dir / "insightface" / pack, models_dir / pack, models_dir / pack / pack]
-        folders += [Path.home() / ".insightface" / "models" / pack / deeper for deeper in ("", pack)]
+        folders += [disk.user_path("~/.insightface/models") / pack / deeper for deeper in ("", pack)]
     yield from (folder / file.name for folder in folders)
     yield _torch_cache() / file.name
     if "://" not in file.source:
-        snapshots = _hub_cache() / f"models--{file.source.replace('/', '--')}" / "snapshots"
-        yield from sorted(snapshots.glob(f"*/{file.name}"))
+        snapshots = hub_cache() / f"models--{file.source.replace('/', '--')}" / "snapshots"
+        yield from (snapshot / file.name for snapshot in disk.listed(snapshots))
 
 
 def _package(name: str) -> list[Path]:
-    from importlib.util import find_spec
-
     spec = find_spec(name)
     return [Path(spec.origin).parent / "weights"] if spec is not None and spec.origin else []
 
 
 def _torch_cache() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
-    return Path(os.environ.get("TORCH_HOME", cache / "torch")).expanduser() / "hub" / "checkpoints"
+    return _folder_of("TORCH_HOME", default=_folder_of("XDG_CACHE_HOME") / "torch") / "hub" / "checkpoints"
 
 
-def _hub_cache() -> Path:
+def hub_cache() -> Path:
     """huggingface_hub.constants.HF_HUB_CACHE, without the third of a second that importing it takes."""
-    home = os.environ.get("HF_HOME", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
-    legacy = os.environ.get("HUGGINGFACE_HUB_CACHE", Path(home) / "hub")
-    return Path(os.environ.get("HF_HUB_CACHE", legacy)).expanduser()
+    home = _folder_of("HF_HOME", default=_folder_of("XDG_CACHE_HOME") / "huggingface")
+    return _folder_of("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=home / "hub")
+
+
+def _folder_of(*variables: str, default: str | Path = "~/.cache") -> Path:
+    """The first of these variables that is set and not empty, or the default."""
+    return disk.user_path(next(filter(None, map(os.environ.get, variables)), default))
 
 
 # ---------------------------------------------------------------- getting it

@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_pulid demo | generate | embed | doctor | models`."""
+"""The command line: `python -m lib_pulid demo | generate | embed | doctor | models | bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib_pulid import __version__, catalog
+from lib_pulid import __version__, catalog, disk
 from lib_pulid.errors import PulidError, SettingError
 
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _be_quiet()
     try:
         return arguments.run(arguments)
-    except (PulidError, FileNotFoundError) as error:
+    except (PulidError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -42,9 +42,18 @@ def _be_quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name may hold what no encoding has
+            stream.reconfigure(errors="backslashreplace")
 
 
 # ---------------------------------------------------------------- arguments
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; a path is needed")
+    return disk.user_path(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sd-webui-pulid {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_generate, _add_embed, _add_doctor, _add_models):
+    for add in (_add_demo, _add_generate, _add_embed, _add_doctor, _add_models, _add_bench):
         add(commands)
     return parser
 
@@ -63,7 +72,7 @@ def _command(commands, name: str, run, help: str, description: str = "") -> argp
     parser = commands.add_parser(name, help=help, description=description or help, formatter_class=_Formatter)
     parser.add_argument(
         "--models-dir",
-        type=Path,
+        type=_path,
         default=catalog.default_models_dir(),
         help=f"where the weights are; ${catalog.MODELS_DIR_VARIABLE} sets the default",
     )
@@ -74,9 +83,9 @@ def _command(commands, name: str, run, help: str, description: str = "") -> argp
 def _add_demo(commands) -> None:
     parser = _command(commands, "demo", run_demo, "people in, contact sheets out; needs no weights")
     parser.add_argument(
-        "--face", type=Path, help="your photo; in miniature a drawing (default: people whom no training saw)"
+        "--face", type=_path, help="your photo; in miniature a drawing (default: people whom no training saw)"
     )
-    parser.add_argument("-o", "--out", type=Path, default=Path("outputs"), help="folder for the sheets")
+    parser.add_argument("-o", "--out", type=_path, default=Path("outputs"), help="folder for the sheets")
     parser.add_argument("--device", default="auto", help="auto (the GPU, if torch can use one), cpu, cuda, cuda:1 ...")
 
 
@@ -86,12 +95,12 @@ def _add_faces(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--face",
-        type=Path,
+        type=_path,
         action="append",
         default=[],
         help="photo of the person; repeat it for several of one person",
     )
-    parser.add_argument("--pulid", type=Path, help="PuLID file (default: the first that fits in the models folder)")
+    parser.add_argument("--pulid", type=_path, help="PuLID file (default: the first that fits in the models folder)")
     parser.add_argument(
         "--face-order", choices=FACE_ORDERS, default="largest", help="which face, if a photo has several"
     )
@@ -111,7 +120,7 @@ def _add_generate(commands) -> None:
         help="single-file SDXL checkpoint, diffusers folder (SDXL or FLUX), or miniature: a small SDXL of drawn people",
     )
     _add_faces(parser)
-    parser.add_argument("--identity", type=Path, help="a saved identity, in the place of photos")
+    parser.add_argument("--identity", type=_path, help="a saved identity, in the place of photos")
     parser.add_argument("--weight", type=float, help="strength (default: 0.8 on SDXL, 1 on FLUX; 0 changes nothing)")
     parser.add_argument(
         "--projection", choices=PROJECTIONS, default="ortho_v2", help="SDXL: how the face is kept apart"
@@ -120,14 +129,14 @@ def _add_generate(commands) -> None:
     parser.add_argument("--start", type=float, default=0.0, help="share of the steps before the face begins to act")
     parser.add_argument("--end", type=float, default=1.0, help="share of the steps after which it no longer acts")
     parser.add_argument("--start-step", type=int, default=0, help="FLUX: first step in which it acts, 0 is the first")
-    parser.add_argument("--mask", type=Path, help="picture whose white part is where the face may act")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; the same seed gives the same picture")
+    parser.add_argument("--mask", type=_path, help="picture whose white part is where the face may act")
+    parser.add_argument("--seed", type=int, default=0, help="0 or more; the same seed gives the same picture")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20, miniature 12)")
     parser.add_argument("--size", type=int, help="side in pixels (default: 1024, miniature 128)")
     parser.add_argument(
         "--guidance", type=float, help="CFG on SDXL (default 7, miniature 2), distilled guidance on FLUX (default 4)"
     )
-    parser.add_argument("-o", "--out", type=Path, default=Path("outputs/picture.png"), help="where to write it")
+    parser.add_argument("-o", "--out", type=_path, default=Path("outputs/picture.png"), help="where to write it")
 
 
 def _add_embed(commands) -> None:
@@ -135,7 +144,13 @@ def _add_embed(commands) -> None:
     parser.add_argument("--model", default="miniature", help="the base model that it is for, as in generate")
     _add_faces(parser)
     parser.add_argument("--name", default="", help="kept in the file")
-    parser.add_argument("-o", "--out", type=Path, default=Path("outputs/identity.safetensors"), help="where to write")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=_path,
+        default=Path("outputs/identity.safetensors"),
+        help="where to write: .safetensors, or .pulidembd for stable-diffusion.cpp (FLUX)",
+    )
 
 
 def _add_doctor(commands) -> None:
@@ -154,47 +169,70 @@ def _add_models(commands) -> None:
     )
 
 
+def _add_bench(commands) -> None:
+    parser = _command(commands, "bench", run_bench, "what a face costs, counted and timed")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help="counts (kernels and bytes, as on a GPU), kept (memory), sites (times of one layer), steps (of a whole "
+        "call), photos (to an identity); default: the first three",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the times")
+    parser.add_argument("--runs", type=int, default=7, help="of which the median is told")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; 0 takes torch's default")
+    parser.add_argument("--small", action="store_true", help="steps: of narrow stand-ins")
+    parser.add_argument("--face", type=Path, help="photos: your photo (default: a sample photograph of a library)")
+    parser.add_argument("--official", type=Path, help="counts: a checkout of ToTheBeginning/PuLID to count as well")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
 # ---------------------------------------------------------------- commands
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
     from lib_pulid import demo
+    from lib_pulid.images import load_image
 
+    if arguments.face:
+        load_image(arguments.face)
+    disk.check_writable(arguments.out / "demo_sdxl.png", replace=True)
     demo.run_demo(arguments.face, arguments.out, arguments.models_dir, _device(arguments.device))
     return 0
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
-    from lib_pulid.fields import WEIGHTS
-    from lib_pulid.identity import Identity
+    from lib_pulid import cli_checks
+    from lib_pulid.identity import with_uncond
     from lib_pulid.injection import compile_injection
 
     if bool(arguments.face) == bool(arguments.identity):
         raise SettingError("Give either --face (once or more) or --identity.")
-    _check_picture(arguments)
+    unit, mask, saved = cli_checks.checked(arguments), _mask(arguments.mask), cli_checks.saved(arguments.identity)
     workshop = _workshop(arguments)
     for note in workshop.check_prompt(arguments.prompt):
         print(f"note: {note}")
-    identity = Identity.load(arguments.identity) if arguments.identity else _identity(workshop, arguments)
     family = workshop.base.family
-    weight = arguments.weight if arguments.weight is not None else WEIGHTS[family]
+    cli_checks.in_words(lambda: unit.check_steps(family, cli_checks.steps_of(arguments), 0))
+    identity = with_uncond(saved, workshop.adapter) if saved else _identity(workshop, arguments)
+    weight = unit.on(family).weight or 0.0
     injection = compile_injection(
         workshop.adapter,
         identity,
         weight=weight,
-        projection=arguments.projection,
-        num_zero=arguments.num_zero,
-        start=arguments.start,
-        end=arguments.end,
-        start_step=arguments.start_step if family == "flux" else 0,
-        mask=_mask(arguments.mask),
+        projection=unit.projection,
+        num_zero=unit.num_zero,
+        start=unit.start,
+        end=unit.end,
+        start_step=unit.start_step if family == "flux" else 0,
+        mask=mask,
         device=workshop.device,
         dtype=workshop.base.dtype,
     )
     settings = {name: getattr(arguments, name) for name in ("seed", "steps", "size", "guidance")}
     picture, used = workshop.paint([injection], arguments.prompt, **settings)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(arguments.out)
+    cli_checks.write_picture(picture, arguments.out)
     print(f"{arguments.out}: identity {identity.short_hash}, weight {weight}, injected at {used} sites")
     return 0
 
@@ -202,10 +240,16 @@ def run_generate(arguments: argparse.Namespace) -> int:
 def run_embed(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
+    from lib_pulid import cli_checks
+    from lib_pulid.fields import FIELD, check
+
     if not arguments.face:
         raise SettingError("Give at least one photo with --face.")
+    cli_checks.check_faces(arguments)
+    cli_checks.check_identity_file(arguments.out, cli_checks.family_of(arguments.model))
+    name = cli_checks.in_words(lambda: check(FIELD["identity"], arguments.name, 0), "name")
     identity = _identity(_workshop(arguments), arguments)
-    identity = replace(identity, info={**identity.info, "name": arguments.name}) if arguments.name else identity
+    identity = replace(identity, info={**identity.info, "name": name}) if name else identity
     identity.save(arguments.out)
     print(
         f"{arguments.out}: identity {identity.short_hash}, {identity.cond.shape[1]} tokens, {identity.info['adapter']}"
@@ -225,19 +269,15 @@ def run_models(arguments: argparse.Namespace) -> int:
     return models.run(arguments.action, arguments.names, arguments.models_dir, arguments.accept_licence)
 
 
+def run_bench(arguments: argparse.Namespace) -> int:
+    from lib_pulid import bench
+
+    if unknown := set(arguments.parts) - set(bench.PARTS):
+        raise SettingError(f"bench does not know {', '.join(sorted(unknown))}; its parts: {', '.join(bench.PARTS)}.")
+    return bench.run(arguments)
+
+
 # ---------------------------------------------------------------- helpers
-
-
-def _check_picture(arguments: argparse.Namespace) -> None:
-    """What can be told before the work begins."""
-    from PIL import Image
-
-    if arguments.steps is not None and arguments.steps < 1:
-        raise SettingError(f"--steps is {arguments.steps}; it has to be 1 or more.")
-    if arguments.size is not None and (arguments.size < 64 or arguments.size % 16):
-        raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16, from 64 on.")
-    if arguments.out.suffix.lower() not in Image.registered_extensions():
-        raise SettingError(f"--out is {arguments.out.name}; its ending has to name a picture format, .png for example.")
 
 
 def _device(name: str) -> str:
@@ -246,7 +286,7 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError) as error:
         raise SettingError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return name

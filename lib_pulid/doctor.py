@@ -71,6 +71,11 @@ def _device() -> None:
         print(f"GPU        {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
     else:
         print("GPU        none that torch can use; pictures are made on the CPU")
+    if _version("onnxruntime") or _version("onnxruntime-gpu"):
+        from lib_pulid.face_models import cuda_problem
+
+        if problem := cuda_problem():
+            print(f"note       {problem}")
 
 
 def _files(models_dir: Path) -> list[str]:

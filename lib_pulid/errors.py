@@ -46,6 +46,14 @@ class SettingError(PulidError, ValueError):
     """A setting is out of range or unknown."""
 
 
+class Interrupted(PulidError):
+    """The user wanted no more of it."""
+
+
+class StorageError(PulidError, OSError):
+    """A file or folder cannot be written."""
+
+
 class OutOfMemoryError(PulidError):
     """The memory of the computer or of its GPU did not suffice."""
 

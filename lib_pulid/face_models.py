@@ -5,6 +5,7 @@ insightface: SCRFD and ArcFace (ONNX). facexlib: RetinaFace-ResNet50 and BiSeNet
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
 from lib_pulid.faces import CROP_SIZE, Detection, FaceModels, Parser, normalise, to_tensor
 
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
     import torch
 
 CPU_ONLY = ("CPUExecutionProvider",)
+CUDA = "CUDAExecutionProvider"
+ON_THE_CPU = (
+    "onnxruntime could not load its CUDA libraries, so faces are found on the CPU; its log names the missing ones "
+    "(CUDA and cuDNN of the versions that it was built for)"
+)
+# As onnxruntime and onnx say that a file is of a later version than they know.
+_TOO_NEW = re.compile(r"unsupported model IR version|opset \d+ is under development|max supported (IR|opset)", re.I)
 
 # The official size first. A face that fills the picture is larger than what SCRFD was trained on; at a smaller input
 # it is found: the retries are those of cubiq/PuLID_ComfyUI.
@@ -49,11 +58,13 @@ def load_face_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
         if path is not None:
             _require_file(Path(path), f"the face {field.name}")
     providers = onnx_providers(device)
+    detector = InsightFaceDetector(files.detector, providers)
     return FaceModels(
-        detector=InsightFaceDetector(files.detector, providers),
+        detector=detector,
         recogniser=ArcFaceRecogniser(files.recogniser, providers),
         landmarker=None if files.landmarker is None else RetinaFaceLandmarker(files.landmarker, device),
         parser=_load_parser(Path(files.parser), device),
+        notes=() if set(providers) <= set(detector.providers) else (ON_THE_CPU,),
     )
 
 
@@ -69,8 +80,32 @@ def onnx_providers(device: str) -> tuple[str, ...]:
         return CPU_ONLY
     import onnxruntime
 
-    wanted = ("CUDAExecutionProvider", *CPU_ONLY)
+    wanted = (CUDA, *CPU_ONLY)
     return tuple(name for name in wanted if name in onnxruntime.get_available_providers())
+
+
+def cuda_problem() -> str:
+    """What keeps ONNX Runtime from a GPU that it was installed for; "" where nothing does, or it was not.
+
+    A model of one step is run, as only that loads the libraries.
+    """
+    try:
+        import onnx
+        import onnxruntime
+
+        if CUDA not in onnxruntime.get_available_providers():
+            return ""
+        value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+        out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+        graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "one", [value], [out])
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    except ImportError:
+        return ""
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[CUDA, *CPU_ONLY])
+        return "" if CUDA in session.get_providers() else ON_THE_CPU
+    except Exception as error:  # of onnxruntime's classes
+        return f"{ON_THE_CPU} ({error})"
 
 
 class InsightFaceDetector:
@@ -88,6 +123,11 @@ class InsightFaceDetector:
         self._model.prepare(ctx_id=0, input_size=(640, 640), det_thresh=DETECTION_THRESHOLD)
         # A file of fixed input size cannot be run at another.
         self._sizes = (None,) if isinstance(self._model.input_shape[2], int) else DETECTION_SIZES
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """Those that ONNX Runtime could load."""
+        return tuple(self._model.session.get_providers())
 
     def detect(self, image_bgr: np.ndarray) -> list[Detection]:
         """image_bgr: uint8 BGR [H, W, 3]."""
@@ -187,7 +227,7 @@ class OnnxParser:
 
 
 def _require_file(path: Path, what: str) -> None:
-    if not path.is_file():
+    if not disk.is_file(path):
         raise MissingWeightsError(f"{path.name} ({what}) was not found in {path.parent}.")
 
 
@@ -195,18 +235,35 @@ def _load_onnx(path: Path, providers: Sequence[str], task: str, what: str) -> An
     """insightface's model of an ONNX file; it tells the kind by the graph, so a wrong file shows by its `taskname`."""
     _require_file(path, what)
     try:
-        from insightface.model_zoo import get_model
+        import insightface.model_zoo  # noqa: F401
     except ImportError as error:
         raise PulidError(f"insightface is needed to read faces and cannot be imported ({error}).") from error
     try:
-        model = get_model(str(path), providers=list(providers))
+        model = _session(path, providers)
     except Exception as error:  # of onnx, onnxruntime and protobuf, each with classes of its own
+        if _TOO_NEW.search(str(error)):
+            raise WrongWeightsError(
+                f"{path.name} in {path.parent} was written for a newer onnxruntime: update it (pip install --upgrade "
+                f"onnxruntime), or take the catalogue's file. ({error})"
+            ) from error
         raise WrongWeightsError(
             f"{path.name} in {path.parent} is not {what}, or is truncated; download it again. ({error})"
         ) from error
     if getattr(model, "taskname", None) != task:
         raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}.")
     return model
+
+
+def _session(path: Path, providers: Sequence[str]) -> Any:
+    """With the CPU alone where the others cannot be loaded: onnxruntime falls back to it, or raises."""
+    from insightface.model_zoo import get_model
+
+    try:
+        return get_model(str(path), providers=list(providers))
+    except Exception as error:
+        if tuple(providers) == CPU_ONLY or _TOO_NEW.search(str(error)):
+            raise
+        return get_model(str(path), providers=list(CPU_ONLY))
 
 
 def _load_facexlib(

@@ -131,12 +131,16 @@ class Parser(Protocol):
 
 @dataclass(frozen=True)
 class FaceModels:
-    """What read_face works with. Without a landmarker, crops are aligned by the detector's own landmarks."""
+    """What read_face works with. Without a landmarker, crops are aligned by the detector's own landmarks.
+
+    notes: what the user should know of the models, in plain words; they are told with each face.
+    """
 
     detector: Detector
     recogniser: Recogniser
     landmarker: Detector | None
     parser: Parser
+    notes: tuple[str, ...] = ()
 
 
 def read_face(image: np.ndarray, models: FaceModels, choice: FaceChoice = LARGEST, name: str = "image") -> Face:
@@ -155,7 +159,7 @@ def read_face(image: np.ndarray, models: FaceModels, choice: FaceChoice = LARGES
             "crop it so that the face fills about a third."
         )
     chosen = _choose(candidates, choice, bgr.shape[:2], name)
-    notes = _choice_notes(candidates, chosen, choice)
+    notes = [*models.notes, *_choice_notes(candidates, chosen, choice)]
 
     landmarks = chosen.landmarks
     if found and models.landmarker is not None:

@@ -20,9 +20,10 @@ from lib_pulid.attention import PROJECTIONS
 from lib_pulid.errors import SettingError
 from lib_pulid.faces import FACE_ORDERS
 from lib_pulid.identity import FUSIONS
+from lib_pulid.injection import MOST
+from lib_pulid.names import NOBODY as NONE
 
 AUTO = "auto"
-NONE = "None"  # how lists show "no saved identity"
 CUSTOM = "custom"
 HIRES_PASSES = ("both", "first", "second")
 
@@ -102,20 +103,20 @@ FIELDS = (
     Field("identity", "Saved identity", "text", "", "Name or short hash of a saved identity, used instead of photos."),
     Field("model", "PuLID model", "text", AUTO, "auto takes the PuLID file that fits the checkpoint."),
     Field("weight", "Weight", "float", None, "How strong the face is; 0 changes nothing. Official, and taken where "
-          "nothing is given: SDXL 0.8, FLUX 1.", 0, 5, 0.05, shown=WEIGHTS["sdxl"]),
+          "nothing is given: SDXL 0.8, FLUX 1.", 0, MOST["weight"], 0.05, shown=WEIGHTS["sdxl"]),
     Field("preset", "Preset", "choice", AUTO, " ".join(f"{f.upper()}: {PRESET_TIPS[f]}" for f in FAMILIES),
           choices=(AUTO, *PRESET_FAMILY, CUSTOM), shown="v1.1"),
     Field("projection", "Projection", "choice", "ortho_v2", "How the face is kept apart from the prompt; SDXL.",
           choices=PROJECTIONS, advanced=True, family="sdxl"),
     Field("num_zero", "Zero tokens", "int", 20, "More leave more to the prompt, fewer give more likeness; SDXL.",
-          0, 80, 1, advanced=True, family="sdxl"),
+          0, MOST["num_zero"], 1, advanced=True, family="sdxl"),
     Field("start", "Start", "float", 0.0, "Share of the steps before the face begins to act.", 0, 1, 0.01,
           advanced=True),
     Field("end", "End", "float", 1.0, "Share of the steps after which the face no longer acts.", 0, 1, 0.01,
           advanced=True),
     Field("start_step", "Start step", "int", 0, "The first step in which the face acts. Official: 4 for realistic "
-          "pictures, 0 to 1 for stylised ones; earlier gives more likeness, later more to the prompt.", 0, 10, 1,
-          advanced=True, family="flux"),
+          "pictures, 0 to 1 for stylised ones; earlier gives more likeness, later more to the prompt.", 0,
+          MOST["start_step"], 1, advanced=True, family="flux"),
     Field("cfg_start_step", "True CFG from step", "int", 0, "With a CFG above 1, the steps before this one run "
           "without the negative prompt. 0: all have it. Official: 1.", 0, 20, 1, advanced=True, family="flux"),
     Field("face_order", "Face in the photo", "choice", "largest", "How faces are counted if a photo has several.",
@@ -143,12 +144,11 @@ def schema() -> dict[str, Any]:
             "description": field.tip,
         }
         entry |= {"default": default, "minimum": field.minimum, "maximum": field.maximum}
-        entry["enum"] = list(field.choices) or None
+        entry["enum"] = [*field.choices, None] if field.choices else None
         entry["items"] = {"type": "string"} if field.kind == "images" else None
         entry["family"] = field.family or None
-        properties[field.name] = {key: value for key, value in entry.items() if value is not None}
-        if default is None:  # null is the family's own
-            properties[field.name] |= {"type": [entry["type"], "null"], "default": None}
+        given = {key: value for key, value in entry.items() if value is not None}
+        properties[field.name] = {**given, "type": [entry["type"], "null"], "default": default}  # null: as left out
     return {"title": "PuLID unit", "type": "object", "additionalProperties": False, "properties": properties}
 
 

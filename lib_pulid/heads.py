@@ -15,7 +15,7 @@ LARGEST_HEAD = 100_000_000  # bytes
 
 # GGUF's kinds of values: bytes of those of fixed size; and the two others.
 _GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_GGUF_TEXT, _GGUF_LIST = 8, 9
+GGUF_TEXT, GGUF_LIST = 8, 9
 
 # The last blocks of FLUX.1, and what its relatives (more blocks; Chroma) have besides.
 _FLUX = ("double_blocks.18.img_attn.", "single_blocks.37.linear1.")
@@ -57,33 +57,33 @@ def _gguf(file: BinaryIO) -> Mapping[str, tuple[int, ...]]:
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError("not a GGUF file")
     for _ in range(entries):
-        _gguf_text(file)
-        _gguf_skip(file, *struct.unpack("<I", file.read(4)))
+        gguf_text(file)
+        gguf_skip(file, *struct.unpack("<I", file.read(4)))
     shapes = {}
     for _ in range(tensors):
-        name = _gguf_text(file)
+        name = gguf_text(file)
         (axes,) = struct.unpack("<I", file.read(4))
         shapes[name] = struct.unpack(f"<{axes}Q", file.read(8 * axes))[::-1]
         file.seek(12, 1)
     return shapes
 
 
-def _gguf_text(file: BinaryIO) -> str:
+def gguf_text(file: BinaryIO) -> str:
     (length,) = struct.unpack("<Q", file.read(8))
     if file.tell() + length > LARGEST_HEAD:
         raise ValueError("too long a head")
     return file.read(length).decode()
 
 
-def _gguf_skip(file: BinaryIO, kind: int) -> None:
-    if kind == _GGUF_TEXT:
-        _gguf_text(file)
-    elif kind == _GGUF_LIST:
+def gguf_skip(file: BinaryIO, kind: int) -> None:
+    if kind == GGUF_TEXT:
+        gguf_text(file)
+    elif kind == GGUF_LIST:
         kind, count = struct.unpack("<IQ", file.read(12))
         if kind in _GGUF_SIZES:
             file.seek(count * _GGUF_SIZES[kind], 1)
             return
         for _ in range(count):
-            _gguf_skip(file, kind)
+            gguf_skip(file, kind)
     else:
         file.seek(_GGUF_SIZES[kind], 1)

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lib_pulid import __version__
-from lib_pulid.encoders import IDEncoder
+from lib_pulid import __version__, disk, pulidembd
+from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import IdentityMismatchError, SettingError, WrongWeightsError
+from lib_pulid.weight_files import read_safetensors
 from lib_pulid.weights import Adapter
 
 if TYPE_CHECKING:
@@ -36,7 +35,11 @@ if TYPE_CHECKING:
 FUSIONS = ("official", "id_mix", "average")
 FILE_FORMAT = "sd-webui-pulid identity"
 FILE_VERSION = "1"
+VISION_BATCH = 4  # faces; each needs some 50 MB while the tower runs
 LARGEST_FILE = 100_000_000  # bytes; a photo makes 0.5 MB
+HIDDEN_TOKENS = 577  # of the vision tower: 24 x 24 patches and the class token
+# What is known of the person in a `.pulidembd`.
+_FOREIGN = {"format": FILE_FORMAT, "version": FILE_VERSION, "adapter": "PuLID for FLUX", "made_by": pulidembd.SUFFIX}
 
 
 # ---------------------------------------------------------------- Identity
@@ -66,12 +69,24 @@ class Identity:
             raise SettingError("Identity.cond and Identity.uncond differ in shape")
 
     @property
+    def family(self) -> str:
+        """ "sdxl" or "flux", of the PuLID file that made it; "" where that is not known."""
+        family = self.info.get("adapter", "").rpartition(" for ")[2].lower()
+        return family if family in ("sdxl", "flux") else ""
+
+    @property
     def short_hash(self) -> str:
         """Ten hex digits that name the tokens."""
         return hashlib.sha256(self.cond.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()[:10]
 
-    def save(self, path: str | Path) -> Path:
-        """Writes a safetensors file, whole or not at all. Returns its path."""
+    def save(self, path: str | Path, replace: bool = False) -> Path:
+        """Writes a safetensors file, or, where the name ends so, a `.pulidembd`. Returns its path; see `disk.write`.
+
+        Raises:
+            SettingError: there is such a file, and `replace` is not set. StorageError: it cannot be written.
+        """
+        if Path(path).suffix.lower() == pulidembd.SUFFIX:
+            return disk.write(path, self._pulidembd(), replace=replace)
         from safetensors.torch import save
 
         tensors = {"cond": self.cond.detach().cpu().float().contiguous()}
@@ -79,21 +94,19 @@ class Identity:
             tensors["uncond"] = self.uncond.detach().cpu().float().contiguous()
         if self.thumbnail is not None:
             tensors["thumbnail"] = torch.from_numpy(self.thumbnail.copy())
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            temporary.write_bytes(save(tensors, {"format": FILE_FORMAT, "version": FILE_VERSION, **self.info}))
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        metadata = {**self.info, "format": FILE_FORMAT, "version": FILE_VERSION}
+        path = disk.write(path, save(tensors, metadata), replace=replace)
         _sweep(path.parent)
         return path
 
+    def _pulidembd(self) -> bytes:
+        if self.family not in ("", "flux"):
+            raise SettingError(f"{pulidembd.SUFFIX} is for FLUX; this identity was made with {self.info['adapter']}.")
+        return pulidembd.pack(self.cond[0].detach().cpu().float().numpy())
+
     @classmethod
     def load(cls, path: str | Path) -> Identity:
-        """Reads a file written by `save`.
+        """Reads a file written by `save`, or stable-diffusion.cpp's `.pulidembd`.
 
         Raises:
             IdentityMismatchError: it is missing, damaged, of a later version, or no saved identity.
@@ -122,22 +135,25 @@ def _thumbnail(tensor: Tensor | None) -> np.ndarray | None:
 
 def _sweep(folder: Path) -> None:
     """Removes what processes that were killed while writing have left. A write takes no hour."""
-    for left in folder.glob(".*.safetensors.*.tmp"):
-        with contextlib.suppress(OSError):  # another process was faster
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
+    for left in disk.listed(folder):
+        if left.match(".*.safetensors.*.tmp"):
+            with contextlib.suppress(OSError):  # another process was faster
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import safe_open
-
-    if not path.is_file():
+    if not disk.is_file(path):
         raise IdentityMismatchError(f"The saved identity {path.name} was not found in {path.parent}.")
-    if path.stat().st_size > LARGEST_FILE:
+    if disk.size_of(path) > LARGEST_FILE:
         raise IdentityMismatchError(f"{path.name} is not a saved identity: it is too large for one.")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        with path.open("rb") as file:
+            if file.read(4) == pulidembd.MAGIC:
+                return {"cond": torch.from_numpy(pulidembd.unpack(path.read_bytes()))[None]}, dict(_FOREIGN)
+        return read_safetensors(path)
+    except PermissionError as error:
+        raise IdentityMismatchError(f"{path.name} in {path.parent} may not be read; change its permissions.") from error
     except Exception as error:  # whatever the reader raises, the file is at fault
         raise IdentityMismatchError(f"{path.name} is not a saved identity, or is damaged ({error}).") from error
 
@@ -159,15 +175,19 @@ class FaceFeatures:
 
 
 @torch.no_grad()
-def face_features(face: Face, tower: VisionTower) -> FaceFeatures:
-    """Runs the vision tower on a face, on the tower's device."""
+def face_features(faces: Sequence[Face], tower: VisionTower) -> list[FaceFeatures]:
+    """Runs the vision tower on faces, VISION_BATCH at once, on the tower's device."""
     from lib_pulid.faces import vision_input
 
-    device = next(tower.parameters()).device
-    class_token, hidden = tower(vision_input(face.features).to(device))
-    arcface = torch.from_numpy(face.embedding).to(device)[None]
-    id_cond = torch.cat((arcface, class_token / class_token.norm(dim=1, keepdim=True)), dim=1)
-    return FaceFeatures(id_cond, tuple(hidden))
+    device, found = next(tower.parameters()).device, []
+    for first in range(0, len(faces), VISION_BATCH):
+        some = faces[first : first + VISION_BATCH]
+        class_tokens, hidden = tower(torch.cat([vision_input(face.features) for face in some]).to(device))
+        for i, face in enumerate(some):
+            arcface, class_token = torch.from_numpy(face.embedding).to(device)[None], class_tokens[i : i + 1]
+            id_cond = torch.cat((arcface, class_token / class_token.norm(dim=1, keepdim=True)), dim=1)
+            found.append(FaceFeatures(id_cond, tuple(scale[i : i + 1] for scale in hidden)))
+    return found
 
 
 @torch.no_grad()
@@ -188,13 +208,10 @@ def encode_identity(
             "average": the mean of each photo's own tokens, which is not the official way.
         info, thumbnail: kept with the identity.
     """
-    if fusion not in FUSIONS:
-        raise SettingError(f"fusion is {fusion!r}; it has to be one of {', '.join(FUSIONS)}")
+    check_fusion(fusion, adapter)
     if not photos:
         raise SettingError("an identity needs at least one photo")
     in_encoder = not isinstance(adapter.encoder, IDEncoder)
-    if fusion == "id_mix" and in_encoder:
-        raise SettingError(f"fusion id_mix exists in PuLID v1 only; the loaded file is {adapter.label}")
     device = next(adapter.encoder.parameters()).device
     photos = [_to(photo, device) for photo in photos]
     if fusion == "average":
@@ -216,6 +233,14 @@ def encode_identity(
     return Identity(cond.cpu().float(), uncond.cpu().float(), {**made, **(info or {})}, thumbnail)
 
 
+def check_fusion(fusion: str, adapter: Adapter) -> None:
+    """Raises: SettingError: the adapter's version has no such fusion. Needs no photo, so it can be asked before."""
+    if fusion not in FUSIONS:
+        raise SettingError(f"fusion is {fusion!r}; it has to be one of {', '.join(FUSIONS)}")
+    if fusion == "id_mix" and not isinstance(adapter.encoder, IDEncoder):
+        raise SettingError(f"fusion id_mix exists in PuLID v1 only; the loaded file is {adapter.label}")
+
+
 def _encode(adapter: Adapter, photo: FaceFeatures) -> tuple[Tensor, Tensor]:
     """-> tokens of the photo and of nothing (zeros in the place of one photo), each [1, N, D]."""
     cond = adapter.encoder(photo.id_cond, photo.vit_hidden)
@@ -223,6 +248,21 @@ def _encode(adapter: Adapter, photo: FaceFeatures) -> tuple[Tensor, Tensor]:
     zeros = [torch.zeros_like(hidden[:, : hidden.shape[1] // one]) for hidden in photo.vit_hidden]
     uncond = adapter.encoder(torch.zeros_like(photo.id_cond.reshape(one, -1)[:1]), zeros)
     return cond, uncond
+
+
+@torch.no_grad()
+def with_uncond(identity: Identity, adapter: Adapter) -> Identity:
+    """Completes an identity that came in a `.pulidembd`, which has no uncond tokens: they are the encoder run on zeros,
+    whatever the photo was. Others are returned as they are."""
+    if identity.uncond is not None or identity.info.get("made_by") != pulidembd.SUFFIX:
+        return identity
+    if not isinstance(adapter.encoder, IDFormer) or adapter.encoder.output_dim != identity.cond.shape[-1]:
+        return identity  # compile_injection says what does not fit
+    like = next(adapter.encoder.parameters())
+    id_cond = like.new_zeros(1, adapter.encoder.id_embedding_mapping[0].in_features)
+    hidden = like.new_zeros(1, HIDDEN_TOKENS, adapter.encoder.mapping_0[0].in_features)
+    uncond = adapter.encoder(id_cond, [hidden] * 5).cpu().float()
+    return replace(identity, uncond=uncond) if uncond.shape == identity.cond.shape else identity
 
 
 def _stacked(photos: Sequence[FaceFeatures]) -> FaceFeatures:

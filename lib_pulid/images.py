@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import os
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 import numpy as np
 
+from lib_pulid.camera_files import camera_file, with_end_mark
 from lib_pulid.errors import ImageError
 
 if TYPE_CHECKING:
@@ -28,7 +31,9 @@ MAX_BYTES = 3 * MAX_PIXELS  # of an image file in memory: what the largest photo
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL")
 
 LONGEST_REGION = 4096  # pixels; a picture's tokens are 8 of its pixels wide and more
-_ORIENTATION = 0x0112  # Exif
+DARKEST_REGION = 1 / 16  # of the full strength
+SMALLEST_REGION = 1 / 32**2  # of the image: a square 32 pixels wide in 1024
+_ORIENTATION, _PHOTOMETRIC = 274, 262  # tags of Exif and TIFF
 
 
 def load_image(source: ImageSource, name: str = "image", background: int = 255) -> np.ndarray:
@@ -43,7 +48,7 @@ def load_image(source: ImageSource, name: str = "image", background: int = 255) 
         return _from_array(source, name, background)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        return _decode(path, path.name if name == "image" else name, background)
+        return _decode(path, (path.name or str(path)) if name == "image" else name, background)
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) == 0:
             raise ImageError(f"{name}: the file is empty.")
@@ -58,16 +63,65 @@ def load_image(source: ImageSource, name: str = "image", background: int = 255) 
 
 
 def load_region(source: ImageSource, name: str = "region") -> np.ndarray:
-    """Read a region as float32 [H, W], 0..1: its brightness; where it is transparent nothing was painted, so 0.
+    """Reads a mask as float32 [H, W], 0..1: its brightness, of a color the brightest channel; 0 where transparent.
+
+    Numbers are taken in the range that they have: 0..1, 0..255 or 16 bits. Where a file or an integer array has no
+    other values than 0 and 1 (a label map), or a palette only black and one color, the face acts in full.
 
     Raises:
-        ImageError: it cannot be read, or is black all over, so that the face could act nowhere.
+        ImageError: it cannot be read; or it is black, or so nearly black that the face could not be seen.
     """
-    image = thumbnail(load_image(source, name, background=0), LONGEST_REGION)
-    grey = image.astype(np.float32).mean(axis=-1) / 255
-    if not grey.any():
+    values, has_two_colors = _peeked(source)
+    if values is None or values.ndim == 3 and values.shape[2] > 1:
+        values = load_image(source, name, background=0).max(-1)
+    plane = _shares(values.squeeze(-1) if values.ndim == 3 else values, name)
+    if has_two_colors and plane.min() == 0 < plane.max():
+        plane = plane / plane.max()
+    plane = thumbnail(plane, LONGEST_REGION)
+    if not plane.any():
         raise ImageError(f"{name}: it is black all over; the face would act nowhere. Paint the place white.")
-    return grey
+    if plane.max() < DARKEST_REGION or plane.mean() < SMALLEST_REGION:
+        raise ImageError(
+            f"{name}: it is nearly black ({plane.mean():.2%} white, {plane.max():.0%} at the brightest place); the "
+            "face could not be seen. Paint the place white; of a map of several labels, give this person's alone."
+        )
+    return plane
+
+
+def _peeked(source: ImageSource) -> tuple[np.ndarray | None, bool]:
+    """What `load_image` would lose of a mask: the values, where they are not 8 bits, and whether it is a palette of
+    which two entries are used."""
+    if isinstance(source, np.ndarray):
+        return (None if source.dtype == np.uint8 and source.ndim == 3 else source), False
+    from PIL import Image
+
+    Image.init()
+    file = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # load_image tells what is wrong
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        is_open = isinstance(file, Image.Image)
+        kinds = [kind for kind in FORMATS if kind in Image.OPEN]
+        with contextlib.nullcontext(file) if is_open else Image.open(file, formats=kinds) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return None, False
+            if image.mode == "F":
+                return np.array(image), False
+            if image.mode.startswith("I"):
+                return np.array(image).clip(0, 65535).astype(np.uint16), False
+            return None, image.mode == "P" and len(image.getcolors()) == 2
+    return None, False
+
+
+def _shares(values: np.ndarray, name: str) -> np.ndarray:
+    """Brightness of any range [H, W] -> float32, 0..1."""
+    if values.ndim != 2 or not values.size:
+        raise ImageError(f"{name}: an array of shape {values.shape} is not a mask; [height, width] is.")
+    _check_size(values.shape[1], values.shape[0], name)
+    kind, low, high = values.dtype.kind, float(values.min()), float(values.max())
+    if kind not in "buif" or not (low >= -1e-3 and high <= 65535):  # written so that NaN fails
+        raise ImageError(f"{name}: values in {low:g}..{high:g} are not a mask; those in 0..1 or 0..255 are.")
+    full = 1.0 if high <= 1 + 1e-3 else 255.0 if high <= 255 and values.dtype != np.uint16 else 65535.0
+    return (values.astype(np.float32) / np.float32(full)).clip(0, 1)
 
 
 def resize_long_edge(image: np.ndarray, limit: int = 1024) -> np.ndarray:
@@ -100,6 +154,32 @@ def thumbnail(image: np.ndarray, size: int = 96) -> np.ndarray:
 
 
 def _decode(file: Path | io.BytesIO, name: str, background: int) -> np.ndarray:
+    try:
+        with _content(file) as data:
+            camera = camera_file(data)
+    except (OSError, ValueError):  # said below, in PIL's words
+        camera = None
+    if camera is None:
+        return _read(file, name, background)
+    for inner in camera.pictures:
+        with contextlib.suppress(ImageError):
+            return _read(io.BytesIO(inner.content), name, background, inner.orientation)
+    width, height = camera.thumbnail
+    held = f"only a thumbnail of {width} x {height} in it" if width else "no picture in it that can be read here"
+    raise ImageError(f"{name}: this is a camera's raw file with {held}; save it as JPEG, PNG or WebP.")
+
+
+@contextlib.contextmanager
+def _content(file: Path | io.BytesIO) -> Iterator[bytes | mmap.mmap]:
+    if isinstance(file, io.BytesIO):
+        yield file.getvalue()
+        return
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        yield mapped
+
+
+def _read(file: Path | io.BytesIO, name: str, background: int, orientation: int = 1) -> np.ndarray:
+    """orientation: see `_from_pil`."""
     from PIL import Image, UnidentifiedImageError
 
     Image.init()  # registers all formats, once
@@ -109,11 +189,19 @@ def _decode(file: Path | io.BytesIO, name: str, background: int) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=readable) as image:
-                return _from_pil(image, name, background)
+                try:
+                    return _from_pil(image, name, background, orientation)
+                except ImageError:
+                    whole = _without_end_mark(file) if image.format in ("JPEG", "MPO") else None
+                    if whole is None:
+                        raise
+                    return _from_pil(whole, name, background, orientation)
     except ImageError:
         raise
     except FileNotFoundError as error:
         raise ImageError(f"{name}: there is no such file.") from error
+    except IsADirectoryError as error:
+        raise ImageError(f"{name}: this is a folder, not an image.") from error
     except Image.DecompressionBombError as error:
         raise ImageError(_too_large(name)) from error
     except UnidentifiedImageError as error:
@@ -124,22 +212,40 @@ def _decode(file: Path | io.BytesIO, name: str, background: int) -> np.ndarray:
         raise ImageError(f"{name}: the image cannot be read ({error}).") from error
 
 
-def _from_pil(image: Image.Image, name: str, background: int) -> np.ndarray:
+def _without_end_mark(file: Path | io.BytesIO) -> Image.Image | None:
+    """The picture of a JPEG that lacks its end mark and nothing else."""
+    from PIL import Image
+
+    data = file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes()
+    try:
+        ended = with_end_mark(data) or ()
+        ways = [Image.open(io.BytesIO(one), formats=["JPEG"]) for one in ended]
+        same = bool(ways) and all(np.array_equal(np.asarray(ways[0]), np.asarray(one)) for one in ways[1:])
+    except Exception:  # as above
+        return None
+    return ways[0] if same else None
+
+
+def _from_pil(image: Image.Image, name: str, background: int, orientation: int = 1) -> np.ndarray:
+    """orientation: Exif's number, where the image itself has none."""
     from PIL import ImageOps
 
     _check_size(image.width, image.height, name)
+    stored = _stored(image)
     try:
         image.load()
     except Exception as error:  # as above; a PIL image may be decoded only now
         raise ImageError(f"{name}: the image is truncated or damaged ({error}).") from error
     with contextlib.suppress(Exception):  # damaged metadata is no reason to refuse a good photo
-        if image.getexif().get(_ORIENTATION, 1) != 1:  # else it would only be copied
+        exif = image.getexif()
+        exif.setdefault(_ORIENTATION, orientation)
+        if exif[_ORIENTATION] != 1:  # else it would only be copied
             image = ImageOps.exif_transpose(image) or image
     if image.mode == "F" or image.mode.startswith("I"):
-        # 16-bit greyscale; PIL's own conversion to 8 bit would cut everything above 255 to white.
-        values = np.asarray(image)
-        return _from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16), name, background)
-    transparent = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+        return _from_wide(image, stored, name, background)
+    image = _with_transparent_colour(image, stored)
+    palette = image.palette.mode if image.mode == "P" and image.palette else ""
+    transparent = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "A" in palette
     try:
         if image.mode in ("La", "RGBa"):  # alpha already multiplied in: PIL undoes that for these modes only
             image = image.convert("LA" if image.mode == "La" else "RGBA")
@@ -147,6 +253,60 @@ def _from_pil(image: Image.Image, name: str, background: int) -> np.ndarray:
         return _from_array(np.asarray(image if image.mode == mode else image.convert(mode)), name, background)
     except ValueError as error:
         raise ImageError(f"{name}: images of the kind {image.mode} cannot be read.") from error
+
+
+def _stored(image: Image.Image) -> str:
+    """How an image that is not decoded yet lies in its file, in PIL's words: "L;2", "RGB;16B"; else ""."""
+    tiles = getattr(image, "tile", None)
+    layout = tiles[0][3] if tiles else ""
+    return next((part for part in (layout if isinstance(layout, tuple) else (layout,)) if isinstance(part, str)), "")
+
+
+def _with_transparent_colour(image: Image.Image, stored: str) -> Image.Image:
+    """PNG gives the transparent colour in the file's depth; PIL leaves it so where it has made 8 bits of the rest."""
+    colour, factor = image.info.get("transparency"), {"L;2": 85, "L;4": 17, "1": 255}.get(stored)
+    if isinstance(colour, int) and factor:
+        image = image.convert("L") if image.mode == "1" else image
+        image.info["transparency"] = min(255, colour * factor)  # of 1 bit newer versions have made 255 already
+    elif isinstance(colour, tuple) and stored.startswith("RGB;16"):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    return image
+
+
+def _from_wide(image: Image.Image, stored: str, name: str, background: int) -> np.ndarray:
+    """Greyscale of more than 8 bits. PIL's own conversion to 8 bits would cut everything above 255 to white."""
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    inverted = tags.get(_PHOTOMETRIC) == 0  # PIL heeds that in 8 bits only
+    if image.mode == "F":
+        return _from_array(1 - values if inverted else values, name, background)
+    if image.mode == "I" and "32N" in stored:  # unsigned
+        values = values.view(np.uint32)
+    if image.format == "PNG" or (image.mode != "I" and not tags):  # their range is known
+        ranges: tuple[int, ...] = (65535,)
+    else:
+        top = 32767 if "16S" in stored else 65535
+        ranges = (255, top, 2**32 - 1 if values.dtype == np.uint32 else 2**31 - 1)
+    pixels = _scaled(values, ranges, name)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        alpha = np.where(values == clear, 0, 255).astype(np.uint8)
+        pixels = np.dstack([pixels, alpha])
+    return _from_array(255 - pixels if inverted else pixels, name, background)
+
+
+def _scaled(values: np.ndarray, ranges: Sequence[int], name: str) -> np.ndarray:
+    """Whole numbers [H, W] -> uint8 [H, W]: of the smallest of the ranges 0..top that they fit into. A wide one is
+    believed only if the brightest value is more than a 16th of it; with less, what white is cannot be told."""
+    low, high = int(values.min()), int(values.max())
+    top = next((top for top in ranges if high <= top), 0)
+    if low < 0 or not top or (len(ranges) > 1 and top > 255 and 16 * high <= top):
+        raise ImageError(
+            f"{name}: its values lie in {low}..{high}, which does not say how bright white is; save it with 8 bits."
+        )
+    if top == 255:
+        return values.astype(np.uint8)
+    return ((values.astype(np.int64) * 255 + top // 2) // top).astype(np.uint8)
 
 
 def _from_array(array: np.ndarray, name: str, background: int) -> np.ndarray:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +23,20 @@ from torch import Tensor, nn
 
 from lib_pulid.attention import (
     PROJECTIONS,
-    CrossAttentionTensors,
-    ImageStreamTensors,
+    SiteIdentity,
     SiteTensors,
+    add_cross_attention,
     add_image_stream,
-    cross_attention_residual,
     prepare_site,
 )
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
+from lib_pulid.images import ImageSource, load_region
 from lib_pulid.sites import Site, Sites, find_sites
+from lib_pulid.watch import Watch, WatchedSites, uncompiled
 from lib_pulid.weights import Adapter
 
+MOST = {"weight": 5, "num_zero": 80, "start_step": 10}  # what each may be; all begin at 0
 _SLACK = 1e-6  # i / n against a share that a user typed
 
 
@@ -85,19 +87,33 @@ class Injection:
         """Bytes kept on the device while sampling."""
         return sum(site.nbytes for site in self.sites) + (0 if self.mask is None else self.mask.nbytes)
 
+    def to(self, device: str | torch.device) -> Injection:
+        device = torch.device(device)
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, sites=tuple(site.to(device) for site in self.sites), mask=mask)
+
     def is_active(self, step: DenoiseStep) -> bool:
         """Whether it acts in this call: from `start` and `start_step` on and before `end`; an end of 1 includes 1."""
         if self.weight == 0 or (self.start_step and step.index < self.start_step):
             return False
-        return self.start - _SLACK <= step.progress and (step.progress < self.end - _SLACK or self.end >= 1)
+        return _between(step.progress, self.start, self.end)
 
     def acts_within(self, steps: int) -> bool:
         """Whether there is a step among so many in which it acts."""
-        return any(self.is_active(DenoiseStep(i / steps, True, steps=steps)) for i in range(steps))
+        return self.weight != 0 and any(acts(i, steps, self.start, self.end, self.start_step) for i in range(steps))
 
     def identity_of(self, is_cond: bool) -> int | None:
         """Index of a row's identity in the compiled tensors."""
         return 0 if is_cond else 1 if self.has_uncond else None
+
+
+def acts(index: int, steps: int, start: float, end: float, start_step: int) -> bool:
+    """Whether an injection with these settings acts in step `index` of `steps`."""
+    return index >= start_step and _between(index / steps, start, end)
+
+
+def _between(progress: float, start: float, end: float) -> bool:
+    return start - _SLACK <= progress and (progress < end - _SLACK or end >= 1)
 
 
 @torch.no_grad()
@@ -111,7 +127,7 @@ def compile_injection(
     start: float = 0.0,
     end: float = 1.0,
     start_step: int = 0,
-    mask: Tensor | None = None,
+    mask: Tensor | ImageSource | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Injection:
@@ -123,7 +139,7 @@ def compile_injection(
         num_zero: zero tokens beside the identity, 0-80; SDXL only. More leave more freedom to the prompt.
         start, end: shares of the sampling between which it acts.
         start_step: number of the first step in which it acts, official on FLUX (range 0-10); it acts where both allow.
-        mask: [H, W], 0..1, region of the picture that gets the identity, any resolution.
+        mask: region of the picture that gets the identity, any resolution: [H, W], or an image; see `load_region`.
         device, dtype: of the denoiser's computation. The products are made in float32 and rounded once.
 
     Returns:
@@ -131,6 +147,7 @@ def compile_injection(
 
     Raises:
         SettingError: a value is out of range. IdentityMismatchError: the identity belongs to another adapter.
+        ImageError: the mask is none, or black.
     """
     _check_settings(weight, projection, num_zero, start, end, start_step, mask)
     _check_match(adapter, identity)
@@ -147,7 +164,7 @@ def compile_injection(
         num_zero=int(num_zero),
         start=float(start),
         end=float(end),
-        mask=None if mask is None else mask.detach().to(device, torch.float32),
+        mask=None if mask is None else _read_mask(mask).to(device),
         start_step=start_step,
     )
 
@@ -157,12 +174,13 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
     """Hooks the denoiser for one call; all injections at a site read the same input, and their residuals add up.
 
     Args:
-        denoiser: see `sites.find_sites`; or its Sites, found before.
+        denoiser: see `sites.find_sites`; or its Sites, found before. This call has to reach them all, unless a
+            Watch follows them through a whole sampling, in which a step cache may skip some.
         injections: of the denoiser's family. Those that are not active at `step.progress` cost nothing.
         step: the call's place in the sampling and its rows.
 
     Raises:
-        UnsupportedModelError: the denoiser does not fit the injections.
+        UnsupportedModelError: the denoiser does not fit the injections, or they could not act in it.
     """
     active = [injection for injection in injections if injection.is_active(step)]
     if not active:
@@ -172,12 +190,16 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
     for injection in active:
         _check_fit(found, injection)
     attach = _attach_cross_attention if found.family == "sdxl" else _attach_image_stream
+    watched = found if isinstance(found, WatchedSites) else Watch().over(found)
     with ExitStack() as hooks:
+        hooks.enter_context(uncompiled())
         masks = _Masks(active, step)
-        for n, site in enumerate(found.sites):
+        for n, site in enumerate(watched.sites):
             for handle in attach(site, n, active, step, masks):
                 hooks.callback(handle.remove)
         yield
+    if watched is not found:
+        watched.watch.check_call(acts=True)
 
 
 # ---------------------------------------------------------------- at one site
@@ -185,31 +207,8 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
 
 def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> Iterable:
     def add(q: Tensor, h: Tensor) -> Tensor:
-        total = h
-        is_cond = _rows(step, len(h))
-        for index, injection in enumerate(active):
-            rows = [injection.identity_of(cond) for cond in is_cond]
-            present = [b for b, row in enumerate(rows) if row is not None]
-            if not present:
-                continue
-            tensors = cast(CrossAttentionTensors, injection.sites[n])
-            chosen = [row for row in rows if row is not None]
-            everyone = len(present) == len(rows)
-            residual = cross_attention_residual(
-                q if everyone else q[present],
-                h if everyone else h[present],
-                tensors.k[chosen].to(q),
-                tensors.v[chosen].to(q),
-                heads=site.heads,
-                projection=injection.projection,
-                num_zero=injection.num_zero,
-            )
-            if injection.mask is not None:
-                residual = residual * masks.over(index, h.shape[1])
-            if not everyone:
-                residual = torch.zeros_like(h, dtype=residual.dtype).index_copy(0, _index(present, h), residual)
-            total = total + residual
-        return total.to(h.dtype)
+        identities = _identities(n, active, step, masks, len(h), h.shape[1])
+        return add_cross_attention(q, h, identities, site.heads) if identities else h
 
     return site.attach(add)
 
@@ -217,14 +216,23 @@ def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: D
 def _attach_image_stream(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> Iterable:
     def add(total: Tensor, image: Tensor) -> None:
         own = _own_tokens(image.shape[1], step)
-        is_cond = _rows(step, len(image))
-        for index, injection in enumerate(active):
-            rows = [injection.identity_of(cond) for cond in is_cond]
-            mask = None if injection.mask is None else masks.over(index, own)
-            tensors = cast(ImageStreamTensors, injection.sites[n])
-            add_image_stream(total[:, :own], image[:, :own], tensors, rows, mask)
+        identities = _identities(n, active, step, masks, len(image), own)
+        add_image_stream(total[:, :own], image[:, :own], identities)
 
     return site.attach(add)
+
+
+def _identities(
+    n: int, active: list[Injection], step: DenoiseStep, masks: _Masks, batch: int, tokens: int
+) -> list[SiteIdentity[Any]]:
+    """What acts at site `n`, on so many rows and tokens."""
+    found = []
+    for index, injection in enumerate(active):
+        rows = [injection.identity_of(cond) for cond in _rows(step, batch)]
+        if any(row is not None for row in rows):
+            mask = None if injection.mask is None else masks.over(index, tokens)
+            found.append(SiteIdentity(injection.sites[n], rows, mask, injection.projection, injection.num_zero))
+    return found
 
 
 def _own_tokens(tokens: int, step: DenoiseStep) -> int:
@@ -244,10 +252,6 @@ def _rows(step: DenoiseStep, batch: int) -> list[bool]:
     if len(rows) != batch:
         raise ValueError(f"is_cond has {len(rows)} rows, but the denoiser was called with {batch}")
     return rows
-
-
-def _index(rows: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, device=like.device)
 
 
 class _Masks:
@@ -293,28 +297,40 @@ def _packed(hw: tuple[int, int]) -> tuple[int, int]:
 # ---------------------------------------------------------------- checks
 
 
+def _read_mask(mask: Tensor | ImageSource) -> Tensor:
+    if isinstance(mask, Tensor):
+        mask = (mask.detach().float() if mask.is_floating_point() else mask.detach()).cpu().numpy()
+    return torch.from_numpy(load_region(mask, "mask"))
+
+
 def _check_settings(
-    weight: float, projection: str, num_zero: int, start: float, end: float, start_step: int, mask: Tensor | None
+    weight: float,
+    projection: str,
+    num_zero: int,
+    start: float,
+    end: float,
+    start_step: int,
+    mask: Tensor | ImageSource | None,
 ) -> None:
-    if not math.isfinite(weight):
-        raise SettingError(f"weight is {weight}; it has to be a number")
+    if not 0 <= weight <= MOST["weight"]:  # NaN is not, either
+        raise SettingError(f"weight is {weight}; it has to be in 0..{MOST['weight']}")
     if projection not in PROJECTIONS:
         raise SettingError(f"projection is {projection!r}; it has to be one of {', '.join(PROJECTIONS)}")
-    if not (isinstance(num_zero, int) and 0 <= num_zero <= 1000):
-        raise SettingError(f"num_zero is {num_zero!r}; it has to be a whole number from 0 (to 80 officially)")
-    if not (0 <= start <= 1 and 0 <= end <= 1):
-        raise SettingError(f"start and end are {start} and {end}; both have to be in 0..1")
-    if not (isinstance(start_step, int) and start_step >= 0):
-        raise SettingError(f"start_step is {start_step!r}; it has to be a whole number from 0 (to 10 officially)")
-    if mask is not None and (mask.ndim != 2 or not mask.numel()):
+    for name, value in (("num_zero", num_zero), ("start_step", start_step)):
+        if not (isinstance(value, int) and 0 <= value <= MOST[name]):
+            raise SettingError(f"{name} is {value!r}; it has to be a whole number in 0..{MOST[name]}")
+    if not 0 <= start < end <= 1:
+        raise SettingError(f"start and end are {start} and {end}; both have to be in 0..1, and start below end")
+    if isinstance(mask, Tensor) and (mask.ndim != 2 or not mask.numel()):
         raise SettingError(f"mask has shape {tuple(mask.shape)}; it has to be [H, W]")
 
 
 def _check_match(adapter: Adapter, identity: Identity) -> None:
     made_with = identity.info.get("encoder", "")
-    if made_with and made_with != adapter.fingerprint:
+    if identity.family not in ("", adapter.family) or (made_with and not adapter.is_encoder(made_with)):
         raise IdentityMismatchError(
-            f"This identity was made with {identity.info.get('adapter', 'another PuLID file')} (encoder {made_with}); "
+            f"This identity was made with {identity.info.get('adapter', 'another PuLID file')} "
+            f"(encoder {made_with or 'not known'}); "
             f"{adapter.path.name} is {adapter.label} (encoder {adapter.fingerprint}). Make it again from the photo."
         )
     if identity.cond.shape[-1] != adapter.encoder.output_dim:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lib_pulid import catalog
+from lib_pulid import catalog, disk
 from lib_pulid.catalog import FAMILIES, WeightFile
 from lib_pulid.download import Tell, in_words
 from lib_pulid.errors import MissingWeightsError, SettingError
@@ -42,7 +42,7 @@ def report(files: Sequence[WeightFile], models_dir: Path, deep: bool) -> tuple[i
                 wrong = catalog.verify(file, path, tell) if deep else catalog.problem(file, path)
         states.append(state := _state(file, path, wrong, deep))
         notice = "" if path or not file.restricted else f"; {file.licence}"
-        print(f"{state:15} {file.told_size if path is None else in_words(path.stat().st_size):>15}  "
+        print(f"{state:15} {file.told_size if path is None else in_words(max(0, disk.size_of(path))):>15}  "
               f"{file.name:42} {file.purpose:34} {path or models_dir / file.folder}{notice}")  # fmt: skip
         if wrong:
             print(f"{'':15} {wrong}")

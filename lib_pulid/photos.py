@@ -17,7 +17,7 @@ import numpy as np
 
 from lib_pulid.errors import IdentityMismatchError, WrongWeightsError
 from lib_pulid.faces import LARGEST, Face, FaceChoice, FaceModels, read_face
-from lib_pulid.identity import FILE_VERSION, Identity, encode_identity, face_features
+from lib_pulid.identity import FILE_VERSION, Identity, check_fusion, encode_identity, face_features
 from lib_pulid.images import ImageSource, load_image, thumbnail
 from lib_pulid.vision import VisionTower
 from lib_pulid.weights import Adapter
@@ -53,7 +53,7 @@ class IdentityCache:
         self._remember(key, identity)
         if self._folder is not None:
             with contextlib.suppress(OSError):  # a full or read-only disk: it is remembered in memory all the same
-                identity.save(self._folder / f"{key}.safetensors")
+                identity.save(self._folder / f"{key}.safetensors", replace=True)
 
     def _remember(self, key: str, identity: Identity) -> None:
         self._memory[key] = identity
@@ -84,6 +84,7 @@ def make_identity(
     Raises:
         ImageError, NoFaceError: they name the photo.
     """
+    check_fusion(fusion, adapter)
     names = [_name(photo, i) for i, photo in enumerate(photos)]
     images = [load_image(photo, name) for photo, name in zip(photos, names)]
     key = identity_key(images, adapter, encoders_id=encoders_id, choice=choice, fusion=fusion)
@@ -95,7 +96,7 @@ def make_identity(
         faces.append(read_face(image, models.faces, choice, name))
         on_face(name, faces[-1])
     identity = encode_identity(
-        [face_features(face, models.tower) for face in faces],
+        face_features(faces, models.tower),
         adapter,
         fusion=fusion,
         thumbnail=thumbnail(faces[0].aligned, 128) if faces else None,

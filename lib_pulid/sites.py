@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -37,13 +38,15 @@ class Site:
         heads: heads of the cross-attention (SDXL), 0 on an image stream.
         attach: takes the function that adds the residual and yields each hook's handle as it is made. The function is
             `(q, h) -> h with residual` for a cross-attention, and on an image stream `(total, image)`, which adds
-            to `total`, a copy of `image`, in place. All are [B, L, width].
+            to `total` in place: a copy of `image`, or `image` itself. All are [B, L, width].
+        inner: a layer that runs whenever the site's block does, and not where a cache answers for the block.
     """
 
     name: str
     width: int
     heads: int
     attach: Callable[[Callable[..., Any]], Iterable[RemovableHandle]]
+    inner: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def cross_attention_site(name: str, attention: Any) -> Site:
 
     # Forge's quantised layers do not tell their width.
     width = getattr(attention.to_q, "out_features", None) or attention.heads * attention.dim_head
-    return Site(name, width, attention.heads, attach)
+    return Site(name, width, attention.heads, attach, attention.to_q)
 
 
 # ---------------------------------------------------------------- FLUX
@@ -130,43 +133,65 @@ def _transformer_sites(transformer: Any, double: str, single: str, image_first: 
     width = getattr(transformer, "hidden_size", None) or transformer.inner_dim
     text_length: list[int] = []  # of the call under way; the single blocks see text and image as one sequence
     sites = [
-        Site(f"{double}.{i}", width, 0, _after_double(block, 0 if image_first else 1, text_length))
+        Site(f"{double}.{i}", width, 0, _after_double(block, 0 if image_first else 1, text_length), _first_layer(block))
         for i, block in enumerate(getattr(transformer, double))
         if i % DOUBLE_INTERVAL == 0
     ]
     sites += [
-        Site(f"{single}.{i}", width, 0, _after_single(block, text_length))
+        Site(f"{single}.{i}", width, 0, _after_single(block, text_length), _first_layer(block))
         for i, block in enumerate(getattr(transformer, single))
         if i % SINGLE_INTERVAL == 0
     ]
     return Sites("flux", tuple(sites))
 
 
+def _first_layer(block: nn.Module) -> nn.Module | None:
+    return next(block.children(), None)
+
+
+def image_stream_site(name: str, block: nn.Module, width: int, image: int = 0) -> Site:
+    """The site after a block that returns two streams; `image` is the place of the image's."""
+    return Site(name, width, 0, _after_double(block, image, []))
+
+
 def _after_double(block: nn.Module, image: int, text_length: list[int]) -> Callable:
     def attach(add: Callable[[Tensor, Tensor], None]) -> list[RemovableHandle]:
-        def add_residual(module: nn.Module, args: tuple, output: tuple) -> tuple:
+        def add_residual(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
             both = list(output)
             text_length[:] = [both[1 - image].shape[1]]
-            both[image] = both[image].clone()
+            both[image] = _to_change(module, args, kwargs, output[image])
             add(both[image], output[image])
             return tuple(both)
 
-        return [block.register_forward_hook(add_residual)]
+        return [block.register_forward_hook(add_residual, with_kwargs=True)]
 
     return attach
 
 
 def _after_single(block: nn.Module, text_length: list[int]) -> Callable:
     def attach(add: Callable[[Tensor, Tensor], None]) -> list[RemovableHandle]:
-        def add_residual(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        def add_residual(module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> Tensor | tuple:
             if isinstance(output, tuple):  # diffusers from 0.35 on: (txt, img)
-                total = output[1].clone()
+                total = _to_change(module, args, kwargs, output[1])
                 add(total, output[1])
                 return (output[0], total)
-            total, text = output.clone(), text_length[0]
+            total, text = _to_change(module, args, kwargs, output), text_length[0]
             add(total[:, text:], output[:, text:])
             return total
 
-        return [block.register_forward_hook(add_residual)]
+        return [block.register_forward_hook(add_residual, with_kwargs=True)]
 
     return attach
+
+
+def _to_change(block: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    """A block's output itself, or a copy where something else may need it as it is.
+
+    That is autograd, whoever wraps the block or hooks it too (step caches keep outputs), and a block that returned
+    what it was given.
+    """
+    is_watched = "forward" in vars(block) or len(block._forward_hooks) > 1
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched:
+        return output.clone()
+    given = {t.untyped_storage()._cdata for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+    return output.clone() if output.untyped_storage()._cdata in given else output

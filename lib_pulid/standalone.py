@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from lib_pulid import catalog, miniature
+from lib_pulid import catalog, disk, miniature
 from lib_pulid.errors import MissingWeightsError, NoFaceError
 from lib_pulid.face_models import FaceFiles, load_face_models
 from lib_pulid.faces import LARGEST, Face, FaceChoice
@@ -20,8 +19,9 @@ from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource
 from lib_pulid.injection import Injection
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, make_identity
-from lib_pulid.sites import Site, Sites, find_sites
+from lib_pulid.sites import find_sites
 from lib_pulid.vision import load_vision_tower
+from lib_pulid.watch import Watch
 from lib_pulid.weights import Adapter, load_adapter
 
 if TYPE_CHECKING:
@@ -81,11 +81,12 @@ class Workshop:
     def paint(
         self, injections: Sequence[Injection], prompt: str, **settings: int | float | None
     ) -> tuple[Image.Image, int]:
-        """An image with the injections, and at how many sites a residual was really added."""
-        sites, used = _counted(find_sites(denoiser_of(self.base.pipeline)))
+        """A picture with the injections, and at how many sites a residual was really added."""
+        watch = Watch()
+        sites = watch.over(find_sites(denoiser_of(self.base.pipeline)))
         with apply(self.base.pipeline, injections, sites):
-            image = paint(self.base, prompt, **settings)  # type: ignore[arg-type]
-        return image, len(used)
+            picture = paint(self.base, prompt, **settings)  # type: ignore[arg-type]
+        return picture, len(watch.reached)
 
 
 def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, device: str = "cpu") -> Workshop:
@@ -133,9 +134,8 @@ def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: st
 
 def real_model(family: str, models_dir: Path) -> str | None:
     """A base model that lies in `sdxl` or `flux` below the models folder: a single file or a diffusers folder."""
-    candidates = sorted((models_dir / family).glob("*"))
-    for path in candidates:
-        if path.suffix == ".safetensors" or (path / "model_index.json").is_file():
+    for path in disk.listed(models_dir / family):
+        if path.suffix == ".safetensors" or disk.is_file(path / "model_index.json"):
             return str(path)
     return None
 
@@ -160,20 +160,3 @@ def _face_files(files: dict[str, Path]) -> FaceFiles:
 
 def _tower(files: dict[str, Path], device: str):
     return load_vision_tower(files["EVA02_CLIP_L_336_psz14_s6B.pt"]).to(device)
-
-
-def _counted(sites: Sites) -> tuple[Sites, set[str]]:
-    """The same sites, and the names of those at which a residual was added, filled as it happens."""
-    used: set[str] = set()
-
-    def counting(site: Site) -> Site:
-        def attach(add: Callable[..., Tensor | None]):
-            def add_and_count(*args: Tensor) -> Tensor | None:
-                used.add(site.name)
-                return add(*args)
-
-            return site.attach(add_and_count)
-
-        return replace(site, attach=attach)
-
-    return Sites(sites.family, tuple(map(counting, sites.sites))), used

@@ -27,6 +27,7 @@ from lib_pulid.fields import (
     preset_values,
     show,
 )
+from lib_pulid.injection import acts
 
 _SWITCH = Field("on", "PuLID", "bool", False, "The accordion's own on/off.")
 _EMPTY = (None, "", NONE)  # what hosts make of an empty text or list
@@ -59,12 +60,13 @@ class PulidUnit:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], number: int) -> PulidUnit:
-        """From an API dict. What is left out takes its default, or the preset's value where a preset is named.
+        """From an API dict. What is left out or null takes its default, or the preset's value where a preset is named.
 
         Raises:
             SettingError: a field is unknown, or its value wrong; the message names unit and field.
         """
-        checked = {name: check(field_named(name, number), value, number) for name, value in values.items()}
+        fields = {name: field_named(name, number) for name in values}
+        checked = {name: check(fields[name], value, number) for name, value in values.items() if value is not None}
         if checked.get("images") and checked.get("identity"):
             raise SettingError(place(number, "identity") + "give either images or an identity, not both.")
         return cls(**{**preset_values(checked.get("preset", "")), **checked})._checked(number)
@@ -122,6 +124,18 @@ class PulidUnit:
                 place(number, "preset") + f"{self.preset} is for {PRESET_FAMILY[self.preset].upper()}, the checkpoint "
                 f"is {family.upper()}: leave it out, or take {', '.join(PRESETS[family])}."
             )
+
+    def check_steps(self, family: str, steps: int, number: int) -> None:
+        """Raises: SettingError: in none of so many steps the face acts on a checkpoint of this family."""
+        start_step = self.start_step if family == "flux" else 0
+        if self.weight == 0 or any(acts(i, steps, self.start, self.end, start_step) for i in range(steps)):
+            return
+        name = "start_step" if start_step >= steps else "start"
+        limits = f"from step {start_step} on and " if start_step else ""
+        raise SettingError(
+            f"{place(number, name)}the face would never act: of the {steps} steps, which count from 0, none lies "
+            f"{limits}between the shares {self.start:g} and {self.end:g}."
+        )
 
     def _checked(self, number: int) -> PulidUnit:
         if self.start >= self.end:

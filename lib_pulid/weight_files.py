@@ -6,6 +6,7 @@ instructions, after what that does not cover has been refused. Whatever is wrong
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import tarfile
@@ -16,7 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
+from lib_pulid.heads import LARGEST_HEAD
 
 HARMLESS = 2**29  # bytes
 
@@ -31,18 +34,18 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         MissingWeightsError, WrongWeightsError.
     """
     path = Path(path)
-    if not path.is_file():
+    if not disk.is_file(path):
         raise MissingWeightsError(f"{path.name} was not found in {path.parent}.")
     try:
         with path.open("rb") as file:
             head = file.read(64)
-        loaded = _load_safetensors(path) if _looks_like_safetensors(head) else _load_pickle(path, head)
+        loaded = read_safetensors(path)[0] if _looks_like_safetensors(head) else _load_pickle(path, head)
     except WrongWeightsError:
         raise
     except PermissionError as error:
         raise WrongWeightsError(f"{path.name} in {path.parent} may not be read; change its permissions.") from error
     except Exception as error:  # whatever the two readers raise, the user's file is at fault
-        size = path.stat().st_size
+        size = disk.size_of(path)
         raise WrongWeightsError(
             f"{path.name} ({size:,} bytes) cannot be read: it is damaged, truncated (an interrupted download?) "
             f"or refused for safety. Download it again. ({type(error).__name__}: {str(error)[:200]})"
@@ -54,10 +57,34 @@ def _looks_like_safetensors(head: bytes) -> bool:
     return len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
 
 
-def _load_safetensors(path: Path) -> Mapping[str, object]:
-    from safetensors.torch import load_file
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, also of one whose metadata has more than text in it, which the
+    library refuses though the tensors are right. Raises what the library raises."""
+    from safetensors import safe_open
 
-    return load_file(str(path), device="cpu")
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except Exception:
+        if (mended := _with_text_metadata(path)) is None:
+            raise
+    return mended
+
+
+def _with_text_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    from safetensors.torch import load
+
+    with path.open("rb") as file:
+        try:
+            entries = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEAD)))
+            facts = entries["__metadata__"].items()
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return None
+        told = {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in facts}
+        if told == entries["__metadata__"]:
+            return None  # that is not what is wrong
+        head = json.dumps({**entries, "__metadata__": told}).encode()
+        return load(len(head).to_bytes(8, "little") + head + file.read()), told
 
 
 def _load_pickle(path: Path, head: bytes) -> Mapping[str, object]:
@@ -65,6 +92,11 @@ def _load_pickle(path: Path, head: bytes) -> Mapping[str, object]:
         raise WrongWeightsError(f"{path.name} is empty. Download it again.")
     if head.startswith(b"version https://git-lfs"):
         raise WrongWeightsError(f"{path.name} is a Git LFS pointer, not the file itself. Download the file.")
+    if head.startswith(b"GGUF"):
+        raise WrongWeightsError(f"{path.name} is a GGUF file, which PuLID files and encoders are not.")
+    if head.lstrip()[:1] in (b"{", b"E") and head.isascii() and path.stat().st_size < 10_000:
+        raise WrongWeightsError(f"{path.name} is a server's answer ({head.decode().strip()!r}), not a weight file. "
+                                "Download the file itself.")  # fmt: skip
     if head.lstrip()[:1] == b"<":
         raise WrongWeightsError(f"{path.name} is a web page, not a weight file. Download the file itself.")
     _check_archive(path, head)
@@ -95,7 +127,7 @@ def _flat(loaded: object, path: Path) -> dict[str, Tensor]:
     flat: dict[str, Tensor] = {}
     for key, value in loaded.items():
         if isinstance(value, Tensor):
-            flat[str(key)] = value
+            flat[str(key)] = value.detach()
         elif isinstance(value, Mapping):
             inner = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
             wrapper = key in ("state_dict", "model", "module")
@@ -134,15 +166,24 @@ def describe(state: Mapping[str, Tensor]) -> str:
 
 
 _KNOWN_FILES: tuple[tuple[str, str], ...] = (
+    (
+        r"^(pulid_ca_(double|single)|id_former)\.",
+        "PuLID for FLUX.2 Klein, which does not work: its own loader finds other names than the file has, leaves the "
+        "cross-attention at random numbers, and its users see no effect. Use FLUX.1 with pulid_flux_v0.9.1",
+    ),
     (r"^pulid_(encoder|ca)\.", "a PuLID file for FLUX, or a part of one"),
     (r"^id_adapter", "a PuLID file for SDXL, or a part of one"),
     (r"^visual\.blocks\.|^blocks\.\d+\.attn\.", "a vision transformer (EVA-CLIP), not PuLID itself"),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, but no PuLID"),
-    (r"lora_|\.lora[_.]|\.alpha$", "a LoRA"),
+    (r"^ip_adapter_proj_model\.|\.processor\.ip_adapter_|^image_proj_model\.", "an IP-Adapter, but no PuLID"),
+    (r"lora_|\.lora[_.]|_lora\d*\.|\.alpha$|lokr_|hada_|oft_(blocks|diag)|dora_scale|lycoris_", "a LoRA"),
     (r"^control_model\.|input_hint_block|controlnet_", "a ControlNet"),
     (r"^(model\.diffusion_model\.)?double_blocks\.|^transformer_blocks\.", "a FLUX transformer"),
+    (r"^single_transformer_blocks\.", "a FLUX transformer"),
     (r"^model\.diffusion_model\.|^down_blocks\.|^input_blocks\.", "a Stable Diffusion checkpoint"),
     (r"^(first_stage_model\.|encoder\.down|decoder\.)", "a VAE"),
     (r"^(module\.)?(body\.conv1|fpn\.|ssh1|BboxHead)", "a RetinaFace detector"),
     (r"^(cp\.resnet|ffm\.)", "a BiSeNet face parser"),
+    (r"^vision_model\.", "a CLIP vision model"),
+    (r"^(text_model\.|encoder\.block\.\d+\.layer\.|emb_params$|string_to_param)", "a text encoder or an embedding"),
 )

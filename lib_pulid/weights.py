@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from lib_pulid.encoders import IDEncoder, IDFormer
@@ -86,15 +87,24 @@ class Adapter:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that name the encoder's weights.
+        """Sixteen hex digits that name the identity encoder's weights.
 
-        Taken over the float16 values, so that a half precision conversion of a file counts as that file.
+        Eight of their float16 values, so that a half precision conversion of a file counts as that file, and eight of
+        their signs, which no rounding changes: by these a file of 16 or 8 bits of any kind is known, see `is_encoder`.
         """
+        return self._digest(Tensor.half)[:8] + self._digest(torch.signbit)[:8]
+
+    def is_encoder(self, fingerprint: str) -> bool:
+        """Whether it is the encoder of this fingerprint, in whatever precision it was read."""
+        # Identities that were saved before have sixteen digits of the float16 values.
+        return fingerprint[8:] == self.fingerprint[8:] or fingerprint == self._digest(Tensor.half)[:16]
+
+    def _digest(self, of: Callable[[Tensor], Tensor]) -> str:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+            digest.update(of(tensor.detach().cpu()).contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def load_adapter(path: str | Path) -> Adapter:

@@ -16,6 +16,7 @@ from typing import Any
 
 from lib_pulid import hosts
 from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
+from lib_pulid.hosts.frame import remember_images
 from lib_pulid.hosts.webui import add_callback, chosen_checkpoint
 from lib_pulid.units import PulidUnit, at_unit, parse_args
 from lib_pulid.webui import accordion, infotext, routes, settings, xyz
@@ -46,15 +47,19 @@ class PulidScript(scripts.Script):
 
     # ------------------------------------------------------------ a generation
 
+    def setup(self, p: Any, *args: Any) -> None:
+        remember_images(p)
+
     def process(self, p: Any, *args: Any) -> None:
         """Everything that can be known to fail fails here, before the prompt is read."""
         with ends_the_request(p):
             forget(p)
+            self.library.settle(is_interrupted)
             infotext.clear(p.extra_generation_params)
             units = parse_args(args, xyz.changes_of(p))
             if not units:
                 return
-            plan = UnitPlan(units, self.library, tell, p.comment)
+            plan = UnitPlan(units, self.library, tell, p.comment, is_interrupted)
             model = model_for(p, units)
             facts = plan.prepare(model)
             for number, unit in units:
@@ -66,12 +71,15 @@ class PulidScript(scripts.Script):
         plan = getattr(p, PLAN, None)
         if plan is not None:
             with ends_the_request(p):
-                p.sample = Sampling(p, hosts.current().start(p, plan))
+                p.sample = Sampling(p, plan)
+                if not hasattr(scripts.Script, "process_before_every_sampling"):  # A1111 1.8
+                    hosts.current().start(p, plan)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        if getattr(p, PLAN, None) is not None:
+        plan = getattr(p, PLAN, None)
+        if plan is not None:
             with ends_the_request(p):
-                hosts.current().before_sampling(p)
+                hosts.current().before_sampling(p, plan)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         """The parameters stay: ADetailer calls this, with a copy of `p`, before the last pictures get theirs."""
@@ -103,6 +111,11 @@ def tell(text: str) -> None:
     shared.state.textinfo = text or None
 
 
+def is_interrupted() -> bool:
+    """Whether the host would begin no further batch."""
+    return shared.state.interrupted or getattr(shared.state, "stopping_generation", False)
+
+
 def forget(p: Any) -> None:
     """Also called where PuLID is off: after an error the hosts do not call `postprocess`."""
     hosts.current().stop()
@@ -115,10 +128,10 @@ def forget(p: Any) -> None:
 
 class Sampling:
     """Stands in the place of one generation's `sample`, for one call. After an error the hosts call no script; here
-    its end is seen however it comes, and what was put into the model for it is taken out."""
+    its end is seen however it comes. So nothing is put into the model before, and all is taken out after."""
 
-    def __init__(self, p: Any, run: hosts.Run) -> None:
-        self._p, self._run = p, run
+    def __init__(self, p: Any, plan: hosts.Plan) -> None:
+        self._p, self._plan = p, plan
         before = vars(p).get("sample")
         self._before = before._before if isinstance(before, Sampling) else before  # another extension's
 
@@ -131,16 +144,19 @@ class Sampling:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.leave()
         sample = self._before or partial(type(self._p).sample, self._p)
-        self._run.is_sampling = True
+        host, run = hosts.current(), None
         try:
+            run = host.start(self._p, self._plan)
+            run.is_sampling = True
             samples = sample(*args, **kwargs)
-            self._run.check()
+            run.check()
             return samples
         except Exception as error:
             raise short_of_memory(error) or error  # noqa: B904  it has its cause
         finally:
-            self._run.is_sampling = False
-            hosts.current().stop()
+            if run is not None:
+                run.is_sampling = False
+            host.stop()
 
 
 class Refusal:

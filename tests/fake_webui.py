@@ -83,6 +83,9 @@ class Script:
     def __init__(self) -> None:
         self.infotext_fields = self.paste_field_names = None
 
+    def process_before_every_sampling(self, p: Any, *args: Any) -> None:
+        """In Forge, and in A1111 from 1.9 on."""
+
 
 class State:
     """shared.state; told: all that was ever put into its progress line."""
@@ -161,6 +164,7 @@ class Generation(_Processing, a1111.P):
         self._begin(batches, steps)
 
     def _pass(self, cond: Tensor, uncond: Tensor, before_step: Any) -> list[Tensor]:
+        self.before_sampling(self)
         return a1111.sample(self, cond, uncond, steps=self.steps, before_step=before_step)
 
     @property
@@ -254,7 +258,10 @@ def _fill(modules: ModuleType, models_dir: Path) -> None:
         setattr(modules, name, module)
         sys.modules[f"modules.{name}"] = module
 
-    opts = SimpleNamespace(data={}, added={}, data_labels={"forge_inference_memory": None})
+    # "never", so that one sees what is let go of
+    opts = SimpleNamespace(
+        data={"pulid_keep_encoders": "never"}, added={}, data_labels={"forge_inference_memory": None}
+    )
     opts.add_option = opts.added.__setitem__
     flags = SimpleNamespace(api=True, nowebui=False, api_auth=None, pulid_models_dir=str(models_dir))
     add("shared", opts=opts, cmd_opts=flags, state=State(), OptionInfo=OptionInfo)

@@ -177,7 +177,8 @@ class Host:
         return digest.hexdigest()
 
     def left_behind(self, p: Any = None) -> list[str]:
-        """In words; empty when nothing is. p: what was generated."""
+        """In words; empty when nothing is, once interrupted work has ended. p: what was generated."""
+        self.library.settle()
         found = {f"hooks on {name}": count_hooks(unet) for name, unet in self.unets.items()}
         callbacks = self.ui.modules.script_callbacks.callback_map
         found |= {event: len(callbacks[event]) for event in ("callbacks_cfg_denoiser", "callbacks_cfg_denoised")}

@@ -290,6 +290,75 @@ def test_a_region_that_is_black_all_over_is_an_error(mask, tmp_path):
         cli._mask(tmp_path / "mask.png")
 
 
+def squares(value: object, kind: str | type) -> np.ndarray:
+    """A quarter of this value in the middle, the rest 0."""
+    made = np.zeros((64, 64), kind)
+    made[16:48, 16:48] = value
+    return made
+
+
+def colored(palette: list[int]) -> Image.Image:
+    image = Image.fromarray(squares(1, np.uint8), "P")
+    image.putpalette(palette)
+    return image
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *[squares(1, kind) for kind in ("uint8", "bool", "int64", "uint16", "float16", "float32", "float64")],
+        *[squares(255, kind) for kind in ("uint8", "int64", "float32")],
+        squares(65535, "uint16"),
+        squares(1, "uint8")[:, :, None],
+        Image.fromarray(squares(1, "uint8")),
+        Image.fromarray(squares(True, "bool")),
+        Image.fromarray(squares(255, "float32")),
+        colored([0, 0, 0, 128, 0, 0]),
+        encoded(Image.fromarray(squares(1, "uint8"))),
+        encoded(Image.fromarray(squares(1, "uint16"))),
+        encoded(Image.fromarray(squares(65535, "uint16"))),
+        encoded(Image.fromarray(squares(1, "uint8")).convert("RGBA")),
+        encoded(Image.fromarray(np.dstack([squares(255, "uint8")] + 2 * [squares(0, "uint8")]))),
+        encoded(Image.fromarray(np.dstack([np.full((64, 64), 255, np.uint8)] * 3 + [squares(255, "uint8")]))),
+        encoded(Image.fromarray(squares(255, "uint8")).convert("P")),
+    ],
+    ids=str,
+)
+def test_a_region_acts_in_full_whatever_its_numbers(source):
+    assert np.array_equal(load_region(source), squares(1, np.float32))
+
+
+def test_shares_between_black_and_white_stay():
+    soft = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+    assert np.allclose(load_region(encoded(Image.fromarray(soft))), soft / 255)
+    assert np.allclose(load_region(soft / 510), soft / 510)
+    assert load_region(encoded(Image.fromarray(squares(128, "uint8")))).max() == pytest.approx(128 / 255)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *[np.pad(np.full((1, 1), value, "uint8"), ((3, 60), (5, 58))) for value in (1, 3, 255)],
+        squares(3, "uint8"),
+        squares(15, "uint8"),
+        squares(200, "uint16"),
+    ],
+    ids=str,
+)
+def test_a_region_that_is_nearly_black_is_an_error(mask):
+    for source in (mask, encoded(Image.fromarray(mask))):
+        with pytest.raises(ImageError, match=r"the region: it is nearly black \(.*% at the brightest place"):
+            load_region(source, "the region")
+
+
+@pytest.mark.parametrize(
+    "mask", [squares(-1, "float32"), squares(np.nan, "float32"), squares(7e4, "float32"), np.ones(3)]
+)
+def test_numbers_that_are_no_region(mask):
+    with pytest.raises(ImageError, match="the region: .*not a mask"):
+        load_region(mask, "the region")
+
+
 def test_a_huge_region_is_reduced():
     wide = np.zeros((10, 3 * LONGEST_REGION), np.uint8)
     wide[:, : 3 * LONGEST_REGION // 2] = 255

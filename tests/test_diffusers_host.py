@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -20,6 +22,7 @@ from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, Injection, compile_injection
 from lib_pulid.sites import find_sites
 from lib_pulid.weights import Adapter, load_adapter
+from tests.fake_modules.models import UNet
 from tests.layouts import count_hooks
 from tests.small_models import TOKEN_WIDTH, write_files
 from tests.small_models.bases import POOLED_WIDTH, TEXT_WIDTH, small_base
@@ -191,7 +194,8 @@ def test_masks(bases, adapters, family):
     left = torch.zeros(16, 32)
     left[:, :8] = 1
     masks = {"none": None, "white": torch.ones(5, 7), "black": torch.zeros(64, 128), "left": left}
-    drawn = {name: draw(base, [compile_injection(adapter, person(), mask=m)], **size) for name, m in masks.items()}
+    whole = compile_injection(adapter, person())
+    drawn = {name: draw(base, [replace(whole, mask=mask)], **size) for name, mask in masks.items()}
     assert torch.allclose(drawn["white"], drawn["none"], atol=1e-4)
     assert torch.allclose(drawn["black"], draw(base, **size), atol=1e-5)
     for name in ("none", "black"):
@@ -268,6 +272,72 @@ def test_sdxl_rows_without_cfg(bases, calls, batch):
 def test_several_images_per_prompt(bases, calls):
     draw(bases["sdxl"], [], num_images_per_prompt=3, num_inference_steps=1)
     assert calls.is_cond == [[False] * 3 + [True] * 3]
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+@pytest.mark.parametrize("images", [1, 2])
+def test_rows_of_perturbed_attention_guidance(bases, calls, guidance, images):
+    """PAG's own rows read the prompt once more, and so have its identity."""
+    base = bases["sdxl"]
+    parts = {**base.pipeline.components, "unet": copy.deepcopy(base.pipeline.unet)}
+    pipeline = diffusers.StableDiffusionXLPAGPipeline(**parts, pag_applied_layers=["mid"], add_watermarker=False)
+    settings = {"guidance_scale": guidance, "num_images_per_prompt": images, "num_inference_steps": 1}
+    draw(replace(base, pipeline=pipeline), [], **settings, pag_scale=3.0)
+    assert calls.is_cond == [[False] * images * (guidance > 1) + [True] * 2 * images]
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_rows_of_instruct_pix2pix(bases, calls, guidance):
+    parts = bases["sdxl"].pipeline.components
+    unet = diffusers.UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 8}).eval()
+    unet.register_to_config(in_channels=8)
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    pipeline = diffusers.StableDiffusionXLInstructPix2PixPipeline(
+        unet=unet, add_watermarker=False, **{name: parts[name] for name in names}
+    )
+    picture = {"image": torch.rand(1, 3, 64, 64), "image_guidance_scale": 1.5}
+    draw(Base(pipeline, "sdxl", True), [], guidance_scale=guidance, num_inference_steps=1, **picture)
+    assert calls.is_cond == [[True, False, False] if guidance > 1 else [True]]
+
+
+class Unknown:
+    """A pipeline that guides in three parts, which it does not tell."""
+
+    scheduler = SimpleNamespace(timesteps=torch.tensor([500.0]))
+    do_classifier_free_guidance = True
+
+    def __init__(self, unet):
+        self.unet = unet
+
+    def __call__(self, rows):
+        return self.unet(rows, torch.ones(1), torch.ones(len(rows), 7, 2048))
+
+
+def test_rows_of_a_pipeline_that_is_not_known():
+    pipeline, noise = Unknown(UNet(blocks=(1, 1, 1))), normal(1, 2, 4, 4, 4)
+    pipeline(noise)
+    for rows in (noise[:1], noise, noise.repeat(3, 1, 1, 1)):
+        with pytest.raises(UnsupportedModelError, match="cannot tell which rows of Unknown"), apply(pipeline, []):
+            pipeline(rows)
+    with apply(pipeline, []):
+        pipeline(noise.repeat(2, 1, 1, 1))
+    del Unknown.do_classifier_free_guidance
+    with pytest.raises(UnsupportedModelError, match="does not tell how it guides"), apply(pipeline, []):
+        pipeline(noise)
+    assert count_hooks(pipeline.unet) == 0
+
+
+def test_a_step_cache_that_keeps_blocks_is_refused(bases, adapters):
+    """diffusers' own: a step that it takes from the cache has the face already."""
+    base = bases["flux"]
+    transformer, before = base.pipeline.transformer, draw(base)
+    transformer.enable_cache(diffusers.hooks.FirstBlockCacheConfig(threshold=1e9))
+    try:
+        with pytest.raises(UnsupportedModelError, match="was not run, a cache answered for it"):
+            draw(base, [compile_injection(adapters["flux"], person())])
+    finally:
+        transformer.disable_cache()
+    assert torch.equal(draw(base), before)
 
 
 def test_sdxl_uncond_rows_get_the_uncond_identity(bases, adapters):

@@ -113,12 +113,12 @@ def check_the_end(host: Host, stage: Stage, fault: str, pictures: Any, error: An
 
 
 def test_a_request_that_ends_between_two_stages(host):
-    """The hosts read the prompt after process_batch, and tell nobody when that fails. What is left does nothing, and
-    goes when the next picture is asked for."""
+    """The hosts read the prompt after process_batch, and tell nobody when that fails: nothing was put in before."""
     plain, faced = EXPECTED.of(host)
     p = host.processing()
     host.ui.hook("process", host.script, p, *TWO)
     host.ui.hook("process_batch", host.script, p, *TWO)
+    assert host.left_behind() == []
     other = host.processing(batches=2)
     assert equal([other.sample(), other.sample()], plain)  # another extension's, without scripts
     assert equal(host.generate([], batches=2), plain)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lib_pulid import hosts
@@ -120,6 +121,40 @@ def test_rows_of_tiles_that_repeat_the_stack(p):
     assert seen == [[True, False, True, False]] * 2
 
 
+def test_masks_in_tiles_are_refused(p):
+    """Tiled Diffusion calls the UNet with parts that do not tell where they lie."""
+    from modules import script_callbacks
+
+    host().start(p, RandomPlan(mask=torch.ones(4, 4)))
+    call = {"x": torch.zeros(2, 4, 8, 8), "sigma": torch.ones(1), "text_cond": text(1, 77, 1), "text_uncond": None}
+    script_callbacks.cfg_denoiser_callback(SimpleNamespace(**call, denoiser=Denoiser(p, total_steps=1)))
+    with pytest.raises(SettingError, match="Field mask: .*Tiled Diffusion"):
+        p.sd_model.model.diffusion_model(torch.zeros(2, 4, 8, 4), None, text(2, 77, 1))
+
+
+def only_masked(p: P, left: int) -> None:
+    """Inpainting of a 32 x 64 crop of a 128 x 64 image, from `left` on."""
+    image = Image.new("RGB", (128, 64))
+    vars(p).update(init_images=[image], image_mask=image, inpaint_full_res=True, resize_mode=0, width=64, height=128)
+    p.paste_to = (left, 0, 32, 64)
+
+
+def test_a_mask_where_only_a_crop_is_inpainted(p):
+    """The crop has the mask's own part: nothing of it, all of it, its left half."""
+    left_half = torch.zeros(8, 16)
+    left_half[:, :8] = 1
+    parts = {96: torch.zeros(8, 4), 0: torch.ones(8, 4), 48: torch.tensor([1.0, 1, 0, 0]).repeat(8, 1)}
+    for left, part in parts.items():
+        only_masked(p, left)
+        host().start(p, RandomPlan(mask=left_half))
+        found = sample(p, text(1, 77, 1), text(1, 77, 2))
+        host().stop()
+        whole = P(p.sd_model.model.diffusion_model)
+        host().start(whole, RandomPlan(mask=part))
+        assert same(found, sample(whole, text(1, 77, 1), text(1, 77, 2))), left
+        host().stop()
+
+
 def test_start_and_end_follow_the_step(p):
     conds, unconds = text(1, 77, 1), text(1, 77, 2)
     before = sample(p, conds, unconds, steps=4)
@@ -181,6 +216,27 @@ def test_sdxls_own_refiner_finishes_what_the_face_began(p):
     assert [name for name, *_ in plan.asked] == ["some-sdxl"]
     host().stop()
     assert count_hooks(refiner) == 0
+
+
+def test_sdxls_own_refiner_where_no_face_is_to_act(p):
+    """Weight 0: the image is that without PuLID, to the bit."""
+    refiner, first = refiner_unet(), p.sd_model.model.diffusion_model
+
+    def drawn() -> list[Tensor]:
+        p.load(first)
+        switch = {1: lambda: p.load(refiner, "sd_xl_refiner")}
+        return sample(p, text(1, 77, 1), text(1, 77, 2), before_step=lambda step: switch.get(step, lambda: None)())
+
+    before = drawn()
+    host().start(p, RandomPlan(weight=0.0))
+    assert same(drawn(), before)
+
+
+def test_sdxls_own_refiner_before_the_face_is_refused_with_the_reason(p):
+    switch = {1: lambda: p.load(refiner_unet(), "sd_xl_refiner")}
+    host().start(p, RandomPlan(start=0.5))
+    with pytest.raises(SettingError, match="Field start: SDXL's refiner takes over before the face begins"):
+        sample(p, text(1, 77, 1), text(1, 77, 2), before_step=lambda step: switch.get(step, lambda: None)())
 
 
 def test_sdxls_own_refiner_from_the_first_step_is_refused(p):

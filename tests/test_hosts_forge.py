@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lib_pulid import hosts
@@ -326,6 +327,40 @@ def test_regions_in_tiles_are_refused(p):
     assert not same(run(whole, RandomPlan(mask=torch.ones(4, 4))), run(whole, None))
 
 
+def test_a_mask_where_only_a_crop_is_inpainted(p):
+    image, mask = Image.new("RGB", (128, 64)), torch.zeros(8, 16)
+    mask[:, :8] = 1
+    vars(p).update(init_images=[image], image_mask=image, inpaint_full_res=True, resize_mode=0, width=64, height=64)
+    before, found = run(p, None), []
+    for left in (64, 0):
+        p.paste_to = (left, 0, 64, 64)
+        found.append(run(p, RandomPlan(mask=mask)))
+    assert same(found[0], before)
+    assert same(found[1], run(P(unet(p).model.diffusion_model), RandomPlan(mask=torch.ones(8, 8))))
+
+
+def test_a_guidance_that_calls_with_the_negative_prompt_alone(p, modules):
+    """Self-attention guidance does so in the prompt's place: those rows are negative ones all the same."""
+    seen, negative = [], text(seed=2)
+
+    def guided(apply_model, args):
+        again = {**args["c"], "c_crossattn": negative}
+        again["transformer_options"] = {**args["c"]["transformer_options"], "cond_or_uncond": [0]}
+        apply_model(args["input"][:1], args["timestep"][:1], **again)
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    def before(p):
+        unet(p).set_model_unet_function_wrapper(guided)
+        host().before_sampling(p)
+
+    host().start(p, RandomPlan())
+    layer = unet(p).model.diffusion_model.first
+    spy = layer.register_forward_hook(lambda *_: seen.append(host()._running[0]._step.is_cond))
+    sample(p, [text()], [negative], before_sampling=before, steps=1)
+    spy.remove()
+    assert seen == [[False], [False, True]]
+
+
 def test_patches_once_a_pass_and_tells_the_memory(p):
     host().start(p, RandomPlan())
     for _ in range(2):
@@ -386,6 +421,28 @@ def test_sdxls_own_refiner_finishes_what_the_face_began(p):
     run(p, plan, before_step=switch)
     assert [name for name, *_ in plan.asked] == ["some-model"]
     assert count_hooks(refiner) == 0
+
+
+def test_sdxls_own_refiner_where_no_face_is_to_act(p):
+    """Weight 0: the image is that without PuLID, to the bit."""
+    refiner, first = refiner_unet(), unet(p).model.diffusion_model
+
+    def switch(step):
+        if step == 1:
+            p.load(refiner, "sd_xl_refiner")
+
+    before = run(p, None, before_step=switch)
+    p.load(first)
+    assert same(run(p, RandomPlan(weight=0.0), before_step=switch), before)
+
+
+def test_sdxls_own_refiner_before_the_face_is_refused_with_the_reason(p):
+    def switch(step):
+        if step == 1:
+            p.load(refiner_unet(), "sd_xl_refiner")
+
+    with pytest.raises(SettingError, match="Field start: SDXL's refiner takes over before the face begins"):
+        run(p, RandomPlan(start=0.5), before_step=switch)
 
 
 def test_a_switch_to_an_unsupported_model_ends_the_generation(p):

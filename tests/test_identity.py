@@ -126,11 +126,14 @@ def test_round_trip_of_views_and_half_precision(tmp_path):
     assert torch.equal(Identity.load(half.save(tmp_path / "h.safetensors")).cond, half.cond.float())
 
 
-def test_saving_replaces(tmp_path):
+def test_saving_replaces_where_asked_to_only(tmp_path):
     path = an_identity().save(tmp_path / "x.safetensors")
     loaded = Identity.load(path)
     other = an_identity(cond=normal(7, 1, 10, 64))
-    other.save(path)
+    with pytest.raises(SettingError, match="x is saved already"):
+        other.save(path)
+    assert Identity.load(path).short_hash == loaded.short_hash
+    other.save(path, replace=True)
     assert torch.equal(Identity.load(path).cond, other.cond)
     assert torch.equal(loaded.cond, an_identity().cond)  # what was read before is not touched
 
@@ -172,8 +175,9 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, old_file, wher
             patch.setattr(Path, "write_bytes", half_written)
         else:
             patch.setattr(os, "replace", not_replaced)
+            patch.setattr(os, "link", not_replaced)
         with pytest.raises(error):
-            an_identity(cond=normal(7, 1, 10, 64)).save(path)
+            an_identity(cond=normal(7, 1, 10, 64)).save(path, replace=old_file)
     assert os.listdir(tmp_path) == (["x.safetensors"] if old_file else [])
     if old_file:
         assert torch.equal(Identity.load(path).cond, an_identity().cond)
@@ -343,7 +347,7 @@ def test_tokens_carry_no_gradient(made):
 def test_an_identity_of_other_weights_is_refused(made, tmp_path):
     others = adapters(tmp_path, seed=9)
     for name, adapter in made.items():
-        identity = Identity.load(encode_identity(PHOTOS[:1], adapter).save(tmp_path / "saved.safetensors"))
+        identity = Identity.load(encode_identity(PHOTOS[:1], adapter).save(tmp_path / f"saved_{name}.safetensors"))
         compile_injection(adapter, identity)
         words = (
             f"made with {adapter.label} .*{adapter.fingerprint}.*{name}_9.safetensors is .*{others[name].fingerprint}"

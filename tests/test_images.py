@@ -1,7 +1,9 @@
 """Every kind of photo becomes upright, opaque uint8 RGB; everything else an ImageError that names it."""
 
 import io
+import struct
 import warnings
+import zlib
 
 import cv2
 import numpy as np
@@ -94,6 +96,93 @@ def test_grey_and_rgb_png_with_a_transparent_colour():
     assert load_image(encoded(grey, transparency=10))[0, :, 0].tolist() == [255, 200]
     rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
     assert load_image(encoded(rgb, transparency=(1, 2, 3)))[0].tolist() == [[255] * 3, [4, 5, 6]]
+
+
+def png(depth: int, colour: int, row: bytes, clear: bytes = b"", palette: bytes = b"") -> bytes:
+    """Two pixels beside each other. colour: PNG's kind (0 grey, 2 RGB, 3 palette, 4 grey and alpha)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    more = (chunk(b"PLTE", palette) if palette else b"") + (chunk(b"tRNS", clear) if clear else b"")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + more + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("clear", ["first", "second", "neither"])
+def test_the_transparent_grey_of_every_depth(depth, clear):
+    """Half of the values are shown as they are, over black and over white; 1 bit has 0 and 1 only."""
+    top = 2**depth - 1
+    first, second = top // 3, top - top // 3
+    packed = (first << depth | second) << max(0, 8 - 2 * depth)
+    row = packed.to_bytes(max(1, depth // 4), "big")
+    value = {"first": first, "second": second, "neither": top // 2 + 1 if depth > 1 else None}[clear]
+    data = png(depth, 0, row, b"" if value is None else struct.pack(">H", value))
+    for background in (0, 255):
+        shown = [background if value == one else round(255 * one / top) for one in (first, second)]
+        np.testing.assert_allclose(load_image(data, background=background)[0, :, 0], shown, atol=1)
+
+
+def test_the_transparent_colour_of_16_bits():
+    row = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x1234, 0x5678, 0x0000)
+    data = png(16, 2, row, struct.pack(">3H", 0x1234, 0x5678, 0x9ABC))
+    assert load_image(data)[0].tolist() == [[255] * 3, [0x12, 0x56, 0]]
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_grey_with_alpha_of_every_depth(depth):
+    row = struct.pack(
+        ">4B" if depth == 8 else ">4H", *[value * (1 if depth == 8 else 257) for value in (200, 255, 9, 0)]
+    )
+    assert load_image(png(depth, 4, row))[0].tolist() == [[200] * 3, [255] * 3]
+
+
+def test_a_palette_with_alpha_of_its_own():
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 50, 20, 255, 0, 0, 0, 0], "RGBA")
+    image.putdata([0, 1])
+    for one in (image, Image.fromarray(np.array([[[200, 50, 20, 255], [0, 0, 0, 0]]], np.uint8)).quantize(2)):
+        assert load_image(one)[0].tolist() == [[200, 50, 20], [255] * 3]
+
+
+WIDE = {  # what the values 0, 51, 255 are in a file of that kind
+    "int32 of 8 bits": np.array([[0, 51, 255]], np.int32), "uint32 of 8 bits": np.array([[0, 51, 255]], np.uint32),
+    "uint16 of 8 bits": np.array([[0, 51, 255]], np.uint16), "int16 of 8 bits": np.array([[0, 51, 255]], np.int16),
+    "int32 of 16": np.array([[0, 13107, 65535]], np.int32), "uint16": np.array([[0, 13107, 65535]], np.uint16),
+    "int16": np.array([[0, 6553, 32767]], np.int16), "uint32": np.array([[0, 858993459, 4294967295]], np.uint32),
+    "int32": np.array([[0, 429496729, 2147483647]], np.int32), "float": np.array([[0, 0.2, 1]], np.float32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_wide_greyscale_tiff(kind):
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, WIDE[kind])
+    np.testing.assert_allclose(load_image(buffer.getvalue())[0, :, 0], [0, 51, 255], atol=1)
+
+
+@pytest.mark.parametrize(
+    "values", [np.uint16([[0, 51, 255]]), np.uint16([[0, 13107, 65535]]), np.float32([[0, 0.2, 1]])]
+)
+def test_a_tiff_in_which_white_is_zero(values):
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, values, photometric="miniswhite")
+    np.testing.assert_allclose(load_image(buffer.getvalue())[0, :, 0], [255, 204, 0], atol=1)
+
+
+@pytest.mark.parametrize("values", [
+    np.uint16([[0, 4095]]), np.int32([[0, 4095]]), np.int32([[-5, 200]]), np.int32([[0, 1 << 20]]),
+    np.float32([[0, 255]]), np.float32([[-1, 1]]), np.float32([[0, np.nan]]),
+])  # fmt: skip
+def test_where_white_cannot_be_told_the_range_is(values):
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, values)
+    with pytest.raises(ImageError, match=r"photo: .*(-?\d+|nan)\.\.(\d+|nan)"):
+        load_image(buffer.getvalue(), "photo")
 
 
 def test_cmyk_and_premultiplied_alpha():

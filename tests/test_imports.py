@@ -16,19 +16,22 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("images", "encoders", "sites", "heads", "weight_files", "server"),
-    ("download",),
+    ("contact_sheet", "disk", "names", "camera_files", "encoders", "sites", "server", "gpu_cost"),
+    ("images", "heads"),
+    ("weight_files", "pulidembd", "download"),
     ("catalog",),
-    ("weights", "faces"),
+    ("weights", "faces", "watch"),
     ("vision", "face_models", "attention", "judge"),
     ("identity",),
-    ("photos", "injection", "fields"),
-    ("units",),
+    ("photos", "injection"),
+    ("fields",),
+    ("units", "bench_cases"),
     ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other
     ("training",),
     ("miniature",),
     ("standalone", "webui"),
-    ("demo", "doctor", "models"),
+    ("demo", "doctor", "models", "cli_checks"),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )
@@ -90,8 +93,8 @@ def problems(root: Path) -> list[str]:
                 found.append(f"{where}: only hosts, webui and scripts know a host")
             if top in GRADIO and home not in ("webui", "scripts"):
                 found.append(f"{where}: only webui knows gradio")
-            if top == "diffusers" and not name.startswith("lib_pulid.hosts.diffusers"):
-                found.append(f"{where}: only hosts/diffusers*.py know diffusers")
+            if top == "diffusers" and not name.startswith(("lib_pulid.hosts.diffusers", "lib_pulid.training.")):
+                found.append(f"{where}: only hosts/diffusers*.py and training/ know diffusers")
     return [*found, *cycles(modules)]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_pulid import attention
-from lib_pulid.attention import cross_attention_residual, fold_image_stream, prepare_cross_attention
-from lib_pulid.errors import SettingError, UnsupportedModelError
+from lib_pulid.attention import SiteIdentity, add_cross_attention, fold_image_stream, prepare_cross_attention
+from lib_pulid.errors import ImageError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject, token_grid
 from lib_pulid.sites import cross_attention_site, find_sites
@@ -235,7 +237,7 @@ def test_regions(unet, adapter):
 
 def test_a_mask_of_ones_changes_nothing_and_of_zeros_removes_all(flux, flux_adapter):
     def shot(mask: Tensor | None) -> Tensor:
-        injection = compile_injection(flux_adapter, person(79, 64), mask=mask)
+        injection = replace(compile_injection(flux_adapter, person(79, 64)), mask=mask)
         with inject(flux, [injection], DenoiseStep(0.0, True, FLUX_HW)):
             return layouts.run_flux(flux)
 
@@ -298,6 +300,20 @@ def test_reference_tokens_get_no_identity(flux, flux_adapter):
     assert (change[24:] == 0).all()
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.float32])
+def test_masks_of_any_kind(adapter, kind):
+    """One reader for all, so that no mask makes the face 255 times as strong or weak."""
+    left = torch.zeros(8, 8)
+    left[:, :4] = 1
+    made = [left.to(kind), left.to(kind).float().numpy()]
+    if kind not in (torch.bool, torch.bfloat16):
+        made.append((255 * left).to(kind))
+    for mask in made:
+        assert torch.equal(compile_injection(adapter, person(), mask=mask).mask, left)
+    with pytest.raises(ImageError, match="mask: it is black all over"):
+        compile_injection(adapter, person(), mask=torch.zeros(8, 8, dtype=kind))
+
+
 def test_masks_need_a_latent_size(unet, adapter):
     with pytest.raises(ValueError, match="latent_hw"):
         run(unet, [compile_injection(adapter, person(), mask=torch.ones(4, 4))], DenoiseStep(0.0, [False, True]))
@@ -351,22 +367,87 @@ def test_settings_out_of_range(adapter, settings):
 # ---------------------------------------------------------------- exactness of what was rearranged
 
 
-@pytest.mark.parametrize("num_zero", [0, 7])
-def test_zero_tokens_have_a_closed_form(num_zero):
-    """Against the definition: zero rows appended to the identity, in float64."""
-    q, h, k, v = (cases.normal(i, 2, n, 64).double() for i, n in ((1, 30), (2, 30), (3, 9), (4, 9)))
-    long_k, long_v = (F.pad(x, (0, 0, 0, num_zero)) for x in (k, v))
-    shape = (2, -1, 2, 32)
-    heads = [x.view(shape).transpose(1, 2) for x in (q, long_k, long_v)]
-    scores = heads[0] @ heads[1].transpose(-1, -2)
-    r = ((scores / 32**0.5).softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
+def by_definition(q: Tensor, h: Tensor, k: Tensor, v: Tensor, num_zero: int) -> dict[str, Tensor]:
+    """What each projection adds to h, in the dtype of the arguments but where the official code goes on in float32.
+
+    Zero rows are appended to the identity, two heads, as in the official `IDAttnProcessor2_0`.
+    """
+    k, v = (F.pad(x, (0, 0, 0, num_zero)) for x in (k, v))
+    q, k, v = (x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (q, k, v))
+    scores, more = q @ k.transpose(-1, -2), torch.promote_types(q.dtype, torch.float32)
     share = scores.softmax(-1).mean(1)[..., :5].sum(-1, keepdim=True)
+    r = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(more)
+    h = h.to(more)
     p = (h * r).sum(1, keepdim=True) / (h * h).sum(1, keepdim=True) * h
-    expected = {"none": r, "ortho": r - p, "ortho_v2": r + (share - 1) * p}
-    for projection, definition in expected.items():
-        inputs = [x.float() for x in (q, h, k, v)]
-        ours = cross_attention_residual(*inputs, heads=2, projection=projection, num_zero=num_zero)
-        assert ((ours - definition).norm() / definition.norm()).item() < 1e-6
+    return {"none": r, "ortho": r - p, "ortho_v2": r + (share - 1) * p}
+
+
+def acting(k: Tensor, v: Tensor, **settings) -> SiteIdentity:
+    """Keys and values [B, N, C] of each row's own identity, prepared."""
+    eye = torch.eye(k.shape[-1], dtype=k.dtype)
+    site = prepare_cross_attention(CrossAttentionWeights(eye, eye), k, 1.0)
+    other = prepare_cross_attention(CrossAttentionWeights(eye, eye), v, 1.0)
+    width = site.width
+    tokens = torch.cat((site.tokens[..., :width], other.tokens[..., width:]), dim=-1)
+    return SiteIdentity(attention.CrossAttentionTensors(tokens), list(range(len(k))), **settings)
+
+
+def fused_too(monkeypatch, fused: bool) -> None:
+    """The way of a GPU, on the CPU."""
+    if fused:
+        monkeypatch.setattr(attention, "FUSED_ON", ("cpu",))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("num_zero", [0, 7])
+def test_zero_tokens_have_a_closed_form(monkeypatch, num_zero, fused):
+    """Against the definition in float64, both ways; with scores so large that exp of them would overflow, too."""
+    fused_too(monkeypatch, fused)
+    q, h, k, v = (cases.normal(i, 2, n, 64).double() for i, n in ((1, 30), (2, 30), (3, 9), (4, 9)))
+    for size in (1, 30):
+        for projection, definition in by_definition(size * q, h, k, v, num_zero).items():
+            person = acting(k.float(), v.float(), projection=projection, num_zero=num_zero)
+            ours = add_cross_attention((size * q).float(), h.float(), [person], heads=2)
+            assert ((ours - h - definition).norm() / definition.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_is_no_less_exact_than_official(monkeypatch, dtype, fused):
+    """Against float64, on small, usual and large scores, where channels of h and of the values have a mean."""
+    fused_too(monkeypatch, fused)
+    for size in (0.3, 1, 2):
+        shapes = ((1, 256, size), (2, 256, 1), (3, 32, size), (4, 32, 1))
+        mean = {2: cases.normal(5, 2, 1, 128), 4: cases.normal(5, 2, 1, 128)}
+        inputs = [(cases.normal(i, 2, n, 128) * s + mean.get(i, 0)).to(dtype) for i, n, s in shapes]
+        q, h, k, v = inputs
+        exact = h + by_definition(*(x.double() for x in inputs), 20)["ortho_v2"]
+        official = (h + by_definition(*inputs, 20)["ortho_v2"]).to(dtype)
+        ours = add_cross_attention(q, h, [acting(k, v)], heads=2)
+        assert ours.dtype == dtype
+        assert (ours - exact).norm() <= (official - exact).norm()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_pass(monkeypatch, fused):
+    """Through q, h and the values, and without them the result is the same."""
+    fused_too(monkeypatch, fused)
+    inputs = [cases.normal(i, 2, n, 64) for i, n in ((1, 32), (2, 32), (3, 9), (4, 9))]
+    plain = add_cross_attention(*inputs[:2], [acting(*inputs[2:])], heads=2)
+    with torch.enable_grad():
+        q, h, k, v = (x.clone().requires_grad_() for x in inputs)
+        ours = add_cross_attention(q, h, [acting(k, v)], heads=2)
+        ours.square().sum().backward()
+    assert torch.allclose(ours, plain, atol=1e-6)
+    assert all(x.grad is not None and x.grad.abs().max() > 0 for x in (q, h, k, v))
+
+
+def test_large_values_do_not_overflow(monkeypatch):
+    """float16, the way of a GPU: sums over the sequence of products of 200 and 200."""
+    fused_too(monkeypatch, True)
+    h, v = torch.full((1, 4096, 16), 200.0).half(), torch.full((1, 9, 16), 200.0).half()
+    ours = add_cross_attention(torch.ones_like(h), h, [acting(torch.ones_like(v), v, projection="ortho")], heads=2)
+    assert torch.allclose(ours, h, rtol=2e-3)  # r is along h: nothing is left of it
 
 
 def test_more_tokens_than_a_chunk(monkeypatch, flux, flux_adapter):
@@ -386,9 +467,9 @@ def test_half_precision(unet, adapter):
     full, half = (compile_injection(adapter, person(), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     assert half.nbytes * 2 == full.nbytes
     q, h = cases.normal(1, 2, 64, 64), cases.normal(2, 2, 64, 64)
-    expected = cross_attention_residual(q, h, full.sites[0].k, full.sites[0].v, heads=2)
-    ours = cross_attention_residual(q.bfloat16(), h.bfloat16(), half.sites[0].k, half.sites[0].v, heads=2)
-    assert ((ours - expected).norm() / expected.norm()).item() < 2e-2
+    expected = add_cross_attention(q, h, [SiteIdentity(full.sites[0], [0, 1])], heads=2)
+    ours = add_cross_attention(q.bfloat16(), h.bfloat16(), [SiteIdentity(half.sites[0], [0, 1])], heads=2)
+    assert ((ours - expected).norm() / (expected - h).norm()).item() < 2e-2
 
 
 def test_what_is_kept_for_sampling():
@@ -401,5 +482,5 @@ def test_what_is_kept_for_sampling():
         pair = prepare_cross_attention(
             CrossAttentionWeights(torch.zeros(width, 2048), torch.zeros(width, 2048)), torch.zeros(1, 32, 2048), 1.0
         )
-        elements += layers * (pair.k.numel() + pair.v.numel())
+        elements += layers * pair.tokens.numel()
     assert 2 * elements <= 20e6

@@ -79,11 +79,10 @@ def test_cross_attention_layer(projection, num_zero):
     pair = cases.fill(cross_attention_pair(128, 64), 15)
     stored = CrossAttentionWeights(pair["id_to_k"].weight, pair["id_to_v"].weight)
     site = attention.prepare_cross_attention(stored, torch.cat(cases.tokens(73)), 0.8)
+    identity = attention.SiteIdentity(site, [0, 1], None, projection, num_zero)
 
     def add(q: Tensor, h: Tensor) -> Tensor:
-        return h + attention.cross_attention_residual(
-            q, h, site.k, site.v, heads=2, projection=projection, num_zero=num_zero
-        )
+        return attention.add_cross_attention(q, h, [identity], heads=2)
 
     handles = list(sites.cross_attention_site("layer", layer).attach(add))
     x, text = cases.normal(71, 2, 40, 128), cases.normal(72, 2, 7, 48)
@@ -100,7 +99,7 @@ def test_image_stream_layer():
     site = attention.fold_image_stream(layouts.image_stream_weights(module), cases.tokens(75)[0], 1.0)
     image = cases.normal(76, 1, 40, 96)
     ours = torch.zeros_like(image)
-    attention.add_image_stream(ours, image, site, [0])
+    attention.add_image_stream(ours, image, [attention.SiteIdentity(site, [0])])
     assert relative(ours, REFERENCE["image_stream"]) < LAYER
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from lib_pulid import identity as identity_module
 from lib_pulid.errors import ImageError, NoFaceError, SettingError
 from lib_pulid.faces import Face, FaceChoice, read_face
 from lib_pulid.identity import Identity, encode_identity, face_features
@@ -129,7 +130,7 @@ def test_the_chain(make, models, adapter, tmp_path):
     photos = [png(tmp_path / "main.png", two_faces()), two_faces(shade=3)]
     identity = make(photos, IdentityCache(), on_face=lambda name, face: told.append((name, face)))
     faces = [read_face(two_faces(shade), models.faces) for shade in (0, 3)]
-    expected = encode_identity([face_features(face, models.tower) for face in faces], adapter)
+    expected = encode_identity(face_features(faces, models.tower), adapter)
     assert torch.equal(identity.cond, expected.cond)
     assert torch.equal(identity.uncond, expected.uncond)
     assert identity.cond.shape == (1, 15, TOKEN_WIDTH)
@@ -140,6 +141,22 @@ def test_the_chain(make, models, adapter, tmp_path):
         assert np.array_equal(face.embedding, own.embedding)
         assert face.faces_found == 2
         assert abs(face.detection.box - [55, 75, 145, 165]).max() < 6
+
+
+def test_several_photos_are_one_call_of_the_tower(models, monkeypatch):
+    """As many as its memory is reckoned for; and each gets what it would get alone."""
+    faces = [read_face(two_faces(shade), models.faces) for shade in (0, 3)]
+    alone = [face_features([face], models.tower)[0] for face in faces]
+    sizes = []
+    handle = models.tower.register_forward_pre_hook(lambda tower, args: sizes.append(len(args[0])))
+    together = face_features(faces, models.tower)
+    monkeypatch.setattr(identity_module, "VISION_BATCH", 1)
+    face_features(faces, models.tower)
+    handle.remove()
+    assert sizes == [2, 1, 1]
+    for one, other in zip(together, alone):
+        for a, b in zip((one.id_cond, *one.vit_hidden), (other.id_cond, *other.vit_hidden), strict=True):
+            assert ((a - b).norm() / b.norm()).item() < 1e-5
 
 
 def test_both_detectors_and_the_parser_matter(make, models):

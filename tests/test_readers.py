@@ -14,7 +14,7 @@ from lib_pulid.faces import CROP_SIZE, Detection
 from lib_pulid.judge import Judge, cut, similarity
 from lib_pulid.training import detector, layers, parser, readers, tower, world
 from lib_pulid.training.crops import ARCFACE_POINTS, faces_of, pairs, spoiled
-from lib_pulid.training.dataset import HELD_OUT, Drawn
+from lib_pulid.training.dataset import Drawn
 from lib_pulid.training.export import save_onnx
 from lib_pulid.vision import BLOCKS, load_vision_tower
 
@@ -22,7 +22,7 @@ from lib_pulid.vision import BLOCKS, load_vision_tower
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Drawn:
     """Three people, twelve images."""
-    return Drawn(tmp_path_factory.mktemp("drawn"), 3, HELD_OUT)
+    return Drawn(tmp_path_factory.mktemp("drawn"), 3)
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +181,14 @@ def test_tower_file_is_evas(tmp_path):
     for a, b in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1])):
         assert (a - b).norm() < 1e-2 * a.norm()
     assert few[0].shape == (1, 73, tower.WIDTH)
+
+
+@pytest.mark.parametrize("name", ["recogniser", "scene_judge"])
+def test_readers_training_runs_and_resumes(drawn, name, monkeypatch):
+    """One step, and one more from the checkpoint; the norms are settled on the averaged weights."""
+    monkeypatch.setattr(readers, "SHARP_IMAGES", 2)
+    monkeypatch.setattr(readers, "SETTLING", 2)
+    for steps in (1, 2):
+        reader = readers.train(name, drawn.folder, drawn.people, steps, batch=4, rate=1e-3, minutes=None)
+        assert not reader.training
+    assert (drawn.folder / name / "state.pt").is_file()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lib_pulid import fields, identity, images
-from lib_pulid.webui import library, routes
+from lib_pulid import fields, identity, images, names
+from lib_pulid.webui import routes
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def test_every_row_names_a_test():
 def test_the_limits_are_those_of_the_code():
     limits = {
         f"{images.MAX_PIXELS // 10**6} million pixels", f"{images.MAX_BYTES // 10**6} MB", f"| {fields.MOST_PHOTOS} |",
-        f"| {fields.MOST_UNITS} |", f"{fields.LONGEST_TEXT} characters", f"{library.LONGEST_NAME} bytes",
+        f"| {fields.MOST_UNITS} |", f"{fields.LONGEST_TEXT} characters", f"{names.LONGEST_NAME} bytes",
         f"{routes.LARGEST_BODY >> 20} MB, counted", f"| {identity.LARGEST_FILE // 10**6} MB |",
         f"reduced to {images.LONGEST_REGION} pixels",
     }  # fmt: skip

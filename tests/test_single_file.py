@@ -146,10 +146,12 @@ def test_what_a_checkpoint_says_of_its_schedule(marks, kind, spacing):
     assert scheduler["rescale_betas_zero_snr"] == ("ztsnr" in marks)
 
 
-def test_an_inpainting_checkpoint_has_nine_channels():
-    shapes = full_size()
-    shapes["model.diffusion_model.input_blocks.0.0.weight"] = (320, 9, 3, 3)
-    assert single_file.configuration(shapes)["unet"]["in_channels"] == 9
+def test_an_inpainting_checkpoint(tmp_path, path):
+    state = load_file(path)
+    state["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(64, 9, 3, 3)
+    save_file(state, tmp_path / "inpaint.safetensors")
+    with pytest.raises(WrongWeightsError, match=r"inpaint.safetensors is for inpainting \(9 channels\)"):
+        load_base(tmp_path / "inpaint.safetensors")
 
 
 @pytest.mark.parametrize(

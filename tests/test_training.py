@@ -72,8 +72,8 @@ class TestInjection:
 
     def test_masked_people_add_up(self, unet, adapter):
         """Two people in two halves, the same person twice, are that person everywhere."""
-        half = torch.zeros(2, 16, 16)
-        half[:, :, :8] = 1
+        half = torch.zeros(16, 16)
+        half[:, :8] = 1
         with torch.no_grad():
             both = tokens_of(adapter, 21, 31)
             with inject_rows(unet, adapter.weights(), [RowIdentities(both)]):

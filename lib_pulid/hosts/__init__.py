@@ -4,13 +4,13 @@
     loaded_model(p)             the denoiser that is loaded now, or UnsupportedModelError
     less_memory()               what helps there against a lack of video memory, for messages
     start(p, plan) -> Run       from now on every denoiser call of `p` injects what the plan says
-    before_sampling(p)          a pass is about to be sampled
+    before_sampling(p, plan)    a pass is about to be sampled, which another script may have kept `start` from
     stop()                      takes everything out again; may be called at any time
     tells_errors(p)             whether the user is told what is raised while `p` is made
 
-`p` is the host's StableDiffusionProcessing. A batch of `p` lies between `start` and `stop`. Other generations may run
-between its batches (a detailer that repaints faces), and even while it is sampled; each has a start and a stop of its
-own, and `stop` leaves alone what is being sampled around it.
+`p` is the host's StableDiffusionProcessing. The sampling of a batch lies between `start` and `stop`. Other generations
+may run between its batches (a detailer that repaints faces), and even while it is sampled; each has a start and a stop
+of its own, and `stop` leaves alone what is being sampled around it.
 
 Exceptions of a Plan come out of the denoiser call, since that is the one place from where the hosts let them end the
 generation: in script hooks and callbacks they are printed and forgotten, and the picture is made without the face.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.hosts import LoadedModel, Plan, Run
-from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of, is_refiner
+from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of
 from lib_pulid.injection import DenoiseStep
 
 NAME = "AUTOMATIC1111"
@@ -48,7 +48,7 @@ def less_memory() -> str:
 
 
 def start(p: Any, plan: Plan) -> Run:
-    """Injects into every UNet call of `p` until `stop`. To be called before each batch is sampled."""
+    """Injects into every UNet call of `p` until `stop`. To be called when a batch is about to be sampled."""
     stop()
     run = _Run(p, plan)
     _running.append(run)  # first, so that `stop` finds it whatever happens
@@ -56,8 +56,10 @@ def start(p: Any, plan: Plan) -> Run:
     return run
 
 
-def before_sampling(p: Any) -> None:
-    """Nothing to do: the UNet is looked at in every call."""
+def before_sampling(p: Any, plan: Plan | None = None) -> None:
+    """Starts, unless `p` was started. The UNet is looked at in every call."""
+    if plan is not None and not any(run.is_of(p) for run in _running):
+        start(p, plan)
 
 
 def stop() -> None:
@@ -103,12 +105,16 @@ class _Run:
         self._installed = ExitStack()  # callbacks
         self._hooks = ExitStack()  # on the UNet
         self._hooked: nn.Module | None = None
+        self._model: LoadedModel | None = None
         self._call = ExitStack()  # of the UNet call under way
         self._step: DenoiseStep | None = None
         self._window: _Window | Exception | None = None  # what the next UNet calls are
         self._seen = False
         self._error: Exception | None = None
         self.is_sampling = False
+
+    def is_of(self, p: Any) -> bool:
+        return self._p is p
 
     def begin(self) -> None:
         for event, callback in (("cfg_denoiser", self.open), ("cfg_denoised", self.close)):
@@ -119,7 +125,7 @@ class _Run:
         for stack in (self._call, self._hooks, self._installed):
             stack.close()
         self._injector.end()
-        self._hooked = self._window = self._p = self._error = None
+        self._hooked = self._model = self._window = self._p = self._error = None
 
     def _hook(self, unet: nn.Module | None) -> None:
         """Moves the hooks to this UNet: the refiner or a hires checkpoint may have brought another one."""
@@ -135,6 +141,7 @@ class _Run:
         """See `hosts.Run`."""
         if self._error is not None:
             raise self._error
+        self._injector.check_end()
 
     # ------------------------------------------------------------ called by the host
 
@@ -149,10 +156,13 @@ class _Run:
             self._window = self._error = error
 
     def _opened(self, params: Any) -> _Window | None:
-        if self._injector.has_acted and is_refiner(_unet(self._p)):
+        if self._injector.leaves_the_rest_to(_unet(self._p)):
             return None
-        self._hook(_unet(self._p))
-        self._injector.prepare(loaded_model(self._p), hires=bool(getattr(self._p, "is_hr_pass", False)))
+        unet = _unet(self._p)
+        self._hook(unet)
+        if self._model is None or self._model.denoiser is not unet:  # telling what it is goes through all its layers
+            self._model = loaded_model(self._p)
+        self._injector.prepare(self._model, self._p)
         self._injector.check_steps(params.denoiser.steps)
         return _Window(params, self._progress(params.denoiser, params.sigma))
 
@@ -167,15 +177,16 @@ class _Run:
             self._check_seen()
             return  # not a sampler's call
         x: Tensor = args[0] if args else kwargs["x"]  # [B, C, h, w]
-        steps = self._window.params.denoiser.steps
-        self._step = DenoiseStep(self._window.progress, self._window.take(len(x)), (x.shape[-2], x.shape[-1]), steps)
-        self._call.enter_context(self._injector.around(self._step))
+        params = self._window.params
+        rows, steps = self._window.take(len(x)), params.denoiser.steps
+        self._step = DenoiseStep(self._window.progress, rows, (x.shape[-2], x.shape[-1]), steps)
+        self._call.enter_context(self._injector.around(self._step, (params.x.shape[-2], params.x.shape[-1])))
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._call.close()
         step, self._step = self._step, None
         if step is not None and output is not None:  # None: an exception is under way
-            self._injector.check_reached(step)
+            self._injector.check_call(step)
 
     def _check_seen(self) -> None:
         if not self._seen:

@@ -13,10 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.injection import DenoiseStep, Injection, inject
 from lib_pulid.sites import Sites, find_sites
+from lib_pulid.watch import Watch, WatchedSites, uncompiled
+
+LATENT_CHANNELS = 4  # of SDXL; inpainting and editing UNets read more behind them
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:
@@ -26,36 +31,56 @@ def denoiser_of(pipeline: Any) -> nn.Module:
 
 @contextmanager
 def apply(pipeline: Any, injections: Sequence[Injection], sites: Sites | None = None) -> Iterator[None]:
-    """Injects into every call of the pipeline's denoiser inside the `with`. sites: the denoiser's, if found before.
+    """Injects into every call of the pipeline's denoiser inside the `with`.
+
+    A denoiser that is compiled (torch.compile) runs uncompiled there: compiled code does not see the hooks.
+
+    Args:
+        sites: the denoiser's, if found before; those of a Watch tell it afterwards which of them were reached.
 
     Raises:
-        UnsupportedModelError: the denoiser is neither SDXL's nor FLUX.1's, or does not fit the injections.
+        UnsupportedModelError: the denoiser is neither SDXL's nor FLUX.1's, or does not fit the injections; or, out of
+            the pipeline or at the end, the face could not act.
     """
     denoiser = denoiser_of(pipeline)
     sites = sites or find_sites(denoiser)
+    sites = sites if isinstance(sites, WatchedSites) else Watch().over(sites)
+    watch = sites.watch
     read_step = (_UNetCalls if sites.family == "sdxl" else _TransformerCalls)(pipeline)
-    call = ExitStack()
+    call, acts = ExitStack(), False
 
     def enter(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        call.enter_context(inject(sites, injections, read_step(args, kwargs)))
+        nonlocal acts
+        step = read_step(args, kwargs)
+        if read_step.is_first:
+            watch.check_end()
+            watch.begin()
+        acts = any(injection.is_active(step) for injection in injections)
+        call.enter_context(inject(sites, injections, step))
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         call.close()
+        if output is not None:  # None: an exception is under way
+            watch.check_call(acts)
 
     with ExitStack() as stack:
+        if any(injection.weight for injection in injections):
+            stack.enter_context(uncompiled())
         stack.callback(call.close)
         stack.callback(denoiser.register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(denoiser.register_forward_hook(leave, always_call=True).remove)
         yield
+    watch.check_end()
 
 
 class _Calls:
-    """Reads the place in the sampling off the arguments of a denoiser call."""
+    """Reads the place in the sampling off the arguments of a denoiser call. is_first: of a run of the pipeline."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
         self._schedule: Tensor | None = None  # of the run under way; each run of a pipeline sets a new one
         self._first = 0
+        self.is_first = False
 
     def progress(self, timestep: float) -> float:
         """Share of the steps that are done.
@@ -65,7 +90,8 @@ class _Calls:
         """
         schedule = self._pipeline.scheduler.timesteps
         index = int((schedule.float() - timestep).abs().argmin())
-        if schedule is not self._schedule:
+        self.is_first = schedule is not self._schedule
+        if self.is_first:
             self._schedule, self._first = schedule, index
         return min(max(0.0, (index - self._first) / self.steps), 1.0)
 
@@ -75,15 +101,44 @@ class _Calls:
 
 
 class _UNetCalls(_Calls):
-    """UNet2DConditionModel(sample, timestep, encoder_hidden_states, ...): rows are [uncond..., cond...] under CFG."""
+    """UNet2DConditionModel(sample, timestep, encoder_hidden_states, ...): all images once per kind of guidance."""
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> DenoiseStep:
-        sample: Tensor = args[0] if args else kwargs["sample"]
+        sample: Tensor = args[0] if args else kwargs["sample"]  # [B, C, h, w]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        batch = len(sample)
-        guided = self._pipeline.do_classifier_free_guidance
-        is_cond = [i >= batch // 2 for i in range(batch)] if guided else [True] * batch
-        return DenoiseStep(self.progress(_first(timestep)), is_cond, (sample.shape[-2], sample.shape[-1]), self.steps)
+        progress = self.progress(_first(timestep))
+        groups = self._groups(sample)
+        images, rest = divmod(len(sample), len(groups))
+        if rest or (self.is_first and not _is_repeated(sample[:, :LATENT_CHANNELS], images)):
+            raise _unknown_rows(self._pipeline, f"{len(sample)} rows do not fall into {len(groups)} equal parts")
+        is_cond = [cond for cond in groups for _ in range(images)]
+        return DenoiseStep(progress, is_cond, (sample.shape[-2], sample.shape[-1]), self.steps)
+
+    def _groups(self, sample: Tensor) -> list[bool]:
+        """What the parts are that the rows fall into, each with a row for every image: whether they read the prompt."""
+        pipeline = self._pipeline
+        if any("InstructPix2Pix" in kind.__name__ for kind in type(pipeline).__mro__):
+            # [prompt and image, image alone, neither]; for the last the image's channels are zero.
+            third, rest = divmod(len(sample), 3)
+            is_guided = not rest and not sample[2 * third :, LATENT_CHANNELS:].any()
+            return [True, False, False] if is_guided else [True]
+        guided = getattr(pipeline, "do_classifier_free_guidance", None)
+        if guided is None or getattr(pipeline, "enabled_editing_prompts", 0):
+            raise _unknown_rows(pipeline, "it does not tell how it guides, or it was another pipeline that was called")
+        perturbed = getattr(pipeline, "do_perturbed_attention_guidance", False)  # PAG: the prompt's rows once more
+        return ([False, True] if guided else [True]) + ([True] if perturbed else [])
+
+
+def _is_repeated(latents: Tensor, images: int) -> bool:
+    """Whether the first `images` rows come again and again."""
+    return torch.equal(latents, latents[:images].repeat(len(latents) // images, 1, 1, 1))
+
+
+def _unknown_rows(pipeline: Any, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"PuLID cannot tell which rows of {type(pipeline).__name__}'s UNet calls belong to the prompt: {why}. Use "
+        "`apply` with the pipeline that is called, an SDXL one; or `lib_pulid.injection.inject` around each call."
+    )
 
 
 class _TransformerCalls(_Calls):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
 from lib_pulid.hosts.diffusers import denoiser_of
 from lib_pulid.hosts.diffusers_checkpoint import load_sdxl
@@ -53,14 +54,14 @@ def load_base(path: str | Path, device: str = "cpu") -> Base:
     Raises:
         MissingWeightsError, WrongWeightsError.
     """
-    path = Path(path)
-    if not path.exists():
+    path = disk.user_path(path)
+    if not (disk.is_file(path) or disk.is_folder(path)):
         raise MissingWeightsError(f"There is no model at {path}. Give a checkpoint, a diffusers folder, or miniature.")
     import diffusers
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
-        if path.is_dir():
+        if disk.is_folder(path):
             pipeline = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
         else:
             pipeline = load_sdxl(path, dtype)

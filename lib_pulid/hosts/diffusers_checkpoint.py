@@ -51,6 +51,9 @@ def load_sdxl(path: Path, dtype: torch.dtype) -> Any:
     shapes = read_head(path) or {name: tuple(tensor.shape) for name, tensor in read_state_dict(path).items()}
     if lacking := [part for part, name in _PARTS.items() if name not in shapes]:
         raise WrongWeightsError(f"{path.name} is not a whole SDXL checkpoint; it lacks {', '.join(lacking)}.")
+    channels = shapes[_PARTS["the UNet"]][1]
+    if channels != 4:
+        raise WrongWeightsError(f"{path.name} is for inpainting ({channels} channels); choose one that makes images.")
     with TemporaryDirectory(prefix="pulid-config-") as folder:
         write_configuration(Path(folder), shapes)
         return diffusers.StableDiffusionXLPipeline.from_single_file(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lib_pulid.errors import SettingError
 from lib_pulid.hosts import LoadedModel, Plan, Run
-from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of, is_refiner
+from lib_pulid.hosts.webui import Injector, Progress, add_callback, family_of
 from lib_pulid.injection import DenoiseStep
 
 NAME = "Forge"
@@ -55,7 +55,7 @@ def less_memory() -> str:
 
 
 def start(p: Any, plan: Plan) -> Run:
-    """Injects into every denoiser call of `p` until `stop`. To be called before each batch is sampled."""
+    """Injects into every denoiser call of `p` until `stop`. To be called when a batch is about to be sampled."""
     stop()
     run = _Run(p, plan)
     _running.append(run)  # first, so that `stop` finds it whatever happens
@@ -63,8 +63,10 @@ def start(p: Any, plan: Plan) -> Run:
     return run
 
 
-def before_sampling(p: Any) -> None:
-    """Patches the unet of the coming pass. Does nothing when `p` was not started."""
+def before_sampling(p: Any, plan: Plan | None = None) -> None:
+    """Patches the unet of the coming pass; starts before, unless `p` was started or there is no plan."""
+    if plan is not None and not any(run.is_of(p) for run in _running):
+        start(p, plan)
     for run in _running:
         run.patch(p)
 
@@ -116,9 +118,13 @@ class _Run:
         self._step: DenoiseStep | None = None
         self._is_hooked = False
         self._whole = (0, 0)  # height and width of the latent, while hooked
+        self._negative: Tensor | None = None  # text of this step's negative rows, where it differs from the prompt's
         self._error: Exception | None = None
         self._unpatched: Exception | None = None  # why a pass could not be patched
         self.is_sampling = False
+
+    def is_of(self, p: Any) -> bool:
+        return self._p is p
 
     def begin(self) -> None:
         # The refiner brings another model in the middle of a pass, and a later extension may take the one slot.
@@ -129,12 +135,13 @@ class _Run:
             stack.close()
         self._injector.end()
         self._unpatch()
-        self._p = self._error = None
+        self._p = self._error = self._negative = None
 
     def check(self) -> None:
         """See `hosts.Run`."""
         if self._unpatched is not None:
             raise self._unpatched
+        self._injector.check_end()
 
     # ------------------------------------------------------------ patching
 
@@ -144,19 +151,26 @@ class _Run:
         unet = _patcher(p)
         if p is not self._p or unet is None or self._is_patched(unet):
             return
-        if self._injector.has_acted and is_refiner(unet.model.diffusion_model):
-            return
-        wrapper = _wrapper(self, unet.model.diffusion_model, unet.model_options.get(_SLOT))
-        patched = unet.clone()
-        patched.set_model_unet_function_wrapper(wrapper)
-        p.sd_model.forge_objects.unet = patched
+        denoiser = unet.model.diffusion_model
         try:
-            self._injector.prepare(loaded_model(p), hires=bool(getattr(p, "is_hr_pass", False)))
+            if self._injector.leaves_the_rest_to(denoiser):
+                return
+            self._error = None
+        except SettingError as error:
+            self._error = error
+        patched = unet.clone()
+        patched.set_model_unet_function_wrapper(_wrapper(self, denoiser, unet.model_options.get(_SLOT)))
+        p.sd_model.forge_objects.unet = patched
+        if self._error is None:
+            self._prepare(p, patched)
+
+    def _prepare(self, p: Any, patched: Any) -> None:
+        try:
+            self._injector.prepare(loaded_model(p), p)
             # What was compiled is on the device already; about as much is needed while a layer computes with it.
             patched.add_extra_preserved_memory_during_sampling(self._injector.nbytes)
             if self._injector.cfg_start_step:
                 patched.add_conditioning_modifier(_guidance(self))
-            self._error = None
         except Exception as error:
             self._error = error
 
@@ -177,6 +191,8 @@ class _Run:
         """Before each step, after the refiner's turn: the unet may be another one."""
         if self._p is None or params.denoiser.p is not self._p:
             return
+        prompt, negative = (_text(getattr(params, name, None)) for name in ("text_cond", "text_uncond"))
+        self._negative = None if _is_same(negative, prompt) else negative
         try:
             self.patch(self._p)
         except Exception as error:  # it would be printed and forgotten here
@@ -215,13 +231,11 @@ class _Run:
     def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["x"]  # [B, C, h, w]
         options = kwargs["transformer_options"]
-        self._step = self._place(options["sigmas"], _rows(options, len(x)), (x.shape[-2], x.shape[-1]))
-        if self._injector.has_regions and self._step.latent_hw != self._whole:
-            raise SettingError(
-                "Field mask: a region cannot be used while the picture is made in tiles (MultiDiffusion), which do not "
-                "know where they lie. Remove the regions, or switch the tiles off."
-            )
-        self._call.enter_context(self._injector.around(self._step))
+        rows = _rows(options, len(x))
+        if all(rows) and _is_same(self._negative, kwargs.get("context")):
+            rows = [False] * len(x)  # SAG: calls again with the negative prompt, in the prompt's place
+        self._step = self._place(options["sigmas"], rows, (x.shape[-2], x.shape[-1]))
+        self._call.enter_context(self._injector.around(self._step, self._whole))
 
     def _place(self, sigmas: Tensor, rows: bool | list[bool], hw: tuple[int, int] | None = None) -> DenoiseStep:
         denoiser = self._p.sampler.model_wrap_cfg
@@ -231,7 +245,7 @@ class _Run:
         self._call.close()
         step, self._step = self._step, None
         if step is not None and output is not None:  # None: an exception is under way
-            self._injector.check_reached(step)
+            self._injector.check_call(step)
 
 
 def _wrapper(run: _Run, denoiser: nn.Module, previous: Callable | None) -> Callable:
@@ -260,3 +274,14 @@ def _rows(options: Mapping[str, Any], batch: int) -> list[bool]:
     """Whether each row is cond. Tiles repeat the whole stack of chunks."""
     chunks, pictures = options["cond_or_uncond"], len(options["sigmas"])
     return [chunks[i // pictures % len(chunks)] == _COND for i in range(batch)]
+
+
+def _text(cond: Any) -> Tensor | None:
+    """What the cross-attention reads of a CFGDenoiserParams' text, [B, L, C]."""
+    return cond.get("crossattn") if isinstance(cond, Mapping) else cond
+
+
+def _is_same(text: Tensor | None, other: Tensor | None) -> bool:
+    if text is None or other is None or text.shape != other.shape:
+        return False
+    return torch.equal(text.to(other), other)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from lib_pulid.errors import UnsupportedModelError
+from lib_pulid.errors import SettingError, UnsupportedModelError
 from lib_pulid.hosts import LoadedModel, Plan
+from lib_pulid.hosts.frame import frame_of, part_of_mask
 from lib_pulid.injection import DenoiseStep, Injection, inject
-from lib_pulid.sites import Site, Sites, find_sites, is_chroma
+from lib_pulid.sites import Sites, find_sites, is_chroma
+from lib_pulid.watch import Watch, uncompiled
 
 CHROMA = "pulid_chroma"  # name of the setting
 SDXL_SITES = 70
@@ -143,31 +145,53 @@ class Injector:
         self._plan: Plan | None = plan
         self._ready_for: tuple | None = None
         self._model: LoadedModel | None = None
-        self._hires = self._checked = False
+        self._hires = self._checked = self._was_ready = self._has_acted = False
+        self._watch = Watch()
         self._sites: Sites | None = None
         self._injections: Sequence[Injection] = ()
-        self._reached = False
-
-    @property
-    def has_acted(self) -> bool:
-        """Whether a residual was added somewhere in this generation."""
-        return self._reached
+        self._uncompiled = ExitStack()
 
     @property
     def nbytes(self) -> int:
         """Of what was compiled."""
         return sum(injection.nbytes for injection in self._injections)
 
-    def prepare(self, model: LoadedModel, *, hires: bool) -> None:
-        """Gets ready for a pass. Raises: PulidError."""
+    def leaves_the_rest_to(self, denoiser: nn.Module | None) -> bool:
+        """Whether this is SDXL's refiner, which may end what the base model has begun with the face.
+
+        Raises:
+            SettingError: it comes before the face has acted.
+        """
+        if not self._was_ready or not is_refiner(denoiser):
+            return False
+        if self._has_acted or self._watch.reached or not any(injection.weight for injection in self._injections):
+            return True
+        raise SettingError(
+            "Field start: SDXL's refiner takes over before the face begins to act, and PuLID cannot act in the "
+            "refiner. Let the face start earlier, or the refiner later."
+        )
+
+    def prepare(self, model: LoadedModel, p: Any) -> None:
+        """Gets ready for the pass that `p` is in. Raises: PulidError."""
+        hires = bool(getattr(p, "is_hr_pass", False))
         wanted = (model.denoiser, model.device, model.dtype, hires)
         if self._ready_for == wanted:
             return
         assert self._plan is not None, "the generation is over"
         self._release()
-        self._injections = tuple(self._plan.injections(model, hires=hires))
-        self._sites = _watched(find_sites(model.denoiser, chroma=True), self._note)
-        self._model, self._hires, self._ready_for = model, hires, wanted
+        injections = self._plan.injections(model, hires=hires)
+        if any(injection.mask is not None for injection in injections):
+            frame = frame_of(p, hires)
+            injections = [
+                injection if injection.mask is None else replace(injection, mask=part_of_mask(injection.mask, frame))
+                for injection in injections
+            ]
+        self._start_watch()
+        if any(injection.weight for injection in injections):
+            self._uncompiled.enter_context(uncompiled())
+        self._injections = tuple(injections)
+        self._sites = self._watch.over(find_sites(model.denoiser, chroma=True))
+        self._model, self._hires, self._ready_for, self._was_ready = model, hires, wanted, True
 
     def check_steps(self, steps: int | None) -> None:
         """Once per pass, when its number of steps is known. Raises: PulidError, see Plan."""
@@ -187,49 +211,36 @@ class Injector:
         self._release()
 
     def _release(self) -> None:
+        self._uncompiled.close()
         self._ready_for = self._sites = self._model = None
         self._injections, self._checked = (), False
 
-    @property
-    def has_regions(self) -> bool:
-        """Whether a face is to act in a part of the picture only."""
-        return any(injection.mask is not None for injection in self._injections)
+    def _start_watch(self) -> None:
+        self._watch.check_end()
+        self._has_acted |= bool(self._watch.reached)
+        self._watch.begin()
 
-    def around(self, step: DenoiseStep) -> AbstractContextManager[None]:
-        """Injects into the one denoiser call inside the `with`."""
-        assert self._sites is not None, "prepare comes first"
-        return inject(self._sites, self._injections, step)
-
-    def check_reached(self, step: DenoiseStep) -> None:
-        """After a call: the injection has taken place.
+    def around(self, step: DenoiseStep, whole: tuple[int, int]) -> AbstractContextManager[None]:
+        """Injects into the one denoiser call inside the `with`. whole: height and width of the pass's latent.
 
         Raises:
-            UnsupportedModelError: the denoiser's layers did not run, something else ran in their place.
+            SettingError: it is called with a tile, and there are masks.
         """
-        if not self._reached and any(injection.is_active(step) for injection in self._injections):
-            raise UnsupportedModelError(
-                "Something else runs in the place of the model's own layers (TensorRT: Settings, SD Unet; or another "
-                "extension that replaces the UNet), where PuLID cannot add the face. Switch it or PuLID off."
+        assert self._sites is not None, "prepare comes first"
+        if step.latent_hw != whole and any(injection.mask is not None for injection in self._injections):
+            raise SettingError(
+                "Field mask: a mask cannot be used while the image is denoised in tiles (MultiDiffusion, Tiled "
+                "Diffusion), which do not tell where they lie. Remove the masks, or disable the tiles."
             )
+        return inject(self._sites, self._injections, step)
 
-    def _note(self) -> None:
-        self._reached = True
+    def check_call(self, step: DenoiseStep) -> None:
+        """After a call that has ended well. Raises: UnsupportedModelError: the face could not act in it."""
+        self._watch.check_call(any(injection.is_active(step) for injection in self._injections))
 
-
-def _watched(sites: Sites, note: Any) -> Sites:
-    """The same sites, which call `note` when they are reached."""
-
-    def watched(site: Site) -> Site:
-        def attach(add: Any) -> Iterable:
-            def noted(*tensors: Tensor) -> Tensor | None:
-                note()
-                return add(*tensors)
-
-            return site.attach(noted)
-
-        return replace(site, attach=attach)
-
-    return Sites(sites.family, tuple(watched(site) for site in sites.sites))
+    def check_end(self) -> None:
+        """After sampling. Raises: UnsupportedModelError: the face was to act, and never did."""
+        self._watch.check_end()
 
 
 # ---------------------------------------------------------------- the host's list of callbacks

@@ -113,7 +113,7 @@ class Trainer:
         tokens = self.photos.tokens(who, self.adapter.encoder, rng)
         dropped = torch.from_numpy(rng.random(len(who)) < ID_DROPOUT)
         tokens = torch.where(dropped[:, None, None], self.nobody(), tokens)
-        return RowIdentities(tokens, None if half is None else _half(len(who), half), num_zero=20)
+        return RowIdentities(tokens, None if half is None else _half(half), num_zero=20)
 
     def nobody(self) -> Tensor:
         """The uncond identity, [1, N, D]: the encoder run on zeros."""
@@ -180,9 +180,9 @@ def template() -> Tensor:
     return torch.from_numpy(np.asarray(arcface_dst)).float()
 
 
-def _half(rows: int, half: int) -> Tensor:
-    mask = torch.zeros(rows, SIZE // 8, SIZE // 8)
-    mask[:, :, : SIZE // 16] = 1
+def _half(half: int) -> Tensor:
+    mask = torch.zeros(SIZE // 8, SIZE // 8)
+    mask[:, : SIZE // 16] = 1
     return mask if half == 0 else 1 - mask
 
 

@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib_pulid.training import world
 from lib_pulid.training.dataset import HELD_OUT, SCENES_EACH, SIZE, Drawn, batches
 from lib_pulid.training.loop import Run
 
 SCALE = 0.13025  # SDXL's: latents are multiplied by it before the UNet sees them
 KL_WEIGHT = 1e-6
+FACE_WEIGHT = 4.0
 COLOR_STEPS = 600  # so long, three latent channels are led to the mean colors, which come late by themselves
 NORM_GROUPS = (
     8  # at least 4 channels in each, as in SDXL; alone in its group a channel loses its mean, and so colors go
@@ -50,17 +52,33 @@ def to_input(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def reconstruction_loss(made: Tensor, image: Tensor) -> Tensor:
-    """L1 of pixels, of 8 x 8 means, and half of L1 of differences between neighbors, [B, 3, H, W] in -1..1."""
-    loss = (made - image).abs().mean() + F.avg_pool2d(made - image, 8).abs().mean()
+def reconstruction_loss(made: Tensor, image: Tensor, weight: Tensor) -> Tensor:
+    """L1 of pixels and half of L1 of differences between neighbors, both weighed; squares of 8 x 8 means, for colors.
+
+    Args:
+        made, image: [B, 3, H, W] in -1..1. weight: [B, 1, H, W].
+    """
+    error = made - image
+    loss = (weight * error.abs()).mean() + 4 * F.avg_pool2d(error, 8).pow(2).mean()
     for dim in (2, 3):
-        loss = loss + 0.5 * (made.diff(dim=dim) - image.diff(dim=dim)).abs().mean()
+        loss = loss + 0.5 * (weight.narrow(dim, 1, weight.shape[dim] - 1) * error.diff(dim=dim).abs()).mean()
     return loss
 
 
-def _crops(images: np.ndarray, chosen: np.ndarray, side: int, rng: np.random.Generator) -> Tensor:
+def face_weights(data: Drawn) -> np.ndarray:
+    """float16 [N, SIZE, SIZE], FACE_WEIGHT in faces and 1 around them: small as they are, they are what it is about."""
+    weights = np.ones((len(data), SIZE, SIZE), np.float16)
+    for index, weight in enumerate(weights):
+        people, scene = data.example(index)
+        for person, placement in zip(people, scene.placements):
+            x0, y0, x1, y1 = world.face_box(person, placement).round().astype(int).clip(0, SIZE)
+            weight[y0:y1, x0:x1] = FACE_WEIGHT
+    return weights
+
+
+def _crops(images: np.ndarray, chosen: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
     corners = rng.integers(0, (SIZE - side) // 4 + 1, (len(chosen), 2)) * 4
-    return to_input(np.stack([images[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners)]))
+    return np.stack([images[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners)])
 
 
 @torch.no_grad()
@@ -94,7 +112,8 @@ def train(
 ) -> Any:
     """Trains or goes on training; returns the autoencoder."""
     torch.manual_seed(0)
-    images = Drawn(folder, people).images()
+    data = Drawn(folder, people)
+    images, weights = data.images(), face_weights(data)
     test = Drawn(folder, 64, HELD_OUT).images()[::SCENES_EACH]
     vae = build()
     name = "autoencoder"
@@ -109,14 +128,16 @@ def train(
     stream = batches(len(images), batch, seed=3, start=run.step)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        x = _crops(images, next(stream), side, np.random.default_rng([4, step]))
+        chosen = next(stream)
+        x = to_input(_crops(images, chosen, side, np.random.default_rng([4, step])))
+        weight = torch.from_numpy(_crops(weights, chosen, side, np.random.default_rng([4, step]))).float()[:, None]
         latent = vae.encode(x).latent_dist
         z = (
             latent.mean.detach()
             if decoder_only
             else latent.mean + 0.02 * latent.mean.std() * torch.randn_like(latent.mean)
         )
-        loss = reconstruction_loss(vae.decode(z).sample, x)
+        loss = reconstruction_loss(vae.decode(z).sample, x, weight)
         guide = max(0.0, 1 - step / COLOR_STEPS)
         if guide and not decoder_only:
             loss = loss + guide * (latent.mean[:, :3] - F.avg_pool2d(x, 8)).abs().mean()

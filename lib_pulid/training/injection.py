@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_pulid.attention import add_image_stream, cross_attention_residual, prepare_site
+from lib_pulid.attention import SiteIdentity, add_cross_attention, add_image_stream, prepare_site
 from lib_pulid.encoders import IDFormer
 from lib_pulid.sites import Site, Sites, find_sites
 from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights
@@ -52,7 +52,7 @@ class RowIdentities:
     """Who goes into each row of a batch.
 
     Args:
-        tokens: [B, N, D]. mask: [B, h, w] in 0..1, where in the latent's frame; None: everywhere.
+        tokens: [B, N, D]. mask: [h, w] in 0..1, where in the latent's frame; None: everywhere.
         weight, projection, num_zero: see `injection.compile_injection`.
     """
 
@@ -81,34 +81,35 @@ def inject_rows(denoiser: nn.Module | Sites, weights: Sequence[Any], people: Seq
 
 def _attach_cross_attention(site: Site, weights: CrossAttentionWeights, people: Sequence[RowIdentities]) -> Any:
     def add(q: Tensor, h: Tensor) -> Tensor:
-        total = h
-        for person in people:
-            tensors = prepare_site(weights, person.tokens, person.weight)
-            residual = cross_attention_residual(
-                q, h, tensors.k, tensors.v,  # type: ignore[union-attr]
-                heads=site.heads, projection=person.projection, num_zero=person.num_zero,
-            )  # fmt: skip
-            total = total + residual * _on_tokens(person.mask, h.shape[1])
-        return total
+        return add_cross_attention(q, h, _identities(weights, people, len(h), h.shape[1]), site.heads)
 
     return site.attach(add)
 
 
 def _attach_image_stream(site: Site, weights: ImageStreamWeights, people: Sequence[RowIdentities]) -> Any:
     def add(total: Tensor, image: Tensor) -> None:
-        for person in people:
-            tensors = prepare_site(weights, person.tokens, person.weight)
-            add_image_stream(total, image, tensors, list(range(len(image))), None)  # type: ignore[arg-type]
+        add_image_stream(total, image, _identities(weights, people, len(image), image.shape[1]))
 
     return site.attach(add)
 
 
-def _on_tokens(mask: Tensor | None, tokens: int) -> Tensor | float:
-    """A mask [B, h, w] as [B, tokens, 1], for a square frame halved as often as it takes."""
-    if mask is None:
-        return 1.0
+def _identities(weights: Any, people: Sequence[RowIdentities], rows: int, tokens: int) -> list[SiteIdentity[Any]]:
+    return [
+        SiteIdentity(
+            prepare_site(weights, person.tokens, person.weight),
+            range(rows),
+            None if person.mask is None else _on_tokens(person.mask, tokens),
+            person.projection,
+            person.num_zero,
+        )
+        for person in people
+    ]
+
+
+def _on_tokens(mask: Tensor, tokens: int) -> Tensor:
+    """A mask [h, w] as [tokens, 1], for a square frame halved as often as it takes."""
     side = round(tokens**0.5)
-    return F.interpolate(mask[:, None], size=(side, side), mode="area").flatten(1)[..., None]
+    return F.interpolate(mask[None, None], size=(side, side), mode="area").flatten()[:, None]
 
 
 def id_former(token_width: int = 64, vit_width: int = 64, dim: int = 64, seed: int = 0) -> IDFormer:

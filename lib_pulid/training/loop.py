@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib_pulid.training.muon import optimizers
+
 
 @dataclass
 class Run:
@@ -21,7 +23,7 @@ class Run:
 
     Args:
         module: what is trained; its parameters that require gradients.
-        steps: how many steps the whole run has; the learning rate ends at a tenth of `rate`, along a cosine.
+        steps: how many steps the whole run has; the learning rate ends at a twentieth of `rate`, along a cosine.
         minutes: stop after so long, with a checkpoint; None: go on to the end.
         decay: of the moving average of the weights, which is what `finish` returns.
     """
@@ -31,7 +33,7 @@ class Run:
     steps: int
     rate: float
     warmup: int = 100
-    decay: float = 0.998
+    decay: float = 0.995
     clip: float = 1.0
     minutes: float | None = None
     save_every: float = 120.0  # seconds
@@ -41,7 +43,7 @@ class Run:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), self.rate, betas=(0.9, 0.99), weight_decay=1e-3)
+        self.optimizers = optimizers(self.module, self.rate)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         if self._path.is_file():
             self._resume()
@@ -55,7 +57,9 @@ class Run:
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state["weights"][name])
             self.average[name].copy_(state["average"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if len(state.get("optimizers", ())) == len(self.optimizers):
+            for optimizer, kept in zip(self.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(kept)
         self.step = state["step"]
 
     def save(self) -> None:
@@ -63,7 +67,7 @@ class Run:
         state = {
             "weights": {name: p.detach() for name, p in self.parameters.items()},
             "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
         }
         part = self._path.with_suffix(".part")
@@ -92,15 +96,18 @@ class Run:
 
     def _one(self, loss_of: Callable[[int], tuple[Tensor, Mapping[str, float]]]) -> dict[str, float]:
         ahead = min(1.0, (self.step + 1) / self.warmup)
-        cosine = 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * self.step / self.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * ahead * cosine
+        cosine = 0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * self.step / self.steps))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * ahead * cosine
         loss, figures = loss_of(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)
         if torch.isfinite(norm):  # a batch that overflows is left out
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
         self.step += 1
         decay = min(self.decay, self.step / (self.step + 10))
         with torch.no_grad():

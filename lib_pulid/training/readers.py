@@ -27,6 +27,7 @@ from lib_pulid.training.layers import Block, conv, settle_norms, to_input
 from lib_pulid.training.loop import Run
 
 EMBEDDING = 512
+SETTLING = 30  # batches on which norms are measured at the end
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def train(name: str, folder: Path, people: int, steps: int, batch: int, rate: fl
 
     run.train(loss_of)
     run.finish()
-    settle_norms(reader, (lesson.images(next(stream), -step) for step in range(30, 0, -1)))
+    settle_norms(reader, (lesson.images(next(stream), 10**6 + step) for step in range(SETTLING)))
     return reader
 
 

@@ -128,8 +128,17 @@ class _Unit:
 
     def _common(self, field: Field, tip: bool = True) -> dict[str, Any]:
         value = self._defaults[FIELDS.index(field)]
-        common = {"label": field.label, "value": value, "elem_id": self._id(field.name), "interactive": True}
+        # The hosts keep settings of the page by their labels: equal ones would be one setting of all persons.
+        common = {
+            "label": self._label(field.label),
+            "value": value,
+            "elem_id": self._id(field.name),
+            "interactive": True,
+        }
         return {**common, "info": field.tip} if tip else common
+
+    def _label(self, text: str) -> str:
+        return text if self._number == 1 else f"{text} (person {self._number})"
 
     def _hidden(self, name: str) -> None:
         label = f"PuLID {self._number} {name}"
@@ -180,15 +189,26 @@ class _Unit:
             elem_id=self._id("shown"),
             elem_classes=["pulid-shown"],
         )
+        self.seen = gr.HTML("", elem_id=self._id("seen"), elem_classes=["pulid-note"])
+        self.asked = _silent(gr.Textbox(value="", visible=False, label=f"PuLID {self._number} preview of"))
         with gr.Row(elem_classes=["pulid-line"]):
             self.widgets["identity"] = gr.Dropdown(
                 choices=self._actions.identity_choices(),
                 allow_custom_value=True,
-                **{**self._common(FIELD["identity"], tip=False), "value": NONE, "label": "Or a saved identity"},
+                **{
+                    **self._common(FIELD["identity"], tip=False),
+                    "value": NONE,
+                    "label": self._label("Or a saved identity"),
+                },
             )
             self.refresh = _tool("\U0001f504", self._id("refresh"), "Look for new identities and models")
             self.name = _silent(
-                gr.Textbox(label="Save these photos as", placeholder="name", max_lines=1, elem_id=self._id("save_name"))
+                gr.Textbox(
+                    label="Save this person as",
+                    placeholder="name, or name.pulidembd",
+                    max_lines=1,
+                    elem_id=self._id("save_name"),
+                )
             )
             self.save = gr.Button("Save identity", size="sm", elem_id=self._id("save"), elem_classes=["pulid-tool"])
 
@@ -240,18 +260,20 @@ class _Unit:
 
     def _wire(self) -> None:
         act, w = self._actions, self.widgets
-        images, face = w["images"], [w["face_order"], w["face_index"]]
+        images, identity, face = w["images"], w["identity"], [w["face_order"], w["face_index"]]
         self.drop.upload(act.add_photos, [self.drop, images], [self.drop, images, w["enabled"], self.note], **AT_ONCE)
         images.change(act.show_photos, [images], [self.gallery, self.selected], **AT_ONCE)
+        images.change(act.photos_count, [images, identity, self.note], [identity, self.note], **AT_ONCE)
+        identity.change(act.identity_counts, [identity, images], [images], **AT_ONCE)
         self.gallery.select(act.select_photo, [], [self.selected], **AT_ONCE)
         self.remove.click(act.remove_photo, [images, self.selected], [images], **AT_ONCE)
         self.remove_all.click(lambda: "", [], [images], **AT_ONCE)
-        self.refresh.click(act.refresh, [], [w["identity"], w["model"]], **AT_ONCE)
-        self.preview.click(act.preview, [images, w["identity"], *face], [self.shown, self.note], queue=False)
+        self.refresh.click(act.refresh, [identity], [identity, w["model"]], **AT_ONCE)
+        self._wire_preview([images, identity, *face])
         self.save.click(
             act.save,
-            [self.name, images, w["model"], *face, w["fusion"]],
-            [w["identity"], self.name, self.note],
+            [self.name, images, w["model"], *face, w["fusion"], identity],
+            [identity, self.name, self.note],
             queue=False,
         )
         moved = [w[name] for name in PRESET_FIELDS]
@@ -265,6 +287,15 @@ class _Unit:
         labels = (f"PuLID {self._number} {side}" for side in ("width", "height"))
         width, height = (_silent(gr.Number(visible=False, label=label)) for label in labels)
         self.blank.click(act.empty_picture, [width, height], [self.canvas.picture], _js=size, **AT_ONCE)
+
+    def _wire_preview(self, of: list[Any]) -> None:
+        """of: the widgets that say what it shows; it goes when one of them changes."""
+        act, shown = self._actions, [self.shown, self.seen]
+        self.preview.click(act.asked, of, [self.asked], **AT_ONCE)
+        made = self.preview.click(act.preview, of, shown, queue=False)
+        made.then(act.still_asked, [*of, self.asked], shown, **AT_ONCE)
+        for widget in of:
+            widget.change(act.no_preview, [], shown, **AT_ONCE)
 
 
 def _silent(widget: Any) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import numpy as np
@@ -30,6 +31,9 @@ from lib_pulid.fields import (
 from lib_pulid.images import load_image, thumbnail
 from lib_pulid.webui import pictures
 from lib_pulid.webui.library import Library
+
+if TYPE_CHECKING:
+    from lib_pulid.identity import Identity
 
 THUMBNAIL = 256
 PRESET_FIELDS = ("projection", "num_zero", "start_step")  # what presets set
@@ -59,8 +63,16 @@ class Actions:
     def model_choices(self) -> list[str]:
         return [AUTO, *(file.name for file in self._library.adapters())]
 
-    def refresh(self) -> tuple[Any, Any]:
-        return gr.update(choices=self.identity_choices()), gr.update(choices=self.model_choices())
+    def refresh(self, identity: str = NONE) -> tuple[Any, Any]:
+        """-> the lists of identities and of models. identity: the chosen one; one that is gone is chosen no longer."""
+        chosen = {} if self._is_there(identity) else {"value": NONE}
+        return gr.update(choices=self.identity_choices(), **chosen), gr.update(choices=self.model_choices())
+
+    def _is_there(self, identity: str) -> bool:
+        try:
+            return not _saved(identity) or self._library.find(identity) is not None
+        except SettingError:  # several have that name: generating says so
+            return True
 
     # ------------------------------------------------------------ photos
 
@@ -93,14 +105,39 @@ class Actions:
         rest = photos[:index] + photos[index + 1 :] if photos else []
         return json.dumps(rest) if rest else ""
 
+    # ------------------------------------------------------------ photos, or a saved identity: one of them is there
+
+    def photos_count(self, images: str, identity: str, note: str) -> tuple[Any, Any]:
+        """After photos have come. -> the identity no longer chosen, and the note with that in it."""
+        if not (images and _saved(identity)):
+            return gr.update(), gr.update()
+        told = f"The photos count now; the saved identity {identity} is no longer chosen."
+        return gr.update(value=NONE), gr.update(value=(note or "") + _warn(told))
+
+    def identity_counts(self, identity: str, images: str) -> Any:
+        """After an identity was chosen. -> no photos: they would do nothing, and mix with the next person's."""
+        return "" if images and _saved(identity) else gr.update()
+
     # ------------------------------------------------------------ faces
+
+    def asked(self, images: str, identity: str, order: str, index: float) -> str:
+        """Names what a preview is of."""
+        return hashlib.sha256(json.dumps([images, identity, order, int(index)]).encode()).hexdigest()
+
+    def still_asked(self, images: str, identity: str, order: str, index: float, asked: str) -> tuple[Any, Any]:
+        """After a preview was made, which takes a while: it goes if it is of something else by now."""
+        same = asked == self.asked(images, identity, order, index)
+        return (gr.update(), gr.update()) if same else self.no_preview()
+
+    def no_preview(self) -> tuple[Any, Any]:
+        return gr.update(value=[], visible=False), ""
 
     def preview(self, images: str, identity: str, order: str, index: float) -> tuple[Any, str]:
         """-> the gallery of what was found, and what to know of it."""
         shown: list[tuple[np.ndarray, str]] = []
         lines: list[str] = []
         try:
-            if identity not in ("", NONE):
+            if _saved(identity):
                 shown, lines = self._preview_identity(identity)
             elif not images:
                 lines = [_bad(["There is no photo yet: drop one above."])]
@@ -140,26 +177,37 @@ class Actions:
             notes = pictures.warnings(face)
             lines.append(_warn(f"{name}: {'; '.join(notes)}.") if notes else _good(f"{name}: a good face."))
 
-    def save(self, name: str, images: str, model: str, order: str, index: float, fusion: str) -> tuple[Any, Any, str]:
-        """-> the list of identities with the new one chosen, the name field emptied, a note."""
+    def save(
+        self, name: str, images: str, model: str, order: str, index: float, fusion: str, identity: str = NONE
+    ) -> tuple[Any, Any, str]:
+        """-> the list of identities with the new one chosen, the name field emptied, a note.
+
+        Without photos the chosen identity is saved under another name, or in another format.
+        """
         told: list[str] = []
         try:
             if not name.strip():
                 raise SettingError("Give the identity a name first.")
-            photos = [pictures.photo(text, f"photo {i}") for i, text in enumerate(_images(images), 1)]
-            if not photos:
-                raise SettingError("There is no photo to save: drop one above.")
-            adapter = self._library.adapter(model or AUTO, self._family_for(model))
-            choice = FaceChoice(order, int(index))
-            identity = self._library.encode(photos, adapter, choice, fusion, warn=lambda text: told.append(_warn(text)))
-            saved = self._library.save(name, identity)
+            made = self._library.saved(identity) if _saved(identity) and not images else None
+            saved = self._library.save(
+                name, made or self._encoded(images, model, FaceChoice(order, int(index)), fusion, told)
+            )
         except PulidError as error:
             return gr.update(), gr.update(), _bad([str(error)])
         finally:
             self._library.release()
-        note = _good(f"{saved.name} ({saved.short_hash}) is saved for {saved.adapter} and chosen above.")
+        note = _good(
+            f"{saved.name} ({saved.short_hash}) is saved for {saved.adapter}; it is chosen below and counts now."
+        )
         listed = gr.update(choices=self.identity_choices(), value=saved.name)
         return listed, gr.update(value=""), "".join([note, *told])
+
+    def _encoded(self, images: str, model: str, choice: FaceChoice, fusion: str, told: list[str]) -> Identity:
+        photos = [pictures.photo(text, f"photo {i}") for i, text in enumerate(_images(images), 1)]
+        if not photos:
+            raise SettingError("There is no photo to save: drop one above.")
+        adapter = self._library.adapter(model or AUTO, self._family_for(model))
+        return self._library.encode(photos, adapter, choice, fusion, warn=lambda text: told.append(_warn(text)))
 
     def _family_for(self, model: str) -> str:
         """A named file's own; with auto the checkpoint's, or the only one there are files for."""
@@ -231,6 +279,11 @@ def preset_choices(family: str) -> list[str]:
 
 def _preset_name(family: str, values: Sequence[Any]) -> str:
     return preset_name(family, dict(zip(PRESET_FIELDS, values)))
+
+
+def _saved(identity: str) -> str:
+    """The chosen identity, or ""."""
+    return "" if identity in (None, "", NONE) else identity
 
 
 def _images(text: str) -> tuple[str, ...]:

@@ -5,9 +5,7 @@ One adapter stays loaded on the CPU; the models that read photos are released af
 
 from __future__ import annotations
 
-import re
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,29 +13,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib_pulid import catalog
+from lib_pulid import catalog, disk, names
+from lib_pulid.disk import listed as _files
 from lib_pulid.errors import (
     IdentityMismatchError,
+    Interrupted,
     MissingWeightsError,
     SettingError,
     UnsupportedModelError,
     WrongWeightsError,
 )
-from lib_pulid.fields import AUTO, NONE
+from lib_pulid.fields import AUTO
 from lib_pulid.heads import checkpoint_family, read_head
+from lib_pulid.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.webui.fetching import Downloads
+from lib_pulid.webui.interruptible import Interruptible
 from lib_pulid.webui.readers import Readers
 
 if TYPE_CHECKING:
     from lib_pulid.faces import Face, FaceChoice
     from lib_pulid.identity import Identity
+    from lib_pulid.injection import Injection
     from lib_pulid.photos import IdentityCache
+    from lib_pulid.webui.compiled import CompiledInjections
     from lib_pulid.weights import Adapter
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-HASH = re.compile(r"[0-9a-f]{10}")
-LONGEST_NAME = 200  # bytes: file systems take 255, and a file that is being written has a longer name
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
+IDENTITY_SUFFIXES = (".safetensors", PULIDEMBD)
+# What the identity encoder of a PuLID file has, and that of an IP-Adapter in the same layout has not.
+_ENCODERS = ("image_proj.body.0.weight", "image_proj.proj_out")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class Library:
         self.downloads = Downloads(models_dir)
         self._readers = Readers(device, lambda path: self._of(path, _fingerprint))
         self._lock = threading.RLock()
+        self._work = Interruptible()
         self._adapter: tuple[Any, Adapter] | None = None
+        self._compiled: CompiledInjections | None = None
         self._cache: tuple[Path, IdentityCache] | None = None
         self._read: dict[Any, Any] = {}  # what was read of a file, by its path, size and time
 
@@ -90,7 +96,8 @@ class Library:
     def folder(self) -> Path:
         """Where PuLID files lie; a models folder without a `pulid` in it is taken for it."""
         folder = self.models_dir / "pulid"
-        return folder if folder.is_dir() or not self.models_dir.is_dir() else _flat(self.models_dir) or folder
+        here = disk.is_folder(folder) or not disk.is_folder(self.models_dir)
+        return folder if here else _flat(self.models_dir) or folder
 
     @property
     def identities_dir(self) -> Path:
@@ -123,19 +130,22 @@ class Library:
         with self._lock:
             if name != AUTO:
                 return self._checked(self._load(self._named(name)), family)
-            adapters = self._of_family(family, encoder)
+            left_out: list[str] = []
+            adapters = self._of_family(family, encoder, left_out)
             first = next(adapters, None)
             if first is None:
                 wanted = catalog.in_group(family)
-                raise MissingWeightsError(
-                    f"no PuLID file for {family.upper()} in {self.folder}. One of these is needed:\n"
-                    f"{catalog.by_hand(wanted, self.models_dir)}\n{catalog.how_to_get(wanted[:1])}"
-                )
-            if not encoder or first.fingerprint == encoder:
+                raise MissingWeightsError("\n".join([
+                    f"no PuLID file for {family.upper()} in {self.folder}. One of these is needed:",
+                    catalog.by_hand(wanted, self.models_dir),
+                    catalog.how_to_get(wanted[:1]),
+                    *(f"Left out: {problem}" for problem in left_out),
+                ]))  # fmt: skip
+            if not encoder or first.is_encoder(encoder):
                 return first
-            return next((adapter for adapter in adapters if adapter.fingerprint == encoder), first)
+            return next((adapter for adapter in adapters if adapter.is_encoder(encoder)), first)
 
-    def _of_family(self, family: str, encoder: str) -> Iterator[Adapter]:
+    def _of_family(self, family: str, encoder: str, left_out: list[str]) -> Iterator[Adapter]:
         files = [file for file in self.adapters() if file.family in (family, "")]
         if self._adapter is not None and encoder:  # what is loaded costs nothing to look at
             loaded = self._adapter[1].path
@@ -143,19 +153,25 @@ class Library:
         for file in files:
             try:
                 adapter = self._load(file.path)
-            except WrongWeightsError:
+            except (WrongWeightsError, MissingWeightsError) as error:
                 if file.family:
                     raise  # its head says that it is one: damaged
-                continue  # something else that lies in the folder
+                left_out.append(str(error))  # something else that lies in the folder
+                continue
             if adapter.family == family:
                 yield adapter
 
     def _named(self, name: str) -> Path:
-        for file in self.adapters():
-            if name in (file.name, file.path.stem):
-                return file.path
-        names = ", ".join(file.name for file in self.adapters()) or "there is none"
-        raise MissingWeightsError(f"{name} is not among the PuLID files in {self.folder} ({names}).")
+        """Also of a file that is none: loading it says what it is."""
+        paths = [*(file.path for file in self.adapters()), *_files(self.folder, WEIGHT_SUFFIXES)]
+        for spelled in (lambda path: path.name, lambda path: path.stem):
+            by_name: dict[str, Path] = {}
+            for path in paths:
+                by_name.setdefault(spelled(path), path)
+            if (found := names.find(name, by_name)) is not None:
+                return found
+        known = ", ".join(file.name for file in self.adapters()) or "there is none"
+        raise MissingWeightsError(f"{name} is not among the PuLID files in {self.folder} ({known}).")
 
     def _checked(self, adapter: Adapter, family: str) -> Adapter:
         if adapter.family != family:
@@ -174,6 +190,14 @@ class Library:
             self._adapter = stamp, load_adapter(path)
         return self._adapter[1]
 
+    def injection(self, adapter: Adapter, identity: Identity, **settings: Any) -> Injection:
+        """As `compile_injection`; what was compiled last is not compiled again."""
+        if self._compiled is None:
+            from lib_pulid.webui.compiled import CompiledInjections
+
+            self._compiled = CompiledInjections()
+        return self._compiled.get(adapter, _stamp(adapter.path), identity, **settings)
+
     def checkpoint_family(self, path: Path) -> str:
         """Of a checkpoint's file, by its head: "sdxl", "flux", or "" where that does not tell."""
         try:
@@ -185,19 +209,24 @@ class Library:
 
     def identities(self) -> list[SavedIdentity]:
         """The saved identities by name; files that are none are left out."""
-        found = (self._of(path, _saved) for path in _files(self.identities_dir, (".safetensors",)))
+        found = (self._of(path, _saved) for path in _files(self.identities_dir, IDENTITY_SUFFIXES))
         return sorted((saved for saved in found if saved is not None), key=lambda saved: saved.name.lower())
 
     def find(self, name_or_hash: str) -> Path | None:
-        """Where an identity lies: saved, by name or short hash, or by hash in the cache."""
-        saved = self.identities()
-        for one in saved:
-            if name_or_hash == one.name:
-                return one.path
-        if not HASH.fullmatch(name_or_hash):
+        """Where an identity lies: saved, by name (however it is spelled) or short hash, or by hash in the cache.
+
+        Raises:
+            SettingError: the name could be that of several.
+        """
+        paths = _files(self.identities_dir, IDENTITY_SUFFIXES)
+        for spelled in (_shown_name, lambda path: path.stem, lambda path: path.name):
+            if (found := names.find(name_or_hash, {spelled(path): path for path in paths[::-1]})) is not None:
+                return found
+        short_hash = name_or_hash.lower()
+        if not names.HASH.fullmatch(short_hash):
             return None
         cached = (self._of(path, _saved) for path in _files(self.folder / "cache", (".safetensors",)))
-        hits = (one.path for one in (*saved, *cached) if one is not None and one.short_hash == name_or_hash)
+        hits = (one.path for one in (*self.identities(), *cached) if one is not None and one.short_hash == short_hash)
         return next(hits, None)
 
     def saved(self, name_or_hash: str) -> Identity:
@@ -205,35 +234,41 @@ class Library:
 
         Raises:
             IdentityMismatchError: there is none of that name or hash, or its file is damaged.
+            SettingError: the name could be that of several.
         """
         from lib_pulid.identity import Identity
 
         path = self.find(name_or_hash)
         if path is None:
-            names = ", ".join(one.name for one in self.identities()) or "nothing is saved yet"
-            raise IdentityMismatchError(f"{name_or_hash} is not saved in {self.identities_dir} ({names}).")
+            known = ", ".join(one.name for one in self.identities()) or "nothing is saved yet"
+            raise IdentityMismatchError(f"{name_or_hash} is not saved in {self.identities_dir} ({known}).")
         return Identity.load(path)
 
     def save(self, name: str, identity: Identity) -> SavedIdentity:
-        """Saves under a new name.
+        """Saves under a new name; under one that ends in `.pulidembd` in that format.
 
         Raises:
-            SettingError: the name is taken, or cannot be one.
+            SettingError: the name is taken, by however it is spelled, or cannot be one. StorageError.
         """
         from dataclasses import replace
 
-        name = unicodedata.normalize("NFC", name.strip())
-        if not _is_name(name):
-            raise SettingError(
-                "A name has letters, digits, blanks and -_.()' only, begins with a letter or digit, is not too long, "
-                "and neither a hash nor a word that is reserved (None, CON)."
-            )
-        path = self.identities_dir / f"{name}.safetensors"
+        name = names.new(name)
+        path = self.identities_dir / (name if name.lower().endswith(PULIDEMBD) else f"{name}.safetensors")
         with self._lock:  # of two who save under one name, the second is told
-            if path.exists():
-                raise SettingError(f"{name} is saved already; take another name, or delete {path} first.")
+            self._check_free(path, [])
             replace(identity, info={**identity.info, "name": name}).save(path)
-        return SavedIdentity(name, identity.short_hash, identity.info.get("adapter", ""), path)
+            try:
+                self._check_free(path, [path])  # another program may have saved another spelling
+            except SettingError:
+                path.unlink(missing_ok=True)
+                raise
+        return SavedIdentity(_shown_name(path), identity.short_hash, identity.info.get("adapter", ""), path)
+
+    def _check_free(self, path: Path, own: Sequence[Path]) -> None:
+        for other in _files(self.identities_dir, IDENTITY_SUFFIXES):
+            if names.key(other.name) == names.key(path.name) and other not in own:
+                shown = _shown_name(other)
+                raise SettingError(f"{shown} is saved already; take another name, or delete {other} first.")
 
     # ------------------------------------------------------------ photos
 
@@ -245,17 +280,37 @@ class Library:
         fusion: str,
         tell: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = lambda text: None,
+        stop: Callable[[], bool] | None = None,
     ) -> Identity:
         """Photos, uint8 RGB [H, W, 3], of one person -> Identity; each set of photos is encoded once.
 
-        tell: is told what is being done. warn: what the user should know afterwards.
+        tell: is told what is being done. warn: what the user should know afterwards. stop: whether to leave it be,
+        asked several times a second.
 
         Raises:
             ImageError, NoFaceError, MissingWeightsError, WrongWeightsError, SettingError.
+            Interrupted: `stop` said so.
         """
-        with self._lock:
-            cache = self._identity_cache()
-            return self._readers.encode(photos, adapter, choice, fusion, self.models_dir, cache, tell, warn)
+
+        def work(is_left: Callable[[], bool]) -> Identity:
+            def told(text: str) -> None:
+                if is_left():
+                    raise Interrupted(text)
+                tell(text)
+
+            with self._lock:
+                try:
+                    cache = self._identity_cache()
+                    return self._readers.encode(photos, adapter, choice, fusion, self.models_dir, cache, told, warn)
+                finally:
+                    if is_left() and not self._keep():
+                        self._readers.release()
+
+        return work(lambda: False) if stop is None else self._work.run(work, stop)
+
+    def settle(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Waits for photos that are still being read after an interrupt, or until `stop`."""
+        self._work.settle(stop)
 
     def read_face(
         self, photo: np.ndarray, choice: FaceChoice, name: str, warn: Callable[[str], None] = lambda text: None
@@ -269,7 +324,9 @@ class Library:
             return self._readers.read_face(photo, choice, name, self.models_dir, warn)
 
     def release(self) -> None:
-        """Lets go of the encoders, unless the settings keep them."""
+        """Lets go of the encoders, unless the settings keep them; after an interrupt, when their work is done."""
+        if self._work.is_busy:
+            return
         with self._lock:
             if not self._keep():
                 self._readers.release()
@@ -290,32 +347,20 @@ class Library:
         return self._read[key]
 
 
-def _is_name(name: str) -> bool:
-    """Whether a file can be called so everywhere, and the identity be told from a hash and from "None"."""
-    letters = all(c.isalnum() or c in "_ .()'-" or unicodedata.category(c)[0] == "M" for c in name)  # M: vowel signs
-    starts_well = name[:1].isalnum() or name[:1] == "_"
-    taken = name == NONE or HASH.fullmatch(name) or RESERVED.fullmatch(name)
-    return (
-        letters and starts_well and not name.endswith(".") and not taken
-        and len(name) <= 80 and len(name.encode()) <= LONGEST_NAME
-    )  # fmt: skip
-
-
-def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
+def _shown_name(path: Path) -> str:
+    """Of a saved identity: that of its file; in another program's format with its ending."""
+    return path.name if path.suffix.lower() == PULIDEMBD else path.stem
 
 
 def _flat(models_dir: Path) -> Path | None:
     known = {file.name for file in catalog.CATALOG}
-    return models_dir if any(path.name in known for path in models_dir.iterdir()) else None
+    return models_dir if any(path.name in known for path in disk.listed(models_dir)) else None
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
     try:
         stat = path.stat()
-    except FileNotFoundError:  # deleted since it was listed: who reads it sees that
+    except OSError:  # deleted since it was listed, or closed: who reads it sees that
         return str(path), 0, 0
     return str(path), stat.st_size, stat.st_mtime_ns
 
@@ -329,7 +374,10 @@ def _family(path: Path) -> str:
         return ""  # damaged: listed, and loading it says what is wrong
     if any(key.startswith("pulid_ca.") for key in keys):
         return "flux"
-    return "sdxl" if any(key.startswith(("id_adapter", "ip_adapter.")) for key in keys) else "other"
+    if any(key.startswith("id_adapter") for key in keys):
+        return "sdxl"
+    converted = any(key.startswith("ip_adapter.") for key in keys) and any(key in keys for key in _ENCODERS)
+    return "sdxl" if converted else "other"
 
 
 def _fingerprint(path: Path) -> str:
@@ -345,4 +393,4 @@ def _saved(path: Path) -> SavedIdentity | None:
         identity = Identity.load(path)
     except IdentityMismatchError:
         return None
-    return SavedIdentity(path.stem, identity.short_hash, identity.info.get("adapter", ""), path)
+    return SavedIdentity(_shown_name(path), identity.short_hash, identity.info.get("adapter", ""), path)

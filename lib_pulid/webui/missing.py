@@ -40,21 +40,23 @@ class Missing:
         self.look = gr.Button("Look for PuLID's files", visible=False, elem_id=f"{elem_id}_look")  # clicked by pulid.js
         self.outputs = [self.panel, self.note, self.accept, self.start, self.stop]
 
-    def wire(self, units: Sequence[Any], refresh: Callable[[], tuple[Any, Any]]) -> None:
-        """units: of the accordion; `refresh` gives their lists of identities and of models."""
+    def wire(self, units: Sequence[Any], refresh: Callable[[str], tuple[Any, Any]]) -> None:
+        """units: of the accordion; `refresh` gives the lists of identities and of models to one's chosen identity."""
         lists = [unit.widgets[name] for unit in units for name in ("identity", "model")]
 
-        def look(accepted: bool) -> list[Any]:
+        def look(accepted: bool, *identities: str) -> list[Any]:
             values = [*self.values(accepted)]
-            same = [gr.update()] * len(lists)
-            return values + (same if self._downloads.state.running else [*refresh()] * len(units))
+            if self._downloads.state.running:
+                return values + [gr.update()] * len(lists)
+            return values + [update for identity in identities for update in refresh(identity)]
 
-        def start(accepted: bool) -> list[Any]:
+        def start(accepted: bool, *identities: str) -> list[Any]:
             self._downloads.start([file for file in self.files() if accepted or not file.restricted])
-            return look(accepted)
+            return look(accepted, *identities)
 
-        asks = {"inputs": [self.accept], "outputs": [*self.outputs, *lists], **AT_ONCE}
-        self.look.click(look, **asks, _js=f"(accepted) => {{ Pulid.look('{self._tab}'); return accepted; }}")
+        chosen = [unit.widgets["identity"] for unit in units]
+        asks = {"inputs": [self.accept, *chosen], "outputs": [*self.outputs, *lists], **AT_ONCE}
+        self.look.click(look, **asks, _js=f"(...values) => {{ Pulid.look('{self._tab}'); return values; }}")
         self.start.click(start, **asks)
         for unit in units:
             unit.refresh.click(look, **asks)

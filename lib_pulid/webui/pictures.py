@@ -36,7 +36,8 @@ def decode(text: str, name: str, read: Callable[[bytes, str], np.ndarray] = load
 
     if len(text) > 2 * MAX_BYTES:  # base64 takes 4 / 3 of it
         raise ImageError(f"{name}: the file is too large (more than {MAX_BYTES // 10**6} MB).")
-    _, comma, body = text.partition(",") if text[:5].lower() == "data:" else ("", ",", text)
+    # The last comma: base64 has none, the name of a file in front of it may.
+    _, comma, body = text.rpartition(",") if text[:5].lower() == "data:" else ("", ",", text)
     try:
         data = base64.b64decode("".join(body.split()), validate=True) if comma else b""
     except (binascii.Error, ValueError) as error:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
 from lib_pulid.fields import AUTO
-from lib_pulid.injection import Injection, compile_injection
+from lib_pulid.identity import check_fusion, with_uncond
+from lib_pulid.injection import Injection
 from lib_pulid.sites import is_chroma
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.pictures import photo, region
@@ -26,13 +27,14 @@ class UnitPlan:
 
     Args:
         units: with their numbers, for messages. tell: is told what is being done, for the progress line.
-        warn: is told what the user should know when the picture is there.
+        warn: is told what the user should know when the picture is there. stop: whether the user has interrupted.
     """
 
     units: Sequence[tuple[int, PulidUnit]]
     library: Library
     tell: Callable[[str], None] = lambda text: None
     warn: Callable[[str], None] = lambda text: None
+    stop: Callable[[], bool] | None = None
     _is_experiment: bool = False
     _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
 
@@ -67,14 +69,7 @@ class UnitPlan:
         for number, unit in self.units:
             if not unit.in_pass(hires) or (hires and unit.in_pass(False)):
                 continue
-            injection = self._compiled([(number, unit)], model)[number][0]
-            if injection.weight and not injection.acts_within(steps):
-                name = "start_step" if injection.start_step >= steps else "start"
-                limits = f"from step {injection.start_step} on and " if injection.start_step else ""
-                raise at_unit(number, name, SettingError(
-                    f"the face would never act: of the {steps} steps, which count from 0, none lies "
-                    f"{limits}between the shares {injection.start:g} and {injection.end:g}."
-                ))  # fmt: skip
+            unit.check_steps(model.family, steps, number)
 
     def cfg_start_step(self, model: LoadedModel, *, hires: bool) -> int:
         """The largest of the units that act in this pass: it is one and the same for the whole picture."""
@@ -106,12 +101,12 @@ class UnitPlan:
         self.tell(f"PuLID: loading the model for unit {number}")
         unit = unit.on(model.family)
         identity, adapter = self._identity(number, unit, model.family)
-        if not model.guided:  # half of the memory
-            identity = replace(identity, uncond=None)
+        # Without negative rows: half of the memory.
+        identity = with_uncond(identity, adapter) if model.guided else replace(identity, uncond=None)
         with _at(number, "mask"):
             mask = region(unit.mask, "the region") if unit.mask else None
         with _at(number, "model"):
-            injection = compile_injection(
+            injection = self.library.injection(
                 adapter,
                 identity,
                 weight=unit.weight or 0.0,
@@ -139,6 +134,8 @@ class UnitPlan:
             raise at_unit(number, "images", SettingError("add a photo or choose a saved identity, or switch it off."))
         with _at(number, "model"):
             adapter = self.library.adapter(unit.model, family)
+        with _at(number, "fusion"):
+            check_fusion(unit.fusion, adapter)
         with _at(number, "images"):
             photos = [photo(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
             identity = self.library.encode(
@@ -148,6 +145,7 @@ class UnitPlan:
                 unit.fusion,
                 lambda text: self.tell(f"PuLID: unit {number}, {text}"),
                 lambda text: self.warn(f"PuLID unit {number}: {text}"),
+                self.stop,
             )
             return identity, adapter
 

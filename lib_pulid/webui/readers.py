@@ -64,7 +64,7 @@ class Readers:
         from lib_pulid.photos import make_identity
 
         files = catalog.require_encoders(models_dir)
-        return self._where_memory_suffices(
+        identity = self._where_memory_suffices(
             lambda: make_identity(
                 list(photos),
                 adapter,
@@ -77,6 +77,9 @@ class Readers:
             ),
             warn,
         )
+        for note in self._faces.notes if self._faces else ():
+            warn(note)
+        return identity
 
     def read_face(
         self, photo: np.ndarray, choice: FaceChoice, name: str, models_dir: Path, warn: Callable[[str], None]

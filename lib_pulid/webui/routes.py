@@ -5,13 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lib_pulid import catalog
-from lib_pulid.errors import MissingWeightsError, OutOfMemoryError, PulidError, SettingError, WrongWeightsError
+from lib_pulid.errors import (
+    IdentityMismatchError,
+    MissingWeightsError,
+    OutOfMemoryError,
+    PulidError,
+    SettingError,
+    WrongWeightsError,
+)
 from lib_pulid.fields import FIELD, FIELDS, PRESETS, WEIGHTS, check, schema, spelled
+from lib_pulid.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui import pictures
 from lib_pulid.webui.fetching import Downloads
@@ -44,6 +54,7 @@ def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
     add("models", lambda: models(library), "GET")
     add("download", lambda: progress(library.downloads), "GET")
     add("identities", lambda: identities(library), "GET")
+    add("identities/{name}", lambda name: _file(*identity_file(name, library)), "GET")
     add("schema", describe, "GET")
     body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
     add("detect", post_detect, "POST", openapi_extra={"requestBody": body})
@@ -143,6 +154,31 @@ def identities(library: Library) -> dict[str, Any]:
     return {"folder": str(library.identities_dir), "identities": saved}
 
 
+def identity_file(name: str, library: Library) -> tuple[str, bytes]:
+    """Name and content of a saved identity's file; `NAME.pulidembd` is made of NAME where it is not there.
+
+    Raises:
+        PulidError: there is none of that name, or it is for SDXL, which that format is not.
+    """
+    path = library.find(name)
+    if path is None and name.lower().endswith(PULIDEMBD):
+        identity = library.saved(name[: -len(PULIDEMBD)])
+        with tempfile.TemporaryDirectory() as folder:
+            return name, identity.save(Path(folder) / f"identity{PULIDEMBD}").read_bytes()
+    if path is None or path.parent != library.identities_dir:
+        raise IdentityMismatchError(f"{name} is not saved in {library.identities_dir}.")
+    return path.name, path.read_bytes()
+
+
+def _file(name: str, content: bytes) -> Any:
+    from urllib.parse import quote
+
+    from fastapi.responses import Response
+
+    headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
+    return Response(content, media_type="application/octet-stream", headers=headers)
+
+
 def describe() -> dict[str, Any]:
     """The unit's JSON schema; weight and presets by the checkpoint's family; and the positional order."""
     presets = {family: {name: dict(values) for name, values in some.items()} for family, some in PRESETS.items()}
@@ -159,7 +195,7 @@ def detect(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
     for name in body:
         if name not in DETECT_FIELDS:
             raise SettingError(f"PuLID, field {spelled(name)}: detect takes {', '.join(DETECT_FIELDS)} only.")
-    checked = {name: check(FIELD[name], value, 0) for name, value in body.items()}
+    checked = {name: check(FIELD[name], value, 0) for name, value in body.items() if value is not None}
     unit = PulidUnit(**checked)
     if not unit.images:
         raise SettingError("PuLID, field images: there is none.")

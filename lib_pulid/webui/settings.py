@@ -6,11 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lib_pulid.disk import user_path
 from lib_pulid.fields import MOST_UNITS
 from lib_pulid.hosts.webui import CHROMA
 
 SECTION = ("pulid", "PuLID")
 UNITS, FOLDER, DEVICE, KEEP = "pulid_units", "pulid_models_dir", "pulid_device", "pulid_keep_encoders"
+KEPT = [SUFFICES, ALWAYS, NEVER] = ["where memory suffices", "always", "never"]
+ROOM = 8e9  # bytes that have to be left for others: a checkpoint, a VAE, the system
 
 
 def add_settings() -> None:
@@ -28,8 +31,9 @@ def add_settings() -> None:
         DEVICE: OptionInfo("CPU", "Photos are read on", gr.Radio, {"choices": ["CPU", "GPU"]}).info(
             "CPU takes some seconds per photo and no video memory; each photo is read once"
         ),
-        KEEP: OptionInfo(False, "Keep the models that read photos in memory").info(
-            "about 2 GB; new photos are read faster"
+        KEEP: OptionInfo(SUFFICES, "Keep the models that read photos in memory", gr.Radio, {"choices": KEPT}).info(
+            "about 2 GB, and a new photo is read in a fraction of the time; where memory suffices: on the CPU, while "
+            f"{ROOM / 1e9:.0f} GB of it are free"
         ),
         CHROMA: OptionInfo(False, "Try PuLID on Chroma").info(
             "an experiment with the PuLID file for FLUX, which was not trained for Chroma: expect less likeness"
@@ -49,8 +53,8 @@ def models_dir() -> Path:
     from modules import paths
     from modules.shared import cmd_opts
 
-    chosen = getattr(cmd_opts, "pulid_models_dir", None) or _option(FOLDER, "")
-    return Path(chosen or getattr(paths, "models_path", "models")).expanduser().absolute()
+    chosen = (getattr(cmd_opts, "pulid_models_dir", None) or _option(FOLDER, "") or "").strip()
+    return user_path(chosen or getattr(paths, "models_path", "models")).absolute()
 
 
 def device() -> str:
@@ -60,7 +64,19 @@ def device() -> str:
 
 
 def keep_encoders() -> bool:
-    return bool(_option(KEEP, False))
+    wanted = _option(KEEP, SUFFICES)
+    if wanted in (ALWAYS, NEVER):
+        return wanted == ALWAYS
+    return device() == "cpu" and _free_memory() >= ROOM
+
+
+def _free_memory() -> int:
+    """Bytes of the computer's memory that are free; 0 where that cannot be told."""
+    try:
+        import psutil  # the WebUIs bring it
+    except ImportError:
+        return 0
+    return psutil.virtual_memory().available
 
 
 def make_temp_folder() -> None:

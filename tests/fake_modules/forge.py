@@ -93,7 +93,8 @@ def sample(
         pictures = len(conds[0])
         x = torch.randn(pictures, channels, *hw, generator=torch.Generator().manual_seed(step))
         sigma = torch.full((pictures,), 14.6 / (step + 1))
-        script_callbacks.cfg_denoiser_callback(SimpleNamespace(x=x, sigma=sigma, denoiser=denoiser))
+        texts = {"text_cond": conds[0], "text_uncond": unconds[0] if unconds else None}
+        script_callbacks.cfg_denoiser_callback(SimpleNamespace(x=x, sigma=sigma, denoiser=denoiser, **texts))
         unet = p.sd_model.forge_objects.unet
         scale = p.hr_cfg if p.is_hr_pass else p.cfg_scale
         for modifier in unet.model_options.get("conditioning_modifiers", []):

@@ -116,6 +116,16 @@ def after_error(host: Running) -> None:
     expect(after["hooks"] == 0 and after["callbacks"] == before["callbacks"], f"left: {after}")
 
 
+@rows.row("The host fails before it samples (8-bit weights, on a CPU): nothing of ours is left", hosts=("a1111",))
+def host_fails(host: Running) -> str:
+    before = host.api.state()
+    answer = host.api.try_txt2img(person(host), override_settings={"fp8_storage": "Enable"})
+    after = host.api.state()
+    expect(answer.status >= 500, f"{answer.status}: {answer.text[:200]}")
+    expect(after["hooks"] == before["hooks"] and after["callbacks"] == before["callbacks"], f"left: {after}")
+    return f"{answer.status}"
+
+
 @rows.row("Preview of a photo without a face: an error with a message")
 def detect_nobody(host: Running) -> str:
     answer = host.api.send("POST", "/pulid/detect", {"images": [encoded(host.photo("nobody"))]})

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.host.api import encoded
+from tests.host.api import encoded, request
 from tests.host.rows_basics import ANNA
 from tests.host.rows_works_with import MILD
-from tests.host.table import Rows, differ, equal
+from tests.host.table import Failed, Rows, differ, equal
 from tests.host.webui import Running
 
 rows = Rows()
@@ -66,6 +66,38 @@ def inpaint_whole(host: Running) -> str:
 @rows.row("Inpaint, only masked")
 def inpaint_only_masked(host: Running) -> str:
     return inpaint(host, only_masked=True)
+
+
+def half(left: bool) -> str:
+    mask = np.zeros((128, 192, 3), np.uint8)
+    mask[:, :96] = 255
+    return encoded(mask if left else 255 - mask)
+
+
+@rows.row("Inpaint, only masked, on the right: a face whose mask is the left half changes nothing, the right half all")
+def mask_in_a_crop(host: Running) -> str:
+    inpainted = np.zeros((128, 192, 3), np.uint8)
+    inpainted[32:96, 128:176] = 255
+    asked = {"init_images": [encoded(scene())], "mask": encoded(inpainted), "mask_blur": 0, "denoising_strength": 0.8}
+    asked |= {"inpainting_fill": 1, "inpaint_full_res": True, "inpaint_full_res_padding": 0}
+    plain = repeated(host, **asked)
+    equal(plain, host.api.img2img({**ANNA, "mask": half(left=True)}, **asked).image, "the other half's mask")
+    face = host.api.img2img(ANNA, **asked).image
+    equal(face, host.api.img2img({**ANNA, "mask": half(left=False)}, **asked).image, "this half's mask and none")
+    return f"{differ(plain, face, 'with and without'):.1f}"
+
+
+@rows.row("SD upscale: a face in each tile; with a mask refused")
+def tiles(host: Running) -> str:
+    asked = {"init_images": [encoded(scene())], "denoising_strength": 0.5, "width": 128, "height": 128}
+    titles = {title.lower(): title for title in host.api.get("/sdapi/v1/scripts")["img2img"]}
+    values = [32, "None", 1.0, False] if host.kind == "neo" else [None, 32, "None", 1.0]
+    asked |= {"script_name": titles["sd upscale"], "script_args": values}
+    face, plain = host.api.img2img(ANNA, **asked).image, host.api.img2img(**asked).image
+    answer = host.api.send("POST", "/sdapi/v1/img2img", request(({**ANNA, "mask": half(left=True)},), asked))
+    if answer.status != 422 or "processes parts of the image" not in answer.text:
+        raise Failed(f"{answer.status}: {answer.text[:200]}")
+    return f"{differ(plain, face, 'with and without'):.1f}"
 
 
 @rows.row("A detailer (as ADetailer works): the face in the repainted part if its list names the script “pulid”")

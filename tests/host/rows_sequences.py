@@ -38,7 +38,7 @@ FAULTS = (
     ("run.enter", 2, True),
     ("run.leave", 1, False),
     ("torch.nn.Module.register_forward_pre_hook", 40, False),
-    ("lib_pulid.injection.cross_attention_residual", 100, True),
+    ("lib_pulid.injection.add_cross_attention", 100, True),
     ("denoiser.forward", 1, False),
     ("denoiser.forward", 2, True),
 )

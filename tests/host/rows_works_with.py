@@ -89,6 +89,9 @@ def refiner(host: Running) -> str:
 def own_refiner(host: Running) -> str:
     asked = {"refiner_checkpoint": "tiny-refiner.safetensors", "refiner_switch_at": 0.5, "steps": 6}
     plain = host.api.txt2img(**asked).image
+    equal(plain, host.api.txt2img({**MILD, "weight": 0}, **asked).image, "weight 0")
+    late = host.api.try_txt2img({**MILD, "start": 0.8}, **asked)
+    expect(late.status == 422 and "refiner takes over before" in late.text, f"{late.status}: {late.text[:300]}")
     answer = host.api.try_txt2img(MILD, **asked)
     if answer.status >= 400:
         expect("refiner" in answer.text, f"{answer.status}: {answer.text[:300]}")

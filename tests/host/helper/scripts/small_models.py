@@ -184,7 +184,11 @@ def wrap_unet_detection(original: Callable[..., Any]) -> Callable[..., Any]:
             if f"{prefix}distilled_guidance_layer.out_proj.weight" in state:
                 size_chroma(state, prefix)
         out = f"{prefix}distilled_guidance_layer.out_proj.weight"
-        if config is not None and config.get("image_model") == "chroma" and state[out].shape[0] < config.get("out_dim", 0):
+        if (
+            config is not None
+            and config.get("image_model") == "chroma"
+            and state[out].shape[0] < config.get("out_dim", 0)
+        ):
             # Forge Neo reads FLUX's sizes from the file, but not those of Chroma's own network.
             root = f"{prefix}distilled_guidance_layer."
             config |= {"out_dim": state[out].shape[0], "hidden_dim": state[out].shape[1]}

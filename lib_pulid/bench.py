@@ -1,0 +1,209 @@
+"""`python -m lib_pulid bench`: what a face costs. Counted as on a GPU, timed per site and per step, and kept in memory.
+
+Times are medians of runs taken in turn: on a GPU by its own events, on a CPU the process's CPU time, which other
+programs change little.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib_pulid import bench_cases as cases
+from lib_pulid.bench_cases import Case
+from lib_pulid.gpu_cost import Cost, count, fake_gpu
+from lib_pulid.injection import inject
+
+Row = dict[str, Any]
+PARTS = ("counts", "kept", "sites", "steps", "photos")
+
+
+# ---------------------------------------------------------------- counted
+
+
+def counts(dtype: torch.dtype = torch.float16, modules: Any = None) -> list[Row]:
+    """Kernels, stalls and bytes of a site, in the real sizes, and of all sites in one call. modules: the official."""
+    kinds = [partial(cases.sdxl_case, *kind, "cuda", dtype, modules=modules) for kind in cases.SDXL_LAYERS]
+    kinds += [partial(kinds[0], persons=2), partial(kinds[0], persons=2, mask=True)]
+    flux = partial(cases.flux_case, cases.FLUX_TOKENS, "cuda", dtype, modules=modules)
+    return [_counted(make) for make in (*kinds, flux, partial(flux, persons=2))]
+
+
+def _counted(make: Callable[[], Case]) -> Row:
+    found: dict[str, Case] = {}
+
+    def one(name: str) -> Callable:
+        found["case"] = make()
+        return getattr(found["case"], name)
+
+    ours = count(lambda: one("ours")) - count(lambda: one("off"))
+    official = count(lambda: one("official")) - count(lambda: one("official_off"))
+    case = found["case"]
+    return {
+        "name": case.name,
+        "sites": case.sites,
+        "floor": case.floor,
+        **{who: {**asdict(cost), "floors": cost.moved / case.floor} for who, cost in _both(ours, official)},
+    }
+
+
+def _both(ours: Cost, official: Cost) -> Sequence[tuple[str, Cost]]:
+    return ("ours", ours), ("official", official)
+
+
+def kept() -> list[Row]:
+    """Bytes on the device while sampling, in 16 bit, for a person and a set of rows (cond; the same for uncond)."""
+    widths = [width for (_, width), layers in cases.SDXL_LAYERS.items() for _ in range(layers)]
+    with fake_gpu():
+        sdxl, _ = cases.sdxl_injection(widths, "cuda", torch.float16)
+        flux, _ = cases.flux_injection(20, cases.FLUX_WIDTH, "cuda", torch.bfloat16)
+    injections = {"SDXL v1.1, 70 sites": sdxl, "FLUX, 20 sites": flux}
+    return [{"name": name, "bytes": injection.nbytes // 2} for name, injection in injections.items()]
+
+
+# ---------------------------------------------------------------- timed
+
+
+def medians(device: str, runs: int, functions: Sequence[Callable[[], object]]) -> list[float]:
+    """Milliseconds of each function, taken in turn; a first run warms up."""
+    times: list[list[float]] = [[] for _ in functions]
+    for run in range(runs + 1):
+        for function, taken in zip(functions, times):
+            milliseconds = _timed(device, function)
+            if run:
+                taken.append(milliseconds)
+    return [statistics.median(taken) for taken in times]
+
+
+def _timed(device: str, function: Callable[[], object]) -> float:
+    if not device.startswith("cuda"):
+        start = time.process_time()
+        function()
+        return 1e3 * (time.process_time() - start)
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    function()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after)
+
+
+def sites(device: str, dtype: torch.dtype, runs: int) -> list[Row]:
+    """One site of each kind at a size that the device is for: 1024 x 1024 pixels on a GPU, 512 x 512 on a CPU."""
+    smaller = 1 if device.startswith("cuda") else 4
+    kinds = [
+        partial(cases.sdxl_case, tokens // smaller, width, device, dtype, persons=persons)
+        for tokens, width in cases.SDXL_LAYERS
+        for persons in (1, 2)
+    ]
+    flux = partial(cases.flux_case, cases.FLUX_TOKENS // smaller, device, dtype)
+    rows = []
+    for make in (*kinds, flux, partial(flux, persons=2)):
+        case = make()
+        off, ours, official = medians(device, runs, (case.off, case.ours, case.official))
+        rows.append({"name": case.name, "ours": ours - off, "official": official - off})
+    return rows
+
+
+def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
+    """Whole calls of a UNet, and FLUX's blocks, with random weights: without, with one and two persons, official.
+
+    small: narrow stand-ins with all their sites, to try it out.
+    """
+    from lib_pulid.hosts.diffusers_bench import bench_call
+
+    rows = []
+    for family in ("sdxl", "flux"):
+        call = bench_call(family, device, dtype, small)
+        injection = cases.injection_for(call.sites, device, dtype)
+
+        def with_persons(persons: int, call=call, injection=injection) -> None:
+            with inject(call.sites, [injection] * persons, call.step):
+                call.run()
+
+        functions = [call.run, partial(with_persons, 1), partial(with_persons, 2)]
+        without, one, two = medians(device, runs, functions)
+        rows.append({"name": call.name, "without": without, "one person": one, "two persons": two})
+    return rows
+
+
+# ---------------------------------------------------------------- photos
+
+
+def photos(models_dir: Path, photo: Path | None, device: str, runs: int) -> list[Row]:
+    """From a photo to an identity, with the weights that are there or stand-ins. Wall time, seconds."""
+    from lib_pulid.demo import sample_photo
+    from lib_pulid.images import load_image
+    from lib_pulid.photos import IdentityCache, make_identity
+    from lib_pulid.standalone import open_workshop
+
+    workshop = open_workshop("tiny-sdxl", models_dir, device=device)
+    image = load_image(photo or sample_photo())
+    start = time.perf_counter()
+    encoders = workshop.encoders()
+    loading = time.perf_counter() - start
+    cache = IdentityCache()
+    taken = []
+    for shade in range(runs + 1):
+        changed = image.copy()
+        changed[0, 0] = shade  # another photo of the same person, to the cache
+        for _ in range(2):
+            start = time.perf_counter()
+            make_identity([changed], workshop.adapter, encoders=lambda: encoders, encoders_id="bench", cache=cache)
+            taken.append(time.perf_counter() - start)
+    warm, known = statistics.median(taken[2::2]), statistics.median(taken[3::2])
+    row = {"name": "photo to identity", "loading": loading, "first": taken[0], "warm": warm, "known": known}
+    return [{**row, "of": "; ".join(workshop.notes)}]
+
+
+# ---------------------------------------------------------------- told
+
+
+@torch.no_grad()
+def run(arguments: Any) -> int:
+    """The command; see `cli`."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    modules = cases.official_modules(arguments.official) if arguments.official else None
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU ({platform.machine()})"
+    found: dict[str, Any] = {"torch": torch.__version__, "device": where, "threads": torch.get_num_threads()}
+    found["dtype"] = arguments.dtype
+    work: dict[str, Callable[[], list[Row]]] = {
+        "counts": lambda: counts(modules=modules),
+        "kept": kept,
+        "sites": lambda: sites(device, dtype, arguments.runs),
+        "steps": lambda: steps(device, dtype, arguments.runs, arguments.small),
+        "photos": lambda: photos(arguments.models_dir, arguments.face, device, arguments.runs),
+    }
+    if not arguments.json:
+        print(*(f"{key} {value}" for key, value in found.items()), sep=", ")
+    for part in arguments.parts or PARTS[:3]:
+        found[part] = work[part]()
+        if not arguments.json:
+            print(f"\n{part}", *map(_line, found[part]), sep="\n", flush=True)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    return 0
+
+
+def _line(row: Row) -> str:
+    parts = [f"{row['name']:44}"]
+    for key, value in row.items():
+        if isinstance(value, dict):
+            parts.append(f"{key}: {value['kernels']} kernels, {value['stalls']} stalls, {value['floors']:.1f} floors")
+        elif isinstance(value, float):
+            parts.append(f"{key} {value:.3g}")
+        elif key not in ("name", "floor"):
+            parts.append(f"{key} {value}")
+    return "   ".join(parts)

@@ -1,0 +1,228 @@
+"""Pictures inside of files: the previews of cameras' raw files, the page of a TIFF that is no thumbnail; and JPEGs
+that lack nothing but their end mark.
+
+A raw file (DNG, NEF, CR2, CR3, ARW, PEF, ORF, RW2, RAF ...) holds what the sensor saw, which needs a developer's
+program, and JPEGs of it, often in full size. Most are TIFF files whose first page is a thumbnail: read as a photo, it
+would be the wrong picture. TIFF 6.0, TIFF/EP and DNG 1.7 name the tags.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+LONGEST_SIDE = 1000  # pixels: a preview of this size is as good as the photo, which is reduced to 1024 anyway
+SHORTEST_SIDE = 512  # of a preview, where the photo's own size is not known
+_MOST_PAGES, _MOST_STREAMS, _TRIED = 64, 4096, 3
+
+# Tags. 254: kind of page (1: reduced), 262: photometric, 330: further pages, 50706: DNG's version.
+_REDUCED, _WIDTH, _HEIGHT, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _PAGES, _DNG = (
+    254, 256, 257, 259, 262, 274, 330, 50706,
+)  # fmt: skip
+_SENSOR = (32803, 34892)  # photometric: what the sensor saw
+_RAW_COMPRESSIONS = (32767, 32769, 32770, 32867, 34713, 34892, 52546, 65000, 65535)  # Sony's, Nikon's, Pentax's ...
+_SHOWN = (2, 6)  # photometric: RGB, YCbCr
+_READABLE = (1, 5, 8, 32773)  # compression, besides JPEG: a JPEG is found by its own mark
+_TIFF_MAGICS = (42, 0x4F52, 0x5352, 0x55)  # TIFF, Olympus (two), Panasonic
+_FORMATS = {1: "B", 3: "H", 4: "I", 13: "I"}  # whole numbers
+_RAW_HEADS = (b"FUJIFILMCCD-RAW", b"FOVb")
+_LOSSLESS = 0xC3  # JPEG's marker of a frame that holds a sensor's numbers
+
+
+class Content(Protocol):
+    """bytes, or a file mapped into memory."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice) -> bytes: ...
+    def find(self, sub: bytes, start: int = ...) -> int: ...
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A picture in a file. content: a file of its own. orientation: Exif's number of the outer file; it holds where
+    the picture has none of its own."""
+
+    content: bytes
+    orientation: int = 1
+
+
+@dataclass(frozen=True)
+class CameraFile:
+    """Pictures in it that are large enough to stand for the photo, largest first; and the largest of those that are
+    not, (0, 0) where there is none."""
+
+    pictures: tuple[Inner, ...]
+    thumbnail: tuple[int, int]
+
+
+def camera_file(data: Content) -> CameraFile | None:
+    """What a raw file, or a TIFF file that begins with a thumbnail, holds; None of any other file."""
+    head = data[:16]
+    try:
+        pages = list(_pages(data)) if head[:2] in (b"II", b"MM") else []
+        raw = _is_raw(head, pages)
+        if not raw and not _begins_reduced(pages):
+            return None
+        return _sorted(data, pages, raw)
+    except (struct.error, ValueError, KeyError, IndexError):
+        return None  # damaged: whoever reads it says so
+
+
+def _is_raw(head: bytes, pages: list[Mapping[int, int]]) -> bool:
+    by_head = head.startswith(_RAW_HEADS) or head[4:12] == b"ftypcrx " or (pages and head[8:10] == b"CR")
+    if by_head or (pages and head[2:4] not in (b"*\0", b"\0*")):
+        return True
+    return any(
+        _DNG in page or page.get(_PHOTOMETRIC) in _SENSOR or page.get(_COMPRESSION) in _RAW_COMPRESSIONS
+        for page in pages
+    )
+
+
+def _begins_reduced(pages: list[Mapping[int, int]]) -> bool:
+    """Whether the first page is marked as a smaller copy, and a page that is none follows."""
+    return bool(pages) and bool(pages[0].get(_REDUCED, 0) & 1) and any(_area(p) > _area(pages[0]) for p in pages[1:])
+
+
+def _sorted(data: Content, pages: list[Mapping[int, int]], raw: bool) -> CameraFile:
+    orientation = pages[0].get(_ORIENTATION, 1) if pages else _heif_orientation(data)
+    shown = [page for page in pages if page.get(_PHOTOMETRIC) in _SHOWN or not raw]
+    found = [
+        ((page[_WIDTH], page[_HEIGHT]), page[0], _as_first)
+        for page in shown
+        if _area(page) and (page.get(_COMPRESSION, 1) in _READABLE or not raw)
+    ]
+    if raw:
+        found += [(size, at, _from) for at, size in _streams(data)]
+    found.sort(key=lambda one: -one[0][0] * one[0][1])
+    whole = max((max(page[_WIDTH], page[_HEIGHT]) for page in pages if _area(page)), default=0)
+    photo_known = any(page.get(_PHOTOMETRIC) in _SENSOR or not page.get(_REDUCED, 0) & 1 for page in pages)
+    enough = min(LONGEST_SIDE, whole / 2) if photo_known and whole else SHORTEST_SIDE
+    large = [one for one in found if max(one[0]) >= enough][:_TRIED]
+    small = [size for size, _, _ in found if max(size) < enough]
+    made = (Inner(content(data, at), orientation) for _, at, content in large)
+    return CameraFile(tuple(made), small[0] if small else (0, 0))
+
+
+def _area(page: Mapping[int, int]) -> int:
+    return page.get(_WIDTH, 0) * page.get(_HEIGHT, 0)
+
+
+# ---------------------------------------------------------------- TIFF
+
+
+def _pages(data: Content) -> Iterator[dict[int, int]]:
+    """Tag -> first value of each page, in the file's order, pages of pages behind theirs; 0 is the page's place."""
+    order = {b"II": "<", b"MM": ">"}[data[:2]]
+    magic, first = struct.unpack(order + "HI", data[2:8])
+    if magic not in _TIFF_MAGICS:
+        return
+    todo, seen = [first], set()
+    while todo and len(seen) < _MOST_PAGES:
+        at = todo.pop(0)
+        if not at or at in seen:
+            continue
+        seen.add(at)
+        (count,) = struct.unpack(order + "H", data[at : at + 2])
+        page = {0: at}
+        for place in range(at + 2, at + 2 + 12 * count, 12):
+            tag, kind, number = struct.unpack(order + "HHI", data[place : place + 8])
+            if kind not in _FORMATS or not number:
+                continue
+            layout = f"{order}{min(number, 16)}{_FORMATS[kind]}"
+            size = struct.calcsize(layout)
+            if number * struct.calcsize(_FORMATS[kind]) > 4:
+                (place_of_values,) = struct.unpack(order + "I", data[place + 8 : place + 12])
+            else:
+                place_of_values = place + 8
+            values = struct.unpack(layout, data[place_of_values : place_of_values + size])
+            page[tag] = values[0]
+            if tag == _PAGES:
+                todo += values
+        todo += struct.unpack(order + "I", data[at + 2 + 12 * count : at + 6 + 12 * count])
+        yield page
+
+
+def _from(data: Content, at: int) -> bytes:
+    return data[at : len(data)]
+
+
+def _as_first(data: Content, at: int) -> bytes:
+    """The same TIFF file with the page at `at` as its first."""
+    little = data[:2] == b"II"
+    return data[:2] + (b"*\0" if little else b"\0*") + struct.pack("<I" if little else ">I", at) + data[8 : len(data)]
+
+
+def _heif_orientation(data: Content) -> int:
+    """Of a CR3 file: its box CMT1 is a TIFF file of its own."""
+    at = data.find(b"CMT1", 0)
+    if at < 0:
+        return 1
+    pages = list(_pages(data[at + 4 : at + 4 + 65536]))
+    return pages[0].get(_ORIENTATION, 1) if pages else 1
+
+
+# ---------------------------------------------------------------- JPEG
+
+
+def _streams(data: Content) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Place and size of each JPEG in a file that a viewer could show."""
+    at = -1
+    for _ in range(_MOST_STREAMS):
+        at = data.find(b"\xff\xd8\xff", at + 1)
+        if at < 0:
+            return
+        for marker, start, _ in _segments(data, at):
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+                height, width = struct.unpack(">HH", data[start + 1 : start + 5])
+                if marker != _LOSSLESS and width and height:
+                    yield at, (width, height)
+                break
+            if marker == 0xDA:
+                break
+
+
+def _segments(data: Content, at: int) -> Iterator[tuple[int, int, int]]:
+    """Marker, begin and end of the content of each segment of a JPEG that begins at `at`, up to its end."""
+    at += 2
+    while True:
+        head = data[at : at + 4]
+        if len(head) < 4 or head[0] != 0xFF or head[1] in (0x00, 0xD9, 0xFF):
+            return
+        length = struct.unpack(">H", head[2:])[0]
+        yield head[1], at + 4, at + 2 + length
+        at += 2 + length
+        if head[1] == 0xDA:  # what is coded follows; markers in it are restarts
+            next_marker = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]").search(data, at)  # type: ignore[call-overload]
+            if next_marker is None:
+                return
+            at = next_marker.start()
+
+
+def has_all_scans(data: bytes) -> bool:
+    """Whether every coefficient of every component of a JPEG has been coded to its last bit, so that no scan is missing
+    at its end."""
+    missing: set[tuple[int, int]] = set()
+    for marker, start, end in _segments(data, 0):
+        body = data[start:end]
+        if marker in (0xC0, 0xC1, 0xC2) and len(body) >= 6:
+            missing = {(body[6 + 3 * i], k) for i in range(body[5]) for k in range(64)}
+        elif marker == 0xDA and len(body) > 3:
+            count = body[0]
+            first, last, bits = body[1 + 2 * count : 4 + 2 * count]
+            if not bits & 15:
+                missing -= {(body[1 + 2 * i], k) for i in range(count) for k in range(first, last + 1)}
+    return not missing
+
+
+def with_end_mark(data: bytes) -> tuple[bytes, bytes] | None:
+    """A JPEG that ends too early, completed in two ways; where both give one picture, all of it was there.
+
+    What is missing would be made of the bytes behind it: of nothing in the first, of something in the second.
+    """
+    if not has_all_scans(data):
+        return None
+    coded = data.rstrip(b"\xff")
+    return coded + b"\xff\xd9", coded + b"\x5a\xc3\x17\x6e" * 64 + b"\xff\xd9"

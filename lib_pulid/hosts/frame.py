@@ -1,0 +1,144 @@
+"""Tells which part of the image a pass of A1111 or Forge denoises, so that a mask stays where it was painted.
+
+A mask belongs to the whole image: in img2img and inpainting to the one that goes in, in txt2img to the one that the
+first pass makes. What is denoised may be a part of it, or more than it:
+
+    inpaint "only masked" (ADetailer, Ultimate SD upscale)   a crop around the inpaint mask
+    resize mode "crop and resize", "resize and fill"         the middle of the image; the image with a margin
+    hires fix to another aspect ratio                        the first pass's image without two borders
+    SD upscale, outpainting scripts                          unknown: tiles, made before the host is asked
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lib_pulid.errors import SettingError
+
+GIVEN = "pulid_given_images"  # attribute of a StableDiffusionProcessing
+# Chosen scripts that put other whole images into the place of those given.
+WHOLE_IMAGES = ("loopback", "ultimate-upscale")
+_LATENT_PIXEL = 8
+_CROP, _FILL = 1, 2  # resize modes
+
+
+class Frame(NamedTuple):
+    """A part of an image, as fractions of its width and height; below 0 and above 1 lies the margin around it."""
+
+    left: float = 0.0
+    top: float = 0.0
+    right: float = 1.0
+    bottom: float = 1.0
+
+    def part(self, inner: Frame) -> Frame:
+        """The part `inner` of this one, as fractions of the whole image."""
+        width, height = self.right - self.left, self.bottom - self.top
+        return Frame(
+            self.left + inner.left * width, self.top + inner.top * height,
+            self.left + inner.right * width, self.top + inner.bottom * height,
+        )  # fmt: skip
+
+
+WHOLE = Frame()
+
+
+def remember_images(p: Any) -> None:
+    """Keeps the images that a request came with, before a chosen script can replace them."""
+    vars(p).setdefault(GIVEN, [image for image in getattr(p, "init_images", None) or () if image is not None])
+
+
+def frame_of(p: Any, hires: bool) -> Frame:
+    """What part of the image the coming pass of `p` denoises.
+
+    Raises:
+        SettingError: that cannot be known.
+    """
+    _check_script(p)
+    images = getattr(p, "init_images", None)
+    if not images:
+        return _second_pass(p) if hires else WHOLE
+    frames = {_of_image(p, image.size) for image in images if hasattr(image, "size")} or {WHOLE}
+    if len(frames) > 1:
+        raise SettingError("Field mask: a mask cannot be used where images of several sizes are cropped together.")
+    return frames.pop()
+
+
+def part_of_mask(mask: Tensor, frame: Frame) -> Tensor:
+    """The part [h, w] of a mask [H, W]; a margin has the mask's edge. h and w: at least those of the cut, at most 4096.
+
+    Each of its values is the mean of the mask there, with fractions of the mask's pixels.
+    """
+    if frame == WHOLE:
+        return mask
+    rows = _means(mask.shape[0], frame.top, frame.bottom)
+    columns = _means(mask.shape[1], frame.left, frame.right)
+    return (rows @ mask.cpu().double() @ columns.T).to(mask)
+
+
+def _means(size: int, first: float, last: float) -> Tensor:
+    """[n, size] float64: the share of each pixel in each of n equal parts of first..last."""
+    count = min(max(64, round((last - first) * size)), 4096)
+    edges = torch.linspace(first * size, last * size, count + 1, dtype=torch.float64)[:, None]
+    pixels = torch.arange(size, dtype=torch.float64)
+    left, right = pixels.clone(), pixels + 1
+    left[0], right[-1] = min(0.0, first * size), max(float(size), last * size)  # the edges go on into the margin
+    overlap = (torch.minimum(edges[1:], right) - torch.maximum(edges[:-1], left)).clamp_min(0)
+    return overlap / overlap.sum(1, keepdim=True)
+
+
+# ---------------------------------------------------------------- the hosts' arithmetic
+
+
+def _of_image(p: Any, size: tuple[int, int]) -> Frame:
+    """size: width and height of the image that goes in."""
+    if getattr(p, "inpaint_full_res", False) and getattr(p, "image_mask", None) is not None and p.paste_to:
+        left, top, width, height = p.paste_to
+        crop = Frame(left / size[0], top / size[1], (left + width) / size[0], (top + height) / size[1])
+        return crop.part(_fitted((width, height), (p.width, p.height), _FILL))
+    return _fitted(size, (p.width, p.height), getattr(p, "resize_mode", 0))
+
+
+def _fitted(size: tuple[int, int], target: tuple[int, int], mode: int) -> Frame:
+    """What of an image of this size is seen after the hosts' `resize_image`, which rounds down."""
+    if mode not in (_CROP, _FILL) or size[0] * target[1] == size[1] * target[0]:
+        return WHOLE
+    is_wider = size[0] * target[1] > size[1] * target[0]  # than the target
+    if is_wider == (mode == _CROP):
+        resized = size[0] * target[1] // size[1], target[1]
+    else:
+        resized = target[0], size[1] * target[0] // size[0]
+    left, top = (resized[i] // 2 - target[i] // 2 for i in (0, 1))
+    return Frame(
+        left / resized[0], top / resized[1], (left + target[0]) / resized[0], (top + target[1]) / resized[1]
+    )  # fmt: skip
+
+
+def _second_pass(p: Any) -> Frame:
+    """Hires fix enlarges the first pass's latent to `hr_upscale_to` and cuts off what is too much."""
+    cut = [int(getattr(p, name, 0) or 0) for name in ("truncate_x", "truncate_y")]
+    if not any(cut):
+        return WHOLE
+    size = p.hr_upscale_to_x // _LATENT_PIXEL, p.hr_upscale_to_y // _LATENT_PIXEL
+    first = [cut[i] // 2 / size[i] for i in (0, 1)]
+    last = [1 - (cut[i] + 1) // 2 / size[i] for i in (0, 1)]
+    return Frame(first[0], first[1], last[0], last[1])
+
+
+def _check_script(p: Any) -> None:
+    """Raises: SettingError: a script has put other images, such as tiles, in the place of those given."""
+    given, images = vars(p).get(GIVEN), getattr(p, "init_images", None)
+    chosen = (getattr(p, "script_args", None) or (0,))[0]
+    scripts = getattr(getattr(p, "scripts", None), "selectable_scripts", ())
+    if not given or not images or not isinstance(chosen, int) or not 0 < chosen <= len(scripts):
+        return
+    script = scripts[chosen - 1]
+    if all(any(image is one for one in given) for image in images) or Path(script.filename).stem in WHOLE_IMAGES:
+        return
+    raise SettingError(
+        f"Field mask: the script “{script.title()}” processes parts of the image and does not tell where they lie, so "
+        "a mask would act in each of them. Remove the mask, or use another script (Ultimate SD upscale works)."
+    )

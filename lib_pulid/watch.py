@@ -1,0 +1,125 @@
+"""Checks that what was to act has acted; one check for every way into a denoiser.
+
+A compiled graph, an engine or a step cache may run something else in the place of the blocks that carry the hooks.
+Nothing fails then, and the image shows a stranger, or the face counts twice. The rule, site by site: a residual is
+added as often as the block runs.
+
+    the block ran, and the residual was added            right
+    neither, in a later call                             right: a step cache (TeaCache) or a cache of deep blocks
+                                                         (DeepCache) reuses what an earlier call made with the face
+    neither, in the first call of a sampling             something else runs in the block's place
+    the block handed something back without running      a cache of blocks (FirstBlockCache): its output already has
+                                                         the face of an earlier step, or never will
+    the block ran, and nothing was added                 it was not called as a module
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from lib_pulid.errors import UnsupportedModelError
+from lib_pulid.sites import Site, Sites
+
+_REPLACED = (
+    "The model's own layers did not run ({} of {} did): something else takes their place (TensorRT, a compiled or "
+    "exported model, an extension that replaces the UNet), and PuLID cannot add the face there. Disable it or PuLID."
+)
+_CACHED = (
+    "{} was not run, a cache answered for it (FirstBlockCache, MagCache or the like), so the face would count twice or "
+    "not at all. Disable that cache or PuLID; caches that skip whole steps (TeaCache) work."
+)
+_BYPASSED = "{} ran without its hooks: other code calls its layers directly. Disable that code or PuLID."
+_SKIPPED = (
+    "The face never acted: a step cache skipped every step in which it should have. "
+    "Disable the cache or make it skip less, or let the face start earlier."
+)
+
+
+@dataclass(frozen=True)
+class WatchedSites(Sites):
+    """Sites that a Watch follows; whoever has made it checks it."""
+
+    watch: Watch
+
+
+class Watch:
+    """Follows the sites through the denoiser calls of one sampling: `inject(watch.over(sites), ...)` around each.
+
+    Attributes:
+        reached: names of the sites at which a residual was added since `begin`.
+    """
+
+    def __init__(self) -> None:
+        self._sites = 0
+        self._fresh: set[str] = set()  # blocks that ran since a residual was last added there
+        self._acted: set[str] = set()  # sites reached in this call
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts a new sampling."""
+        self.reached: set[str] = set()
+        self._is_first, self._missed = True, False
+
+    def over(self, sites: Sites) -> WatchedSites:
+        """Returns the same sites, watched. Out of a denoiser call they raise UnsupportedModelError where a block hands
+        something back without having run."""
+        self._sites = len(sites.sites)
+        return WatchedSites(sites.family, tuple(map(self._watched, sites.sites)), self)
+
+    def check_call(self, acts: bool) -> None:
+        """Checks a call that has ended well. acts: whether a face was to act in it.
+
+        Raises:
+            UnsupportedModelError: it could not.
+        """
+        is_first, self._is_first = self._is_first, False
+        bypassed = self._fresh - self._acted
+        if bypassed:
+            raise UnsupportedModelError(_BYPASSED.format(min(bypassed)))
+        if acts and is_first and len(self.reached) < self._sites:
+            raise UnsupportedModelError(_REPLACED.format(len(self.reached), self._sites))
+        self._missed |= acts and not self.reached
+
+    def check_end(self) -> None:
+        """Checks a sampling that has ended well. Raises: UnsupportedModelError: the face was to act, and never did."""
+        if self._missed and not self.reached:
+            raise UnsupportedModelError(_SKIPPED)
+
+    def _watched(self, site: Site) -> Site:
+        def ran(*_: Any) -> None:
+            self._fresh.add(site.name)
+
+        def attach(add: Callable[..., Any]) -> Iterator[RemovableHandle]:
+            self._fresh.discard(site.name)
+            self._acted.discard(site.name)
+
+            def add_and_note(*tensors: Any) -> Any:
+                if site.inner is not None and site.name not in self._fresh:
+                    raise UnsupportedModelError(_CACHED.format(site.name))
+                self._fresh.discard(site.name)
+                self._acted.add(site.name)
+                self.reached.add(site.name)
+                return add(*tensors)
+
+            if site.inner is not None:
+                yield site.inner.register_forward_pre_hook(ran)
+            yield from site.attach(add_and_note)
+
+        return replace(site, attach=attach)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Makes torch.compile step aside: compiled code keeps the hooks that were there when it was compiled.
+
+    Before torch 2.6 it cannot be asked to; then `Watch` finds that the sites are not reached.
+    """
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return nullcontext()  # nothing can be compiled yet; the import alone takes seconds
+    return torch.compiler.set_stance("force_eager")

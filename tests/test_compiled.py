@@ -1,0 +1,88 @@
+"""What was compiled for one picture serves the next; whatever it depends on compiles anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lib_pulid import injection as core
+from lib_pulid.injection import compile_injection
+from lib_pulid.webui import compiled
+from lib_pulid.webui.compiled import CompiledInjections
+from tests.light_webui import FILES, PHOTOS, Light, write_models
+from tests.test_injection import adapter, person, unet  # noqa: F401  fixtures
+
+SETTINGS = {"weight": 0.8, "dtype": torch.float32, "mask": torch.ones(4, 4), "start": 0.1}
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list:
+    """A site for each that is compiled from now on."""
+    seen: list = []
+    prepare = core.prepare_site
+    monkeypatch.setattr(core, "prepare_site", lambda *args: seen.append(args) or prepare(*args))
+    return seen
+
+
+def same(a: core.Injection, b: core.Injection) -> bool:
+    plain = replace(a, sites=(), mask=None) == replace(b, sites=(), mask=None)
+    return plain and all(torch.equal(x.tokens, y.tokens) for x, y in zip(a.sites, b.sites, strict=True))
+
+
+def test_what_it_depends_on_compiles_anew(adapter, counted):  # noqa: F811
+    kept = CompiledInjections()
+    variants = [
+        ((1,), person(), {}),
+        ((2,), person(), {}),  # the file has changed
+        ((1,), person(78), {}),
+        ((1,), replace(person(), uncond=None), {}),
+        ((1,), replace(person(), uncond=person(78).uncond), {}),
+        ((1,), person(), {"weight": 0.7}),
+        ((1,), person(), {"dtype": torch.bfloat16}),
+        ((1,), person(), {"mask": torch.zeros(4, 4)}),
+        ((1,), person(), {"mask": torch.ones(2, 8)}),
+        ((1,), person(), {"mask": None}),
+        ((1,), person(), {"start": 0.2}),
+        ((1,), person(), {"num_zero": 8}),
+    ]
+    for stamp, who, changes in variants:
+        how = {**SETTINGS, **changes}
+        made = kept.get(adapter, stamp, who, torch.device("cpu"), **how)
+        assert same(made, compile_injection(adapter, who, **how))
+    counted.clear()
+    for stamp, who, changes in variants:
+        made = kept.get(adapter, stamp, who, torch.device("cpu"), **{**SETTINGS, **changes})
+        assert made.mask is None or torch.equal(made.mask, {**SETTINGS, **changes}["mask"])
+    assert counted == []
+
+
+def test_the_last_ones_are_kept_as_far_as_there_is_room(adapter, counted, monkeypatch):  # noqa: F811
+    size = compile_injection(adapter, person(), **SETTINGS).nbytes
+    monkeypatch.setattr(compiled, "MOST", 2.5 * size)
+    kept = CompiledInjections()
+
+    def get(seed: int) -> bool:
+        """Whether it was there."""
+        counted.clear()
+        kept.get(adapter, (), person(seed), torch.device("cpu"), **SETTINGS)
+        return not counted
+
+    assert [get(seed) for seed in (1, 2, 1, 3, 1, 2)] == [False, False, True, False, True, False]
+    monkeypatch.setattr(compiled, "MOST", 0)  # the last one in any case
+    assert [get(seed) for seed in (5, 5)] == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["a1111", "forge"])
+def test_the_next_picture_of_a_person_compiles_nothing(tmp_path, monkeypatch, counted, kind):
+    write_models(tmp_path / "models")
+    with Light(kind, tmp_path / "models", monkeypatch).running() as host:
+        first = host.generate([{"images": [PHOTOS["anna"]]}])
+        assert counted
+        counted.clear()
+        again = host.generate([{"images": [PHOTOS["anna"]]}])
+        assert counted == []
+        assert all(map(torch.equal, first, again))
+        host.generate([{"images": [PHOTOS["anna"]], "model": FILES[1]}])
+        assert counted

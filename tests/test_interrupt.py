@@ -1,0 +1,173 @@
+"""Photos that are being read: interrupted at once, whatever that waits for; and models that are kept for the next."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib_pulid.errors import Interrupted
+from lib_pulid.webui import settings
+from lib_pulid.webui.interruptible import Interruptible
+from tests import light_webui
+from tests.light_webui import PHOTOS, Host, Light, write_models
+
+
+def never() -> bool:
+    return False
+
+
+class Gate:
+    """Work that waits: `begun` tells that it does, `open` lets it go on. No test waits longer than it has to."""
+
+    def __init__(self) -> None:
+        self.begun, self._open = threading.Event(), threading.Event()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def wait(self) -> None:
+        self.begun.set()
+        assert self._open.wait(60)
+
+
+# ---------------------------------------------------------------- work in another thread
+
+
+def test_the_result_and_the_errors_of_the_work():
+    work = Interruptible()
+    assert work.run(lambda is_left: (is_left(), threading.current_thread().name), never) == (False, "PuLID")
+    for error in (ValueError("x"), TimeoutError("x"), KeyboardInterrupt(), GeneratorExit()):
+
+        def fail(is_left: Callable[[], bool], error: BaseException = error) -> None:
+            raise error
+
+        with pytest.raises(type(error)) as raised:
+            work.run(fail, never)
+        assert raised.value is error
+    assert not work.is_busy
+
+
+def test_an_interrupt_does_not_wait_for_the_work():
+    work, gate, seen = Interruptible(), Gate(), []
+
+    def slow(is_left: Callable[[], bool]) -> None:
+        gate.wait()
+        seen.append(is_left())
+
+    with pytest.raises(Interrupted):
+        work.run(slow, gate.begun.is_set)  # it has begun, and ends after this only
+    assert work.is_busy and seen == []
+    work.settle(lambda: True)  # who is interrupted again need not wait either
+    with pytest.raises(Interrupted):
+        work.run(lambda is_left: None, lambda: True)
+    gate.open()
+    work.settle()
+    assert not work.is_busy and seen == [True]
+    assert work.run(lambda is_left: 1, never) == 1
+
+
+# ---------------------------------------------------------------- in a WebUI
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("light") / "models"
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(params=("a1111", "forge"))
+def host(request, models, monkeypatch) -> Iterator[Host]:
+    with Light(request.param, models, monkeypatch).running() as running:
+        yield running
+
+
+def unit(name: str) -> dict[str, Any]:
+    return {"images": [PHOTOS[name]]}
+
+
+@pytest.mark.parametrize("place", ["load_face_models", "load_vision_tower", "detect"])
+def test_interrupted_while_a_photo_is_read(host, monkeypatch, place):
+    """Generate ends while the model is still being loaded; the next picture waits for that, and is the right one."""
+    plain, faced = host.generate([]), host.generate([unit("anna")])
+    host.start_anew()
+    gate, p = Gate(), host.processing()
+    owner, name = {
+        "load_face_models": ("lib_pulid.face_models", "load_face_models"),
+        "load_vision_tower": ("lib_pulid.vision", "load_vision_tower"),
+        "detect": ("tests.light_webui.Detector", "detect"),
+    }[place]
+    original = getattr(light_webui.Detector, name) if place == "detect" else None
+    made = {"load_face_models": light_webui.face_models, "load_vision_tower": light_webui.Tower}
+
+    def slow(*args: Any) -> Any:
+        gate.wait()
+        return original(*args) if original else made[place]()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{owner}.{name}", slow)
+        presses = threading.Thread(target=lambda: gate.begun.wait(60) and setattr(host.state, "interrupted", True))
+        presses.start()
+        assert host.generate([unit("anna")], p=p) == []
+        presses.join()
+        assert host.library._work.is_busy
+        assert any("Interrupted" in text for text in p.comments) and host.state.textinfo is None
+        host.library.release()  # waits for nothing
+        gate.open()
+        host.library.settle()
+    assert host.left_behind(p) == []
+    assert [x.equal(y) for x, y in zip(host.generate([]), plain)] == [True] * len(plain)
+    assert [x.equal(y) for x, y in zip(host.generate([unit("anna")]), faced)] == [True] * len(faced)
+
+
+def loads(monkeypatch) -> list[str]:
+    """What is loaded from now on."""
+    seen: list[str] = []
+
+    def face_models(files: Any, device: str) -> Any:
+        seen.append("faces")
+        return light_webui.face_models()
+
+    def tower(path: Path) -> Any:
+        seen.append("tower")
+        return light_webui.Tower()
+
+    monkeypatch.setattr("lib_pulid.face_models.load_face_models", face_models)
+    monkeypatch.setattr("lib_pulid.vision.load_vision_tower", tower)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "device", "kept"),
+    [
+        (9e9, None, "CPU", True),
+        (7e9, None, "CPU", False),
+        (0, None, "CPU", False),
+        (99e9, None, "GPU", False),  # its memory is for pictures
+        (0, "always", "GPU", True),
+        (99e9, "never", "CPU", False),
+        (9e9, False, "CPU", True),  # what the setting was once
+    ],
+)
+def test_models_are_kept_where_memory_suffices(host, monkeypatch, free, wanted, device, kept):
+    """The second new photo finds them loaded."""
+    seen = loads(monkeypatch)
+    options = host.ui.modules.shared.opts.data
+    options.update(pulid_device=device)
+    options.pop("pulid_keep_encoders")
+    if wanted is not None:
+        options["pulid_keep_encoders"] = wanted
+    monkeypatch.setattr(sys.modules["lib_pulid.webui.settings"], "_free_memory", lambda: free)
+    host.generate([unit("anna")])
+    host.generate([unit("ben")])
+    assert seen == ["faces", "tower"] * (1 if kept else 2)
+
+
+def test_free_memory_is_told():
+    pytest.importorskip("psutil")
+    assert 1e6 < settings._free_memory() < 1e15

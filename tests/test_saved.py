@@ -1,0 +1,422 @@
+"""Saved identities on a disk that others use, too: names, rights, two programs at once; and `.pulidembd`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import struct
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib_pulid import catalog, disk, names, pulidembd
+from lib_pulid.errors import (
+    IdentityMismatchError,
+    MissingWeightsError,
+    PulidError,
+    SettingError,
+    StorageError,
+    WrongWeightsError,
+)
+from lib_pulid.identity import Identity, with_uncond
+from lib_pulid.injection import compile_injection
+from lib_pulid.webui.library import Library
+from lib_pulid.weights import load_adapter
+from tests import small_models
+
+
+def person(value: float = 1.0, **info: str) -> Identity:
+    return Identity(torch.full((1, 4, 64), value), info=info)
+
+
+@pytest.fixture
+def library(tmp_path) -> Library:
+    return Library(lambda: tmp_path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> small_models.StandInFiles:
+    return small_models.write_files(tmp_path_factory.mktemp("files"), [8] * 3, 64)
+
+
+# ---------------------------------------------------------------- two programs
+
+
+def test_a_name_that_another_program_takes_meanwhile(library, tmp_path, monkeypatch):
+    """It has looked and found the name free; then the other is quicker."""
+    theirs, real = Library(lambda: tmp_path), Identity.save
+
+    def save(self: Identity, path: Path) -> Path:
+        if self.cond[0, 0, 0] == 1:
+            theirs.save("anna", person(2))
+        return real(self, path)
+
+    monkeypatch.setattr(Identity, "save", save)
+    with pytest.raises(SettingError, match="anna is saved already"):
+        library.save("anna", person(1))
+    assert library.saved("anna").cond[0, 0, 0] == 2
+    assert os.listdir(library.identities_dir) == ["anna.safetensors"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_no_way_to_save_overwrites(tmp_path, monkeypatch, links):
+    if not links:
+
+        def no_link(*_):
+            raise OSError(errno.EPERM, "a file system without links")
+
+        monkeypatch.setattr(os, "link", no_link)
+    person(1).save(tmp_path / "x.safetensors")
+    (tmp_path / "dangling.safetensors").symlink_to("nowhere")
+    (tmp_path / "folder.safetensors").mkdir()
+    for name in ("x", "dangling", "folder"):
+        with pytest.raises((SettingError, StorageError)):
+            person(2).save(tmp_path / f"{name}.safetensors")
+    assert Identity.load(tmp_path / "x.safetensors").cond[0, 0, 0] == 1
+    assert len(os.listdir(tmp_path)) == 3  # nothing half written
+
+
+def test_another_spelling_saved_meanwhile_is_seen(library, monkeypatch):
+    real = Identity.save
+
+    def save(self: Identity, path: Path) -> Path:
+        real(person(2), path.with_name("ANNA.safetensors"))
+        return real(self, path)
+
+    monkeypatch.setattr(Identity, "save", save)
+    with pytest.raises(SettingError, match="ANNA is saved already"):
+        library.save("anna", person(1))
+    assert [one.name for one in library.identities()] == ["ANNA"]
+
+
+# ---------------------------------------------------------------- names
+
+SPELLINGS = ["Zoë", unicodedata.normalize("NFD", "Zoë"), "ZOË", " zoë ", "Zoë\u200b", "\uff3a\uff4fë"]
+
+
+@pytest.mark.parametrize("asked", SPELLINGS, ids=ascii)
+@pytest.mark.parametrize("kept", SPELLINGS[:3], ids=ascii)
+def test_one_name_in_all_its_spellings(library, kept, asked):
+    person(1).save(library.identities_dir / f"{kept}.safetensors")
+    assert library.saved(asked).cond[0, 0, 0] == 1
+    if asked != "Zoë\u200b":
+        with pytest.raises(SettingError, match="is saved already"):
+            library.save(asked, person(2))
+    assert len(library.identities()) == 1
+
+
+def test_two_that_differ_in_spelling_only_are_not_mixed_up(library):
+    for value, name in enumerate(("anna", "Anna", unicodedata.normalize("NFD", "Zoë"), "Zoë")):
+        person(value).save(library.identities_dir / f"{name}.safetensors")
+    assert library.saved("Anna").cond[0, 0, 0] == 1
+    assert library.saved("Zoë").cond[0, 0, 0] == 3
+    assert library.saved(unicodedata.normalize("NFD", "Zoë")).cond[0, 0, 0] == 2
+    with pytest.raises(SettingError, match="ANNA could be any of .*spell it"):
+        library.saved("ANNA")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("my 🙂", "🙂 \\(U\\+1F642\\) cannot be in it"), ("a\u202eb", "\\(U\\+202E\\) cannot"), ("x.", "ends with a dot"),
+     ("con", "con is reserved"), ("0123456789", "looks like an identity's hash"), ("-x", "begins with -"),
+     ("x" * 81, "too long"), ("", "empty")],
+)  # fmt: skip
+def test_what_is_wrong_with_a_name_is_told(name, reason):
+    with pytest.raises(SettingError, match=f"A name has letters, digits.*: .*{reason}"):
+        names.new(name)
+
+
+def test_a_hash_in_capitals_and_a_damaged_file_by_name(library):
+    saved = library.save("anna", person(1))
+    assert library.saved(saved.short_hash.upper()).short_hash == saved.short_hash
+    (library.identities_dir / "ben.safetensors").write_bytes(b"half")
+    with pytest.raises(IdentityMismatchError, match=r"ben\.safetensors is not a saved identity, or is damaged"):
+        library.saved("ben")
+
+
+# ---------------------------------------------------------------- rights
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Folders and files that nobody may look into, also for whoever runs the tests as root."""
+    shut: list[str] = []
+
+    def refuse(path) -> None:
+        if any(os.fspath(path).startswith(one) for one in shut):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+
+    def guarded(module, name):
+        real = getattr(module, name)
+
+        def call(path, *args, **kwargs):
+            if isinstance(path, (str, os.PathLike)):
+                refuse(path)
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((os, "stat"), (os, "lstat"), (os, "listdir"), (os, "scandir"), (os, "mkdir")):
+        guarded(module, name)
+    real_stat = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **how: (refuse(path), real_stat(path, **how))[1])
+    monkeypatch.setattr(os.path, "isfile", lambda path: not any(os.fspath(path).startswith(s) for s in shut)
+                        and os.path.exists(path) and not os.path.isdir(path))  # fmt: skip
+    monkeypatch.setattr(os, "access", lambda path, mode: not any(os.fspath(path).startswith(s) for s in shut))
+    return shut
+
+
+def test_a_place_that_may_not_be_looked_into_has_nothing(tmp_path, closed, monkeypatch):
+    """A container's user with another user's HOME: only looking there ended everything."""
+    home = tmp_path / "home"
+    for name in ("HF_HUB_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE", "TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    expected = catalog.missing("sdxl", tmp_path / "models")
+    home.mkdir()
+    closed.append(str(home))
+    assert catalog.missing("sdxl", tmp_path / "models") == expected
+    assert {file.name for file in expected} >= {"glintr100.onnx", "pulid_v1.1.safetensors"}
+
+
+PLACES = ["", "pulid", "pulid/identities", "pulid/cache", "clip", "clip_vision", "ControlNet", "antelopev2", "facexlib",
+          "insightface", "insightface/models/antelopev2", "GFPGAN"]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_any_folder_may_be_closed(tmp_path, closed, files, place):
+    (tmp_path / "pulid" / "identities").mkdir(parents=True)
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    save_file(load_file(files.sdxl), tmp_path / "pulid" / "mine.safetensors")
+    library = Library(lambda: tmp_path)
+    closed.append(str(tmp_path / place))
+    open_still = place not in ("", "pulid")
+    assert [file.name for file in library.adapters()] == (["mine.safetensors"] if open_still else [])
+    assert library.identities() == []
+    assert library.find("0123456789") is None
+    assert len(catalog.missing("", tmp_path)) == 5
+    if place in ("", "pulid", "pulid/identities"):
+        with pytest.raises(StorageError, match="cannot be written"):
+            library.save("anna", person())
+
+
+def test_a_folder_that_cannot_be_written_is_named(library, tmp_path, monkeypatch):
+    def refused(self, content):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", refused)
+    with pytest.raises(StorageError, match=rf"{tmp_path}.*anna\.safetensors cannot be written \(Permission denied\)"):
+        library.save("anna", person())
+
+
+@pytest.mark.parametrize("what", ["pulid", "pulid/identities"])
+def test_a_file_in_the_place_of_a_folder(tmp_path, what):
+    path = tmp_path / what
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("no folder")
+    library = Library(lambda: tmp_path)
+    assert (library.adapters(), library.identities()) == ([], [])
+    with pytest.raises(StorageError):
+        library.save("anna", person())
+
+
+def test_a_copy_that_may_be_read_goes_before_one_that_may_not(tmp_path, closed):
+    file = catalog.named("pulid_v1.bin")
+    for folder in ("pulid", "ControlNet"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file.name).write_bytes(b"x")
+    assert catalog.find(file, tmp_path) == tmp_path / "pulid" / file.name
+    closed.append(str(tmp_path / "pulid"))
+    assert catalog.find(file, tmp_path) == tmp_path / "ControlNet" / file.name
+
+
+def test_nobody_looks_for_files_in_another_way():
+    """`Path.is_file` and its like raise where a folder may not be looked into: `disk` has those that do not."""
+    asked = re.compile(r"(?<!disk)\.(is_file|is_dir|iterdir|glob|rglob|expanduser)\(|Path\.home\(")
+    for path in (Path(__file__).parents[1] / "lib_pulid").rglob("*.py"):
+        if path.name not in ("disk.py", "haar.py") and "training" not in path.parts:
+            assert asked.findall(path.read_text(encoding="utf-8")) == [], path.name
+
+
+# ---------------------------------------------------------------- files of others in the folder
+
+
+def test_auto_passes_over_other_adapters(tmp_path, files):
+    folder = tmp_path / "pulid"
+    folder.mkdir()
+    save_file(load_file(files.sdxl), folder / "my_pulid.safetensors")
+    sites = {"ip_adapter.1.to_k_ip.weight": torch.ones(8, 8), "ip_adapter.1.to_v_ip.weight": torch.ones(8, 8)}
+    for name, encoder in (
+        ("a", "image_proj.proj.weight"),
+        ("b", "image_proj.latents"),
+        ("c", "image_proj.perceiver_resampler.proj_in.weight"),
+    ):
+        save_file({f"image_proj.{encoder}": torch.ones(8, 8), **sites}, folder / f"{name}_ip-adapter.safetensors")
+        torch.save({"image_proj": {encoder: torch.ones(8)}, "ip_adapter": {"1.to_k_ip.weight": torch.ones(8)}},
+                   folder / f"{name}.bin")  # fmt: skip
+    save_file({"double_blocks.0.processor.proj_lora1.down.weight": torch.ones(2, 2)}, folder / "a_lora.safetensors")
+    library = Library(lambda: tmp_path)
+    assert library.adapter("auto", "sdxl").path.name == "my_pulid.safetensors"
+    with pytest.raises(WrongWeightsError, match=r"a_ip-adapter\.safetensors is an IP-Adapter, but no PuLID"):
+        library.adapter("a_ip-adapter", "sdxl")
+    (folder / "my_pulid.safetensors").unlink()
+    with pytest.raises(MissingWeightsError, match="no PuLID file for SDXL(.|\n)*Left out: a.bin is an IP-Adapter"):
+        library.adapter("auto", "sdxl")
+
+
+KEYS = {
+    "XLabs' LoRA": ("double_blocks.0.processor.qkv_lora1.up.weight", "a LoRA"),
+    "XLabs' IP-Adapter": ("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight", "an IP-Adapter"),
+    "its projection": ("ip_adapter_proj_model.proj.weight", "an IP-Adapter"),
+    "LoKr": ("lycoris_single_blocks_0_linear1.lokr_w1", "a LoRA"),
+    "OFT": ("oft_unet_input_blocks_1.oft_blocks", "a LoRA"),
+    "FLUX": ("double_blocks.0.img_attn.qkv.weight", "a FLUX transformer"),
+    "Klein v1": ("pulid_ca_double.0.to_q.weight", "PuLID for FLUX.2 Klein, which does not work: .*random"),
+    "Klein v2": ("pulid_ca_single.3.norm1.weight", "PuLID for FLUX.2 Klein"),
+    "Klein's encoder": ("id_former.latents", "PuLID for FLUX.2 Klein"),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_other_files_are_called_what_they_are(tmp_path, kind):
+    key, words = KEYS[kind]
+    (tmp_path / "pulid").mkdir()
+    path = tmp_path / "pulid" / "pulid_flux2_klein_v1.safetensors"
+    save_file({key: torch.ones(2, 2)}, path)
+    library = Library(lambda: tmp_path)
+    for load in (lambda: load_adapter(path), lambda: library.adapter(path.name, "flux")):
+        with pytest.raises(WrongWeightsError, match=rf"klein_v1\.safetensors is {words}"):
+            load()
+    assert library.adapters() == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_a_copy_in_another_precision_counts_as_the_file(tmp_path, files, dtype):
+    made_with = load_adapter(files.flux)
+    path = tmp_path / "copy.safetensors"
+    save_file({key: value.to(getattr(torch, dtype)) for key, value in load_file(files.flux).items()}, path)
+    copy = load_adapter(path)
+    for ours, theirs in ((made_with, copy), (copy, made_with)):
+        compile_injection(theirs, Identity(torch.zeros(1, 32, 64), info={"encoder": ours.fingerprint}))
+    other = load_adapter(files.sdxl)
+    assert not other.is_encoder(made_with.fingerprint)
+    assert made_with.is_encoder(made_with._digest(torch.Tensor.half)[:16])  # as identities had it before
+
+
+@pytest.mark.parametrize("facts", [{"step": 3}, {"a": {"b": "c"}}, {"x": None, "y": "text"}])
+def test_metadata_with_more_than_text_is_no_damage(tmp_path, files, facts):
+    import json
+
+    for source in (files.sdxl, person(3, name="anna").save(tmp_path / "anna.safetensors")):
+        content = Path(source).read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        head = json.loads(content[8 : 8 + length])
+        head["__metadata__"] = {**head.get("__metadata__", {}), **facts}
+        text = json.dumps(head).encode()
+        path = tmp_path / f"changed_{Path(source).name}"
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    assert load_adapter(tmp_path / f"changed_{files.sdxl.name}").family == "sdxl"
+    assert Identity.load(tmp_path / "changed_anna.safetensors").cond[0, 0, 0] == 3
+
+
+# ---------------------------------------------------------------- .pulidembd
+
+
+def by_hand(values: np.ndarray, kind: int = 1, version: int = 1, architecture: str = "pulid", **more: int) -> bytes:
+    """From the format's description: GGUF 3, one tensor `pulid_id`, sizes [D, N], 32 bytes alignment."""
+
+    def text(word: str) -> bytes:
+        return struct.pack("<Q", len(word)) + word.encode()
+
+    entries = text("general.architecture") + struct.pack("<I", 8) + text(architecture)
+    entries += text("pulid.version") + struct.pack("<II", 4, version)
+    for name, value in more.items():
+        entries += text(name.replace("_", ".")) + struct.pack("<II", 4, value)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 2 + len(more)) + entries
+    head += text("pulid_id") + struct.pack("<I", 2) + struct.pack("<QQ", values.shape[1], values.shape[0])
+    head += struct.pack("<IQ", kind, 0)
+    head += bytes(-len(head) % more.get("general_alignment", 32))
+    data = {
+        0: values.astype("<f4"),
+        1: values.astype("<f2"),
+        30: (values.astype("<f4").view("<u4") >> 16).astype("<u2"),
+    }
+    return head + data[kind].tobytes()
+
+
+VALUES = np.random.default_rng(3).integers(-64, 64, (32, 64)).astype(np.float32) / 16  # exact in 16 bits of both kinds
+
+
+@pytest.mark.parametrize("kind", [0, 1, 30])
+@pytest.mark.parametrize("more", [{}, {"general_alignment": 64}])
+def test_a_pulidembd_made_by_hand_is_read(library, kind, more):
+    library.identities_dir.mkdir(parents=True)
+    (library.identities_dir / "anna.pulidembd").write_bytes(by_hand(VALUES, kind, **more))
+    assert [(one.name, one.adapter) for one in library.identities()] == [("anna.pulidembd", "PuLID for FLUX")]
+    for name in ("anna", "anna.pulidembd", library.identities()[0].short_hash):
+        identity = library.saved(name)
+        np.testing.assert_array_equal(identity.cond[0].numpy(), VALUES)
+        assert (identity.family, identity.uncond) == ("flux", None)
+
+
+def test_a_pulidembd_is_written_as_described(tmp_path):
+    identity = Identity(torch.from_numpy(VALUES)[None], info={"adapter": "PuLID v0.9 for FLUX"})
+    assert identity.save(tmp_path / "x.pulidembd").read_bytes() == by_hand(VALUES)
+    real = Identity(torch.zeros(1, 32, 2048)).save(tmp_path / "real.pulidembd")
+    assert 131_000 < real.stat().st_size < 131_500
+    large = Identity(torch.full((1, 2, 4), 1e6)).save(tmp_path / "large.pulidembd")
+    assert Identity.load(large).cond.max() == 1e6
+    with pytest.raises(SettingError, match=r"\.pulidembd is for FLUX; .*PuLID v1 for SDXL"):
+        person(1, adapter="PuLID v1 for SDXL").save(tmp_path / "sdxl.pulidembd")
+    with pytest.raises(SettingError, match="saved already"):
+        identity.save(tmp_path / "x.pulidembd")
+
+
+def test_its_uncond_is_what_the_encoder_makes_of_zeros(tmp_path, files):
+    (tmp_path / "x.pulidembd").write_bytes(by_hand(VALUES))
+    adapter, identity = load_adapter(files.flux), Identity.load(tmp_path / "x.pulidembd")
+    completed = with_uncond(identity, adapter)
+    zeros = [torch.zeros(1, 577, small_models.TOWER_WIDTH)] * 5
+    expected = adapter.encoder(torch.zeros(1, small_models.ID_COND), zeros).detach()
+    torch.testing.assert_close(completed.uncond, expected)
+    assert compile_injection(adapter, completed).has_uncond
+    assert with_uncond(person(), adapter).uncond is None  # none was wanted there
+    with pytest.raises(IdentityMismatchError, match="made with PuLID for FLUX .*not known.* is PuLID v1.1 for SDXL"):
+        compile_injection(load_adapter(files.sdxl), identity)
+
+
+def test_a_copy_of_it_as_an_identity_of_ours_keeps_what_is_known(library):
+    library.identities_dir.mkdir(parents=True)
+    (library.identities_dir / "anna.pulidembd").write_bytes(by_hand(VALUES))
+    library.save("ben", library.saved("anna"))
+    library.save("carl.pulidembd", library.saved("ben"))
+    assert library.saved("ben").family == "flux"
+    assert (library.identities_dir / "carl.pulidembd").read_bytes() == by_hand(VALUES)
+    assert [one.name for one in library.identities()] == ["anna.pulidembd", "ben", "carl.pulidembd"]
+
+
+@pytest.mark.parametrize("wrong", ["version", "architecture", "cut", "head", "name", "kind", "size"])
+def test_a_pulidembd_that_is_none(tmp_path, wrong):
+    data = by_hand(VALUES)
+    content = {
+        "version": by_hand(VALUES, version=2), "architecture": by_hand(VALUES, architecture="llama"),
+        "cut": data[:-1], "head": data[:60], "name": data.replace(b"pulid_id", b"pulid_xx"),
+        "kind": data.replace(struct.pack("<QQIQ", 64, 32, 1, 0), struct.pack("<QQIQ", 64, 32, 12, 0)),
+        "size": data.replace(struct.pack("<QQ", 64, 32), struct.pack("<QQ", 1 << 60, 32)),
+    }[wrong]  # fmt: skip
+    (tmp_path / "x.pulidembd").write_bytes(content)
+    with pytest.raises(IdentityMismatchError, match=r"x\.pulidembd is not a saved identity, or is damaged"):
+        Identity.load(tmp_path / "x.pulidembd")
+    with pytest.raises((ValueError, LookupError, struct.error)):
+        pulidembd.unpack(content)
+
+
+def test_storage_errors_are_messages():
+    assert issubclass(StorageError, PulidError)
+    with pytest.raises(StorageError):
+        disk.check_writable("/proc/no/such/place")

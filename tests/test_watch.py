@@ -1,0 +1,282 @@
+"""What runs in the place of the denoiser's blocks: compiled code, engines, step caches. Right, or refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib_pulid.errors import UnsupportedModelError
+from lib_pulid.hosts.diffusers import apply
+from lib_pulid.injection import DenoiseStep, Injection, inject
+from lib_pulid.sites import find_sites
+from lib_pulid.watch import Watch
+from tests.fake_modules.models import Flux, UNet, count_hooks
+from tests.fake_modules.plan import RandomPlan
+
+STEP = DenoiseStep(0.0, True)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def face(denoiser: nn.Module, factor: float = 1.0, **settings: Any) -> Injection:
+    model = SimpleNamespace(name="", guided=False, family=find_sites(denoiser).family, denoiser=denoiser)
+    return RandomPlan(weight=factor, **settings).injections(model, hires=False)[0]
+
+
+def small_unet() -> UNet:
+    return UNet(blocks=(1, 1, 1))
+
+
+def call(denoiser: nn.Module, seed: int = 1) -> Tensor:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    if find_sites(denoiser).family == "sdxl":
+        return denoiser(normal(1, 4, 4, 4), torch.ones(1), normal(1, 7, 2048))
+    return denoiser(normal(1, 4, 4, 4), torch.ones(1), normal(1, 7, 6))
+
+
+def with_face(denoiser: nn.Module, injections: Sequence[Injection], seed: int = 1) -> Tensor:
+    with inject(denoiser, injections, STEP):
+        return call(denoiser, seed)
+
+
+# ---------------------------------------------------------------- compiled
+
+
+def whole(unet: nn.Module, **options: Any) -> nn.Module:
+    return torch.compile(unet, backend="eager", **options)
+
+
+def in_place(unet: nn.Module, **options: Any) -> nn.Module:
+    unet.compile(backend="eager", **options)
+    return unet
+
+
+def by_block(unet: nn.Module, **options: Any) -> nn.Module:
+    for block in unet.middle_block:
+        block.compile(backend="eager", **options)
+    return unet
+
+
+@pytest.mark.parametrize("how", [whole, in_place, by_block])
+@pytest.mark.parametrize("options", [{}, {"fullgraph": True}], ids=["", "fullgraph"])
+def test_compiled_and_warm(how: Callable[..., nn.Module], options: dict[str, Any]) -> None:
+    """Compiled by images without a face: each face acts as in the model as it was written, and only its own."""
+    plain = small_unet()
+    faces = [[face(plain)], [face(plain, 0.5)], [face(plain), face(plain, 0.5)]]
+    expected = [call(plain), *(with_face(plain, one) for one in faces)]
+    compiled = how(small_unet(), **options)
+    call(compiled)
+    found = [call(compiled), *(with_face(compiled, one) for one in faces)]
+    for one, other in zip(found, expected):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert torch.allclose(call(compiled), expected[0], atol=1e-5)
+    assert (expected[1] - expected[0]).abs().max() > 1e-2
+
+
+def test_compiled_and_cold() -> None:
+    """A face in the very first call is not compiled into the model."""
+    compiled, plain = whole(small_unet()), small_unet()
+    first = with_face(compiled, [face(plain)])
+    assert torch.allclose(first, with_face(plain, [face(plain)]), atol=1e-5)
+    assert torch.allclose(call(compiled), call(plain), atol=1e-5)
+
+
+def test_compiled_where_torch_cannot_step_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch 2.6: refused."""
+    monkeypatch.delattr(torch.compiler, "set_stance")
+    compiled = whole(small_unet())
+    call(compiled)
+    with pytest.raises(UnsupportedModelError, match="layers did not run.*compiled"):
+        with_face(compiled, [face(small_unet())])
+
+
+class Pipeline:
+    """As much of a diffusers pipeline as `apply` reads."""
+
+    do_classifier_free_guidance = False
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet = unet
+
+    def __call__(self, steps: int = 2) -> Tensor:
+        self.scheduler = SimpleNamespace(timesteps=torch.linspace(999, 1, steps))
+        x, text = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((1, 4, 4, 4), (1, 7, 2048))
+        )
+        for t in self.scheduler.timesteps:
+            x = x - self.unet(x, t, text)
+        return x
+
+
+@pytest.mark.parametrize("how", [whole, in_place, by_block])
+def test_a_pipelines_compiled_denoiser(how: Callable[..., nn.Module]) -> None:
+    plain = Pipeline(small_unet())
+    one = [face(plain.unet)]
+    with apply(plain, one):
+        expected = plain()
+    compiled = Pipeline(how(small_unet()))
+    without = compiled()
+    with apply(compiled, one):
+        assert torch.allclose(compiled(), expected, atol=1e-5)
+    assert torch.equal(compiled(), without)
+    assert (without - expected).abs().max() > 1e-3
+    assert count_hooks(compiled.unet) == 0
+
+
+# ---------------------------------------------------------------- something else in the layers' place
+
+
+def test_something_else_in_the_place_of_the_layers() -> None:
+    unet = small_unet()
+    one = face(unet)
+    unet.forward = lambda x, *_: x
+    with pytest.raises(UnsupportedModelError, match="layers did not run.*TensorRT"):
+        with_face(unet, [one])
+    assert count_hooks(unet) == 0
+    with inject(unet, [face(small_unet(), start=0.5)], STEP):
+        call(unet)  # nothing is to act
+
+
+def test_something_else_in_the_place_of_one_layer() -> None:
+    """Its weights are used, and its modules are not called."""
+    unet = small_unet()
+    one, layer = face(unet), unet.middle_block[0].attn2
+    layer.forward = lambda x, context: nn.functional.linear(x, layer.to_q.weight)
+    with pytest.raises(UnsupportedModelError, match=r"layers did not run \(2 of 3 did\)"):
+        with_face(unet, [one])
+
+
+def test_a_pipeline_with_something_else_in_the_place_of_the_layers() -> None:
+    pipeline = Pipeline(small_unet())
+    one, late = face(pipeline.unet), face(pipeline.unet, start=0.5)
+    pipeline.unet.forward = lambda x, *_: x
+    with pytest.raises(UnsupportedModelError, match="layers did not run"), apply(pipeline, [one]):
+        pipeline()
+    with pytest.raises(UnsupportedModelError, match="The face never acted"), apply(pipeline, [late]):
+        pipeline()
+    assert count_hooks(pipeline.unet) == 0
+
+
+def run_blocks(flux: Flux, x: Tensor, text: Tensor, run: Callable[..., Any]) -> Tensor:
+    """Flux.forward without its first and last layers. run: calls a block."""
+    img, txt = flux.img_in(x.flatten(1).view(1, -1, 16)), flux.txt_in(text)
+    for block in flux.double_blocks:
+        img, txt = run(block, img=img, txt=txt, vec=None, pe=None)
+    both = torch.cat((txt, img), dim=1)
+    for block in flux.single_blocks:
+        both = run(block, both, vec=None, pe=None)
+    return both[:, txt.shape[1] :]
+
+
+def test_blocks_that_are_not_called_as_modules() -> None:
+    flux = Flux()
+    one = face(flux)
+    flux.forward = lambda x, _, text: run_blocks(
+        flux, x, text, lambda block, *args, **named: block.forward(*args, **named)
+    )
+    with pytest.raises(UnsupportedModelError, match="ran without its hooks"):
+        with_face(flux, [one])
+
+
+# ---------------------------------------------------------------- step caches
+
+
+def sampled(denoiser: nn.Module, injections: Sequence[Injection], steps: int = 3) -> list[Tensor]:
+    """The denoiser's outputs in a sampling whose steps are all alike."""
+    watch = Watch()
+    sites, made = watch.over(find_sites(denoiser)), []
+    for i in range(steps):
+        step = DenoiseStep(i / steps, True)
+        with inject(sites, injections, step):
+            made.append(call(denoiser))
+        watch.check_call(any(injection.is_active(step) for injection in injections))
+    watch.check_end()
+    return made
+
+
+@pytest.mark.parametrize("make", [small_unet, Flux])
+def test_a_cache_of_whole_steps(make: Callable[[], nn.Module]) -> None:
+    """TeaCache: the step that is skipped is the one before it, with the face in it."""
+    denoiser = make()
+    one, whole_forward, cache = face(denoiser), denoiser.forward, []
+
+    def forward(*args: Any) -> Tensor:
+        if not cache:
+            cache.append(whole_forward(*args))
+        return cache[0]
+
+    expected = with_face(copy.deepcopy(denoiser), [one])
+    denoiser.forward = forward
+    assert all(torch.equal(made, expected) for made in sampled(denoiser, [one]))
+    with pytest.raises(UnsupportedModelError, match="The face never acted: a step cache"):
+        sampled(denoiser, [face(make(), start=0.5)])
+
+
+def test_a_cache_that_stops_after_the_first_block() -> None:
+    """As in Forge's extensions: the blocks behind it are not even called."""
+    flux, cache = Flux(), []
+    one, whole_forward = face(flux), flux.forward
+
+    def forward(x: Tensor, *args: Any) -> Tensor:
+        if not cache:
+            cache.append(whole_forward(x, *args))
+        flux.double_blocks[0](
+            img=flux.img_in(x.flatten(1).view(1, -1, 16)), txt=flux.txt_in(args[1]), vec=None, pe=None
+        )
+        return cache[0]
+
+    expected = with_face(copy.deepcopy(flux), [one])
+    flux.forward = forward
+    assert all(torch.equal(made, expected) for made in sampled(flux, [one]))
+
+
+def skip(block: nn.Module) -> None:
+    """From the second call on a cache answers for the block, with what goes in."""
+    run, seen = block.forward, []
+
+    def forward(*args: Any, **named: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 1:
+            return run(*args, **named)
+        return (named["img"], named["txt"]) if named.get("img") is not None else args[0]
+
+    block.forward = forward
+
+
+@pytest.mark.parametrize("part, number", [("double_blocks", 2), ("double_blocks", 0), ("single_blocks", 36)])
+def test_a_cache_that_answers_for_a_block(part: str, number: int) -> None:
+    """FirstBlockCache and its kind: its answer has the face already, or lacks it."""
+    flux = Flux()
+    skip(getattr(flux, part)[number])
+    with pytest.raises(UnsupportedModelError, match=rf"{part}.{number} was not run.*FirstBlockCache.*TeaCache\) work"):
+        sampled(flux, [face(flux)])
+    assert count_hooks(flux) == 0
+    sampled(flux, [])
+
+
+def test_a_cache_of_deep_blocks() -> None:
+    """DeepCache: the layers that run get the face, the others' output has it."""
+    unet = small_unet()
+    one, block, cache = face(unet), unet.middle_block[0], []
+    run = block.forward
+
+    def forward(*args: Any) -> Tensor:
+        if not cache:
+            cache.append(run(*args))
+        return cache[0]
+
+    expected = with_face(copy.deepcopy(unet), [one])
+    block.forward = forward
+    assert all(torch.equal(made, expected) for made in sampled(unet, [one]))
