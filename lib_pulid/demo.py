@@ -65,7 +65,17 @@ def run_demo(photo: Path | None, out: Path, models_dir: Path, device: str = "cpu
         sheets[family](workshop, photo).save(path)
         print(f"  wrote      {path}")
         paths.append(path)
+        if sheets[family] is _drawings:
+            _suggest(_named(family), photo, out)
     return paths
+
+
+def _suggest(model: str, photo: Path | None, out: Path) -> None:
+    """Says how to go on from here."""
+    face = photo or out / "person.png"
+    if not photo:
+        Image.fromarray(miniature.portrait(PEOPLE[0])).save(face)
+    print(f'  try        python -m lib_pulid generate --model {model} --face {face} --prompt "{describe(OTHER)}"')
 
 
 def _named(family: str) -> str:
@@ -169,9 +179,9 @@ def _drawings(workshop: Workshop, photo: Path | None) -> Image.Image:
         together = _together(show)
     finally:
         torch.set_num_threads(threads)
-    columns = ["reference", "without", *(f"weight {weight}" for weight in STRENGTHS), "elsewhere", "changed at 1.0"]
+    columns = ["reference", "without", *(f"weight {weight}" for weight in STRENGTHS), "another scene", "changed at 1.0"]
     sections = [
-        Section("One person in each row", columns, rows, f"“{describe(ONE)}”; elsewhere: “{describe(OTHER)}”"),
+        Section("One person in each row", columns, rows, f"“{describe(ONE)}”; then “{describe(OTHER)}”"),
         together,
     ]
     text = f"{workshop.label}: people whom it was not trained on. The bars are a judge's likeness to the reference."

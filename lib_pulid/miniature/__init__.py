@@ -118,5 +118,5 @@ def portrait(number: int, scene: world.Scene | None = None, size: int = REFERENC
 def group(numbers: Sequence[int], size: int = 2 * REFERENCE_SIZE) -> np.ndarray:
     """A drawing of up to three people, from left to right, uint8 RGB [size, size, 3]."""
     scene = world.sample_scene(np.random.default_rng(len(numbers)), len(numbers))
-    level = [replace(placement, tilt=0.0, turn=0.0) for placement in scene.placements]
-    return world.draw([person(n) for n in numbers], replace(scene, placements=tuple(level), light="even"), size)
+    level = tuple(replace(placement, tilt=0.0, turn=0.0) for placement in scene.placements)
+    return world.draw([person(n) for n in numbers], replace(scene, placements=level, light="even", style="flat"), size)
