@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,11 +55,25 @@ def load_sdxl(path: Path, dtype: torch.dtype) -> Any:
     channels = shapes[_PARTS["the UNet"]][1]
     if channels != 4:
         raise WrongWeightsError(f"{path.name} is for inpainting ({channels} channels); choose one that makes images.")
-    with TemporaryDirectory(prefix="pulid-config-") as folder:
+    with TemporaryDirectory(prefix="pulid-config-") as folder, _quiet():
         write_configuration(Path(folder), shapes)
         return diffusers.StableDiffusionXLPipeline.from_single_file(
             str(path), config=folder, torch_dtype=dtype, local_files_only=True
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a bar for the seven parts of a pipeline."""
+    from diffusers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
 
 
 def write_configuration(folder: Path, shapes: Shapes) -> None:
