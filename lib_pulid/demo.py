@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,11 @@ class _Show:
         """With the scene's prompt."""
         return self.workshop.paint(injections, describe(scene), seed=SEED)[0]
 
+    @cached_property
+    def plain(self) -> Image.Image:
+        """ONE, with nobody in particular."""
+        return self.paint([], ONE)
+
 
 def _drawings(workshop: Workshop, photo: Path | None) -> Image.Image:
     encoders = workshop.encoders()  # once for all people
@@ -190,7 +196,7 @@ def _drawings(workshop: Workshop, photo: Path | None) -> Image.Image:
 
 def _row(show: _Show, reference: np.ndarray) -> list[Tile]:
     identity = _identity(show.workshop, reference)
-    plain = show.paint([], ONE)
+    plain = show.plain
     images = [show.paint([_compiled(show.workshop, identity, weight=w)], ONE) for w in STRENGTHS]
     whole = _compiled(show.workshop, identity, weight=1.0)
     other = show.paint([whole], OTHER)
