@@ -66,14 +66,15 @@ def identities(shop) -> dict[int, Identity]:
 
 @pytest.fixture(scope="module")
 def paint(shop):
-    kept: dict[Any, np.ndarray] = {}
+    kept: dict[Any, tuple[np.ndarray, Identity | None]] = {}
 
     def _paint(identity: Identity | None = None, **settings: Any) -> np.ndarray:
         """SCENE with an identity; made once for the same object and settings."""
         key = (id(identity), *(DEFAULTS | settings).values()) if identity else None
         if key not in kept:
-            kept[key] = image_of(shop, [compiled(shop, identity, **(DEFAULTS | settings))] if identity else [])
-        return kept[key]
+            given = [compiled(shop, identity, **(DEFAULTS | settings))] if identity else []
+            kept[key] = image_of(shop, given), identity  # which keeps its number, too
+        return kept[key][0]
 
     return _paint
 
