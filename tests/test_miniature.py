@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from lib_pulid.errors import MissingWeightsError, NoFaceError, WrongWeightsError
 from lib_pulid.identity import Identity
 from lib_pulid.injection import Injection, compile_injection
 from lib_pulid.standalone import Workshop, open_workshop
-from lib_pulid.training import world
+from lib_pulid.training import checkpoint, world
 
 PEOPLE = (10, 11, 12)
 SEED, STEPS = 5, 6
@@ -230,8 +231,11 @@ def test_every_prompt_of_the_world_is_known():
 def copy(monkeypatch, tmp_path) -> Path:
     """The files at another place, to be damaged."""
     for path in miniature.FOLDER.iterdir():
-        if path.suffix in (".safetensors", ".onnx"):
+        if path.suffix in (".safetensors", ".onnx", ".xz"):
             shutil.copyfile(path, tmp_path / path.name)
+    for packed in tmp_path.glob("*.xz"):
+        shutil.copyfile(miniature.checkpoint("sdxl"), tmp_path / packed.stem)
+        packed.unlink()
     monkeypatch.setattr(miniature, "FOLDER", tmp_path)
     return tmp_path
 
@@ -260,6 +264,29 @@ def test_a_file_that_is_damaged(copy, name):
     (copy / name).write_bytes((copy / name).read_bytes()[:-5000])
     with pytest.raises(WrongWeightsError, match=name):
         use(name, copy)
+
+
+def test_a_packed_file(copy, monkeypatch, tmp_path):
+    """Unpacked once for its content; elsewhere if its own folder may not be written to; named if it is damaged."""
+    content = (copy / "sdxl.safetensors").read_bytes()[:5000]
+    (copy / "sdxl.safetensors").write_bytes(content)
+    checkpoint.pack(copy / "sdxl.safetensors")
+    path = miniature.checkpoint("sdxl")
+    assert path.read_bytes() == content
+    assert path.is_relative_to(copy)
+    monkeypatch.setattr(lzma, "decompress", None)  # not a second time
+    assert miniature.checkpoint("sdxl") == path
+    monkeypatch.undo()
+    monkeypatch.setattr(miniature, "FOLDER", copy)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    shutil.rmtree(copy / "unpacked")
+    (copy / "unpacked").write_text("a file")
+    path = miniature.checkpoint("sdxl")
+    assert path.read_bytes() == content
+    assert path.is_relative_to(tmp_path / "elsewhere")
+    (copy / "sdxl.safetensors.xz").write_bytes((copy / "sdxl.safetensors.xz").read_bytes()[:-20])
+    with pytest.raises(WrongWeightsError, match=r"sdxl.safetensors.xz in .* is damaged"):
+        miniature.checkpoint("sdxl")
 
 
 def test_all_of_it_is_small():

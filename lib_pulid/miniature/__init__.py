@@ -6,7 +6,12 @@ world (`training.world`) and nothing else. `lib_pulid/training` made them and ca
 
 from __future__ import annotations
 
+import atexit
+import hashlib
+import lzma
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -15,7 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lib_pulid.errors import MissingWeightsError
+from lib_pulid import disk
+from lib_pulid.errors import MissingWeightsError, StorageError, WrongWeightsError
 from lib_pulid.training import world
 from lib_pulid.training.dataset import HELD_OUT, Drawn
 
@@ -32,6 +38,7 @@ LIMITS = (
     "The miniature knows drawn people only; for photographs get the real weights with "
     "`python -m lib_pulid models download sdxl` and give a checkpoint of yours with --model."
 )
+AGAIN = "It comes with the program: install that again, or in a git checkout: git checkout -- lib_pulid/miniature"
 REFERENCE_SIZE = 256  # pixels of a drawn reference
 
 
@@ -75,12 +82,29 @@ def judge() -> Judge:
 
 def _path(name: str) -> Path:
     path = FOLDER / name
+    if not path.is_file() and (packed := FOLDER / f"{name}.xz").is_file():
+        return _unpacked(packed)
     if not path.is_file():
-        raise MissingWeightsError(
-            f"{name}, a part of the miniature, is not in {FOLDER}. It comes with the program: install that again, or "
-            f"in a git checkout: git checkout -- lib_pulid/miniature"
-        )
+        raise MissingWeightsError(f"{name}, a part of the miniature, is not in {FOLDER}. {AGAIN}")
     return path
+
+
+def _unpacked(packed: Path) -> Path:
+    """A file of which NAME.xz is shipped: unpacked once for its content beside it, or each time where nobody may write."""
+    content = packed.read_bytes()
+    path = FOLDER / "unpacked" / hashlib.sha256(content).hexdigest()[:16] / packed.stem
+    if path.is_file():
+        return path
+    try:
+        whole = lzma.decompress(content)
+    except (lzma.LZMAError, EOFError) as error:
+        raise WrongWeightsError(f"{packed.name} in {FOLDER} is damaged ({error}). {AGAIN}") from error
+    try:
+        return disk.write(path, whole, replace=True)
+    except StorageError:  # the program's own folder is often not the user's
+        folder = tempfile.mkdtemp(prefix="pulid-miniature-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return disk.write(Path(folder, packed.stem), whole)
 
 
 # ---------------------------------------------------------------- prompts
