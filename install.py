@@ -63,25 +63,30 @@ def timm_version() -> str:
         return ""
 
 
-def installed() -> dict[str, str]:
-    """Asks pip for name -> version of what is installed: of several versions of a package, pip knows which counts."""
-    import subprocess
+def installed() -> dict[str, list[str]]:
+    """Reads name -> version of what is installed as pip sees it: of several versions, the first on sys.path counts.
+    `pip list` itself fails, in some of its versions, for one package whose version is missing or not PEP 440's."""
+    from importlib import metadata
 
-    # The other formats of pip 24.1 to 25.3 fail on versions such as Debian's 1.1build1.
-    command = [sys.executable, "-m", "pip", "list", "--format=columns"]
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
-    if done.returncode:
-        sys.exit(f"PuLID installed nothing, because pip cannot list what is installed:\n{done.stderr}")
-    rows = [line.split() for line in done.stdout.splitlines()[2:]]
-    return {re.sub(r"[-_.]+", "-", row[0]).lower(): row[1] for row in rows if len(row) > 1}
+    found: dict[str, tuple[str, list[str]]] = {}  # name -> folder, versions
+    for package in metadata.distributions():
+        name, version = package.metadata.get("Name"), package.metadata.get("Version")
+        folder, info = os.path.split(str(getattr(package, "_path", "")))
+        if not name or not version or info.startswith("~"):  # ~orch is what an uninstall of torch can leave
+            continue
+        first, versions = found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), (folder, []))
+        # Of two in one folder, pip takes the one listed first; with Python 3.10 that depends on pip's version.
+        if not versions or (sys.version_info < (3, 11) and folder == first and version not in versions):
+            versions.append(version)
+    return {name: versions for name, (_, versions) in found.items()}
 
 
-def constraints(have: dict[str, str]) -> str:
-    """A constraints file that keeps every package where it is. `===` takes a version as it is written; with `==`, pip
-    refuses the whole file for one version that is not PEP 440's."""
-    equal = {name: "==" if re.fullmatch(VERSION, version, re.IGNORECASE) else "===" for name, version in have.items()}
-    return "".join(f"{name}{equal[name]}{version}\n" for name, version in sorted(have.items()))
+def constraints(have: dict[str, list[str]]) -> str:
+    """A constraints file that keeps every package where it is: one with two versions cannot be asked for at all. `===`
+    takes a version as it is written; with `==`, pip refuses the whole file for one that is not PEP 440's."""
+    pairs = [(name, version) for name, versions in sorted(have.items()) for version in versions]
+    equal = {version: "==" if re.fullmatch(VERSION, version, re.IGNORECASE) else "===" for _, version in pairs}
+    return "".join(f"{name}{equal[version]}{version}\n" for name, version in pairs)
 
 
 def tell(text: str) -> None:
@@ -113,7 +118,7 @@ def install(missing: list[str]) -> None:
                      "then restart.")  # fmt: skip
     full = {module: WITH_DEPENDENCIES[module] for module in missing if module in WITH_DEPENDENCIES}
     alone = {module: ALONE[module] for module in missing if module in ALONE}
-    if "onnx" in full and numbers(have.get("protobuf", "999")) < OLD_PROTOBUF:
+    if "onnx" in full and numbers(have.get("protobuf", ["999"])[0]) < OLD_PROTOBUF:
         del full["onnx"]
         alone["onnx"] = ONNX_FOR_IT
     with tempfile.TemporaryDirectory() as folder:

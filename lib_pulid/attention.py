@@ -68,6 +68,12 @@ class CrossAttentionTensors:
 
     tokens: Tensor
 
+    @classmethod
+    def joined(cls, k: Tensor, v: Tensor) -> CrossAttentionTensors:
+        """Of keys and values [R, N, C]."""
+        is_first = torch.arange(k.shape[1], device=k.device) < ID_TOKENS
+        return cls(torch.cat((k, v, is_first.to(k)[:, None].expand(*k.shape[:2], MARK)), dim=-1))
+
     @property
     def width(self) -> int:
         return (self.tokens.shape[-1] - MARK) // 2
@@ -94,9 +100,7 @@ def prepare_cross_attention(weights: CrossAttentionWeights, tokens: Tensor, weig
     """Keys and values of the tokens [R, N, D] float32. The residual is linear in the values, so they take `weight`."""
     k = tokens @ weights.to_k.to(tokens).T
     v = tokens @ weights.to_v.to(tokens).T
-    is_first = torch.arange(tokens.shape[1], device=tokens.device) < ID_TOKENS
-    mark = is_first.to(tokens)[:, None].expand(*tokens.shape[:2], MARK)
-    return CrossAttentionTensors(torch.cat((k, v * weight, mark), dim=-1))
+    return CrossAttentionTensors.joined(k, v * weight)
 
 
 def add_cross_attention(
@@ -126,7 +130,9 @@ def add_cross_attention(
         [B, L, C] in the dtype of h.
     """
     one = torch.ones((), dtype=torch.float32, device=h.device)
-    gain, added, h_h = one, None, None
+    added: Tensor | None = None
+    h_h: Tensor | None = None
+    gain = one
     for identity in identities:
         is_v2 = identity.projection == "ortho_v2"
         r, share = _attend(q, identity, heads, is_v2)
@@ -138,6 +144,8 @@ def add_cross_attention(
             gain = torch.addcmul(gain, mask * (share - one), along_h)
         r = r if identity.mask is None else r * mask.to(r.dtype)
         added = r if added is None else added + r
+    if added is None:
+        return h
     if torch.is_grad_enabled():
         return torch.addcmul(added, h, gain).to(h.dtype)
     return torch.addcmul(added, h, gain, out=torch.empty_like(h))

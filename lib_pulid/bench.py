@@ -14,14 +14,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lib_pulid import bench_cases as cases
 from lib_pulid.bench_cases import Case
-from lib_pulid.gpu_cost import Cost, count, fake_gpu
+from lib_pulid.gpu_cost import count, fake_gpu
 from lib_pulid.injection import inject
+
+if TYPE_CHECKING:
+    from lib_pulid.photos import Encoders
+    from lib_pulid.weights import Adapter
 
 Row = dict[str, Any]
 PARTS = ("counts", "kept", "sites", "steps", "photos")
@@ -52,11 +57,11 @@ def _counted(make: Callable[[], Case]) -> Row:
         "name": case.name,
         "sites": case.sites,
         "floor": case.floor,
-        **{who: {**asdict(cost), "floors": cost.moved / case.floor} for who, cost in _both(ours, official)},
+        **{who: {**asdict(cost), "floors": cost.moved / case.floor} for who, cost in _two(ours, official)},
     }
 
 
-def _both(ours: Cost, official: Cost) -> Sequence[tuple[str, Cost]]:
+def _two(ours: Any, official: Any) -> Sequence[tuple[str, Any]]:
     return ("ours", ours), ("official", official)
 
 
@@ -64,10 +69,10 @@ def kept() -> list[Row]:
     """Bytes on the device while sampling, in 16 bit, for a person and a set of rows (cond; the same for uncond)."""
     widths = [width for (_, width), layers in cases.SDXL_LAYERS.items() for _ in range(layers)]
     with fake_gpu():
-        sdxl, _ = cases.sdxl_injection(widths, "cuda", torch.float16)
-        flux, _ = cases.flux_injection(20, cases.FLUX_WIDTH, "cuda", torch.bfloat16)
-    injections = {"SDXL v1.1, 70 sites": sdxl, "FLUX, 20 sites": flux}
-    return [{"name": name, "bytes": injection.nbytes // 2} for name, injection in injections.items()]
+        sdxl = cases.sdxl_person(widths, "cuda", torch.float16)
+        flux = cases.flux_person(20, cases.FLUX_WIDTH, "cuda", torch.bfloat16)
+    persons = {"SDXL v1.1, 70 sites": sdxl, "FLUX, 20 sites": flux}
+    return [{"name": name, "bytes": person.injection.nbytes // 2} for name, person in persons.items()]
 
 
 # ---------------------------------------------------------------- timed
@@ -110,8 +115,16 @@ def sites(device: str, dtype: torch.dtype, runs: int) -> list[Row]:
     for make in (*kinds, flux, partial(flux, persons=2)):
         case = make()
         off, ours, official = medians(device, runs, (case.off, case.ours, case.official))
-        rows.append({"name": case.name, "ours": ours - off, "official": official - off})
+        row = {"name": case.name, "ours": ours - off, "official": official - off}
+        if "persons" not in case.name:
+            exact = case.exact()
+            row |= {f"error {who}": _error(work(), exact) for who, work in _two(case.ours, case.official)}
+        rows.append(row)
     return rows
+
+
+def _error(made: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((made.double() - exact).norm() / exact.norm()).item()
 
 
 def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
@@ -124,16 +137,29 @@ def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
     rows = []
     for family in ("sdxl", "flux"):
         call = bench_call(family, device, dtype, small)
-        injection = cases.injection_for(call.sites, device, dtype)
+        person = cases.person_for(call.sites, device, dtype)
 
-        def with_persons(persons: int, call=call, injection=injection) -> None:
-            with inject(call.sites, [injection] * persons, call.step):
+        def ours(persons: int, call=call, person=person) -> None:
+            with inject(call.sites, [person.injection] * persons, call.step):
                 call.run()
 
-        functions = [call.run, partial(with_persons, 1), partial(with_persons, 2)]
-        without, one, two = medians(device, runs, functions)
-        rows.append({"name": call.name, "without": without, "one person": one, "two persons": two})
+        def official(call=call, person=person) -> None:
+            with cases.official_at(call.sites, person):
+                call.run()
+
+        works: dict[str, Callable[[], object]] = {"without": call.run, "one person": partial(ours, 1)}
+        works |= {"two persons": partial(ours, 2), "official": official}
+        rows.append({"name": call.name, **dict(zip(works, medians(device, runs, list(works.values()))))})
+        if device.startswith("cuda"):
+            rows[-1] |= {f"peak {name}, bytes": _peak(work) for name, work in works.items()}
     return rows
+
+
+def _peak(work: Callable[[], object]) -> int:
+    """The most of a GPU's memory that is in use while it runs."""
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated()
 
 
 # ---------------------------------------------------------------- photos
@@ -161,8 +187,26 @@ def photos(models_dir: Path, photo: Path | None, device: str, runs: int) -> list
             make_identity([changed], workshop.adapter, encoders=lambda: encoders, encoders_id="bench", cache=cache)
             taken.append(time.perf_counter() - start)
     warm, known = statistics.median(taken[2::2]), statistics.median(taken[3::2])
-    row = {"name": "photo to identity", "loading": loading, "first": taken[0], "warm": warm, "known": known}
-    return [{**row, "of": "; ".join(workshop.notes)}]
+    row = {"name": "photo to identity, seconds", "loading": loading, "first": taken[0], "warm": warm, "known": known}
+    stages = {"name": "its stages, milliseconds", **_stages(image, encoders, workshop.adapter, device, runs)}
+    return [{**row, "of": "; ".join(workshop.notes)}, stages]
+
+
+def _stages(image: np.ndarray, encoders: Encoders, adapter: Adapter, device: str, runs: int) -> dict[str, float]:
+    from lib_pulid.faces import read_face
+    from lib_pulid.identity import encode_identity, face_features
+    from lib_pulid.images import resize_long_edge
+
+    bgr, models = np.ascontiguousarray(resize_long_edge(image)[:, :, ::-1]), encoders.faces
+    face = read_face(image, models)
+    work: dict[str, Callable[[], object]] = {"detect": partial(models.detector.detect, bgr)}
+    if models.landmarker is not None:
+        work["landmarks"] = partial(models.landmarker.detect, bgr)
+    work["recognize"] = partial(models.recogniser.embed, bgr, face.detection)
+    work["parse"] = partial(models.parser.labels, face.aligned)
+    work["vision"] = partial(face_features, [face], encoders.tower)
+    work["encode"] = partial(encode_identity, face_features([face], encoders.tower), adapter)
+    return dict(zip(work, medians(device, runs, list(work.values()))))
 
 
 # ---------------------------------------------------------------- told

@@ -8,7 +8,8 @@ modules themselves from a checkout.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, Injection, compile_injection, inject
-from lib_pulid.sites import Sites, cross_attention_site, image_stream_site
+from lib_pulid.sites import Site, Sites, cross_attention_site, image_stream_site
 from lib_pulid.weights import Adapter, CrossAttentionWeights, ImageStreamWeights
 
 TOKEN_WIDTH, TOKENS, NUM_ZERO = 2048, 32, 20
@@ -35,7 +36,7 @@ class Case:
 
     Args:
         sites: how many of the kind a denoiser has. floor: bytes that any code has to move, which reads the layer's
-            tensors once and writes the result once.
+            tensors once and writes the result once. exact: the official formulas in float64.
     """
 
     name: str
@@ -45,6 +46,16 @@ class Case:
     ours: Callable[[], Tensor]
     official: Callable[[], Tensor]
     official_off: Callable[[], Tensor]
+    exact: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Person:
+    """Random weights and tokens. Args: tokens: [2, N, D], uncond and cond. weights: of each site, by its width."""
+
+    injection: Injection
+    tokens: Tensor
+    weights: dict[int, Any]
 
 
 def adapter(family: str, sites: tuple) -> Adapter:
@@ -71,28 +82,29 @@ class Layer(nn.Module):
         return self.to_out[0](h)
 
 
-def sdxl_injection(widths: list[int], device: str, dtype: torch.dtype) -> tuple[Injection, CrossAttentionWeights]:
-    """An injection of random weights, cond and uncond, and the weights of its last site."""
-    matrices = {
-        width: [torch.randn(width, TOKEN_WIDTH, device=device).div(TOKEN_WIDTH**0.5).to(dtype) for _ in "kv"]
+def sdxl_person(widths: Sequence[int], device: str, dtype: torch.dtype) -> Person:
+    """For sites of these widths; those of one width have the same weights."""
+    weights = {
+        width: CrossAttentionWeights(*(_random(width, TOKEN_WIDTH, device=device).to(dtype) for _ in "kv"))
         for width in set(widths)
     }
-    sites = tuple(CrossAttentionWeights(*matrices[width]) for width in widths)
-    identity = Identity(*(torch.randn(1, TOKENS, TOKEN_WIDTH, device=device) for _ in range(2)))
-    return compile_injection(adapter("sdxl", sites), identity, device=device, dtype=dtype), sites[-1]
+    tokens = torch.randn(2, TOKENS, TOKEN_WIDTH, device=device).to(dtype)
+    identity = Identity(tokens[1:].float(), tokens[:1].float())
+    sites = tuple(weights[width] for width in widths)
+    injection = compile_injection(adapter("sdxl", sites), identity, num_zero=NUM_ZERO, device=device, dtype=dtype)
+    return Person(injection, tokens, weights)
 
 
 def sdxl_case(
     tokens: int, width: int, device: str, dtype: torch.dtype, persons: int = 1, mask: bool = False, modules: Any = None
 ) -> Case:
-    """A cross-attention with a row for each of negative prompt and prompt, ortho_v2."""
-    injection, weights = sdxl_injection([width], device, dtype)
+    """A cross-attention with a row for each of negative prompt and prompt, ortho_v2. modules: `official_modules`."""
+    person = sdxl_person([width], device, dtype)
     side = int(tokens**0.5)
-    injection = replace(injection, mask=torch.ones(side, side, device=device) if mask else None)
+    injection = replace(person.injection, mask=torch.ones(side, side, device=device) if mask else None)
     layer = Layer(width)
     sites = Sites("sdxl", (cross_attention_site("layer", layer),))
     q, h = (torch.randn(2, tokens, width, device=device, dtype=dtype) for _ in range(2))
-    identity = torch.randn(2, TOKENS, TOKEN_WIDTH, device=device, dtype=dtype)
     step = DenoiseStep(0.0, [False, True], (side, side))
 
     def ours() -> Tensor:
@@ -101,22 +113,29 @@ def sdxl_case(
 
     def official(with_identity: bool = True) -> Tensor:
         if modules is not None:
-            return modules.cross_attention(q, h, identity if with_identity else None, weights)
-        return sdxl_official(q, h, identity, weights) if with_identity else h
+            return modules.cross_attention(q, h, person.tokens if with_identity else None, person.weights[width])
+        return sdxl_official(q, h, person.tokens, person.weights[width], heads=layer.heads) if with_identity else h
 
-    name = f"SDXL layer, {tokens} x {width}, 2 rows" + f", {persons} persons" * (persons > 1) + ", region" * mask
-    sites_of_kind = SDXL_LAYERS.get((tokens, width), 1)
-    return Case(name, sites_of_kind, 3 * h.nbytes, lambda: layer(q, h), ours, official, partial(official, False))
+    return Case(
+        name=f"SDXL layer, {tokens} x {width}, 2 rows" + f", {persons} persons" * (persons > 1) + ", region" * mask,
+        sites=SDXL_LAYERS.get((tokens, width), 1),
+        floor=3 * h.nbytes,
+        off=lambda: layer(q, h),
+        ours=ours,
+        official=official,
+        official_off=partial(official, False),
+        exact=lambda: sdxl_official(*_double(q, h, person.tokens, person.weights[width]), heads=layer.heads),
+    )
 
 
-def sdxl_official(q: Tensor, h: Tensor, identity: Tensor, weights: CrossAttentionWeights) -> Tensor:
+def sdxl_official(q: Tensor, h: Tensor, identity: Tensor, weights: CrossAttentionWeights, *, heads: int) -> Tensor:
     """What the official `IDAttnProcessor2_0` makes of h, ortho_v2, with the identity tokens [B, N, D] of each row."""
-    heads = q.shape[-1] // 64
+    wide = torch.promote_types(h.dtype, torch.float32)
     tokens = torch.cat((identity, torch.zeros_like(identity[:, :1]).expand(-1, NUM_ZERO, -1)), dim=1)
     key, value = F.linear(tokens, weights.to_k), F.linear(tokens, weights.to_v)
-    query, key, value = (x.unflatten(-1, (heads, 64)).transpose(1, 2) for x in (q, key, value))
-    r = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).float()
-    text = h.float()
+    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, key, value))
+    r = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).to(wide)
+    text = h.to(wide)
     share = (query @ key.transpose(-2, -1)).softmax(-1).mean(1)[:, :, :5].sum(-1, keepdim=True)
     p = (text * r).sum(-2, keepdim=True) / (text * text).sum(-2, keepdim=True) * text
     return (text + (r + (share - 1) * p)).to(h.dtype)
@@ -132,40 +151,45 @@ class Block(nn.Module):
         return image * 1, text
 
 
-def flux_injection(sites: int, width: int, device: str, dtype: torch.dtype) -> tuple[Injection, ImageStreamWeights]:
-    """An injection of random weights, the same at all sites, cond and uncond."""
+def flux_person(sites: int, width: int, device: str, dtype: torch.dtype) -> Person:
+    """For so many sites, which all have the same weights."""
     shapes: dict[str, tuple[int, ...]] = {"norm_id_weight": (TOKEN_WIDTH,), "norm_id_bias": (TOKEN_WIDTH,)}
     shapes |= {"norm_image_weight": (width,), "norm_image_bias": (width,), "to_q": (FLUX_INNER, width)}
     shapes |= {"to_kv": (2 * FLUX_INNER, TOKEN_WIDTH), "to_out": (width, FLUX_INNER)}
-    weights = ImageStreamWeights(
-        **{name: torch.randn(s, device=device).div(s[-1] ** 0.5).to(dtype) for name, s in shapes.items()}
-    )
-    identity = Identity(*(torch.randn(1, TOKENS, TOKEN_WIDTH, device=device) for _ in range(2)))
+    weights = ImageStreamWeights(**{name: _random(*s, device=device).to(dtype) for name, s in shapes.items()})
+    tokens = torch.randn(2, TOKENS, TOKEN_WIDTH, device=device).to(dtype)
+    identity = Identity(tokens[1:].float(), tokens[:1].float())
     injection = compile_injection(adapter("flux", (weights,)), identity, device=device, dtype=dtype)
-    return replace(injection, sites=injection.sites * sites), weights
+    return Person(replace(injection, sites=injection.sites * sites), tokens, {width: weights})
 
 
 def flux_case(tokens: int, device: str, dtype: torch.dtype, persons: int = 1, modules: Any = None) -> Case:
-    """An image stream of one row."""
-    injection, weights = flux_injection(1, FLUX_WIDTH, device, dtype)
+    """An image stream of one row. modules: `official_modules`."""
+    person = flux_person(1, FLUX_WIDTH, device, dtype)
+    weights, cond = person.weights[FLUX_WIDTH], person.tokens[1:]
     block, step = Block(), DenoiseStep(0.0, True)
     sites = Sites("flux", (image_stream_site("block", block, FLUX_WIDTH),))
     image, text = (torch.randn(1, n, FLUX_WIDTH, device=device, dtype=dtype) for n in (tokens, 512))
-    identity = torch.randn(1, TOKENS, TOKEN_WIDTH, device=device, dtype=dtype)
-
-    def ours() -> Tensor:
-        with inject(sites, [injection] * persons, step):
-            return block(image, text)[0]
-
-    def official() -> Tensor:
-        residual = flux_official if modules is None else modules.image_stream
-        return block(image, text)[0] + 1.0 * residual(image, identity, weights)
 
     def off() -> Tensor:
         return block(image, text)[0]
 
-    name = f"FLUX site, {tokens} x {FLUX_WIDTH}" + f", {persons} persons" * (persons > 1)
-    return Case(name, 20, 2 * image.nbytes, off, ours, official, off)
+    def ours() -> Tensor:
+        with inject(sites, [person.injection] * persons, step):
+            return off()
+
+    return Case(
+        name=f"FLUX site, {tokens} x {FLUX_WIDTH}" + f", {persons} persons" * (persons > 1),
+        sites=20,
+        floor=2 * image.nbytes,
+        off=off,
+        ours=ours,
+        official=lambda: (
+            off() + 1.0 * (flux_official if modules is None else modules.image_stream)(image, cond, weights)
+        ),
+        official_off=off,
+        exact=lambda: image.double() + flux_official(*_double(image, cond, weights)),
+    )
 
 
 def flux_official(image: Tensor, identity: Tensor, weights: ImageStreamWeights, heads: int = 16) -> Tensor:
@@ -175,16 +199,48 @@ def flux_official(image: Tensor, identity: Tensor, weights: ImageStreamWeights, 
     q, (k, v) = F.linear(latents, weights.to_q), F.linear(x, weights.to_kv).chunk(2, dim=-1)
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     scale = q.shape[-1] ** -0.25
-    attention = ((q * scale) @ (k * scale).transpose(-2, -1)).float().softmax(-1).to(q.dtype)
+    scores = (q * scale) @ (k * scale).transpose(-2, -1)
+    attention = scores.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1).to(q.dtype)
     return F.linear((attention @ v).permute(0, 2, 1, 3).flatten(2), weights.to_out)
 
 
-def injection_for(sites: Sites, device: str, dtype: torch.dtype) -> Injection:
-    """An injection of random weights for these sites."""
+# ---------------------------------------------------------------- either
+
+
+def person_for(sites: Sites, device: str, dtype: torch.dtype) -> Person:
     widths = [site.width for site in sites.sites]
     if sites.family == "sdxl":
-        return sdxl_injection(widths, device, dtype)[0]
-    return flux_injection(len(widths), widths[0], device, dtype)[0]
+        return sdxl_person(widths, device, dtype)
+    return flux_person(len(widths), widths[0], device, dtype)
+
+
+@contextmanager
+def official_at(sites: Sites, person: Person) -> Iterator[None]:
+    """Adds at all sites what the official code adds, for a row of the negative prompt and one of the prompt (SDXL)."""
+    with ExitStack() as hooks:
+        for site in sites.sites:
+
+            def add(x: Tensor, y: Tensor, site: Site = site) -> Tensor:
+                weights = person.weights[site.width]
+                if sites.family == "sdxl":
+                    return sdxl_official(x, y, person.tokens, weights, heads=site.heads)
+                return x.add_(flux_official(y, person.tokens[1:], weights))
+
+            for handle in site.attach(add):
+                hooks.callback(handle.remove)
+        yield
+
+
+def _random(*shape: int, device: str) -> Tensor:
+    return torch.randn(*shape, device=device) * shape[-1] ** -0.5
+
+
+def _double(*values: Any) -> list[Any]:
+    """Tensors, and the tensors of weights, in float64."""
+    return [
+        value.double() if isinstance(value, Tensor) else type(value)(*(x.double() for x in vars(value).values()))
+        for value in values
+    ]
 
 
 # ---------------------------------------------------------------- the official modules

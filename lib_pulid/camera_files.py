@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,7 +71,7 @@ def camera_file(data: Content) -> CameraFile | None:
         return None  # damaged: whoever reads it says so
 
 
-def _is_raw(head: bytes, pages: list[Mapping[int, int]]) -> bool:
+def _is_raw(head: bytes, pages: Sequence[Mapping[int, int]]) -> bool:
     by_head = head.startswith(_RAW_HEADS) or head[4:12] == b"ftypcrx " or (pages and head[8:10] == b"CR")
     if by_head or (pages and head[2:4] not in (b"*\0", b"\0*")):
         return True
@@ -81,12 +81,14 @@ def _is_raw(head: bytes, pages: list[Mapping[int, int]]) -> bool:
     )
 
 
-def _begins_reduced(pages: list[Mapping[int, int]]) -> bool:
-    """Whether the first page is marked as a smaller copy, and a page that is none follows."""
-    return bool(pages) and bool(pages[0].get(_REDUCED, 0) & 1) and any(_area(p) > _area(pages[0]) for p in pages[1:])
+def _begins_reduced(pages: Sequence[Mapping[int, int]]) -> bool:
+    """Whether the first page is marked as a smaller copy, and a page that is none, or cannot be read, follows."""
+    if not pages or not pages[0].get(_REDUCED, 0) & 1:
+        return False
+    return any(not page or _area(page) > _area(pages[0]) for page in pages[1:])
 
 
-def _sorted(data: Content, pages: list[Mapping[int, int]], raw: bool) -> CameraFile:
+def _sorted(data: Content, pages: Sequence[Mapping[int, int]], raw: bool) -> CameraFile:
     orientation = pages[0].get(_ORIENTATION, 1) if pages else _heif_orientation(data)
     shown = [page for page in pages if page.get(_PHOTOMETRIC) in _SHOWN or not raw]
     found = [
@@ -98,7 +100,8 @@ def _sorted(data: Content, pages: list[Mapping[int, int]], raw: bool) -> CameraF
         found += [(size, at, _from) for at, size in _streams(data)]
     found.sort(key=lambda one: -one[0][0] * one[0][1])
     whole = max((max(page[_WIDTH], page[_HEIGHT]) for page in pages if _area(page)), default=0)
-    photo_known = any(page.get(_PHOTOMETRIC) in _SENSOR or not page.get(_REDUCED, 0) & 1 for page in pages)
+    photos = [page for page in pages if page.get(_PHOTOMETRIC) in _SENSOR or not page.get(_REDUCED, 0) & 1]
+    photo_known = any(map(_area, photos))
     enough = min(LONGEST_SIDE, whole / 2) if photo_known and whole else SHORTEST_SIDE
     large = [one for one in found if max(one[0]) >= enough][:_TRIED]
     small = [size for size, _, _ in found if max(size) < enough]
@@ -114,35 +117,45 @@ def _area(page: Mapping[int, int]) -> int:
 
 
 def _pages(data: Content) -> Iterator[dict[int, int]]:
-    """Tag -> first value of each page, in the file's order, pages of pages behind theirs; 0 is the page's place."""
+    """Tag -> first value of each page, in the file's order, pages of pages behind theirs; 0 is the page's place. A page
+    that cannot be read is an empty one."""
     order = {b"II": "<", b"MM": ">"}[data[:2]]
     magic, first = struct.unpack(order + "HI", data[2:8])
     if magic not in _TIFF_MAGICS:
         return
-    todo, seen = [first], set()
+    todo, seen = [first], {0}
     while todo and len(seen) < _MOST_PAGES:
         at = todo.pop(0)
-        if not at or at in seen:
+        if at in seen:
             continue
         seen.add(at)
-        (count,) = struct.unpack(order + "H", data[at : at + 2])
-        page = {0: at}
-        for place in range(at + 2, at + 2 + 12 * count, 12):
-            tag, kind, number = struct.unpack(order + "HHI", data[place : place + 8])
-            if kind not in _FORMATS or not number:
-                continue
-            layout = f"{order}{min(number, 16)}{_FORMATS[kind]}"
-            size = struct.calcsize(layout)
-            if number * struct.calcsize(_FORMATS[kind]) > 4:
-                (place_of_values,) = struct.unpack(order + "I", data[place + 8 : place + 12])
-            else:
-                place_of_values = place + 8
-            values = struct.unpack(layout, data[place_of_values : place_of_values + size])
-            page[tag] = values[0]
-            if tag == _PAGES:
-                todo += values
-        todo += struct.unpack(order + "I", data[at + 2 + 12 * count : at + 6 + 12 * count])
+        try:
+            page, further = _page(data, at, order)
+        except struct.error:
+            page, further = {}, []
+        todo += further
         yield page
+
+
+def _page(data: Content, at: int, order: str) -> tuple[dict[int, int], list[int]]:
+    """The page at a place, and the places of those that it names."""
+    page: dict[int, int] = {0: at}
+    further: list[int] = []
+    (count,) = struct.unpack(order + "H", data[at : at + 2])
+    for place in range(at + 2, at + 2 + 12 * count, 12):
+        tag, kind, number = struct.unpack(order + "HHI", data[place : place + 8])
+        if kind not in _FORMATS or not number:
+            continue
+        values_at = place + 8
+        if number * struct.calcsize(_FORMATS[kind]) > 4:
+            (values_at,) = struct.unpack(order + "I", data[place + 8 : place + 12])
+        layout = f"{order}{min(number, 16)}{_FORMATS[kind]}"
+        values = struct.unpack(layout, data[values_at : values_at + struct.calcsize(layout)])
+        page[tag] = values[0]
+        if tag == _PAGES:
+            further += values
+    following = data[at + 2 + 12 * count : at + 6 + 12 * count]
+    return page, further + list(struct.unpack(order + "I", following) if len(following) == 4 else ())
 
 
 def _from(data: Content, at: int) -> bytes:

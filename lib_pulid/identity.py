@@ -259,8 +259,10 @@ def with_uncond(identity: Identity, adapter: Adapter) -> Identity:
     if not isinstance(adapter.encoder, IDFormer) or adapter.encoder.output_dim != identity.cond.shape[-1]:
         return identity  # compile_injection says what does not fit
     like = next(adapter.encoder.parameters())
-    id_cond = like.new_zeros(1, adapter.encoder.id_embedding_mapping[0].in_features)
-    hidden = like.new_zeros(1, HIDDEN_TOKENS, adapter.encoder.mapping_0[0].in_features)
+    id_width, hidden_width = (
+        adapter.encoder.get_parameter(f"{name}.0.weight").shape[1] for name in ("id_embedding_mapping", "mapping_0")
+    )
+    id_cond, hidden = like.new_zeros(1, id_width), like.new_zeros(1, HIDDEN_TOKENS, hidden_width)
     uncond = adapter.encoder(id_cond, [hidden] * 5).cpu().float()
     return replace(identity, uncond=uncond) if uncond.shape == identity.cond.shape else identity
 

@@ -96,20 +96,24 @@ def _peeked(source: ImageSource) -> tuple[np.ndarray | None, bool]:
     from PIL import Image
 
     Image.init()
-    file = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
     with contextlib.suppress(Exception), warnings.catch_warnings():  # load_image tells what is wrong
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        is_open = isinstance(file, Image.Image)
-        kinds = [kind for kind in FORMATS if kind in Image.OPEN]
-        with contextlib.nullcontext(file) if is_open else Image.open(file, formats=kinds) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return None, False
-            if image.mode == "F":
-                return np.array(image), False
-            if image.mode.startswith("I"):
-                return np.array(image).clip(0, 65535).astype(np.uint16), False
-            return None, image.mode == "P" and len(image.getcolors()) == 2
+        if isinstance(source, Image.Image):
+            return _peeked_at(source)
+        file = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
+        with Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
+            return _peeked_at(image)
     return None, False
+
+
+def _peeked_at(image: Image.Image) -> tuple[np.ndarray | None, bool]:
+    if image.width * image.height > MAX_PIXELS:
+        return None, False
+    if image.mode == "F":
+        return np.array(image), False
+    if image.mode.startswith("I"):
+        return np.array(image).clip(0, 65535).astype(np.uint16), False
+    return None, image.mode == "P" and len(image.getcolors() or ()) == 2
 
 
 def _shares(values: np.ndarray, name: str) -> np.ndarray:
@@ -238,8 +242,9 @@ def _from_pil(image: Image.Image, name: str, background: int, orientation: int =
         raise ImageError(f"{name}: the image is truncated or damaged ({error}).") from error
     with contextlib.suppress(Exception):  # damaged metadata is no reason to refuse a good photo
         exif = image.getexif()
-        exif.setdefault(_ORIENTATION, orientation)
-        if exif[_ORIENTATION] != 1:  # else it would only be copied
+        if orientation != 1:
+            exif.setdefault(_ORIENTATION, orientation)
+        if exif.get(_ORIENTATION, 1) != 1:  # else it would only be copied
             image = ImageOps.exif_transpose(image) or image
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_wide(image, stored, name, background)

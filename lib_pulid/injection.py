@@ -208,7 +208,7 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
 def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> Iterable:
     def add(q: Tensor, h: Tensor) -> Tensor:
         identities = _identities(n, active, step, masks, len(h), h.shape[1])
-        return add_cross_attention(q, h, identities, site.heads) if identities else h
+        return add_cross_attention(q, h, identities, site.heads)
 
     return site.attach(add)
 
@@ -250,7 +250,10 @@ def _rows(step: DenoiseStep, batch: int) -> list[bool]:
         return [step.is_cond] * batch
     rows = [bool(cond) for cond in step.is_cond]
     if len(rows) != batch:
-        raise ValueError(f"is_cond has {len(rows)} rows, but the denoiser was called with {batch}")
+        raise SettingError(
+            f"is_cond has {len(rows)} rows, but the denoiser was called with {batch}. If something in between cuts or "
+            "repeats the batch (FasterCache, tiles), disable it or PuLID."
+        )
     return rows
 
 
@@ -280,14 +283,17 @@ def token_grid(tokens: int, latent_hw: tuple[int, int], family: str) -> tuple[in
     An SDXL layer sees the latent, or the latent halved (rounded up) once or several times; FLUX sees it in 2 x 2 packs.
 
     Raises:
-        ValueError: no such grid has `tokens` tokens.
+        SettingError: no such grid has `tokens` tokens.
     """
     height, width = latent_hw
     for _ in range(4):
         if height * width == tokens:
             return height, width
         height, width = _packed((height, width))
-    raise ValueError(f"a layer has {tokens} tokens, which no halving of the {family} latent {latent_hw} gives")
+    raise SettingError(
+        f"A layer has {tokens} tokens, which no halving of the {family.upper()} latent {latent_hw} gives, so a mask "
+        "cannot be used: disable what changes their number (Kohya HRFix, token merging), or remove the mask."
+    )
 
 
 def _packed(hw: tuple[int, int]) -> tuple[int, int]:

@@ -39,7 +39,8 @@ class Site:
         attach: takes the function that adds the residual and yields each hook's handle as it is made. The function is
             `(q, h) -> h with residual` for a cross-attention, and on an image stream `(total, image)`, which adds
             to `total` in place: a copy of `image`, or `image` itself. All are [B, L, width].
-        inner: a layer that runs whenever the site's block does, and not where a cache answers for the block.
+        inner: on an image stream, a layer that runs whenever the block does, and not where a cache answers for it. (A
+            cross-attention's hooks are inside.)
     """
 
     name: str
@@ -118,7 +119,7 @@ def cross_attention_site(name: str, attention: Any) -> Site:
 
     # Forge's quantised layers do not tell their width.
     width = getattr(attention.to_q, "out_features", None) or attention.heads * attention.dim_head
-    return Site(name, width, attention.heads, attach, attention.to_q)
+    return Site(name, width, attention.heads, attach)
 
 
 # ---------------------------------------------------------------- FLUX

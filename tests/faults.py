@@ -87,7 +87,7 @@ STAGES = [
     Stage("cfg_denoiser callback, last", of_host("_opened|patch"), number=STEPS, after=True),
     Stage("find the sites", of("lib_pulid.watch.Watch.over")),
     Stage("attach a hook", of("torch.nn.Module.register_forward_hook"), number=4),
-    Stage("attach a hook, between the two of a layer", of("torch.nn.Module.register_forward_pre_hook"), number=5),
+    Stage("attach a hook, between the two of a layer", of("torch.nn.Module.register_forward_pre_hook"), number=4),
     Stage("before a call", of_host("enter")),
     Stage("before a call, hooks in place", of_host("enter"), after=True),
     Stage("before a call, last", of_host("enter"), number=STEPS),

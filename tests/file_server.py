@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 STEP = 1 << 14
+FOREVER = 600.0  # seconds, after which a test that hangs fails
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,13 @@ class Quiet(ThreadingHTTPServer):
         """Clients that go away in the middle are what is tested here."""
 
 
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + FOREVER
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 # ---------------------------------------------------------------- how to answer
 
 
@@ -141,14 +149,18 @@ def slowly(wait: float) -> Callable[[Handler, bytes], None]:
 
 
 def held(release: threading.Event) -> Callable[[Handler, bytes], None]:
-    """A little now and then until it is released, then the rest."""
+    """A quarter, then a little now and then until it is released, then the rest."""
 
     def answer(handler: Handler, data: bytes) -> None:
         handler.head(data)
         rest = data[handler.start :]
+        quarter = len(rest) // 4
+        handler.body(rest[:quarter])
+        rest = rest[quarter:]
         while not release.is_set() and len(rest) > 2 * STEP:
             handler.body(rest[:STEP], 1.0)
             rest = rest[STEP:]
+        release.wait(FOREVER)
         handler.body(rest)
 
     return answer

@@ -378,7 +378,7 @@ def test_names_an_identity_cannot_have(library, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["Anna", "Zoë 李", "हिन्दी", "ภาษาไทย", "O'Neill (2)", "x" * 80, "李" * 66, "console", "e\u0301", "1"]
+    "name", ["Berta", "Zoë 李", "हिन्दी", "ภาษาไทย", "O'Neill (2)", "x" * 80, "李" * 66, "console", "e\u0301", "1"]
 )
 def test_names_of_every_language(library, name):
     saved = library.save(name, an_identity(cond=an_identity().cond + 1))

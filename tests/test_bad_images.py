@@ -215,7 +215,8 @@ def test_base64_with_blanks_newlines_and_data_uris():
     plain = text(data)
     broken_up = "\n".join(plain[i : i + 76] for i in range(0, len(plain), 76))
     for form in (plain, broken_up, " " + plain + "\r\n", "data:image/png;base64," + plain, "DATA:;base64," + plain,
-                 "data:application/octet-stream;charset=x;base64, " + broken_up):  # fmt: skip
+                 "data:application/octet-stream;charset=x;base64, " + broken_up,
+                 "data:image/png;name=me, my dog, 2.png;base64," + plain):  # fmt: skip
         np.testing.assert_array_equal(decode(form, "photo 1"), NOISE)
 
 

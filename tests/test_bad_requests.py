@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lib_pulid.errors import SettingError
-from lib_pulid.fields import FIELDS, MOST_PHOTOS, MOST_UNITS, show
+from lib_pulid.fields import FIELDS, MOST_PHOTOS, MOST_UNITS, schema, show
 from lib_pulid.units import PulidUnit, default_args, parse_args
 
 
@@ -40,8 +40,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "images": [True, 1, 0.5, {}, {"a": 1}, [None], [1], [[]], [""], [" "], ["a", None], HUGE, DEEP, ["a"] * 1000, "[",
                "[1]", '["a", {}]', "[" * 100_000, "[" * 100_000 + "]" * 100_000, json.dumps(["a"] * 1000)],
 }  # fmt: skip
-CASES = [(field, value) for field in FIELDS for value in WRONG_TYPES[field.kind]
-         if value is not None or field.default is not None]  # fmt: skip
+CASES = [(field, value) for field in FIELDS for value in WRONG_TYPES[field.kind] if value is not None]
 
 
 @pytest.mark.parametrize(("field", "value"), CASES, ids=[f"{f.name}-{show(v)}" for f, v in CASES])
@@ -52,6 +51,13 @@ def test_each_field_of_each_wrong_type(field, value):
     assert message.startswith(f"PuLID unit 2, field {field.name}: ")
     assert len(message) < 400
     message.encode()  # an answer can be written with it
+
+
+def test_null_is_as_left_out():
+    """Typed clients send null for all that is not set."""
+    assert parse_args([dict.fromkeys((field.name for field in FIELDS), None)]) == parse_args([{}])
+    assert parse_args([{"preset": "style", "projection": None}]) == parse_args([{"preset": "style"}])
+    assert all("null" in entry["type"] for entry in schema()["properties"].values())
 
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if field.minimum is not None], ids=lambda f: f.name)

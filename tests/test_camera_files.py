@@ -185,6 +185,9 @@ def test_pages_that_lead_nowhere():
     for cut in range(8, 300, 7):
         with pytest.raises(ImageError, match="photo: "):
             load_image(data[:cut], "photo")
+    for more in ({}, {50706: 0x401}, {259: 34713}):
+        with pytest.raises(ImageError, match="photo: this is a camera's raw file with "):
+            load_image(tiff({**rgb_page(THUMBNAIL), 330: 10**6, **more}), "photo")
     loop = data[:4] + struct.pack("<I", 4) + data[8:]
     with pytest.raises(ImageError, match="photo: "):
         load_image(loop, "photo")

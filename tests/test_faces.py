@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from lib_pulid import faces
+from lib_pulid import face_models, faces
 from lib_pulid.errors import MissingWeightsError, NoFaceError, PulidError, SettingError, WrongWeightsError
 from lib_pulid.face_models import (
     ArcFaceRecogniser,
@@ -440,6 +440,41 @@ def test_providers():
     assert onnx_providers("cpu") == ("CPUExecutionProvider",)
     assert set(onnx_providers("cuda:0")) <= set(onnxruntime.get_available_providers())
     assert onnx_providers("cuda:0")[-1] == "CPUExecutionProvider"
+
+
+def test_a_file_for_a_newer_onnxruntime_says_so(files, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(str(files.detector))
+    model.ir_version = 99
+    onnx.save(model, str(tmp_path / "newer.onnx"))
+    with pytest.raises(WrongWeightsError, match=r"newer\.onnx in .* newer onnxruntime: update it"):
+        InsightFaceDetector(tmp_path / "newer.onnx")
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_onnxruntime_without_its_cuda_libraries(files, monkeypatch, raises):
+    """It falls back to the CPU, or raises, and only its log says why: so each face does, and the doctor."""
+    import insightface.model_zoo
+    import onnxruntime
+
+    real, both = insightface.model_zoo.get_model, ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+    def get_model(path, providers):
+        if raises and "CUDAExecutionProvider" in providers:
+            raise RuntimeError("CUDA_PATH is set but CUDA wasnt able to be loaded.")
+        return real(path, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(insightface.model_zoo, "get_model", get_model)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(both))
+    monkeypatch.setattr(face_models, "onnx_providers", lambda device: both)
+    models = load_face_models(files)
+    assert models.notes == (face_models.ON_THE_CPU,)
+    assert face_models.ON_THE_CPU in read_face(single(), models).notes
+    assert face_models.ON_THE_CPU in face_models.cuda_problem()
+    monkeypatch.setattr(face_models, "onnx_providers", lambda device: both[1:])
+    assert load_face_models(files).notes == ()
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(both[1:]))
+    assert face_models.cuda_problem() == ""
 
 
 def test_importing_loads_nothing_heavy():

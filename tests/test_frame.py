@@ -50,8 +50,8 @@ def test_resize_modes(mode: int, size: tuple[int, int], frame: tuple[float, ...]
     assert frame_of(processing(size, resize_mode=mode), hires=False) == frame
 
 
-def only_masked(size: tuple[int, int], paste_to: tuple[int, ...], **values: Any) -> Any:
-    return processing(size, inpaint_full_res=True, image_mask=Image.new("L", size), paste_to=paste_to, **values)
+def only_masked(size: tuple[int, int], paste_to: tuple[int, ...]) -> Any:
+    return processing(size, inpaint_full_res=True, image_mask=Image.new("L", size), paste_to=paste_to)
 
 
 def test_inpaint_only_masked() -> None:
@@ -59,8 +59,9 @@ def test_inpaint_only_masked() -> None:
     crops = {(100, 20, 50, 50): (0.5, 0.2, 0.75, 0.7), (0, 0, 200, 100): (0, -0.5, 1, 1.5)}
     for paste_to, frame in crops.items():
         assert frame_of(only_masked((200, 100), paste_to), hires=False) == pytest.approx(frame)
-    # The rectangle of an earlier request counts no longer.
-    assert frame_of(only_masked((200, 100), (9, 9, 9, 9), image_mask=None), hires=False) == WHOLE
+    earlier = only_masked((200, 100), (9, 9, 9, 9))
+    earlier.image_mask = None  # its rectangle counts no longer
+    assert frame_of(earlier, hires=False) == WHOLE
 
 
 def test_images_of_several_sizes() -> None:
@@ -77,8 +78,8 @@ class Script:
         return self.filename
 
 
-def chosen(file: str, *, replaced: bool) -> Any:
-    p = processing((64, 64), scripts=SimpleNamespace(selectable_scripts=[Script(file)]), script_args=(1,))
+def chosen(file: str, *, replaced: bool, size: tuple[int, int] = (64, 64)) -> Any:
+    p = processing(size, scripts=SimpleNamespace(selectable_scripts=[Script(file)]), script_args=(1,))
     remember_images(p)
     remember_images(p)
     if replaced:
@@ -95,6 +96,16 @@ def test_scripts_that_process_tiles_are_refused() -> None:
 def test_scripts_that_process_whole_images() -> None:
     for file, replaced in (("xyz_grid.py", False), ("loopback.py", True), ("ultimate-upscale.py", True)):
         assert frame_of(chosen(file, replaced=replaced), hires=False) == WHOLE
+
+
+def test_loopback_goes_on_with_what_it_made() -> None:
+    """A mask of the input image stays where it was when that was cropped."""
+    for file, frame in (("loopback.py", (0.25, 0, 0.75, 1)), ("ultimate-upscale.py", WHOLE)):
+        p = chosen(file, replaced=False, size=(200, 100))
+        p.resize_mode = 1
+        assert frame_of(p, hires=False) == (0.25, 0, 0.75, 1)
+        p.init_images = [Image.new("RGB", (64, 64))]
+        assert frame_of(p, hires=False) == frame
 
 
 def test_batches_of_files_without_a_script() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from lib_pulid import bench, bench_cases, gpu_cost
+from lib_pulid import bench, bench_cases, cli, gpu_cost
 from lib_pulid.gpu_cost import Cost, count
+from lib_pulid.hosts.diffusers_base import bench_call
 from lib_pulid.injection import DenoiseStep, inject
 from lib_pulid.sites import Sites, cross_attention_site, image_stream_site
 
@@ -87,7 +89,7 @@ def test_no_mixture_of_rows_makes_the_host_wait(rows):
     """With an uncond identity and without."""
 
     def make(uncond: bool) -> Callable[[], Tensor]:
-        injection, _ = bench_cases.sdxl_injection([128], "cuda", torch.float16)
+        injection = bench_cases.sdxl_person([128], "cuda", torch.float16).injection
         layer = bench_cases.Layer(128)
         sites = Sites("sdxl", (cross_attention_site("layer", layer),))
         q = HALF(len(rows), 64, 128)
@@ -109,6 +111,44 @@ def test_what_is_kept_for_sampling():
     kept = {row["name"]: row["bytes"] for row in bench.kept()}
     assert kept["FLUX, 20 sites"] == 125_849_600
     assert kept["SDXL v1.1, 70 sites"] < 10.8e6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [partial(bench_cases.sdxl_case, 64, 128), partial(bench_cases.flux_case, 8)])
+def test_what_is_compared_computes_the_same(make, dtype):
+    """Ours and the official formulas against these in float64: else their times would say nothing. In 16 bit ours is
+    no less exact."""
+    with torch.no_grad():
+        case = make("cpu", dtype)
+        exact, off = case.exact(), case.off()
+        ours, official = (
+            ((made - exact).norm() / (exact - off).norm()).item() for made in (case.ours(), case.official())
+        )
+    assert max(ours, official) < 1e-5 if dtype == torch.float32 else ours <= official
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_steps_compare_the_same(family):
+    """The same of whole calls of narrow stand-ins; and without a face they are as before. In float64, since random
+    weights let little of a face through."""
+    with torch.no_grad():
+        call = bench_call(family, "cpu", torch.float64, small=True)
+        person = bench_cases.person_for(call.sites, "cpu", torch.float64)
+        plain = call.run()
+        with inject(call.sites, [person.injection], call.step):
+            ours = call.run()
+        with bench_cases.official_at(call.sites, person):
+            official = call.run()
+        assert torch.equal(call.run(), plain)
+        assert ((ours - official).norm() / (official - plain).norm()).item() < 1e-4
+
+
+def test_the_command(capsys):
+    assert cli.main(["bench", "kept", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kept"] == bench.kept() and told["torch"] == torch.__version__
+    assert cli.main(["bench", "speed"]) == 1
+    assert "counts, kept, sites, steps, photos" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- FLUX: in place or on a copy

@@ -94,6 +94,6 @@ def test_the_rest_of_a_large_file_is_not_read(tmp_path):
     path = safetensors(tmp_path / "x.safetensors", FLUX)
     with path.open("r+b") as file:
         file.truncate(20_000_000_000)  # a hole, no bytes on the disk
-    start = time.perf_counter()
+    start = time.process_time()
     assert checkpoint_family(path) == "flux"
-    assert time.perf_counter() - start < 1  # reading all of it would take ten times as long
+    assert time.process_time() - start < 1  # reading all of it would take ten times as long

@@ -182,6 +182,18 @@ def test_asks_once_for_each_pass(p):
     assert plan.asked == [("some-sdxl", "sdxl", False), ("some-sdxl", "sdxl", True)]
 
 
+def test_looks_at_a_unet_once(p, monkeypatch):
+    """Not before every call of the sampler: it goes through all of its layers."""
+    seen, look = [], host().loaded_model
+    monkeypatch.setattr(host(), "loaded_model", lambda p: seen.append(p) or look(p))
+    host().start(p, RandomPlan())
+    sample(p, text(1, 77, 1), text(1, 77, 2), steps=5)
+    assert len(seen) == 1
+    p.sd_model = P(UNet(seed=3)).sd_model  # as a refiner comes
+    sample(p, text(1, 77, 1), text(1, 77, 2), steps=5)
+    assert len(seen) == 2
+
+
 def test_follows_a_refiner(p, modules):
     first, second = p.sd_model.model.diffusion_model, UNet(seed=3)
     switch = {1: lambda: p.load(second, "refined")}

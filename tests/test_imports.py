@@ -131,12 +131,15 @@ def test_every_module_was_looked_at():
 def test_hosts_do_not_know_each_other():
     """Each host is one file over what they share; the package itself knows none of them."""
     modules = sources(ROOT)
-    shared = {"lib_pulid.hosts", "lib_pulid.hosts.webui"}
-    own = {"lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers"}}
+    shared = {"lib_pulid.hosts", "lib_pulid.hosts.webui", "lib_pulid.hosts.frame"}
+    own = {
+        "lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers"},
+        "lib_pulid.hosts.webui": {"lib_pulid.hosts.frame"},
+    }
     for name, path in modules.items():
         if name.startswith("lib_pulid.hosts"):
             others = {t for _, t in imports(name, path, modules) if t.startswith("lib_pulid.hosts")} - {name}
-            assert others <= ((shared | own.get(name, set())) if name not in shared else {"lib_pulid.hosts"}), name
+            assert others <= (shared if name not in shared else {"lib_pulid.hosts"}) | own.get(name, set()), name
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import runpy
@@ -39,8 +40,8 @@ def run(monkeypatch):
         monkeypatch.setitem(sys.modules, "launch", launch)
         found = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else found(name))
-        listed = "Package  Version\n---\n" + "".join(f"{name}  {version}\n" for name, version in have.items())
-        monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listed, returncode=0))
+        packages = [SimpleNamespace(metadata={"Name": name, "Version": version}) for name, version in have.items()]
+        monkeypatch.setattr(importlib.metadata, "distributions", lambda: packages)
         runpy.run_path(str(PATH))
         return calls
 
@@ -74,11 +75,18 @@ def test_package_without_metadata_is_not_overwritten(run, name):
 @pytest.mark.parametrize(
     ("version", "equal"),
     [("2.1.2+cu121", "=="), ("1.0.0-rc.1", "=="), ("2.4.0a0+3bcc3cddb5.nv24.7", "=="), ("1.0.post1.dev2", "==")]
-    + [("1.1build1", "==="), ("2.7.0-rocm6.3", "==="), ("None", "===")],
+    + [("1.1build1", "==="), ("2.7.0-rocm6.3", "===")],
 )
 def test_constraint_for_any_version(run, version, equal):
     ((_, text),) = run("onnx", have={**HAVE, "Some_Thing": version})
     assert text == f"numpy==1.26.2\nprotobuf==6.33.0\nsome-thing{equal}{version}\n"
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="from Python 3.11 on, pip takes the one listed first")
+def test_two_versions_in_one_folder(run):
+    """Which of them pip takes, its versions see differently; so it can take neither."""
+    ((_, text),) = run("onnx", have={**HAVE, "Some-Thing": "1.0", "some_thing": "2.0"})
+    assert "some-thing==1.0\nsome-thing==2.0\n" in text
 
 
 # With the real pip
@@ -162,7 +170,8 @@ def environment(folder: Path, pip_wheel: Path | None) -> tuple[Path, Path]:
 def litter(site: Path, second: Path) -> None:
     """What lies around in environments that have been used for years."""
     lay(site, {"~orch-2.0.1.dist-info/METADATA": "Name: torch\nVersion: 2.0.1\n"})  # an uninstall that broke
-    lay(site, {"numpy-1.21.5.dist-info/METADATA": "Name: numpy\nVersion: 1.21.5\n"})  # an upgrade that broke
+    if sys.version_info >= (3, 11):  # an upgrade that broke; see test_two_versions_in_one_folder
+        lay(site, {"torch-2.0.1.dist-info/METADATA": "Name: torch\nVersion: 2.0.1\n"})
     lay(site, {"insightface/models/readme.txt": ""})  # a folder that outlived its package
     lay(site, {"distro_info-1.1build1.dist-info/METADATA": "Name: distro-info\nVersion: 1.1build1\n"})
     lay(site, {"nothing-1.0.dist-info/INSTALLER": "", "bare.egg-info/PKG-INFO": "", "alone.py": ""})  # no metadata
@@ -223,3 +232,23 @@ def test_first_start_moves_nothing(tmp_path, index, version, protobuf, onnx):
     assert new == ["insightface-2.1", f"onnx-{onnx}", "scikit_image-0.25.2", "timm-1.0.20"]
     assert "PuLID: installing onnx, skimage, insightface, timm" in said
     assert said.count("Installing what PuLID needs") == 2
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_takes_the_newest_python(tmp_path):
+    """One that cannot make environments, as a shim of a version that is not there, is passed over."""
+    for minor, status in ((13, 127), (12, 0), (11, 0), (10, 0)):
+        lay(tmp_path, {f"bin/python3.{minor}": f"#!/bin/sh\nexit {status}\n"})
+    lay(tmp_path / "pyenv/versions", {f"3.{minor}.0/bin/python": "#!/bin/sh\n" for minor in (13, 14)})
+    for script in tmp_path.glob("**/bin/*"):
+        script.chmod(0o755)
+
+    def chosen(pyenv: Path) -> str:
+        path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "PYENV_ROOT": str(pyenv)}
+        environment.pop("PYTHON", None)
+        command = ["make", "-s", "--eval", "show: ; @echo $(PYTHON)", "show"]
+        return subprocess.run(command, cwd=PATH.parent, env=environment, capture_output=True, text=True).stdout.strip()
+
+    assert chosen(tmp_path / "pyenv") == str(tmp_path / "pyenv/versions/3.13.0/bin/python")
+    assert chosen(tmp_path / "none") == "python3.12"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,24 +144,24 @@ def loads(monkeypatch) -> list[str]:
 @pytest.mark.parametrize(
     ("free", "wanted", "device", "kept"),
     [
-        (9e9, None, "CPU", True),
-        (7e9, None, "CPU", False),
-        (0, None, "CPU", False),
-        (99e9, None, "GPU", False),  # its memory is for pictures
-        (0, "always", "GPU", True),
-        (99e9, "never", "CPU", False),
-        (9e9, False, "CPU", True),  # what the setting was once
+        (9e9, None, "cpu", True),
+        (7e9, None, "cpu", False),
+        (0, None, "cpu", False),
+        (99e9, None, "cuda:0", False),  # its memory is for pictures
+        (0, "always", "cuda:0", True),
+        (99e9, "never", "cpu", False),
+        (9e9, False, "cpu", True),  # what the setting was once
     ],
 )
 def test_models_are_kept_where_memory_suffices(host, monkeypatch, free, wanted, device, kept):
     """The second new photo finds them loaded."""
     seen = loads(monkeypatch)
     options = host.ui.modules.shared.opts.data
-    options.update(pulid_device=device)
     options.pop("pulid_keep_encoders")
     if wanted is not None:
         options["pulid_keep_encoders"] = wanted
-    monkeypatch.setattr(sys.modules["lib_pulid.webui.settings"], "_free_memory", lambda: free)
+    monkeypatch.setitem(host.library._keep.__globals__, "_free_memory", lambda: free)
+    monkeypatch.setitem(host.library._keep.__globals__, "device", lambda: device)
     host.generate([unit("anna")])
     host.generate([unit("ben")])
     assert seen == ["faces", "tower"] * (1 if kept else 2)

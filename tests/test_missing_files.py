@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from lib_pulid.errors import SettingError
 from tests import small_models
 from tests.fake_modules.models import WIDTH
 from tests.fake_webui import webui
-from tests.file_server import serving, slowly, stall, status
+from tests.file_server import FOREVER, held, serving, slowly, stall, status, until
 
 DATA = bytes(range(256)) * 2000
 LICENCE = "research <only>"
@@ -47,10 +47,7 @@ def library(tmp_path, server):
 
 
 def finished(downloads):
-    deadline = time.monotonic() + 20
-    while downloads.state.running and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not downloads.state.running
+    until(lambda: not downloads.state.running)
     return downloads.state
 
 
@@ -62,7 +59,7 @@ class Panel:
 
         self.library = library
         self.made = missing.Missing("txt2img", library, lambda: family)
-        self.made.wire([], lambda: ())
+        self.made.wire([], lambda identity: ())
 
     def call(self, widget, accepted: bool) -> dict:
         fn, _, outputs = next(iter(widget.events.values()))
@@ -75,13 +72,11 @@ class Panel:
     def press(self, accepted: bool) -> dict:
         return self.call(self.made.start, accepted)
 
-    def download(self, accepted: bool) -> list[dict]:
-        """Presses the button and looks until it is done."""
-        seen = [self.press(accepted)]
-        while "<progress" in seen[-1]["note"]["value"]:
-            time.sleep(0.02)
-            seen.append(self.look(accepted))
-        return seen
+    def download(self, accepted: bool) -> dict:
+        """Presses the button, and looks when it is done."""
+        assert "<progress" in self.press(accepted)["note"]["value"]
+        finished(self.library.downloads)
+        return self.look(accepted)
 
 
 def there(folder: Path) -> set[str]:
@@ -104,19 +99,26 @@ def test_what_is_missing_is_told(library, tmp_path):
 
 
 def test_one_button_gets_everything_and_then_nothing_is_shown(library, server, tmp_path):
-    server.misbehave(slowly(0.01))
-    seen = Panel(library).download(True)
+    go_on = threading.Event()
+    server.misbehave(held(go_on))
+    page = Panel(library)
+    first = page.press(True)
+    assert first["stop"]["visible"] and not first["start"]["visible"]
+    until(lambda: library.downloads.state.done)
+    while_busy = page.look(True)
+    go_on.set()
+    finished(library.downloads)
+    last = page.look(True)
     assert there(tmp_path) == {"pulid/pulid.safetensors", "pulid/tower.pt", "insightface/models/antelopev2/faces.onnx"}
-    assert [one["panel"]["visible"] for one in seen] == [True] * (len(seen) - 1) + [False]
-    assert seen[0]["stop"]["visible"] and not seen[0]["start"]["visible"]
-    assert any("pulid.safetensors: " in one["note"]["value"] and "<progress" in one["note"]["value"] for one in seen)
-    assert seen[-1]["note"]["value"] == ""
+    assert [one["panel"]["visible"] for one in (first, while_busy, last)] == [True, True, False]
+    assert "pulid.safetensors: " in while_busy["note"]["value"] and "<progress" in while_busy["note"]["value"]
+    assert last["note"]["value"] == ""
     assert Panel(library).made.panel.kwargs["visible"] is False
     assert Panel(library, "flux").made.start.value == "Download 1 file (512 kB)"
 
 
 def test_without_the_licence_accepted_the_others_come(library, tmp_path):
-    last = Panel(library).download(False)[-1]
+    last = Panel(library).download(False)
     assert there(tmp_path) == {"pulid/pulid.safetensors", "pulid/tower.pt"}
     assert last["panel"]["visible"] and last["accept"]["visible"] and last["start"]["visible"]
     assert last["start"]["value"] == "To download 1 file (512 kB), accept the licence above"
@@ -124,20 +126,19 @@ def test_without_the_licence_accepted_the_others_come(library, tmp_path):
 
 def test_a_failure_is_told_and_the_rest_comes(library, server, tmp_path):
     server.misbehave(status(404))
-    last = Panel(library).download(True)[-1]
+    last = Panel(library).download(True)
     assert "pulid.safetensors could not be downloaded: it is not there (404 Not Found)." in last["note"]["value"]
     assert last["start"]["value"] == "Download 1 file (512 kB)"
     assert len(there(tmp_path)) == 2
-    last = Panel(library).download(True)[-1]
+    last = Panel(library).download(True)
     assert last["panel"]["visible"] is False
 
 
 def test_stopped_and_taken_up_again(library, server, tmp_path):
-    server.misbehave(slowly(0.05))
+    server.misbehave(held(threading.Event()))
     page = Panel(library)
     assert page.press(True)["stop"]["visible"]
-    while library.downloads.state.done <= 100_000:
-        time.sleep(0.02)
+    until(lambda: library.downloads.state.done > 0)
     page.made.stop.events["click"][0]()
     finished(library.downloads)
     assert page.look()["start"]["visible"]
@@ -148,10 +149,12 @@ def test_stopped_and_taken_up_again(library, server, tmp_path):
 
 
 def test_a_closed_page_stops_nothing_and_another_sees_it(library, server, tmp_path):
-    server.misbehave(slowly(0.03))
+    go_on = threading.Event()
+    server.misbehave(held(go_on))
     Panel(library).press(True)
     other = Panel(library)
     assert other.look()["stop"]["visible"] and not other.look()["start"]["visible"]
+    go_on.set()
     finished(library.downloads)
     assert other.look()["panel"]["visible"] is False
     assert len(there(tmp_path)) == 3
@@ -249,10 +252,9 @@ def test_download_takes_names_of_the_catalogue_only(library, server, tmp_path, b
 
 def test_a_stalled_server_does_not_keep_stop_from_working(library, server, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    server.misbehave(*[stall(100_000, 3)] * 9)
+    server.misbehave(*[stall(100_000, FOREVER)] * 9)
     library.downloads.start(catalog.CATALOG[:1])
-    while library.downloads.state.done < 60_000:
-        time.sleep(0.02)
+    until(lambda: library.downloads.state.done > 0)
     library.downloads.stop()
     assert finished(library.downloads).problems == ()
     assert there(tmp_path) == {"pulid/pulid.safetensors.part"}

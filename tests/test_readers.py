@@ -114,7 +114,6 @@ def test_judge_names_what_torch_names(tmp_path, faces, name):
 
 def test_detector_runs_in_insightface(tmp_path):
     """What SCRFD reads from the nine outputs is what the network means: box and points in pixels of the image."""
-    network = settled(detector.Detector(), detector.INPUT)
     wanted = (100.0, 60.0, 140.0, 110.0), np.array([[110, 80], [130, 80], [120, 90], [112, 100], [128, 100.0]])
     sample = detector.Sample(np.zeros(0), np.array([wanted[0]]), wanted[1][None], np.array([True]))
     targets = [torch.from_numpy(row)[None] for row in detector.targets(sample)]
@@ -126,13 +125,22 @@ def test_detector_runs_in_insightface(tmp_path):
             none = 0 * image.mean()
             return [(row[..., 0] * 20 - 10 + none, row[..., 1:5] + none, row[..., 5:] + none) for row in targets]
 
-    detector.save(network, tmp_path)
-    assert InsightFaceDetector(tmp_path / "detector.onnx").detect(np.zeros((64, 64, 3), np.uint8)) == []
     detector.save(Perfect(), tmp_path)
     found = InsightFaceDetector(tmp_path / "detector.onnx").detect(np.zeros((384, 384, 3), np.uint8))
     assert len(found) == 1 and found[0].score > 0.99
     assert np.allclose(found[0].box, 2 * np.array(wanted[0]), atol=1e-2)
     assert np.allclose(found[0].landmarks, 2 * wanted[1], atol=1e-2)
+
+
+def test_detector_gives_what_scrfd_reads():
+    """Two anchors for every cell of each stride, whose box and points are of the size that the anchor stands for."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        rows = settled(detector.Detector(), detector.INPUT)(torch.zeros(2, 3, detector.INPUT, detector.INPUT))
+    cells = [(detector.INPUT // stride) ** 2 for stride in detector.STRIDES]
+    assert [tuple(part.shape for part in row) for row in rows] == [
+        ((2, 2 * n), (2, 2 * n, 4), (2, 2 * n, 10)) for n in cells
+    ]
 
 
 def test_placed_faces_lie_where_the_image_shows_them(drawn, faces):

@@ -159,7 +159,7 @@ BROKEN = [
     ([{"images": ["ONE"], "face_index": 3}], NoFaceError, "unit 1, field images"),
     ([{"images": ["ONE"], "mask": "%%%"}], ImageError, "unit 1, field mask"),
     ([{"images": ["ONE"], "mask": "BLACK"}], ImageError, "unit 1, field mask"),
-    ([{"images": ["ONE"], "fusion": "id_mix"}], SettingError, "unit 1, field images"),
+    ([{"images": ["ONE"], "fusion": "id_mix"}], SettingError, "unit 1, field fusion"),
 ]
 
 
@@ -243,6 +243,13 @@ class TestTheAccordion:
     def test_units_by_setting(self, ui, script):
         ui.modules.shared.opts.data["pulid_units"] = 5
         assert len(script.ui(False)) == 1 + 5 * len(FIELDS)
+
+    def test_each_persons_settings_have_labels_of_their_own(self, script):
+        """The hosts keep them in ui-config.json by their labels."""
+        for tab in (False, True):
+            labels = [one.label for one in script.ui(tab) if not getattr(one, "do_not_save_to_config", False)]
+            assert len(labels) == len(set(labels)) > 30
+            assert {"Weight", "Weight (person 2)", "Weight (person 3)"} <= set(labels)
 
     def test_without_an_input_accordion(self, ui, script):
         del ui.modules.ui_components.InputAccordion
@@ -546,6 +553,54 @@ class TestActions:
             assert len(gallery["value"]) == 1
         finally:
             (library.identities_dir / "Anna.safetensors").unlink()
+
+    def test_photos_or_a_saved_identity_one_of_them_is_there(self, script):
+        """Whichever came last counts, and the other is gone from the page."""
+        same = {"__type__": "update"}
+        from lib_pulid.webui.actions import Actions
+
+        actions = Actions(script.library, lambda name: "sdxl")
+        chosen, note = actions.photos_count('["photo"]', "anna", "<p>before</p>")
+        assert chosen["value"] == "None"
+        assert "before" in note["value"] and "anna is no longer chosen" in note["value"]
+        assert actions.photos_count('["photo"]', "None", "") == (same, same)
+        assert actions.photos_count("", "anna", "") == (same, same)
+        assert actions.identity_counts("anna", '["photo"]') == ""
+        assert actions.identity_counts("None", '["photo"]') == same
+
+    def test_a_deleted_identity_is_chosen_no_longer(self, actions, library, one):
+        actions.save("Gone", json.dumps([one]), "auto", "largest", 0, "official")
+        path = library.identities_dir / "Gone.safetensors"
+        short_hash = library.find("Gone") and library.identities()[0].short_hash
+        for chosen in ("Gone", "gone", short_hash, "None", "", None):
+            assert "value" not in actions.refresh(chosen)[0]
+        path.unlink()
+        lists, _ = actions.refresh("Gone")
+        assert lists["value"] == "None" and "Gone" not in lists["choices"]
+
+    def test_a_preview_of_what_is_there_no_longer_goes(self, actions, one):
+        asked = actions.asked(json.dumps([one]), "None", "largest", 0)
+        same = {"__type__": "update"}
+        assert actions.still_asked(json.dumps([one]), "None", "largest", 0.0, asked) == (same, same)
+        gone = ({"__type__": "update", "value": [], "visible": False}, "")
+        for now in (("", "None", "largest", 0), (json.dumps([one]), "anna", "largest", 0),
+                    (json.dumps([one]), "None", "largest", 1)):  # fmt: skip
+            assert actions.still_asked(*now, asked) == gone
+        assert actions.no_preview() == gone
+
+    def test_save_what_is_chosen_under_another_name(self, actions, library, one):
+        saved = [library.identities_dir / f"{name}.safetensors" for name in ("First", "Second")]
+        try:
+            actions.save("First", json.dumps([one]), "auto", "largest", 0, "official")
+            listed, _, note = actions.save("Second", "", "auto", "largest", 0, "official", "First")
+            assert listed["value"] == "Second"
+            assert library.saved("Second").short_hash == library.saved("First").short_hash
+            note = actions.save("x.pulidembd", "", "auto", "largest", 0, "official", "First")[2]
+            assert "is for FLUX" in note
+            assert "no photo" in actions.save("Third", "", "auto", "largest", 0, "official", "None")[2]
+        finally:
+            for path in saved:
+                path.unlink(missing_ok=True)
 
     @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "0123456789", "x" * 90, "a:b"])
     def test_names_that_cannot_be(self, actions, one, name):

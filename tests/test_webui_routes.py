@@ -6,9 +6,12 @@ import base64
 import json
 
 import pytest
+import torch
 
+from lib_pulid import pulidembd
 from lib_pulid.errors import MissingWeightsError, NoFaceError, OutOfMemoryError, PulidError, SettingError
 from lib_pulid.fields import FIELDS
+from lib_pulid.identity import Identity
 from tests.test_webui import library, one, script, two, ui, weights  # noqa: F401 - fixtures
 
 
@@ -88,11 +91,35 @@ class TestOverHttp:
         assert answer.json()["detail"] == str(error)
         assert answer.json()["error"] == type(error).__name__
 
+    def test_a_saved_identity_as_a_file(self, client, library):  # noqa: F811
+        values = torch.arange(32 * 64, dtype=torch.float32).reshape(1, 32, 64) / 16
+        paths = [
+            Identity(values, info={"adapter": f"PuLID for {family}"}).save(
+                library.identities_dir / f"{name}.safetensors"
+            )
+            for name, family in (("Zoë file", "FLUX"), ("Sdxl file", "SDXL"))
+        ]
+        try:
+            own, embedding = (client().get(f"/pulid/identities/{name}") for name in ("zoë file", "Zoë file.pulidembd"))
+            assert own.content == paths[0].read_bytes()
+            assert "filename*=UTF-8''Zo%C3%AB%20file.safetensors" in own.headers["content-disposition"]
+            assert torch.equal(torch.from_numpy(pulidembd.unpack(embedding.content))[None], values)
+            for name, words in (
+                ("nobody", "is not saved"),
+                ("Sdxl file.pulidembd", "is for FLUX"),
+                ("..%2F..%2Fx", ""),
+            ):
+                answer = client().get(f"/pulid/identities/{name}")
+                assert answer.status_code in (404, 422) and words in answer.text
+        finally:
+            for path in paths:
+                path.unlink()
+
     def test_api_auth(self, client):
         guarded = client("anna:secret,bob:hidden")
         assert client().get("/pulid/models").status_code == 200
-        paths = ("models", "identities", "schema", "download")
-        assert [guarded.get(f"/pulid/{path}").status_code for path in paths] == [401] * 4
+        paths = ("models", "identities", "identities/anna", "schema", "download")
+        assert [guarded.get(f"/pulid/{path}").status_code for path in paths] == [401] * 5
         assert [guarded.post(f"/pulid/{path}", json={}).status_code for path in ("detect", "download")] == [401] * 2
         for login, status in (("bob:hidden", 200), ("bob:secret", 401), ("eve:", 401)):
             basic = {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}

@@ -156,10 +156,10 @@ class _Run:
             self._window = self._error = error
 
     def _opened(self, params: Any) -> _Window | None:
-        if self._injector.leaves_the_rest_to(_unet(self._p)):
-            return None
         unet = _unet(self._p)
-        self._hook(unet)
+        self._hook(unet)  # also the refiner's, so that an error comes out of its call
+        if self._injector.leaves_the_rest_to(unet):
+            return None
         if self._model is None or self._model.denoiser is not unet:  # telling what it is goes through all its layers
             self._model = loaded_model(self._p)
         self._injector.prepare(self._model, self._p)

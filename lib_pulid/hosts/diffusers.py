@@ -123,7 +123,7 @@ class _UNetCalls(_Calls):
             is_guided = not rest and not sample[2 * third :, LATENT_CHANNELS:].any()
             return [True, False, False] if is_guided else [True]
         guided = getattr(pipeline, "do_classifier_free_guidance", None)
-        if guided is None or getattr(pipeline, "enabled_editing_prompts", 0):
+        if guided is None or getattr(pipeline, "enabled_editing_prompts", False):
             raise _unknown_rows(pipeline, "it does not tell how it guides, or it was another pipeline that was called")
         perturbed = getattr(pipeline, "do_perturbed_attention_guidance", False)  # PAG: the prompt's rows once more
         return ([False, True] if guided else [True]) + ([True] if perturbed else [])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lib_pulid.injection import DenoiseStep
 from lib_pulid.sites import Sites, find_sites, image_stream_site
@@ -19,7 +20,7 @@ class BenchCall:
     name: str
     sites: Sites
     step: DenoiseStep
-    run: Callable[[], Any]
+    run: Callable[[], Tensor]
 
 
 def bench_call(family: str, device: str, dtype: torch.dtype, small: bool) -> BenchCall:
@@ -39,12 +40,12 @@ def _bench_sdxl(side: int, device: str, dtype: torch.dtype, small: bool) -> Benc
     unet = _random(unet, device, dtype)
     text, pooled = unet.config.cross_attention_dim, unet.config.projection_class_embeddings_input_dim
     pooled -= 6 * unet.config.addition_time_embed_dim
-    like = {"device": device, "dtype": dtype}
+    like: Any = {"device": device, "dtype": dtype}
     added = {"text_embeds": torch.randn(2, pooled, **like), "time_ids": torch.zeros(2, 6, **like)}
     args = (torch.randn(2, 4, side, side, **like), torch.tensor(500, device=device), torch.randn(2, 77, text, **like))
     step = DenoiseStep(0.0, [False, True], (side, side))
     name = f"SDXL UNet, {8 * side} x {8 * side}, 2 rows" + ", narrow" * small
-    return BenchCall(name, find_sites(unet), step, lambda: unet(*args, added_cond_kwargs=added))
+    return BenchCall(name, find_sites(unet), step, lambda: unet(*args, added_cond_kwargs=added).sample)
 
 
 def _bench_flux(side: int, device: str, dtype: torch.dtype, small: bool) -> BenchCall:
@@ -56,15 +57,16 @@ def _bench_flux(side: int, device: str, dtype: torch.dtype, small: bool) -> Benc
         blocks = FluxTransformerBlock(width, heads, head), FluxSingleTransformerBlock(width, heads, head)
     double, single = (_random(block, device, dtype) for block in blocks)
     once, twice = _Again(double), _Again(single)
-    like = {"device": device, "dtype": dtype}
+    like: Any = {"device": device, "dtype": dtype}
     image, text, vec = (torch.randn(*s, width, **like) for s in ((1, tokens), (1, 512), (1,)))
     angles = torch.zeros(512 + tokens, head, device=device)
     given = {"temb": vec, "image_rotary_emb": (angles.cos(), angles.sin())}
 
-    def run() -> None:
+    def run() -> Tensor:
         x, y = image, text
         for block in (once, double, twice, single, single, single):
             y, x = block(hidden_states=x, encoder_hidden_states=y, **given)
+        return x
 
     sites = tuple(image_stream_site(name, block, width, 1) for name, block in (("double", once), ("single", twice)))
     name = f"FLUX, 2 double and 4 single blocks, {8 * side} x {8 * side}" + ", narrow" * small
@@ -84,7 +86,8 @@ class _Again(torch.nn.Module):
 
 def _random(module: Any, device: str, dtype: torch.dtype) -> Any:
     """Of a module on "meta"; values of a size that keeps activations finite."""
-    module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    module = torch.nn.Module.to(module, dtype).to_empty(device=device)  # diffusers' own `to` warns of nothing
+    module = module.eval().requires_grad_(False)
     for parameter in module.parameters():
         parameter.uniform_(-1, 1).mul_(parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 1)
     return module

@@ -20,8 +20,8 @@ from torch import Tensor
 from lib_pulid.errors import SettingError
 
 GIVEN = "pulid_given_images"  # attribute of a StableDiffusionProcessing
-# Chosen scripts that put other whole images into the place of those given.
-WHOLE_IMAGES = ("loopback", "ultimate-upscale")
+# Chosen scripts that replace the images given, with what was made of them or with larger copies of them.
+LOOPBACK, WHOLE_IMAGES = "loopback", "ultimate-upscale"
 _LATENT_PIXEL = 8
 _CROP, _FILL = 1, 2  # resize modes
 
@@ -57,8 +57,7 @@ def frame_of(p: Any, hires: bool) -> Frame:
     Raises:
         SettingError: that cannot be known.
     """
-    _check_script(p)
-    images = getattr(p, "init_images", None)
+    images = _input_images(p)
     if not images:
         return _second_pass(p) if hires else WHOLE
     frames = {_of_image(p, image.size) for image in images if hasattr(image, "size")} or {WHOLE}
@@ -128,16 +127,23 @@ def _second_pass(p: Any) -> Frame:
     return Frame(first[0], first[1], last[0], last[1])
 
 
-def _check_script(p: Any) -> None:
-    """Raises: SettingError: a script has put other images, such as tiles, in the place of those given."""
-    given, images = vars(p).get(GIVEN), getattr(p, "init_images", None)
+def _input_images(p: Any) -> list[Any]:
+    """The images that the mask belongs to.
+
+    Raises:
+        SettingError: a script has put other images, such as tiles, in the place of those given.
+    """
+    images, given = list(getattr(p, "init_images", None) or ()), vars(p).get(GIVEN)
     chosen = (getattr(p, "script_args", None) or (0,))[0]
     scripts = getattr(getattr(p, "scripts", None), "selectable_scripts", ())
-    if not given or not images or not isinstance(chosen, int) or not 0 < chosen <= len(scripts):
-        return
+    if not given or not isinstance(chosen, int) or not 0 < chosen <= len(scripts):
+        return images
+    if all(any(image is one for one in given) for image in images):
+        return images
     script = scripts[chosen - 1]
-    if all(any(image is one for one in given) for image in images) or Path(script.filename).stem in WHOLE_IMAGES:
-        return
+    name = Path(script.filename).stem
+    if name in (LOOPBACK, WHOLE_IMAGES):
+        return given if name == LOOPBACK else images
     raise SettingError(
         f"Field mask: the script “{script.title()}” processes parts of the image and does not tell where they lie, so "
         "a mask would act in each of them. Remove the mask, or use another script (Ultimate SD upscale works)."

@@ -90,7 +90,7 @@ def _path(name: str) -> Path:
 
 
 def _unpacked(packed: Path) -> Path:
-    """A file of which NAME.xz is shipped: unpacked beside it, once for its content; each time where nobody may write."""
+    """A file of which NAME.xz is shipped: unpacked beside it once; each time where nobody may write."""
     content = packed.read_bytes()
     path = FOLDER / "unpacked" / hashlib.sha256(content).hexdigest()[:16] / packed.stem
     if path.is_file():

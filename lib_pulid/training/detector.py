@@ -109,12 +109,12 @@ def place(image: np.ndarray, boxes: np.ndarray, points: np.ndarray, rng: np.rand
     """Brings an image with its faces to the network's size; rng: smaller and beside, or a part of it, at random."""
     scale, shift = INPUT / max(image.shape[:2]), np.zeros(2)
     way = rng.random() if rng is not None else 1.0
-    if rng is not None and way < 0.3 and len(boxes):  # near one face
+    if rng is not None and way < 0.12 and len(boxes):  # near one face
         box = boxes[rng.integers(len(boxes))]
         side = max(box[2:] - box[:2]) * rng.uniform(1.15, 2.2)
         scale = INPUT / side
         shift = INPUT / 2 - scale * (box[:2] + box[2:]) / 2 + rng.uniform(-0.08, 0.08, 2) * INPUT
-    elif rng is not None and way < 0.6:
+    elif rng is not None and way < 0.25:
         smaller = rng.uniform(0.4, 1.0)
         scale, shift = scale * smaller, rng.uniform(0, 1 - smaller, 2) * INPUT
     matrix = np.hstack([scale * np.eye(2), shift[:, None]])
@@ -132,7 +132,10 @@ def place(image: np.ndarray, boxes: np.ndarray, points: np.ndarray, rng: np.rand
 
 
 def targets(sample: Sample) -> list[np.ndarray]:
-    """What each anchor should say, per stride [cells * 2, 15]: 1 face, 0 none, -1 either; box and points in strides."""
+    """What each anchor should say, per stride [cells * 2, 15]: 1 face, 0 none, -1 either; box and points in strides.
+
+    Where it may say either, it has to know box and points all the same.
+    """
     rows = []
     for stride, anchors in zip(STRIDES, ANCHORS):
         side = INPUT // stride
@@ -143,14 +146,15 @@ def targets(sample: Sample) -> list[np.ndarray]:
             away = np.linalg.norm(cells - (box[:2] + box[2:]) / 2, axis=-1) / size  # [cells, 1]
             ratio = abs(np.log2(size / np.array(anchors)))[None]  # octaves from the anchor's size
             near = (away < max(0.22, 0.6 * stride / size)) & (ratio <= 0.5) & whole
-            unsure = (away < 0.45) & (ratio < 0.8) & ~near
-            out[unsure & (out[..., 0] == 0), 0] = -1
+            unsure = (away < 0.5) & (ratio < 0.8) & ~near & (out[..., 0] == 0)
             values = (
                 np.concatenate([cells - box[:2], box[2:] - cells], -1),
                 points.reshape(1, 1, 10) - np.tile(cells, 5),
             )
-            answer = np.concatenate([np.ones_like(cells[..., :1]), *(v / stride for v in values)], -1)
-            out = np.where(near[..., None], answer, out)
+            answer = np.concatenate(values, -1) / stride
+            for where, score in ((unsure, -1.0), (near, 1.0)):
+                row = np.concatenate([np.full_like(cells[..., :1], score), answer], -1)
+                out = np.where(where[..., None], row, out)
         rows.append(out.reshape(-1, 15).astype(np.float32))
     return rows
 
@@ -159,16 +163,18 @@ def loss(rows: list[tuple[Tensor, Tensor, Tensor]], wanted: list[Tensor]) -> tup
     """Focal loss of the scores; distances of boxes and points in face sizes. wanted: per stride [B, A, 15]."""
     total = {"found": torch.zeros(()), "box": torch.zeros(()), "points": torch.zeros(())}
     count = sum(int((target[..., 0] == 1).sum()) for target in wanted) + 1
+    placed = sum(int((target[..., 0] != 0).sum()) for target in wanted) + 1
     for (scores, boxes, points), target in zip(rows, wanted):
         known, face = target[..., 0] >= 0, target[..., 0] == 1
         hard = (scores.sigmoid() - target[..., 0]).abs().detach() ** 2
         weight = torch.where(face, 3 * hard, hard) * known
         entropy = F.binary_cross_entropy_with_logits(scores, target[..., 0].clamp(min=0), reduction="none")
         total["found"] = total["found"] + (weight * entropy).sum() / count
-        box = target[face][:, 1:5]
+        near = target[..., 0] != 0
+        box = target[near][:, 1:5]
         size = ((box[:, 0] + box[:, 2]) * (box[:, 1] + box[:, 3])).clamp(min=1e-6).sqrt()[:, None]
-        total["box"] = total["box"] + ((boxes[face] - box) / size).abs().sum() / (4 * count)
-        total["points"] = total["points"] + ((points[face] - target[face][:, 5:]) / size).abs().sum() / (10 * count)
+        total["box"] = total["box"] + ((boxes[near] - box) / size).abs().sum() / (4 * placed)
+        total["points"] = total["points"] + ((points[near] - target[near][:, 5:]) / size).abs().sum() / (10 * placed)
     return total["found"] + 4 * total["box"] + 12 * total["points"], {name: v.item() for name, v in total.items()}
 
 
@@ -187,14 +193,14 @@ class Lesson:
         """One image of a random kind."""
         kind = rng.random()
         none = np.zeros((0, 4), np.float32), np.zeros((0, 5, 2), np.float32)
-        if kind < 0.68:
+        if kind < 0.64:
             sharp = rng.random() < 0.2
             index = int(rng.integers(len(self.faces.sharp if sharp else self.faces.images)))
             rows = slice(self.of_image[index], self.of_image[index + 1])
             image, boxes, points = self.faces.images[index], self.faces.boxes[rows], self.faces.landmarks[rows]
             if sharp:
                 image, boxes, points = self.faces.sharp[index], boxes * (SHARP / SIZE), points * (SHARP / SIZE)
-        elif kind < 0.8:
+        elif kind < 0.74:
             image, boxes, points = self.groups[rng.integers(len(self.groups))]
         elif kind < 0.86 or not self.photos:
             image, (boxes, points) = self.empty[rng.integers(len(self.empty))], none
@@ -202,7 +208,8 @@ class Lesson:
             image, (boxes, points) = _part(self.photos[rng.integers(len(self.photos))], rng), none
         else:
             image, (boxes, points) = _noise(rng), none
-        return place(spoiled(np.asarray(image), rng), boxes, points, rng)
+        image = spoiled(np.asarray(image), rng) if rng.random() < 0.7 else np.asarray(image)
+        return place(image, boxes, points, rng)
 
     def batch(self, size: int, step: int) -> tuple[Tensor, list[Tensor]]:
         """Images [B, 3, INPUT, INPUT] and targets per stride [B, A, 15]."""

@@ -106,7 +106,7 @@ def train(folder: Path, people: int, steps: int, batch: int, rate: float, minute
     torch.manual_seed(40)
     net = ParserNet().to(memory_format=torch.channels_last)
     data = Labeled(Drawn(folder, people))
-    run = Run(folder / "parser", _Inner(net).train(), steps, rate, decay=0.99, minutes=minutes)
+    run = Run(folder / "parser", _Inner(net).train(), steps, rate, warmup=25, decay=0.97, minutes=minutes)
 
     def pick(step: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([41, step])

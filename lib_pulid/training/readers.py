@@ -35,6 +35,7 @@ class Kind:
     """What a reader looks at and how it is built.
 
     points: where the landmarks lie in its crop; None: it sees the whole image. separable: of depthwise convolutions.
+    naming: how much the naming of traits counts beside telling people apart.
     """
 
     size: int
@@ -44,11 +45,12 @@ class Kind:
     separable: bool
     heads: Mapping[str, tuple[str, ...]]
     seed: int
+    naming: float = 1.0
 
 
 KINDS = {
     "recogniser": Kind(112, ARCFACE_POINTS, (32, 48, 96), (0, 1, 1), False, world.ATTRIBUTES, 11),
-    "judge": Kind(128, WIDE_POINTS, (24, 48, 72, 112), (0, 1, 2, 1), True, world.ATTRIBUTES, 12),
+    "judge": Kind(128, WIDE_POINTS, (24, 48, 72, 112), (0, 1, 2, 1), True, world.ATTRIBUTES, 12, naming=4.0),
     "scene_judge": Kind(SIZE, None, (24, 48, 72, 96), (0, 1, 1, 1), True, world.SCENE_ATTRIBUTES, 13),
 }
 
@@ -133,7 +135,7 @@ class _FaceLesson(nn.Module):
         wanted = torch.from_numpy(self.faces.numbers[chosen])
         measured = 12 * F.mse_loss(self.numbers(embedding), wanted)  # 1 for a guess
         figures = {"same": same.item(), "named": named.item(), "measured": measured.item()}
-        return same + named + measured, figures
+        return same + self.kind.naming * named + measured, figures
 
 
 class _SceneLesson(nn.Module):
@@ -174,7 +176,7 @@ def train(name: str, folder: Path, people: int, steps: int, batch: int, rate: fl
         lesson = _SceneLesson(reader, kind, drawn, batch)
     else:
         lesson = _FaceLesson(reader, kind, faces_of(drawn, SHARP_IMAGES), batch // 2)
-    run = Run(folder / name, lesson.train(), steps, rate, decay=0.995, minutes=minutes)
+    run = Run(folder / name, lesson.train(), steps, rate, warmup=50, decay=0.99, minutes=minutes)
     stream = lesson.batches(run.step)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:

@@ -141,7 +141,7 @@ def train(
     data = Labeled(Drawn(folder, people))
     faces = data.faces
     lesson = Lesson(build(), faces.numbers.shape[1])
-    run = Run(folder / "tower", lesson.train(), steps, rate, decay=0.99, minutes=minutes)
+    run = Run(folder / "tower", lesson.train(), steps, rate, warmup=25, decay=0.98, minutes=minutes)
     stream = pairs(faces, batch // 2, 51, run.step, data.count)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:

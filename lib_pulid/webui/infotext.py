@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from lib_pulid import names
 from lib_pulid.fields import AUTO, FIELDS, NONE, Field, check
 from lib_pulid.units import PulidUnit
 from lib_pulid.webui.library import Library
@@ -97,7 +98,8 @@ def _find(entries: Mapping[str, str], library: Library) -> str:
     short_hash = entries.get("hash", "")
     saved = [one.name for one in library.identities() if one.short_hash == short_hash]
     if saved:
-        return entries["identity"] if entries.get("identity") in saved else saved[0]
+        written = names.key(entries.get("identity", ""))
+        return next((name for name in saved if names.key(name) == written), saved[0])
     return short_hash if short_hash and library.find(short_hash) else ""
 
 

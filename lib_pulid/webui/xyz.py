@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lib_pulid.disk import user_path
 from lib_pulid.errors import SettingError
 from lib_pulid.fields import AUTO, FIELDS, Field, check, place
 from lib_pulid.images import load_image
@@ -77,7 +78,7 @@ def _path(p: Any, value: str, number: int) -> Path:
             place(number, "images") + "the axis Photo file reads files of this machine, which is for its own page only"
             " (and not with --hide-ui-dir-config). Send photos in the unit's field images, one request for each."
         )
-    return Path(value.strip().strip('"'))
+    return user_path(value.strip().strip('"'))
 
 
 def _setter(number: int, field: Field) -> Callable[[Any, Any, Any], None]:

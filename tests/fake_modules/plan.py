@@ -50,7 +50,7 @@ class RandomPlan:
 
 def _cross_attention(site: Site, weight: float, generator: torch.Generator) -> CrossAttentionTensors:
     k, v = (torch.randn(2, 6, site.width, generator=generator) for _ in range(2))
-    return CrossAttentionTensors(k, v * weight)
+    return CrossAttentionTensors.joined(k, v * weight)
 
 
 def _image_stream(site: Site, weight: float, generator: torch.Generator) -> ImageStreamTensors:

@@ -178,6 +178,32 @@ def identity(host: Running) -> str:
         return note
 
 
+@rows.row("Page: photos or a saved identity, whichever came last; a preview of what is gone goes, too")
+def one_of_them(host: Running) -> str:
+    shown = "gradioApp().querySelectorAll('#pulid_txt2img_1_{} img').length"
+    chosen = "gradioApp().querySelector('#pulid_txt2img_1_identity input').value"
+    with opened(host) as page:
+        page.open()
+        page.drop("anna")
+        page.part("1_save_name").locator("input, textarea").first.fill("Anna then the next")
+        page.part("1_save").click()
+        page.until(f"{chosen} === 'Anna then the next' && !{shown.format('photos')}", "the identity counts")
+        page.drop("ben")
+        page.until(f"{chosen} === 'None' && {shown.format('photos')} === 1", "the next person's photo counts, alone")
+        page.until(
+            "gradioApp().querySelector('#pulid_txt2img_1_note').innerText.includes('no longer chosen')", "a note"
+        )
+        page.until("(new Pulid('txt2img')).units()[0].text.includes('1 photo')", "the badge")
+        page.part("1_preview").click()
+        page.until(f"{shown.format('shown')} === 3", "the preview")
+        page.part("1_preview").click()
+        page.part("1_remove_all").click()
+        page.until(f"!{shown.format('photos')}", "no photo")
+        page.inner.wait_for_timeout(15_000)  # the second preview comes late
+        page.until(f"!{shown.format('shown')}", "no preview")
+        return page.badge()
+
+
 @rows.row("Page: an error is told where one looks: no face in the photo")
 def error(host: Running) -> str:
     with opened(host) as page:
