@@ -17,7 +17,7 @@ from lib_pulid.hosts.diffusers import apply, denoiser_of
 from lib_pulid.hosts.diffusers_base import Base, load_base, paint
 from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource
-from lib_pulid.injection import Injection
+from lib_pulid.injection import Injection, check_fit, compile_injection
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, make_identity
 from lib_pulid.sites import find_sites
 from lib_pulid.vision import load_vision_tower
@@ -112,7 +112,7 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
     files = catalog.require_encoders(models_dir)
     return Workshop(
         base=base,
-        adapter=load_adapter(path),
+        adapter=_adapter(path, base),
         encoders=lambda: Encoders(load_face_models(_face_files(files), device), _tower(files, device)),
         encoders_id=catalog.fingerprint(files, lambda path: fingerprint_files([path])),
         cache=cache,
@@ -121,15 +121,24 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
 
 def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: str) -> Workshop:
     settings: dict[str, Any] = {"size": miniature.SIZE, "steps": miniature.STEPS, "guidance": miniature.GUIDANCE}
+    base = replace(load_base(miniature.checkpoint(family), device), name="miniature", **settings)
     return Workshop(
-        base=replace(load_base(miniature.checkpoint(family), device), name="miniature", **settings),
-        adapter=load_adapter(pulid or miniature.adapter(family)),
+        base=base,
+        adapter=_adapter(pulid or miniature.adapter(family), base),
         encoders=miniature.encoders,
         encoders_id=fingerprint_files(miniature.encoder_files()),
         cache=cache,
         limits=miniature.LIMITS,
         check_prompt=miniature.check_prompt,
     )
+
+
+def _adapter(path: Path, base: Base) -> Adapter:
+    """A PuLID file that fits the base; before a photo is read, since the encoders have to fit, too."""
+    adapter = load_adapter(path)
+    nobody = Identity(torch.zeros(1, 1, adapter.encoder.output_dim))  # type: ignore[arg-type]
+    check_fit(find_sites(denoiser_of(base.pipeline)), compile_injection(adapter, nobody))
+    return adapter
 
 
 def real_model(family: str, models_dir: Path) -> str | None:
