@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
-from lib_pulid.faces import Detection, FaceModels, normalise, to_tensor
+from lib_pulid.faces import CROP_SIZE, Detection, FaceModels, Parser, normalise, to_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,7 @@ DETECTION_SIZES = (640, 576, 512, 448, 384, 320, 256)
 DETECTION_THRESHOLD = 0.5  # insightface's FaceAnalysis.prepare
 LANDMARK_THRESHOLD = 0.97  # facexlib's FaceRestoreHelper.get_face_landmarks_5
 EMBEDDING_SIZE = 512
+PARSER_CLASSES = 19
 PARSER_MEAN = (0.485, 0.456, 0.406)  # pulid/pipeline_v1_1.py, 1aa2fc7: ImageNet's
 PARSER_STD = (0.229, 0.224, 0.225)
 
@@ -52,8 +53,12 @@ def load_face_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
         detector=InsightFaceDetector(files.detector, providers),
         recogniser=ArcFaceRecogniser(files.recogniser, providers),
         landmarker=None if files.landmarker is None else RetinaFaceLandmarker(files.landmarker, device),
-        parser=BiSeNetParser(files.parser, device),
+        parser=_load_parser(Path(files.parser), device),
     )
+
+
+def _load_parser(path: Path, device: str) -> Parser:
+    return OnnxParser(path, onnx_providers(device)) if path.suffix == ".onnx" else BiSeNetParser(path, device)
 
 
 def onnx_providers(device: str) -> tuple[str, ...]:
@@ -139,7 +144,7 @@ class BiSeNetParser:
         def build() -> torch.nn.Module:
             from facexlib.parsing.bisenet import BiSeNet
 
-            return BiSeNet(num_class=19)
+            return BiSeNet(num_class=PARSER_CLASSES)
 
         self._model = _load_facexlib(Path(path), build, "facexlib's BiSeNet", device)
         self._device = device
@@ -151,6 +156,32 @@ class BiSeNetParser:
         with torch.no_grad():
             scores = self._model(normalise(to_tensor(aligned_rgb).to(self._device), PARSER_MEAN, PARSER_STD))[0]
         return scores.argmax(dim=1)[0].cpu().numpy()
+
+
+class OnnxParser:
+    """A parser in BiSeNet's place, as ONNX: [1, 3, 512, 512], ImageNet mean and std -> scores [1, 19, 512, 512]."""
+
+    def __init__(self, path: str | Path, providers: Sequence[str] = CPU_ONLY) -> None:
+        path, what = Path(path), "a face parser (ONNX)"
+        _require_file(path, what)
+        try:
+            import onnxruntime
+
+            self._session = onnxruntime.InferenceSession(str(path), providers=list(providers))
+        except ImportError as error:
+            raise PulidError(f"onnxruntime is needed to read faces and cannot be imported ({error}).") from error
+        except Exception as error:  # onnxruntime's, of classes of its own
+            raise WrongWeightsError(
+                f"{path.name} in {path.parent} is not {what}, or is truncated; download it again. ({error})"
+            ) from error
+        shapes = [tuple(end[0].shape[1:]) for end in (self._session.get_inputs(), self._session.get_outputs())]
+        if shapes != [(3, CROP_SIZE, CROP_SIZE), (PARSER_CLASSES, CROP_SIZE, CROP_SIZE)]:
+            raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}.")
+
+    def labels(self, aligned_rgb: np.ndarray) -> np.ndarray:
+        """aligned_rgb: uint8 RGB [512, 512, 3] -> [512, 512] int64."""
+        image = normalise(to_tensor(aligned_rgb), PARSER_MEAN, PARSER_STD).numpy()
+        return self._session.run(None, {self._session.get_inputs()[0].name: image})[0][0].argmax(axis=0)
 
 
 def _require_file(path: Path, what: str) -> None:

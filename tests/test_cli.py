@@ -241,7 +241,7 @@ def test_errors_in_words(generate, tmp_path, given, words):
 
 
 def test_a_pulid_file_of_the_other_family(generate, tmp_path):
-    from lib_pulid.standin import write_files
+    from tests.small_models import write_files
 
     files = write_files(tmp_path, [8], 64)
     said, picture = generate("--face", GROUP, "--pulid", files.flux)

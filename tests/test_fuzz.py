@@ -28,7 +28,7 @@ from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector
 from lib_pulid.heads import checkpoint_family, read_head
 from lib_pulid.identity import Identity
 from lib_pulid.images import load_image, load_region
-from lib_pulid.standin import (
+from tests.small_models import (
     cross_attention_pair,
     flux_file,
     id_encoder,

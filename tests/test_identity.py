@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lib_pulid.errors import IdentityMismatchError, SettingError
 from lib_pulid.identity import FILE_FORMAT, FaceFeatures, Identity, encode_identity
 from lib_pulid.injection import compile_injection
-from lib_pulid.standin import (
+from tests.small_models import (
     ID_COND,
     TOKEN_WIDTH,
     TOWER_WIDTH,

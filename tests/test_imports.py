@@ -20,13 +20,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("download",),
     ("catalog",),
     ("weights", "faces"),
-    ("vision", "face_models", "haar", "attention"),
+    ("vision", "face_models", "attention", "judge"),
     ("identity",),
-    ("photos", "injection", "standin", "fields"),
+    ("photos", "injection", "fields"),
     ("units",),
     ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other
+    ("training",),
+    ("miniature",),
     ("standalone", "webui"),
-    ("demo", "doctor", "models", "training"),
+    ("demo", "doctor", "models"),
     ("cli",),
     ("__main__",),
 )

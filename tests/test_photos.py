@@ -23,7 +23,7 @@ from lib_pulid.faces import Face, FaceChoice, read_face
 from lib_pulid.identity import Identity, encode_identity, face_features
 from lib_pulid.images import thumbnail
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, identity_key, make_identity
-from lib_pulid.standin import (
+from tests.small_models import (
     TOKEN_WIDTH,
     TOWER_WIDTH,
     cross_attention_pair,

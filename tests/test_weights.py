@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
-from lib_pulid.standin import (
+from tests.small_models import (
     cross_attention_pair,
     flux_file,
     id_encoder,

@@ -1,43 +1,45 @@
-"""Base models for the command line: diffusers pipelines, the user's own or small stand-ins.
-
-The stand-ins are diffusers' own UNet2DConditionModel and FluxTransformer2DModel with the real number of blocks
-(70 and 20 sites), narrow, with seeded random weights. They have no text encoder: a prompt becomes seeded noise.
-"""
+"""Base models for the command line: diffusers pipelines, from a single-file SDXL checkpoint or a diffusers folder."""
 
 from __future__ import annotations
 
-import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from lib_pulid.errors import MissingWeightsError, WrongWeightsError
+from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
 from lib_pulid.hosts.diffusers import denoiser_of
-from lib_pulid.standin import random_weights
+from lib_pulid.hosts.single_file import load_sdxl
 
 if TYPE_CHECKING:
     from PIL import Image
 
-STAND_INS = ("tiny-sdxl", "tiny-flux")
-TEXT_WIDTH = 32
-POOLED_WIDTH = 16
-
 
 @dataclass(frozen=True)
 class Base:
-    """A pipeline and how to ask it. Args: family: "sdxl" or "flux". stand_in: whether its weights are random."""
+    """A pipeline and how to ask it.
+
+    Args:
+        family: "sdxl" or "flux".
+        text: prompt -> the pipeline's arguments for it.
+        size, steps, guidance: for an image when nothing else is asked for; guidance is CFG on SDXL, distilled on FLUX.
+        name: for captions; else it is called by the denoiser's class.
+    """
 
     pipeline: Any
     family: str
-    stand_in: bool
+    text: Callable[[str], Mapping[str, Any]] = lambda prompt: {"prompt": prompt}
+    size: int = 1024
+    steps: int = 20
+    guidance: float = 0.0
+    name: str = ""
 
     @property
     def label(self) -> str:
-        kind = f"{self.family.upper()} ({type(denoiser_of(self.pipeline)).__name__})"
-        return f"stand-in {kind}, random weights" if self.stand_in else kind
+        """For captions: "SDXL (UNet2DConditionModel)"."""
+        return f"{self.family.upper()} ({self.name or type(denoiser_of(self.pipeline)).__name__})"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,17 +47,15 @@ class Base:
         return next(denoiser_of(self.pipeline).parameters()).dtype
 
 
-def load_base(model: str, device: str = "cpu") -> Base:
-    """`tiny-sdxl`, `tiny-flux`, a single-file SDXL checkpoint, or a diffusers folder (SDXL or FLUX).
+def load_base(path: str | Path, device: str = "cpu") -> Base:
+    """Opens a single-file SDXL checkpoint or a diffusers folder (SDXL or FLUX).
 
     Raises:
         MissingWeightsError, WrongWeightsError.
     """
-    if model in STAND_INS:
-        return Base((_tiny_sdxl if model == "tiny-sdxl" else _tiny_flux)().to(device), model[5:], stand_in=True)
-    path = Path(model)
+    path = Path(path)
     if not path.exists():
-        raise MissingWeightsError(f"There is no model at {path}. Give a checkpoint, a diffusers folder, or a stand-in.")
+        raise MissingWeightsError(f"There is no model at {path}. Give a checkpoint, a diffusers folder, or miniature.")
     import diffusers
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -63,113 +63,31 @@ def load_base(model: str, device: str = "cpu") -> Base:
         if path.is_dir():
             pipeline = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
         else:
-            pipeline = diffusers.StableDiffusionXLPipeline.from_single_file(str(path), torch_dtype=dtype)
+            pipeline = load_sdxl(path, dtype)
+    except PulidError:
+        raise
     except Exception as error:  # diffusers raises many kinds; for the user it is one
         raise WrongWeightsError(f"{path.name} could not be opened as an SDXL or FLUX model: {error}") from error
-    return Base(pipeline.to(device), "sdxl" if hasattr(pipeline, "unet") else "flux", stand_in=False)
+    is_sdxl = hasattr(pipeline, "unet")
+    return Base(pipeline.to(device), "sdxl" if is_sdxl else "flux", guidance=7.0 if is_sdxl else 4.0)
 
 
 @torch.no_grad()
 def paint(
-    base: Base, prompt: str, *, seed: int = 0, steps: int = 20, size: int = 1024, guidance: float | None = None
+    base: Base,
+    prompt: str,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    size: int | None = None,
+    guidance: float | None = None,
 ) -> Image.Image:
-    """One picture, size x size. guidance: CFG on SDXL (7), distilled guidance on FLUX (4)."""
-    pipeline = base.pipeline
-    default = 7.0 if base.family == "sdxl" else 4.0
-    text = _stand_in_text(base.family, prompt) if base.stand_in else {"prompt": prompt}
-    return pipeline(
-        **text,
+    """One image, size x size. None: what suits the base."""
+    return base.pipeline(
+        **base.text(prompt),
         generator=torch.Generator().manual_seed(seed),
-        num_inference_steps=steps,
-        guidance_scale=default if guidance is None else guidance,
-        height=size,
-        width=size,
+        num_inference_steps=base.steps if steps is None else steps,
+        guidance_scale=base.guidance if guidance is None else guidance,
+        height=size or base.size,
+        width=size or base.size,
     ).images[0]
-
-
-# ---------------------------------------------------------------- stand-ins
-
-
-def _tiny_sdxl() -> Any:
-    import diffusers
-
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64, 64),
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(2, 2, 2),
-        cross_attention_dim=TEXT_WIDTH,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=POOLED_WIDTH + 6 * 8,
-    )
-    return diffusers.StableDiffusionXLPipeline(
-        vae=_tiny_vae(scaling_factor=0.13025),
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
-        unet=_seeded(unet, 11),
-        scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
-        add_watermarker=False,
-    )
-
-
-def _tiny_flux() -> Any:
-    import diffusers
-
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=19,
-        num_single_layers=38,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT_WIDTH,
-        pooled_projection_dim=POOLED_WIDTH,
-        guidance_embeds=True,
-        axes_dims_rope=(8, 12, 12),
-    )
-    return diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_tiny_vae(scaling_factor=0.3611),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=_seeded(transformer, 12),
-    )
-
-
-def _tiny_vae(scaling_factor: float) -> Any:
-    import diffusers
-
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 16, 16, 16),
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=scaling_factor,
-        shift_factor=0.0,
-    )
-    return _seeded(vae, 13)
-
-
-def _seeded(module: Any, seed: int) -> Any:
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    module.load_state_dict(random_weights(shapes, seed), strict=False)  # buffers stay as they are
-    return module.eval().requires_grad_(False)
-
-
-def _stand_in_text(family: str, prompt: str) -> dict[str, Tensor]:
-    """What a text encoder would give, as noise that depends on the prompt alone."""
-    names = {"prompt_embeds": (1, 16, TEXT_WIDTH), "pooled_prompt_embeds": (1, POOLED_WIDTH)}
-    negative = {f"negative_{name}": shape for name, shape in names.items()} if family == "sdxl" else {}
-    texts = {**{name: (shape, prompt) for name, shape in names.items()}, **{n: (s, "") for n, s in negative.items()}}
-    return {
-        name: torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32((name[-13:] + text).encode())))
-        for name, (shape, text) in texts.items()
-    }

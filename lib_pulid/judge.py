@@ -1,0 +1,83 @@
+"""A judge of drawn images: who is in them, by a network that no adapter was trained with, and what they show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a judge reads off an image. embedding: [512] float32, not normalized. named: attribute -> its value."""
+
+    embedding: np.ndarray
+    named: dict[str, str]
+
+    def likeness(self, other: Reading) -> float:
+        """Cosine of both embeddings."""
+        lengths = np.linalg.norm(self.embedding) * np.linalg.norm(other.embedding)
+        return float(self.embedding @ other.embedding / max(float(lengths), 1e-12))
+
+
+class Judge:
+    """A judge of faces or of whole scenes, from an ONNX file that says in its metadata what it looks at.
+
+    The file's metadata, as JSON: "values": attribute -> names of its values; "points": where in its input the five
+    landmarks lie, [5, 2], for a judge of faces.
+    """
+
+    def __init__(self, path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise MissingWeightsError(f"{path.name} (a judge of drawn images) was not found in {path.parent}.")
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise PulidError(f"onnxruntime is needed to judge images and cannot be imported ({error}).") from error
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), providers=list(providers))
+            facts = self._session.get_modelmeta().custom_metadata_map
+            self.values: dict[str, list[str]] = json.loads(facts["values"])
+        except Exception as error:  # onnxruntime's, of classes of its own
+            raise WrongWeightsError(
+                f"{path.name} in {path.parent} is not a judge of drawn images, or is truncated; download it again. "
+                f"({error})"
+            ) from error
+        self._points = np.array(json.loads(facts["points"])) if "points" in facts else None
+        self._size = int(self._session.get_inputs()[0].shape[2])
+
+    def read(self, image: np.ndarray, landmarks: np.ndarray | None = None) -> Reading:
+        """image: uint8 RGB [H, W, 3]. landmarks: [5, 2] in pixels, for a judge of faces."""
+        if self._points is None:
+            import cv2
+
+            seen = cv2.resize(image, (self._size, self._size), interpolation=cv2.INTER_AREA)
+        elif landmarks is None:
+            raise ValueError("A judge of faces needs landmarks.")
+        else:
+            seen = cut(image, landmarks, self._points, self._size)
+        data = seen.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
+        embedding, *logits = self._session.run(None, {self._session.get_inputs()[0].name: data})
+        named = {name: values[int(row[0].argmax())] for (name, values), row in zip(self.values.items(), logits)}
+        return Reading(embedding[0], named)
+
+
+def similarity(landmarks: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The similarity [2, 3] that brings landmarks [5, 2] closest to points [5, 2], as insightface's estimate_norm."""
+    p, q = (np.asarray(x, np.float64) @ (1, 1j) for x in (landmarks, points))
+    turn = np.vdot(p - p.mean(), q - q.mean()) / (abs(p - p.mean()) ** 2).sum()
+    shift = q.mean() - turn * p.mean()
+    return np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
+
+
+def cut(image: np.ndarray, landmarks: np.ndarray, points: np.ndarray, size: int) -> np.ndarray:
+    """The part of an image [H, W, 3] in which landmarks [5, 2] lie at `points`, [size, size, 3]; black beyond it."""
+    import cv2
+
+    return cv2.warpAffine(image, similarity(landmarks, points), (size, size), borderValue=0.0)

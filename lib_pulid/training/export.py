@@ -1,0 +1,74 @@
+"""Small networks as ONNX files with 16-bit weights."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+OPSET = 17
+KEPT_WHOLE = 1024  # initializers up to so many numbers (biases, norms, shapes) stay as they are
+
+
+def save_onnx(
+    module: nn.Module, example: Tensor, path: Path, outputs: Sequence[str], facts: Mapping[str, object] | None = None
+) -> None:
+    """Writes a module of one input; its first axis is free if the example's length there is not 1.
+
+    Args:
+        facts: metadata of the file, as JSON.
+    """
+    import onnx
+
+    data = io.BytesIO()
+    free = {name: {0: "batch"} for name in ("input", *outputs)} if len(example) > 1 else None
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch: that the exporter without further packages is the older one
+        torch.onnx.export(
+            module.eval(),
+            (example,),
+            data,
+            input_names=["input"],
+            output_names=list(outputs),
+            dynamic_axes=free,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    model = onnx.load_model_from_string(data.getvalue())
+    _halve(model)
+    for name, value in (facts or {}).items():
+        model.metadata_props.add(key=name, value=json.dumps(value))
+    onnx.checker.check_model(model)
+    replace_file(path, model.SerializeToString())
+
+
+def _halve(model) -> None:
+    """Large float32 initializers become float16, each with a Cast back in front of its use."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) <= KEPT_WHOLE:
+            continue
+        name = tensor.name
+        half = numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{name}.half")
+        tensor.CopyFrom(half)
+        casts.append(helper.make_node("Cast", [half.name], [name], f"{name}.cast", to=TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    os.replace(part, path)
