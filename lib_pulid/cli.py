@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_pulid demo | generate | embed | doctor | models`."""
+"""The command line: `python -m lib_pulid demo | generate | embed | evaluate | doctor | models`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sd-webui-pulid {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_generate, _add_embed, _add_doctor, _add_models):
+    for add in (_add_demo, _add_generate, _add_embed, _add_evaluate, _add_doctor, _add_models):
         add(commands)
     return parser
 
@@ -136,6 +136,13 @@ def _add_embed(commands) -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("outputs/identity.safetensors"), help="where to write")
 
 
+def _add_evaluate(commands) -> None:
+    from lib_pulid.evaluate.command import add_arguments
+
+    text = "measure likeness and what else changes, over weights and methods"
+    add_arguments(_command(commands, "evaluate", run_evaluate, text, f"{text}; docs/evaluate.md says how to read it"))
+
+
 def _add_doctor(commands) -> None:
     _command(commands, "doctor", run_doctor, "what is there, what is missing, and what to do about it")
 
@@ -209,6 +216,12 @@ def run_embed(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: identity {identity.short_hash}, {identity.cond.shape[1]} tokens, {identity.info['adapter']}"
     )
     return 0
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    from lib_pulid.evaluate import command
+
+    return command.run(arguments, _device(arguments.device))
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("miniature",),
     ("standalone", "webui"),
-    ("demo", "doctor", "models"),
+    ("demo", "doctor", "evaluate", "models"),
     ("cli",),
     ("__main__",),
 )
