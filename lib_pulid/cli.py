@@ -72,8 +72,10 @@ def _command(commands, name: str, run, help: str, description: str = "") -> argp
 
 
 def _add_demo(commands) -> None:
-    parser = _command(commands, "demo", run_demo, "photo in, contact sheets out; needs no weights")
-    parser.add_argument("--face", type=Path, help="your photo (default: a sample photograph of a library)")
+    parser = _command(commands, "demo", run_demo, "people in, contact sheets out; needs no weights")
+    parser.add_argument(
+        "--face", type=Path, help="your photo; in miniature a drawing (default: people whom no training saw)"
+    )
     parser.add_argument("-o", "--out", type=Path, default=Path("outputs"), help="folder for the sheets")
     parser.add_argument("--device", default="auto", help="auto (the GPU, if torch can use one), cpu, cuda, cuda:1 ...")
 
@@ -105,8 +107,8 @@ def _add_generate(commands) -> None:
     parser.add_argument("--prompt", required=True, help="what to paint")
     parser.add_argument(
         "--model",
-        default="tiny-sdxl",
-        help="single-file SDXL checkpoint, diffusers folder (SDXL or FLUX), or the stand-ins tiny-sdxl and tiny-flux",
+        default="miniature",
+        help="single-file SDXL checkpoint, diffusers folder (SDXL or FLUX), or miniature: a small SDXL of drawn people",
     )
     _add_faces(parser)
     parser.add_argument("--identity", type=Path, help="a saved identity, in the place of photos")
@@ -120,17 +122,17 @@ def _add_generate(commands) -> None:
     parser.add_argument("--start-step", type=int, default=0, help="FLUX: first step in which it acts, 0 is the first")
     parser.add_argument("--mask", type=Path, help="picture whose white part is where the face may act")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the same seed gives the same picture")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--size", type=int, help="side in pixels (default: 1024, stand-ins 256)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: 20, miniature 12)")
+    parser.add_argument("--size", type=int, help="side in pixels (default: 1024, miniature 128)")
     parser.add_argument(
-        "--guidance", type=float, help="CFG on SDXL (default 7), distilled guidance on FLUX (default 4)"
+        "--guidance", type=float, help="CFG on SDXL (default 7, miniature 2), distilled guidance on FLUX (default 4)"
     )
     parser.add_argument("-o", "--out", type=Path, default=Path("outputs/picture.png"), help="where to write it")
 
 
 def _add_embed(commands) -> None:
     parser = _command(commands, "embed", run_embed, "photos -> a saved identity, which later needs no photo")
-    parser.add_argument("--model", default="tiny-sdxl", help="the base model that it is for, as in generate")
+    parser.add_argument("--model", default="miniature", help="the base model that it is for, as in generate")
     _add_faces(parser)
     parser.add_argument("--name", default="", help="kept in the file")
     parser.add_argument("-o", "--out", type=Path, default=Path("outputs/identity.safetensors"), help="where to write")
@@ -165,8 +167,7 @@ def _add_models(commands) -> None:
 def run_demo(arguments: argparse.Namespace) -> int:
     from lib_pulid import demo
 
-    photo = arguments.face or demo.sample_photo()
-    demo.run_demo(photo, arguments.out, arguments.models_dir, _device(arguments.device))
+    demo.run_demo(arguments.face, arguments.out, arguments.models_dir, _device(arguments.device))
     return 0
 
 
@@ -179,6 +180,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
         raise SettingError("Give either --face (once or more) or --identity.")
     _check_picture(arguments)
     workshop = _workshop(arguments)
+    for note in workshop.check_prompt(arguments.prompt):
+        print(f"note: {note}")
     identity = Identity.load(arguments.identity) if arguments.identity else _identity(workshop, arguments)
     family = workshop.base.family
     weight = arguments.weight if arguments.weight is not None else WEIGHTS[family]
@@ -195,8 +198,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
         device=workshop.device,
         dtype=workshop.base.dtype,
     )
-    size = arguments.size or (256 if workshop.base.stand_in else 1024)
-    settings = {"seed": arguments.seed, "steps": arguments.steps, "size": size, "guidance": arguments.guidance}
+    settings = {name: getattr(arguments, name) for name in ("seed", "steps", "size", "guidance")}
     picture, used = workshop.paint([injection], arguments.prompt, **settings)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(arguments.out)
@@ -243,7 +245,7 @@ def _check_picture(arguments: argparse.Namespace) -> None:
     """What can be told before the work begins."""
     from PIL import Image
 
-    if arguments.steps < 1:
+    if arguments.steps is not None and arguments.steps < 1:
         raise SettingError(f"--steps is {arguments.steps}; it has to be 1 or more.")
     if arguments.size is not None and (arguments.size < 64 or arguments.size % 16):
         raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16, from 64 on.")
@@ -266,10 +268,7 @@ def _device(name: str) -> str:
 def _workshop(arguments: argparse.Namespace):
     from lib_pulid.standalone import open_workshop
 
-    workshop = open_workshop(arguments.model, arguments.models_dir, arguments.pulid, _device(arguments.device))
-    for note in workshop.notes:
-        print(f"stand-in: {note}")
-    return workshop
+    return open_workshop(arguments.model, arguments.models_dir, arguments.pulid, _device(arguments.device))
 
 
 def _identity(workshop, arguments: argparse.Namespace):

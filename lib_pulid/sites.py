@@ -23,7 +23,8 @@ DOUBLE_INTERVAL = 2
 SINGLE_INTERVAL = 4
 FLUX_BLOCKS = (19, 38)  # double and single, in FLUX.1; near counts have as many sites
 # A part that FLUX.1 does not have -> the model that does.
-_RELATIVES = {"distilled_guidance_layer": "Chroma", "double_stream_modulation_img": "FLUX.2"}
+_CHROMA = "distilled_guidance_layer"
+_RELATIVES = {_CHROMA: "Chroma", "double_stream_modulation_img": "FLUX.2"}
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,23 @@ class Sites:
     sites: tuple[Site, ...]
 
 
-def find_sites(denoiser: nn.Module) -> Sites:
+def is_chroma(denoiser: nn.Module) -> bool:
+    return hasattr(denoiser, _CHROMA)
+
+
+def find_sites(denoiser: nn.Module, *, chroma: bool = False) -> Sites:
     """The sites of a UNet or transformer.
 
     Args:
         denoiser: diffusers' UNet2DConditionModel or FluxTransformer2DModel, a UNet of the sgm layout (A1111, Forge),
             or a transformer of the BFL layout (Forge).
+        chroma: whether Chroma passes for FLUX.1, whose blocks it has. An experiment: PuLID was not trained for it.
 
     Raises:
         UnsupportedModelError: it is none of these.
     """
     for mark, name in _RELATIVES.items():
-        if hasattr(denoiser, mark):
+        if hasattr(denoiser, mark) and not (chroma and mark == _CHROMA):
             raise UnsupportedModelError(f"{name} has FLUX.1's layout, but PuLID was not trained for it.")
     if hasattr(denoiser, "input_blocks") and hasattr(denoiser, "output_blocks"):
         return _unet_sites(denoiser, ("input_blocks", "output_blocks", "middle_block"))

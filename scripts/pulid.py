@@ -6,6 +6,7 @@ here is kept and raised where the hosts let it end the request: when they ask th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -156,10 +157,12 @@ def short_of_memory(error: Exception) -> OutOfMemoryError | None:
     """What to say in the place of an error that tells of a lack of memory, else None."""
     if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
         return None
+    # Forge Neo drops the message of every exception with these three words in it, whatever its class.
+    reason = re.sub("out of memory", "not enough memory", str(error), flags=re.IGNORECASE)[:300]
     short = OutOfMemoryError(
         "PuLID: the memory did not suffice. What helps: a smaller picture or batch, one person fewer, "
-        f"{hosts.current().LESS_MEMORY}, photos read on the CPU (Settings, PuLID), fewer other programs. "
-        f"({type(error).__name__}: {str(error)[:300]})"
+        f"{hosts.current().less_memory()}, photos read on the CPU (Settings, PuLID), fewer other programs. "
+        f"({type(error).__name__}: {reason})"
     )
     short.__cause__ = error
     return short
@@ -191,6 +194,7 @@ def ends_the_request(p: Any) -> Iterator[None]:
 
 
 def on_app_started(demo: Any, app: Any) -> None:
+    settings.make_temp_folder()
     routes.add_error_handler(app)
     if shared.cmd_opts.api or shared.cmd_opts.nowebui:
         routes.add_routes(app, PulidScript.library, shared.cmd_opts.api_auth)

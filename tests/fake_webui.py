@@ -254,7 +254,7 @@ def _fill(modules: ModuleType, models_dir: Path) -> None:
         setattr(modules, name, module)
         sys.modules[f"modules.{name}"] = module
 
-    opts = SimpleNamespace(data={}, added={})
+    opts = SimpleNamespace(data={}, added={}, data_labels={"forge_inference_memory": None})
     opts.add_option = opts.added.__setitem__
     flags = SimpleNamespace(api=True, nowebui=False, api_auth=None, pulid_models_dir=str(models_dir))
     add("shared", opts=opts, cmd_opts=flags, state=State(), OptionInfo=OptionInfo)

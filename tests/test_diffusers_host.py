@@ -19,9 +19,9 @@ from lib_pulid.hosts.diffusers_base import POOLED_WIDTH, TEXT_WIDTH, Base, load_
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, Injection, compile_injection
 from lib_pulid.sites import find_sites
-from tests.small_models import TOKEN_WIDTH, write_files
 from lib_pulid.weights import Adapter, load_adapter
 from tests.layouts import count_hooks
+from tests.small_models import TOKEN_WIDTH, write_files
 
 FAMILIES = ("sdxl", "flux")
 STEPS = 4

@@ -23,7 +23,7 @@ from lib_pulid.face_models import (
     onnx_providers,
 )
 from lib_pulid.faces import Detection, FaceChoice, face_features, read_face, vision_input
-from lib_pulid.images import load_image, resize_long_edge
+from lib_pulid.images import resize_long_edge
 from tests.face_standins import FACE_POINTS, blank, draw_face, write_arcface, write_face_files, write_scrfd
 
 insightface = pytest.importorskip("insightface")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import sys
 import weakref
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +105,22 @@ def test_flux(p):
     assert plan.asked == [("flux-dev", "flux", False)]
     assert count_hooks(unet(p).model) == 0
     assert same(run(p, RandomPlan(weight=0.0), **how), before)
+
+
+def test_chroma_passes_for_flux_where_it_is_asked_for(modules, monkeypatch):
+    """Refused unless the setting is on; the message names the setting."""
+    chroma = Flux()
+    chroma.distilled_guidance_layer = torch.nn.Identity()
+    p, settings = P(chroma, "chroma"), ModuleType("modules.shared")
+    settings.opts = SimpleNamespace(data={})
+    monkeypatch.setitem(sys.modules, "modules.shared", settings)
+    with pytest.raises(UnsupportedModelError, match="chroma: Chroma has.*Settings, PuLID"):
+        host().loaded_model(p)
+    settings.opts.data["pulid_chroma"] = True
+    assert host().loaded_model(p).family == "flux"
+    before, after = (run(p, plan, unconds=[], **FLUX) for plan in (None, RandomPlan()))
+    assert not torch.allclose(after[0], before[0])
+    assert same(before, run(p, RandomPlan(weight=0.0), unconds=[], **FLUX))
 
 
 FLUX = {"conds": [text(256, width=6)], "channels": 4}

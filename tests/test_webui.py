@@ -326,6 +326,17 @@ class TestPlan:
         assert [(i.family, i.weight, i.start_step) for i in flux] == [("flux", 1.0, 3), ("flux", 0.3, 0)]
         assert [(i.weight, i.start_step) for i in plan.injections(sdxl, hires=False)] == [(0.8, 0), (0.3, 0)]
 
+    def test_chroma_is_called_an_experiment(self, library, one, model):
+        from lib_pulid.webui import infotext
+
+        plan, notes, chroma = self.plan(library, one, {}), [], torch.nn.Module()
+        plan.warn, chroma.distilled_guidance_layer = notes.append, torch.nn.Identity()
+        assert "experiment" not in plan.prepare(model)[1] and notes == []
+        facts = plan.prepare(replace(model, denoiser=chroma))[1]
+        plan.injections(replace(model, denoiser=chroma), hires=False)
+        assert len(notes) == 1 and "not trained for Chroma" in notes[0]
+        assert infotext.read(infotext.write(plan.units[0][1], "flux", facts))["experiment"] == "Chroma"
+
     def test_without_negative_rows_half_is_compiled(self, library, one, model):
         plan = self.plan(library, one, {})
         (half,) = plan.injections(replace(model, guided=False), hires=False)
@@ -600,6 +611,20 @@ def test_settings_and_flags(ui, script, tmp_path):
     assert settings.models_dir() == tmp_path
     ui.modules.shared.opts.data["pulid_models_dir"] = ""
     assert str(settings.models_dir()) == ui.modules.paths.models_path
+
+
+def test_the_folder_for_temporary_images_is_made(ui, tmp_path):
+    """A fresh Forge Neo names one that is not there; a place where none can be made is no reason to fail."""
+    from lib_pulid.webui import settings
+
+    settings.make_temp_folder()  # the host's default: none
+    for folder in (tmp_path / "data" / "tmp", tmp_path / "data" / "tmp"):
+        ui.modules.shared.opts.temp_dir = str(folder)
+        settings.make_temp_folder()
+        assert folder.is_dir()
+    (tmp_path / "file").touch()
+    ui.modules.shared.opts.temp_dir = str(tmp_path / "file" / "tmp")
+    settings.make_temp_folder()
 
 
 def test_the_page_script_is_one_class():

@@ -2,7 +2,7 @@
 
     NAME, FAMILIES              the host's name, for messages, and which models it can load
     loaded_model(p)             the denoiser that is loaded now, or UnsupportedModelError
-    LESS_MEMORY                 what helps there against a lack of video memory, for messages
+    less_memory()               what helps there against a lack of video memory, for messages
     start(p, plan) -> Run       from now on every denoiser call of `p` injects what the plan says
     before_sampling(p)          a pass is about to be sampled
     stop()                      takes everything out again; may be called at any time

@@ -28,7 +28,6 @@ from lib_pulid.injection import DenoiseStep
 
 NAME = "AUTOMATIC1111"
 FAMILIES = ("sdxl",)
-LESS_MEMORY = "starting the WebUI with --medvram-sdxl or --medvram"
 
 
 def loaded_model(p: Any) -> LoadedModel:
@@ -42,6 +41,10 @@ def loaded_model(p: Any) -> LoadedModel:
     name = getattr(getattr(p.sd_model, "sd_checkpoint_info", None), "name_for_extra", "")
     unet = _unet(p)
     return LoadedModel(family_of(unet, name), unet, devices.device, devices.dtype_unet, name)
+
+
+def less_memory() -> str:
+    return "starting the WebUI with --medvram-sdxl or --medvram"
 
 
 def start(p: Any, plan: Plan) -> Run:

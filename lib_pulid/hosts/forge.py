@@ -27,7 +27,6 @@ from lib_pulid.injection import DenoiseStep
 
 NAME = "Forge"
 FAMILIES = ("sdxl", "flux")
-LESS_MEMORY = "less “GPU Weights” at the top of the page"
 _SLOT = "model_function_wrapper"
 _MODIFIERS = "conditioning_modifiers"
 _COND = 0
@@ -44,6 +43,15 @@ def loaded_model(p: Any) -> LoadedModel:
     denoiser: Any = None if unet is None else unet.model.diffusion_model
     family = family_of(denoiser, name, wanted="an SDXL or FLUX.1 checkpoint")
     return LoadedModel(family, denoiser, unet.load_device, _computation_dtype(unet), name, _is_guided(p))
+
+
+def less_memory() -> str:
+    """Only Forge itself has a slider for it; its successors decide on their own."""
+    from modules.shared import opts
+
+    if "forge_inference_memory" in opts.data_labels:
+        return "a lower “GPU Weights” at the top of the page"
+    return "a checkpoint stored in 8 bits (fp8, GGUF)"
 
 
 def start(p: Any, plan: Plan) -> Run:

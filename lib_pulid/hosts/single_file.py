@@ -84,7 +84,7 @@ def configuration(shapes: Shapes) -> dict[str, Config]:
         "unet": _unet(_under(shapes, _UNET)),
         "vae": _vae(_under(shapes, _VAE)),
         "scheduler": _scheduler(shapes),
-        "text_encoder": _clip(shapes[f"{_CLIP}embeddings.token_embedding.weight"], _under(shapes, f"{_CLIP}encoder.layers.")),
+        "text_encoder": _clip(_under(shapes, _CLIP)),
         "text_encoder_2": _open_clip(_under(shapes, _OPEN_CLIP)),
     }
 
@@ -146,7 +146,7 @@ def _vae(shapes: Shapes) -> Config:
 
 
 def _scheduler(shapes: Shapes) -> Config:
-    """Checkpoints say by empty tensors that they predict v (v_pred), and on a schedule that ends in pure noise (ztsnr)."""
+    """Empty tensors in a checkpoint say that it predicts v (v_pred), on a schedule that ends in pure noise (ztsnr)."""
     pure_noise = "ztsnr" in shapes
     return {
         "_class_name": _DIFFUSERS["scheduler"],
@@ -161,8 +161,9 @@ def _scheduler(shapes: Shapes) -> Config:
     }
 
 
-def _clip(table: tuple[int, ...], layers: Shapes) -> Config:
-    return _text("CLIPTextModel", table, layers, "mlp.fc1.weight", "quick_gelu")
+def _clip(shapes: Shapes) -> Config:
+    layers = _under(shapes, "encoder.layers.")
+    return _text("CLIPTextModel", shapes["embeddings.token_embedding.weight"], layers, "mlp.fc1.weight", "quick_gelu")
 
 
 def _open_clip(shapes: Shapes) -> Config:
@@ -245,7 +246,8 @@ def write_tokenizer(folder: Path, merges: list[str], padding: str) -> None:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     end = "<|endoftext|>"
     tokens = {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end, "pad_token": padding}
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **tokens})
+    kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    _write_json(folder / "tokenizer_config.json", {**kind, **tokens})
 
 
 def _byte_symbols() -> Iterator[str]:

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.hosts import LoadedModel, Plan
 from lib_pulid.injection import DenoiseStep, Injection, inject
-from lib_pulid.sites import Site, Sites, find_sites
+from lib_pulid.sites import Site, Sites, find_sites, is_chroma
 
+CHROMA = "pulid_chroma"  # name of the setting
 SDXL_SITES = 70
-REFINER_WIDTH = 1280
-# Width of the text that a UNet's cross-attention reads -> what it is then.
+SDXL_TEXT_WIDTH, REFINER_WIDTH = 2048, 1280
+# Width of the text that a UNet's cross-attention reads -> what else than SDXL's base it is then.
 TEXT_WIDTHS = {
     768: "a Stable Diffusion 1.x model",
     1024: "a Stable Diffusion 2.x model",
     REFINER_WIDTH: "the SDXL refiner, which does not read the prompt as SDXL does",
-    2048: "SDXL",
 }
 
 
@@ -40,9 +40,19 @@ def family_of(denoiser: nn.Module | None, name: str, wanted: str = "an SDXL chec
     """
     problem = "no checkpoint is loaded" if denoiser is None else _problem(denoiser)
     if problem is None:
-        return find_sites(denoiser).family  # type: ignore[arg-type]
+        return find_sites(denoiser, chroma=True).family  # type: ignore[arg-type]
     what = f"{name}: {problem}" if name else problem[:1].upper() + problem[1:]
-    raise UnsupportedModelError(f"{what}. PuLID needs {wanted}: choose one, or switch PuLID off for this picture.")
+    hint = " To try it with Chroma: Settings, PuLID." if denoiser is not None and is_chroma(denoiser) else ""
+    raise UnsupportedModelError(
+        f"{what}. PuLID needs {wanted}: choose one, or switch PuLID off for this picture.{hint}"
+    )
+
+
+def tries_chroma() -> bool:
+    """The setting that lets Chroma pass for FLUX.1."""
+    from modules.shared import opts
+
+    return bool(opts.data.get(CHROMA, False))
 
 
 def is_refiner(denoiser: nn.Module | None) -> bool:
@@ -53,17 +63,19 @@ def is_refiner(denoiser: nn.Module | None) -> bool:
 
 def _problem(denoiser: nn.Module) -> str | None:
     try:
-        sites = find_sites(denoiser)
+        sites = find_sites(denoiser, chroma=is_chroma(denoiser) and tries_chroma())
     except UnsupportedModelError as error:
         return str(error).rstrip(".")
     if sites.family == "flux":
         return None
     width = _text_width(denoiser)
-    if width != 2048:
-        return f"this is {TEXT_WIDTHS.get(width, f'a UNet that reads text {width} wide, which is none that I know')}"
-    if len(sites.sites) != SDXL_SITES:
+    if width in TEXT_WIDTHS:
+        return f"this is {TEXT_WIDTHS[width]}"
+    if len(sites.sites) == SDXL_SITES:
+        return None  # whether its sizes fit is between it and the PuLID file
+    if width == SDXL_TEXT_WIDTH:
         return f"this is a shortened SDXL with {len(sites.sites)} of {SDXL_SITES} cross-attention layers"
-    return None
+    return f"this is a UNet that reads text {width} wide, which is none that I know"
 
 
 def _text_width(unet: nn.Module) -> int:
@@ -154,7 +166,7 @@ class Injector:
         assert self._plan is not None, "the generation is over"
         self._release()
         self._injections = tuple(self._plan.injections(model, hires=hires))
-        self._sites = _watched(find_sites(model.denoiser), self._note)
+        self._sites = _watched(find_sites(model.denoiser, chroma=True), self._note)
         self._model, self._hires, self._ready_for = model, hires, wanted
 
     def check_steps(self, steps: int | None) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib_pulid.encoders import SCALES
 from lib_pulid.sites import Sites, find_sites

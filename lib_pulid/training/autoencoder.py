@@ -22,7 +22,7 @@ from lib_pulid.training.loop import Run
 
 SCALE = 0.13025  # SDXL's: latents are multiplied by it before the UNet sees them
 KL_WEIGHT = 1e-6
-COLOR_STEPS = 600  # in the first ones, three latent channels are led to the mean colors, which come late by themselves
+COLOR_STEPS = 600  # so long, three latent channels are led to the mean colors, which come late by themselves
 NORM_GROUPS = (
     8  # at least 4 channels in each, as in SDXL; alone in its group a channel loses its mean, and so colors go
 )
@@ -73,7 +73,7 @@ def psnr(vae: Any, images: np.ndarray) -> float:
 
 @torch.no_grad()
 def whiten(vae: Any, images: np.ndarray) -> None:
-    """Turns and scales the latents, within the 1 x 1 convolutions around them, so that SCALE makes each channel 1 wide."""
+    """Turns and scales the latents, in the 1 x 1 convolutions around them: SCALE then makes each channel 1 wide."""
     mean = torch.cat([vae.encode(to_input(images[i : i + 16])).latent_dist.mean for i in range(0, len(images), 16)])
     flat = mean.permute(1, 0, 2, 3).flatten(1)  # [4, N]
     center = flat.mean(1)

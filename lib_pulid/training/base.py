@@ -90,12 +90,18 @@ class TextEncoders(nn.Module):
         return ids, other
 
     def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """-> context [B, 77, 64], the outputs of the last layer but one, and the pooled text [B, 40]."""
+        """-> context [B, 77, 64], the outputs of the last layer but one, and the pooled text [B, 40].
+
+        An empty prompt gives zeros, as SDXL's negative prompt does where it is empty (diffusers'
+        `force_zeros_for_empty_prompt`, and the WebUIs).
+        """
         device = _embedding(self.first).weight.device
         ids, other = (t.to(device) for t in self.tokenize(prompts))
         one = self.first(ids, output_hidden_states=True)
         two = self.second(other, output_hidden_states=True)
-        return torch.cat((one.hidden_states[-2], two.hidden_states[-2]), dim=-1), two.text_embeds
+        context = torch.cat((one.hidden_states[-2], two.hidden_states[-2]), dim=-1)
+        says = torch.tensor([float(bool(prompt)) for prompt in prompts], device=device)[:, None]
+        return context * says[:, :, None], two.text_embeds * says
 
 
 class Base(nn.Module):
@@ -113,7 +119,7 @@ class Base(nn.Module):
         return self.alphas[t][:, None, None, None], self.sigmas[t][:, None, None, None]
 
     def predict(self, noisy: Tensor, t: Tensor, context: Tensor, pooled: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """v [B, 4, h, w] of noisy latents at steps t [B]. sizes: [B, 6], SDXL's size conditions; they mean nothing here."""
+        """v [B, 4, h, w] of noisy latents at steps t [B]; sizes: [B, 6], SDXL's size conditions, which mean nothing."""
         if sizes is None:
             sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=noisy.device).expand(len(noisy), 6)
         return self.unet(noisy, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes.float()}).sample

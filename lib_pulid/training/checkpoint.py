@@ -164,7 +164,8 @@ def main() -> None:
     from lib_pulid.training.base import Base
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(".training"), help="with base, autoencoder and adapter")
+    parser.add_argument("--folder", type=Path, default=Path(".training"), help="with base and autoencoder")
+    parser.add_argument("--pulid", type=Path, help="what training.adapter has written")
     parser.add_argument("--out", type=Path, default=Path("lib_pulid/miniature"))
     args = parser.parse_args()
     base, vae = Base(), autoencoder.build()
@@ -172,9 +173,8 @@ def main() -> None:
     vae.load_state_dict(load_file(args.folder / "autoencoder.safetensors"))
     text = (base.text.first, base.text.second)
     write(args.out / "sdxl.safetensors", sdxl_checkpoint(base.unet, text, vae, world_tokens()))
-    adapter = args.folder / "adapter.safetensors"
-    if adapter.is_file():
-        write(args.out / "pulid_sdxl.safetensors", load_file(adapter))
+    if args.pulid:
+        write(args.out / "pulid_sdxl.safetensors", load_file(args.pulid))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The product's injection for training: an identity of its own for each row, with gradients.
 
-`injection.compile_injection` and `inject` serve sampling, where one identity holds for a whole image. Here tokens change
-with every row and step; the places, the formulas and the hooks are the same functions.
+`injection.compile_injection` and `inject` serve sampling, where one identity holds for a whole image. Here tokens
+change with every row and step; the places, the formulas and the hooks are the same functions.
 """
 
 from __future__ import annotations

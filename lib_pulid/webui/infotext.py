@@ -31,14 +31,14 @@ def clear(parameters: MutableMapping[str, Any]) -> None:
 def write(unit: PulidUnit, family: str, facts: Mapping[str, str]) -> str:
     """All settings of a unit that mean something to the family.
 
-    facts: "hash" of the identity, "file" and "weights" of the PuLID model.
+    facts: "hash" of the identity, "file" and "weights" of the PuLID model; "experiment" where it is one.
     """
     unit = unit.on(family)
     entries = {"hash": facts["hash"], "weights": facts["weights"]}
     for field in FIELDS:
         if field.pasted and field.family in ("", family):
             entries[field.name] = _text(getattr(unit, field.name))
-    entries["file"] = facts["file"]
+    entries |= {name: facts[name] for name in ("file", "experiment") if name in facts}
     if unit.images:
         entries["photos"] = str(len(unit.images))
     if unit.mask:

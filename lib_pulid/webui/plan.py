@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
 from lib_pulid.fields import AUTO
 from lib_pulid.injection import Injection, compile_injection
+from lib_pulid.sites import is_chroma
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.pictures import photo, region
 
@@ -32,6 +33,7 @@ class UnitPlan:
     library: Library
     tell: Callable[[str], None] = lambda text: None
     warn: Callable[[str], None] = lambda text: None
+    _is_experiment: bool = False
     _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
 
     def injections(self, model: LoadedModel, *, hires: bool) -> list[Injection]:
@@ -40,6 +42,7 @@ class UnitPlan:
         Raises:
             PulidError: its message begins with the unit and the field at fault.
         """
+        self._experiment(model)
         wanted = [(number, unit) for number, unit in self.units if unit.in_pass(hires)]
         return [injection for injection, _ in self._compiled(wanted, model).values()]
 
@@ -47,7 +50,17 @@ class UnitPlan:
         """Compiles all units and returns, by unit, what to write into the picture's parameters beside the settings."""
         for number, unit in self.units:
             unit.check_family(model.family, number)
-        return {number: facts for number, (_, facts) in self._compiled(self.units, model).items()}
+        experiment = self._experiment(model)
+        return {number: facts | experiment for number, (_, facts) in self._compiled(self.units, model).items()}
+
+    def _experiment(self, model: LoadedModel) -> dict[str, str]:
+        """What the picture's parameters and, once, a note say of a model that PuLID was not trained for."""
+        if not is_chroma(model.denoiser):
+            return {}
+        if not self._is_experiment:
+            self._is_experiment = True
+            self.warn("PuLID was not trained for Chroma: this is an experiment with the file for FLUX.")
+        return {"experiment": "Chroma"}
 
     def check_steps(self, model: LoadedModel, steps: int, *, hires: bool) -> None:
         """See `lib_pulid.hosts.Plan`. The second pass has few steps and a face already, unless it alone has one."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lib_pulid.fields import MOST_UNITS
+from lib_pulid.hosts.webui import CHROMA
 
 SECTION = ("pulid", "PuLID")
 UNITS, FOLDER, DEVICE, KEEP = "pulid_units", "pulid_models_dir", "pulid_device", "pulid_keep_encoders"
@@ -28,6 +30,9 @@ def add_settings() -> None:
         ),
         KEEP: OptionInfo(False, "Keep the models that read photos in memory").info(
             "about 2 GB; new photos are read faster"
+        ),
+        CHROMA: OptionInfo(False, "Try PuLID on Chroma").info(
+            "an experiment with the PuLID file for FLUX, which was not trained for Chroma: expect less likeness"
         ),
     }
     for name, info in infos.items():
@@ -56,6 +61,17 @@ def device() -> str:
 
 def keep_encoders() -> bool:
     return bool(_option(KEEP, False))
+
+
+def make_temp_folder() -> None:
+    """Makes the folder of the host's setting temp_dir, where gradio shows images from. In a fresh Forge Neo nobody else
+    does, and the first photo that is dropped would fail."""
+    from modules.shared import opts
+
+    folder = getattr(opts, "temp_dir", "")
+    if folder:
+        with suppress(OSError):
+            Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def _option(name: str, default: Any) -> Any:

@@ -37,7 +37,7 @@ class RandomPlan:
             raise self.error
         generator = torch.Generator().manual_seed(1)
         make = _cross_attention if model.family == "sdxl" else _image_stream
-        sites = tuple(make(site, self.weight, generator) for site in find_sites(model.denoiser).sites)
+        sites = tuple(make(site, self.weight, generator) for site in find_sites(model.denoiser, chroma=True).sites)
         settings = (self.has_uncond, self.weight, "ortho_v2", 20, self.start, self.end, self.mask)
         return [Injection(model.family, sites, *settings, self.start_step)]
 

@@ -9,16 +9,20 @@ import numpy as np
 from tests.host import rows_flux
 from tests.host.rows_works_with import MILD
 from tests.host.table import Result, Row, close, differ, distance, equal, expect, run
-from tests.host.webui import NAMES, Checkout, Running, running
+from tests.host.webui import FORGES, NAMES, Checkout, Running, running
 
 # Forge has no flags for little video memory beside --always-cpu.
 ATTENTION = (["--attention-split"], ["--attention-quad"], ["--attention-pytorch"])
+FORGE = (*ATTENTION, ["--always-offload-from-vram"], ["--unet-in-bf16"], ["--unet-in-fp8-e4m3fn"])
 FLAGS = {
+    "neo": (["--use-pytorch-cross-attention"], ["--disable-smart-memory"], ["--bf16-unet"], ["--fp8_e4m3fn-unet"]),
     "a1111": (["--medvram"], ["--lowvram"], ["--medvram-sdxl", "--opt-sub-quad-attention"]),
-    "forge": (*ATTENTION, ["--always-offload-from-vram"], ["--unet-in-bf16"], ["--unet-in-fp8-e4m3fn"]),
+    "forge": FORGE,
+    "ersatz": FORGE[1:],
     "first-forge": (*ATTENTION, ["--always-offload-from-vram"], ["--unet-in-bf16"]),
 }
-ANOTHER_PICTURE = ("--unet-in-bf16", "--unet-in-fp8-e4m3fn")  # flags that change it
+# Flags that change the picture.
+ANOTHER_PICTURE = ("--unet-in-bf16", "--unet-in-fp8-e4m3fn", "--bf16-unet", "--fp8_e4m3fn-unet")
 
 
 def run_all(checkout: Checkout, generated: Path, match: str) -> list[Result]:
@@ -51,7 +55,7 @@ def check(host: Running, flags: list[str], usual: tuple[np.ndarray, np.ndarray])
     hooks = host.api.state()["hooks"]  # A1111's own hooks of --lowvram are there without us, too
     host.api.txt2img(MILD)
     expect(host.api.state()["hooks"] == hooks, "hooks are left")
-    also = f"; FLUX {check_flux(host)}" if host.kind == "forge" else ""
+    also = f"; FLUX {check_flux(host)}" if host.kind in FORGES else ""
     if any(flag in ANOTHER_PICTURE for flag in flags):
         return f"{distance(face, usual[1]):.3f} from the picture without the flag{also}"
     seen = [close(plain, usual[0], "without the face"), close(face, usual[1], "with the face")]

@@ -14,10 +14,9 @@ from tests.host.rows_grid import cells
 from tests.host.rows_img2img import scene
 from tests.host.rows_works_with import stopped
 from tests.host.table import Rows, close, differ, distance, equal, expect
-from tests.host.webui import Running
+from tests.host.webui import FORGES, Running
 
 rows = Rows()
-FORGE = ("forge",)
 MILD = {"identity": "marked A", "weight": 0.5}
 CHECKPOINT = "tiny-flux.safetensors"
 FAINT = 0.02
@@ -55,7 +54,7 @@ def expect_sites(calls: list[dict[str, Any]], count: int | None = None) -> str:
     return f"{len(calls)} calls with 10 + 10 each"
 
 
-@rows.row("FLUX: a photo changes the picture; the same request gives the same picture", FORGE)
+@rows.row("FLUX: a photo changes the picture; the same request gives the same picture", FORGES)
 def photo(host: Running) -> str:
     plain, face = flux(host).image, flux(host, person(host, weight=1)).image
     equal(face, flux(host, person(host, weight=1)).image, "twice the same")
@@ -63,7 +62,7 @@ def photo(host: Running) -> str:
     return f"{differ(plain, face, 'with and without'):.1f} of 255"
 
 
-@rows.row("FLUX: weight 0, a unit that is off, the accordion off, the next run: bit-identical to the baseline", FORGE)
+@rows.row("FLUX: weight 0, a unit that is off, the accordion off, the next run: bit-identical to the baseline", FORGES)
 def nothing(host: Running) -> None:
     plain = flux(host).image
     flux(host, person(host))
@@ -73,7 +72,7 @@ def nothing(host: Running) -> None:
         equal(plain, flux(host, *units).image, what)
 
 
-@rows.row("FLUX: no hook, callback or patch is left after a run", FORGE)
+@rows.row("FLUX: no hook, callback or patch is left after a run", FORGES)
 def nothing_left(host: Running) -> None:
     flux(host)
     before = host.api.state()
@@ -84,7 +83,7 @@ def nothing_left(host: Running) -> None:
     expect(after["patches"] == before["patches"], f"patches: {after['patches']}")
 
 
-@rows.row("FLUX: 10 + 10 injections per forward, after the blocks of the official code, none on the text", FORGE)
+@rows.row("FLUX: 10 + 10 injections per forward, after the blocks of the official code, none on the text", FORGES)
 def sites(host: Running) -> str:
     expect_sites(sites_of(host, MILD), count=STEPS)
     without = sites_of(host)
@@ -92,7 +91,7 @@ def sites(host: Running) -> str:
     return expect_sites(sites_of(host, MILD, batch_size=2, cfg_scale=3.0))
 
 
-@rows.row("FLUX: distilled guidance, one pass: the negative tokens do not matter; the guidance does", FORGE)
+@rows.row("FLUX: distilled guidance, one pass: the negative tokens do not matter; the guidance does", FORGES)
 def distilled(host: Running) -> str:
     calls = sites_of(host, MILD)
     expect([call["rows"] for call in calls] == [1] * STEPS, f"rows: {[call['rows'] for call in calls]}")
@@ -105,19 +104,19 @@ def true_cfg(host: Running, **changes: Any) -> str:
     return mirror(host, **{**asked(), "negative_prompt": "blurry", "cfg_scale": 3.0} | changes)
 
 
-@rows.row("FLUX: positive and negative rows: one call", FORGE)
+@rows.row("FLUX: positive and negative rows: one call", FORGES)
 def together(host: Running) -> str:
     seen = {call["rows"] for call in sites_of(host, MILD, cfg_scale=3.0, negative_prompt="blurry")}
     expect(seen == {2}, f"rows per call: {seen}")
     return true_cfg(host)
 
 
-@rows.row("FLUX: positive and negative rows: batch of 3", FORGE)
+@rows.row("FLUX: positive and negative rows: batch of 3", FORGES)
 def batch(host: Running) -> str:
     return true_cfg(host, batch_size=3)
 
 
-@rows.row("FLUX: positive and negative rows: two calls, text of uneven length", FORGE)
+@rows.row("FLUX: positive and negative rows: two calls, text of uneven length", FORGES)
 def uneven(host: Running) -> str:
     long = LONG * 3  # beyond T5's 256 tokens
     calls = sites_of(host, MILD, cfg_scale=3.0, prompt=long)
@@ -125,14 +124,14 @@ def uneven(host: Running) -> str:
     return true_cfg(host, prompt=long)
 
 
-@rows.row("FLUX: batch count and batch size: each picture is the one made alone", FORGE)
+@rows.row("FLUX: batch count and batch size: each picture is the one made alone", FORGES)
 def batches(host: Running) -> str:
     alone = [flux(host, MILD, seed=seed).image for seed in range(1, 5)]
     together = flux(host, MILD, n_iter=2, batch_size=2).images[-4:]
     return f"{max(close(a, b, 'alone and in a batch') for a, b in zip(alone, together)):.3f} of 255"
 
 
-@rows.row("FLUX: sizes that are not divisible by 16, with a region", FORGE)
+@rows.row("FLUX: sizes that are not divisible by 16, with a region", FORGES)
 def odd_sizes(host: Running) -> str:
     """33 x 41 latent pixels are 17 x 21 packs, the last ones filled up from the other side."""
     seen = []
@@ -153,7 +152,7 @@ def hires(**changes: Any) -> dict[str, Any]:
     return asked(**(body | {"hr_scheduler": "Simple"} | changes))
 
 
-@rows.row("FLUX: hires fix: both passes, first, second; weight 0 bit-identical", FORGE)
+@rows.row("FLUX: hires fix: both passes, first, second; weight 0 bit-identical", FORGES)
 def hires_fix(host: Running) -> str:
     unit, body = {**MILD, "weight": 2.0}, hires()
     made = {"none": host.api.txt2img(**body).image}
@@ -163,7 +162,7 @@ def hires_fix(host: Running) -> str:
     return ", ".join(f"{a}/{b} {differ(made[a], made[b], f'{a} and {b}', FAINT):.1f}" for a, b in pairs)
 
 
-@rows.row("FLUX: hires fix from SDXL to FLUX, from FLUX to SDXL, and back again: the face in both passes", FORGE)
+@rows.row("FLUX: hires fix from SDXL to FLUX, from FLUX to SDXL, and back again: the face in both passes", FORGES)
 def hires_switch(host: Running) -> str:
     """The pass with the other model needs a picture to begin with, not a latent."""
     unit, sdxl, seen, made = person(host, weight=1.5), "tiny-sdxl.safetensors", [], []
@@ -184,7 +183,7 @@ def repeated(host: Running, *units: Any, **body: Any) -> np.ndarray:
     return host.api.img2img(*units, **body).image
 
 
-@rows.row("FLUX: img2img; weight 0 bit-identical", FORGE)
+@rows.row("FLUX: img2img; weight 0 bit-identical", FORGES)
 def img2img(host: Running) -> str:
     body = asked(init_images=[encoded(scene())], denoising_strength=0.8)
     plain = repeated(host, **body)
@@ -192,7 +191,7 @@ def img2img(host: Running) -> str:
     return f"{differ(plain, host.api.img2img(MILD, **body).image, 'with and without'):.1f}"
 
 
-@rows.row("FLUX: inpaint, whole picture and only masked", FORGE)
+@rows.row("FLUX: inpaint, whole picture and only masked", FORGES)
 def inpaint(host: Running) -> str:
     mask, seen = np.zeros((128, 192, 3), np.uint8), []
     mask[32:96, 96:160] = 255
@@ -208,7 +207,7 @@ def inpaint(host: Running) -> str:
     return " and ".join(seen) + " inside"
 
 
-@rows.row("FLUX: a prompt of 600 words", FORGE)
+@rows.row("FLUX: a prompt of 600 words", FORGES)
 def long_prompt(host: Running) -> str:
     long = LONG * 4
     plain, face = flux(host, prompt=long).image, flux(host, MILD, prompt=long).image
@@ -217,7 +216,7 @@ def long_prompt(host: Running) -> str:
     return f"{differ(plain, face, 'with and without'):.1f}"
 
 
-@rows.row("FLUX: LoRA on double and single blocks: both act; alone, each is what it was, to the bit", FORGE)
+@rows.row("FLUX: LoRA on double and single blocks: both act; alone, each is what it was, to the bit", FORGES)
 def lora(host: Running) -> str:
     prompt = "a photo of a cat <lora:tiny-flux-lora:0.3>"
     plain, face = flux(host).image, flux(host, MILD).image
@@ -228,7 +227,7 @@ def lora(host: Running) -> str:
     return f"face {differ(alone, both, 'LoRA and both', 0.3):.1f}, LoRA {differ(face, both, 'face and both', 0.3):.1f}"
 
 
-@rows.row("FLUX: two persons in two regions", FORGE)
+@rows.row("FLUX: two persons in two regions", FORGES)
 def regions(host: Running) -> str:
     left = np.zeros((96, 128, 3), np.uint8)
     left[:, :64] = 255
@@ -248,7 +247,7 @@ def regions(host: Running) -> str:
     return ", ".join(seen)
 
 
-@rows.row("FLUX: AND: two equal halves are the whole prompt", FORGE)
+@rows.row("FLUX: AND: two equal halves are the whole prompt", FORGES)
 def composed(host: Running) -> str:
     more = {"cfg_scale": 3.0, "negative_prompt": "blurry"}
     whole = flux(host, MILD, prompt="a cat", **more).image
@@ -257,7 +256,7 @@ def composed(host: Running) -> str:
     return f"{close(whole, halves, 'halves'):.3f} of 255"
 
 
-@rows.row("FLUX: interrupt: the host's answer, then the baseline, nothing left", FORGE)
+@rows.row("FLUX: interrupt: the host's answer, then the baseline, nothing left", FORGES)
 def interrupt(host: Running) -> str:
     plain = flux(host).image
     seen = stopped(host, "interrupt", **asked(steps=60))
@@ -265,7 +264,7 @@ def interrupt(host: Running) -> str:
     return seen
 
 
-@rows.row("FLUX: other function wrappers, one set before ours and one after: all act", FORGE)
+@rows.row("FLUX: other function wrappers, one set before ours and one after: all act", FORGES)
 def wrappers(host: Running) -> str:
     def made(*names: str, face: bool = True) -> np.ndarray:
         beside = {f"Test wrapper {name}": {"args": [True]} for name in names}
@@ -281,7 +280,7 @@ def wrappers(host: Running) -> str:
     return ", ".join(seen)
 
 
-@rows.row("FLUX: MultiDiffusion beside it; regions, which tiles cannot place, are refused", FORGE)
+@rows.row("FLUX: MultiDiffusion beside it; regions, which tiles cannot place, are refused", FORGES)
 def tiles(host: Running) -> str:
     """Tiles of 64 x 96 pixels, four at a time."""
     seen = []
@@ -299,7 +298,7 @@ def tiles(host: Running) -> str:
     return ", ".join(seen)
 
 
-@rows.row("FLUX: X/Y/Z over the weight: a cell is the picture that is made with its weight alone", FORGE)
+@rows.row("FLUX: X/Y/Z over the weight: a cell is the picture that is made with its weight alone", FORGES)
 def grid(host: Running) -> str:
     made = cells(host, 3, [("[PuLID 1] Weight", "0, 0.5, 1.5")], MILD, **asked())
     for picture, weight in zip(made, (0, 0.5, 1.5)):
@@ -307,7 +306,7 @@ def grid(host: Running) -> str:
     return f"{differ(made[0], made[2], 'weight 0 and 1.5'):.1f}"
 
 
-@rows.row("FLUX: SDXL in between: each keeps its own person", FORGE)
+@rows.row("FLUX: SDXL in between: each keeps its own person", FORGES)
 def families_in_turn(host: Running) -> None:
     unit = person(host, weight=1)
     face, sdxl = flux(host, unit).image, host.api.txt2img(unit).image

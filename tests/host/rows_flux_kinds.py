@@ -8,9 +8,9 @@ import numpy as np
 
 from tests.host.rows_basics import person
 from tests.host.rows_errors import refused
-from tests.host.rows_flux import FAINT, FORGE, MILD, STEPS, asked, expect_sites, flux, sites_of
-from tests.host.table import Rows, differ, distance, equal, expect
-from tests.host.webui import Running
+from tests.host.rows_flux import FAINT, MILD, STEPS, asked, expect_sites, flux, sites_of
+from tests.host.table import Rows, Skipped, differ, distance, equal, expect
+from tests.host.webui import FORGES, Running
 
 rows = Rows()
 SDXL = "tiny-sdxl.safetensors"
@@ -42,12 +42,12 @@ def kind(host: Running, checkpoint: str, storage: str, usual: Pair | None = None
     return f"{seen}; from the usual pictures {apart[0]:.2f} without and {apart[1]:.2f} with the face"
 
 
-@rows.row("FLUX: stored in 8 bits (float8_e4m3fn checkpoint)", FORGE)
+@rows.row("FLUX: stored in 8 bits (float8_e4m3fn checkpoint)", FORGES)
 def fp8(host: Running) -> str:
     return kind(host, "tiny-flux-fp8.safetensors", "float8_e4m3fn", pair(host))
 
 
-@rows.row("FLUX: “Diffusion in Low Bits”: float8-e4m3fn and e5m2 of a 16 bit checkpoint", FORGE)
+@rows.row("FLUX: “Diffusion in Low Bits”: float8-e4m3fn and e5m2 of a 16 bit checkpoint", FORGES)
 def low_bits(host: Running) -> str:
     """The host looks at the setting when the checkpoint changes."""
     usual, seen = pair(host), []
@@ -63,7 +63,7 @@ def low_bits(host: Running) -> str:
     return "; ".join(seen)
 
 
-@rows.row("FLUX: GGUF, Q8_0, and a LoRA on it", FORGE)
+@rows.row("FLUX: GGUF, Q8_0, and a LoRA on it", FORGES)
 def gguf_q8(host: Running) -> str:
     body = {"checkpoint": "tiny-flux-q8.gguf", "override_settings": MODULES}
     seen = kind(host, **body, storage="gguf", usual=pair(host))
@@ -72,17 +72,17 @@ def gguf_q8(host: Running) -> str:
     return f"{seen}; with a LoRA {differ(alone, both, 'LoRA, with and without the face'):.1f}"
 
 
-@rows.row("FLUX: GGUF, Q4_0", FORGE)
+@rows.row("FLUX: GGUF, Q4_0", FORGES)
 def gguf_q4(host: Running) -> str:
     return kind(host, "tiny-flux-q4.gguf", "gguf", pair(host), override_settings=MODULES)
 
 
-@rows.row("FLUX: schnell, which has no guidance", FORGE)
+@rows.row("FLUX: schnell, which has no guidance", FORGES)
 def schnell(host: Running) -> str:
     return kind(host, "tiny-schnell.safetensors", "float32")
 
 
-@rows.row("FLUX: computed in bfloat16 and float16", FORGE)
+@rows.row("FLUX: computed in bfloat16 and float16", FORGES)
 def half_precision(host: Running) -> str:
     usual, seen = pair(host), []
     try:
@@ -97,10 +97,12 @@ def half_precision(host: Running) -> str:
     return "; ".join(seen)
 
 
-@rows.row("FLUX: “GPU Weights” and the ways to swap: the same picture", FORGE)
+@rows.row("FLUX: “GPU Weights” and the ways to swap: the same picture", FORGES)
 def gpu_weights(host: Running) -> str:
     """On a CPU nothing is swapped: this shows that the settings and our claim on memory go together, no more."""
     usual, before = flux(host, MILD).image, host.api.get("/sdapi/v1/options")
+    if "forge_inference_memory" not in before:
+        raise Skipped("this Forge has no such settings")
     names = ("forge_inference_memory", "forge_async_loading", "forge_pin_shared_memory")
     try:
         host.api.options(forge_inference_memory=4096, forge_async_loading="Async", forge_pin_shared_memory="Shared")
@@ -110,28 +112,46 @@ def gpu_weights(host: Running) -> str:
     return "nothing is swapped on a CPU"
 
 
-@rows.row("Refused: Chroma", FORGE)
+@rows.row("Refused: Chroma", FORGES)
 def chroma(host: Running) -> str:
     body = asked("tiny-chroma.safetensors")
     differ(host.api.txt2img(**body).image, host.api.txt2img(**body | {"seed": 2}).image, "Chroma without PuLID", FAINT)
     return refused(host, ["tiny-chroma", "Chroma"], MILD, **body)
 
 
-@rows.row("Refused: a FLUX with another number of blocks", FORGE)
+@rows.row("Chroma as an experiment, switched on in the settings: the face acts, and the parameters say so", FORGES)
+def chroma_experiment(host: Running) -> str:
+    body = asked("tiny-chroma.safetensors", cfg_scale=3.0, negative_prompt="blurry")
+    plain = host.api.txt2img(**body).image
+    try:
+        host.api.options(pulid_chroma=True)
+        made = host.api.txt2img(MILD, **body)
+        expect("experiment: Chroma" in made.parameters[0], f"the parameters: {made.parameters[0]}")
+        host.api.post("/host-test/watch")
+        host.api.txt2img(MILD, **body)
+        expect_sites(host.api.get("/host-test/watch"))
+        equal(plain, host.api.txt2img({**MILD, "weight": 0}, **body).image, "weight 0")
+    finally:
+        host.api.options(pulid_chroma=False)
+    refused(host, ["Chroma", "Settings"], MILD, **body)
+    return f"{differ(plain, made.image, 'with and without', FAINT):.1f}"
+
+
+@rows.row("Refused: a FLUX with another number of blocks", FORGES)
 def other_blocks(host: Running) -> str:
     body = asked("tiny-flux-37.safetensors")
     differ(host.api.txt2img(**body).image, host.api.txt2img(**body | {"seed": 2}).image, "it without PuLID", FAINT)
     return refused(host, ["tiny-flux-37", "this model 19 and 37"], MILD, **body)
 
 
-@rows.row("Refused: a FLUX of another width", FORGE)
+@rows.row("Refused: a FLUX of another width", FORGES)
 def other_width(host: Running) -> str:
     body = asked("tiny-flux-wide.safetensors")
     differ(host.api.txt2img(**body).image, host.api.txt2img(**body | {"seed": 2}).image, "it without PuLID", FAINT)
     return refused(host, ["128", "256"], person(host), **body)
 
 
-@rows.row("Refused: FLUX.2 (by the host or by us): no picture", FORGE)
+@rows.row("Refused: FLUX.2 (by the host or by us): no picture", FORGES)
 def flux2(host: Running) -> str:
     answer = host.api.try_txt2img(MILD, **asked("tiny-flux2.safetensors"))
     expect(answer.status >= 400 and not answer.has_picture, f"{answer.status}, picture: {answer.has_picture}")
@@ -139,7 +159,7 @@ def flux2(host: Running) -> str:
     return f"{answer.status} {answer.text[:160]}; without PuLID: {alone.status} {alone.text[:100]}"
 
 
-@rows.row("FLUX: after the refusals the baseline, and nothing left", FORGE)
+@rows.row("FLUX: after the refusals the baseline, and nothing left", FORGES)
 def afterwards(host: Running) -> None:
     plain = flux(host).image
     refused(host, [], MILD, **asked("tiny-chroma.safetensors"))

@@ -11,10 +11,9 @@ from tests.host.api import encoded
 from tests.host.page import Page, opened
 from tests.host.rows_basics import FAINT, default_unit, person
 from tests.host.table import Rows, differ, equal, expect
-from tests.host.webui import Running
+from tests.host.webui import FORGES, Running
 
 rows = Rows()
-FORGE = ("forge",)
 STEPS = 6
 FLUX: dict[str, Any] = {"override_settings": {"sd_model_checkpoint": "tiny-flux.safetensors"}, "scheduler": "Simple"}
 FLUX |= {"cfg_scale": 1.0, "negative_prompt": "", "width": 128, "height": 128, "steps": STEPS}
@@ -33,7 +32,7 @@ def refused(host: Running, unit: dict[str, Any], *words: str, **asked: Any) -> s
     return answer.body["detail"]
 
 
-@rows.row("FLUX: start step n is step n, also with samplers of second order and in img2img", FORGE)
+@rows.row("FLUX: start step n is step n, also with samplers of second order and in img2img", FORGES)
 def start_step(host: Running) -> str:
     """The share of steps, which has rows of its own, tells the same step in other words."""
     plain, whole, seen = made(host), made(host, person(host)), []
@@ -54,7 +53,7 @@ def start_step(host: Running) -> str:
     return "from 1 on, against without: " + ", ".join(seen)
 
 
-@rows.row("FLUX: start step and start: the later one counts; a face that would never act is told", FORGE)
+@rows.row("FLUX: start step and start: the later one counts; a face that would never act is told", FORGES)
 def both_starts(host: Running) -> str:
     late = made(host, person(host, start=4 / STEPS))
     equal(late, made(host, person(host, start=4 / STEPS, start_step=2)), "start is later")
@@ -65,7 +64,7 @@ def both_starts(host: Running) -> str:
     return refused(host, person(host, start_step=STEPS), "unit 1, field start_step:", "never", **FLUX)
 
 
-@rows.row("FLUX: true CFG from a step on: as the host's own early steps without CFG, and CFG 1 if it is none", FORGE)
+@rows.row("FLUX: true CFG from a step on: as the host's own early steps without CFG, and CFG 1 if it is none", FORGES)
 def cfg_start_step(host: Running) -> str:
     always = made(host, person(host), **GUIDED)
     first = made(host, person(host, cfg_start_step=1), **GUIDED)
@@ -87,7 +86,7 @@ def cfg_start_step(host: Running) -> str:
     return f"{seen:.1f} of 255"
 
 
-@rows.row("FLUX: hires fix with a CFG of its own: 1 and 3, 3 and 1", FORGE)
+@rows.row("FLUX: hires fix with a CFG of its own: 1 and 3, 3 and 1", FORGES)
 def hires_guidance(host: Running) -> str:
     """At CFG 1 nothing is compiled for negative rows; the other pass has to get it."""
     asked = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7, "steps": 4}
@@ -103,7 +102,7 @@ def hires_guidance(host: Running) -> str:
     return ", ".join(seen)
 
 
-@rows.row("FLUX: presets by family, and weight 1 unless something is said; the parameters tell what was used", FORGE)
+@rows.row("FLUX: presets by family, and weight 1 unless something is said; the parameters tell what was used", FORGES)
 def presets(host: Running) -> str:
     default = host.api.txt2img(person(host), **FLUX)
     equal(default.image, made(host, person(host, weight=1.0, start_step=0)), "the default is weight 1")
@@ -124,7 +123,7 @@ def presets(host: Running) -> str:
     return refused(host, person(host, preset="style"), "unit 1, field preset:", "FLUX", **FLUX)
 
 
-@rows.row("All defaults of the schema, as a dict and as the page's list, on SDXL and on FLUX", FORGE)
+@rows.row("All defaults of the schema, as a dict and as the page's list, on SDXL and on FLUX", FORGES)
 def defaults(host: Running) -> None:
     photo = {"images": [encoded(host.photo("anna"))]}
     dict_unit = {**default_unit(host), **photo}
@@ -157,7 +156,7 @@ def shows(page: Page, family: str, person: int = 1) -> None:
             expect(visible == (own == family), f"{family}: {name} is {'shown' if visible else 'hidden'}")
 
 
-@rows.row("Page: the accordion shows what the chosen checkpoint's family has, and moves the weight with it", FORGE)
+@rows.row("Page: the accordion shows what the chosen checkpoint's family has, and moves the weight with it", FORGES)
 def follows(host: Running) -> str:
     with opened(host) as page:
         page.open()
@@ -203,7 +202,7 @@ def follows(host: Running) -> str:
     return badge
 
 
-@rows.row("Page: parameters of a FLUX picture pasted back give the same picture", FORGE)
+@rows.row("Page: parameters of a FLUX picture pasted back give the same picture", FORGES)
 def paste(host: Running) -> str:
     unit = person(host, preset="realistic", cfg_start_step=2, weight=0.9)
     asked = {**GUIDED, "scheduler": "Simple"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tests.host.rows_basics import ANNA, person
-from tests.host.rows_flux import FORGE, asked
+from tests.host.rows_flux import asked
 from tests.host.table import Rows, equal, expect
-from tests.host.webui import Running
+from tests.host.webui import FORGES, Running
 
 rows = Rows()
 RUNS, WARM_UP, GROWTH = 100, 10, 0.01
@@ -18,7 +18,7 @@ def memory(host: Running) -> str:
     return hundred(host, width=128, height=128)
 
 
-@rows.row("FLUX: 100 pictures, PuLID on and off in turn: memory as above, no hook left", FORGE)
+@rows.row("FLUX: 100 pictures, PuLID on and off in turn: memory as above, no hook left", FORGES)
 def memory_flux(host: Running) -> str:
     return hundred(host, **asked())
 

@@ -11,6 +11,7 @@ from tests.host.table import Rows, differ, equal, expect
 from tests.host.webui import Running
 
 rows = Rows()
+OOM = "OutOfMemoryError"
 SCREENSHOTS: Path | None = None  # set by the command line
 
 
@@ -185,6 +186,23 @@ def error(host: Running) -> str:
         expect(not page.shown_picture(), "there is a picture")
         expect("base64," not in host.log_text(), "the photo is in the log")
         return page.parameters()[:200]
+
+
+@rows.row("Page: out of memory in the middle of a picture: what helps is shown, and the next one comes")
+def out_of_memory(host: Running) -> str:
+    with opened(host) as page:
+        ready(page)
+        page.open()
+        page.drop("anna")
+        host.api.post("/host-test/fail", {"place": "denoiser.forward", "call": 2, "after": False, "error": OOM})
+        page.find("#txt2img_generate").click()
+        page.until("document.body.innerText.includes('the memory did not suffice')", "the message")
+        expect(host.api.post("/host-test/fail", {})["came"], "nothing has failed")
+        page.keep(SCREENSHOTS, "memory")
+        said = page.parameters()[:200]
+        page.generate()
+        expect("PuLID 1:" in page.parameters(), f"below the next picture: {page.parameters()}")
+    return said
 
 
 @rows.row("Page: a preset moves the two settings behind it, a moved setting is called custom or by its name")

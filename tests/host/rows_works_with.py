@@ -13,7 +13,7 @@ from tests.host.api import Answer, encoded
 from tests.host.rows_basics import ANNA, FAINT
 from tests.host.rows_batches import WEIGHT
 from tests.host.table import Rows, close, differ, distance, equal, expect
-from tests.host.webui import Running
+from tests.host.webui import FORGES, Running
 
 rows = Rows()
 MILD = {**ANNA, "weight": WEIGHT}
@@ -31,7 +31,7 @@ def batches(host: Running) -> str:
 def hires(host: Running, **changes: Any) -> dict[str, Any]:
     body = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.9}
     body |= {"hr_second_pass_steps": 4, **SMALL}
-    if host.kind == "forge":
+    if host.kind in FORGES:
         body["hr_additional_modules"] = ["Use same choices"]
     return body | changes
 

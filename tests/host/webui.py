@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.host.api import Api
 from tests.host.models import pulid
@@ -33,14 +34,24 @@ SETTINGS = {
     "grid_save": False,
     "skip_early_cond": -1.0,  # at 0, Forge Classic leaves the negative prompt out of the first step
 }
+OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "neo": {
+        "show_progress_type": "RGB",  # it has no "Approx cheap"
+        "VERSION_UID": "PY313",  # without it, it waits for a key and ends
+        "disabled_extensions": ["forge_legacy_preprocessors"],  # at its start it installs from the network
+    },
+}
 FLAGS = {
     "a1111": "--use-cpu all --precision full --no-half --no-download-sd-model --skip-version-check",
     "forge": "--always-cpu",
+    "neo": "--cpu",
+    "ersatz": "--always-cpu",
     "first-forge": "--always-cpu",
 }
 COMMON = "--api --skip-torch-cuda-test --skip-python-version-check --disable-console-progressbars"
-# The first Forge has ldm_patched where the later one has backend; reForge and Forge Classic went on from it.
-NAMES = {"a1111": "A1111", "forge": "Forge", "first-forge": "Forge 1"}
+# The first Forge has ldm_patched where the later ones have backend; reForge and Forge Classic went on from it.
+NAMES = {"neo": "Forge Neo", "a1111": "A1111", "forge": "Forge", "ersatz": "ersatzForge", "first-forge": "Forge 1"}
+FORGES = ("neo", "forge", "ersatz")  # those with FLUX
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,12 @@ class Checkout:
         """A key of NAMES."""
         if not (self.folder / "modules_forge").is_dir():
             return "a1111"
-        return "forge" if (self.folder / "backend").is_dir() else "first-forge"
+        flags = self.folder / "backend" / "args.py"
+        if not flags.is_file():
+            return "first-forge"
+        if any((self.folder / "extensions-builtin").glob("ersatz_*")):
+            return "ersatz"
+        return "forge" if '"--always-cpu"' in flags.read_text(encoding="utf-8") else "neo"
 
     @property
     def version(self) -> str:
@@ -106,7 +122,7 @@ class Running:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def wait_until_ready(
-        self, starts: int = 1, limit: float = 300, pause: Callable[[float], object] = time.sleep
+        self, starts: int = 1, limit: float = 1500, pause: Callable[[float], object] = time.sleep
     ) -> None:
         """pause: what passes a few seconds; a page has to be let live meanwhile."""
         end = time.monotonic() + limit
@@ -128,7 +144,7 @@ def running(
     of its environment."""
     with tempfile.TemporaryDirectory(prefix="webui-host-") as folder:
         data = Path(folder)
-        fill(data, generated, extensions)
+        fill(data, generated, extensions, checkout.kind)
         port, log = free_port(), data / "log.txt"
         command = [str(checkout.python), "launch.py", *arguments(checkout, data, generated, port), *flags]
         with log.open("wb") as sink:
@@ -175,8 +191,8 @@ def environment(checkout: Checkout) -> dict[str, str]:
     return rest | ours
 
 
-def fill(data: Path, generated: Path, extensions: Sequence[Path]) -> None:
-    (data / "config.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
+def fill(data: Path, generated: Path, extensions: Sequence[Path], kind: str) -> None:
+    (data / "config.json").write_text(json.dumps(SETTINGS | OWN_SETTINGS.get(kind, {})), encoding="utf-8")
     links = data / "extensions"
     links.mkdir()
     (links / "sd-webui-pulid").symlink_to(ROOT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from pathlib import Path
 from types import ModuleType
 
 WATCHED = ("insightface", "onnxruntime", "timm", "facexlib", "lib_pulid")
@@ -22,6 +23,10 @@ class Watcher:
 
 
 def preload(parser: object) -> None:
+    # Forge Neo's ControlNet imports from this built-in extension, which is off: it installs from the network.
+    preprocessors = Path("extensions-builtin", "forge_legacy_preprocessors").resolve()
+    if preprocessors.is_dir() and str(preprocessors) not in sys.path:
+        sys.path.append(str(preprocessors))
     if NOTES not in sys.modules:
         notes = ModuleType(NOTES)
         notes.watcher = Watcher()

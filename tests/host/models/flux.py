@@ -3,6 +3,7 @@
 tiny-schnell             no guidance embedding
 tiny-flux-fp8            the transformer stored in 8 bits
 tiny-flux-q8, -q4        the transformer alone, as GGUF; text encoders and VAE are in tiny-flux-modules
+tiny-kontext             tiny-flux itself: Forge Neo takes a checkpoint of this name for Kontext
 tiny-chroma, tiny-flux2, tiny-flux-37, tiny-flux-wide    what PuLID refuses
 """
 
@@ -84,6 +85,9 @@ def write_flux_kinds(checkpoints: Path, lora: Path, modules: Path) -> None:
     bare = {name[len(ROOT) :]: tensor for name, tensor in transformer.items()}
     write_gguf(checkpoints / "tiny-flux-q8.gguf", bare, Q8_0)
     write_gguf(checkpoints / "tiny-flux-q4.gguf", bare, Q4_0)
+    kontext = checkpoints / "tiny-kontext.safetensors"
+    kontext.unlink(missing_ok=True)
+    kontext.symlink_to("tiny-flux.safetensors")
     write(lora / "tiny-flux-lora.safetensors", lora_layout())
     refused = {"tiny-chroma": chroma_layout(), "tiny-flux2": flux2_layout(), "tiny-flux-wide": flux_layout(WIDE)}
     refused["tiny-flux-37"] = without(full, "single_blocks.37.")

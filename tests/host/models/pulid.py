@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from tests import small_models
 from lib_pulid.identity import Identity
+from tests import small_models
 from tests.face_standins import blank, draw_face, write_face_files
 from tests.host.models.checkpoints import FLUX_WIDTH, sdxl_layout
 from tests.host.models.unet import cross_attention_widths
@@ -23,7 +23,7 @@ TOKENS = 32  # of an identity in v1.1
 
 
 def write_models(models: Path) -> None:
-    """Below a models folder, under the real names; all three PuLID files have a token width of small_models.TOKEN_WIDTH."""
+    """Below a models folder, under the real names; all three PuLID files have tokens TOKEN_WIDTH wide."""
     folder = models / "pulid"
     widths = cross_attention_widths(sdxl_layout())
     made = small_models.write_files(folder, widths, FLUX_WIDTH)

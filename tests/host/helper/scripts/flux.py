@@ -115,7 +115,7 @@ class Watch:
         return kwargs["img"], kwargs["txt"]
 
     def _single(self, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._parts(args[0])
+        return self._parts(args[-1])  # ersatzForge gives a buffer of its own first
 
     def _parts(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return both[:, self.length :], both[:, : self.length]
@@ -141,9 +141,11 @@ def set_computation(body: dict[str, str]) -> dict[str, bool]:
     from modules.sd_models import model_data
 
     if not hasattr(memory_management, "pulid_test_computation"):
-        usual = memory_management.get_computation_dtype
+        # Forge Neo's name for it is ComfyUI's.
+        name = "get_computation_dtype" if hasattr(memory_management, "get_computation_dtype") else "inference_cast"
+        usual = getattr(memory_management, name)
         memory_management.pulid_test_computation = computation
-        memory_management.get_computation_dtype = lambda *a, **k: computation.get("dtype") or usual(*a, **k)
+        setattr(memory_management, name, lambda *a, **k: computation.get("dtype") or usual(*a, **k))
     computation.clear()
     if body["dtype"]:
         computation["dtype"] = getattr(torch, body["dtype"])
@@ -156,10 +158,44 @@ def storage() -> dict[str, str]:
     return {"storage": str(model.storage_dtype), "computation": str(model.computation_dtype)}
 
 
+def klein() -> dict[str, str]:
+    """What is said of Forge Neo's transformer with the parts of FLUX.2 Klein 4B, and no more width than needs be."""
+    from backend.nn.flux import IntegratedFluxTransformer2DModel
+
+    from lib_pulid.errors import UnsupportedModelError
+    from lib_pulid.hosts.webui import family_of
+
+    sizes = {"in_channels": 128, "out_channels": 128, "vec_in_dim": None, "context_in_dim": 8, "hidden_size": 128}
+    sizes |= {"num_heads": 1, "mlp_ratio": 3.0, "depth": 5, "depth_single_blocks": 20, "axes_dim": [32] * 4}
+    sizes |= {"theta": 2000, "patch_size": 1, "qkv_bias": False, "guidance_embed": False, "txt_ids_dims": [3]}
+    sizes |= {"global_modulation": True, "mlp_silu_act": True, "ops_bias": False}
+    try:
+        return {"said": f"taken for {family_of(IntegratedFluxTransformer2DModel(**sizes), 'klein')}"}
+    except UnsupportedModelError as error:
+        return {"said": str(error)}
+
+
+def set_compiler(body: dict[str, str]) -> dict[str, bool]:
+    """backend: what torch.compile uses from now on whatever it is asked for, or "" for what it is asked for."""
+    usual = getattr(torch.compile, "pulid_test_usual", torch.compile)
+    torch.compile = usual
+    if body["backend"]:
+
+        def compile(model: Any, **asked: Any) -> Any:
+            kept = {name: asked[name] for name in ("dynamic", "fullgraph") if name in asked}
+            return usual(model, backend=body["backend"], **kept)
+
+        compile.pulid_test_usual = usual
+        torch.compile = compile
+    return {"ok": True}
+
+
 def add_routes(demo: Any, app: Any) -> None:
     app.add_api_route("/host-test/watch", start_watch, methods=["POST"])
     app.add_api_route("/host-test/watch", stop_watch, methods=["GET"])
     app.add_api_route("/host-test/computation", set_computation, methods=["POST"])
+    app.add_api_route("/host-test/klein", klein, methods=["GET"])
+    app.add_api_route("/host-test/compile", set_compiler, methods=["POST"])
     app.add_api_route("/host-test/storage", storage, methods=["GET"])
 
 

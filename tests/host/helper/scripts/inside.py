@@ -82,8 +82,12 @@ def patches() -> list[str]:
     """What extensions have put into Forge's UNet object, between generations."""
     objects = getattr(shared.sd_model, "forge_objects", None)
     options = {} if objects is None else objects.unet.model_options
-    kept = [key for key, value in options.items() if key != "transformer_options" and value]
-    return sorted(kept + [key for key, value in options.get("transformer_options", {}).items() if value])
+    kept = [key for key, value in options.items() if key != "transformer_options" and is_set(value)]
+    return sorted(kept + [key for key, value in options.get("transformer_options", {}).items() if is_set(value)])
+
+
+def is_set(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or bool(value)  # Forge Neo leaves the last pass's sigmas there
 
 
 def resident_bytes() -> int:

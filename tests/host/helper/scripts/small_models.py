@@ -110,6 +110,8 @@ def write_config(source: Path, target: Path, sizes: Sizes) -> None:
 
 def wrap_component_loader(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(guess: Any, component: str, library: str, kind: str, repo: str, state: StateDict | None) -> Any:
+        if component == "tokenizer" and kind.startswith("T5Tokenizer") and not has_tokenizer(Path(repo, component)):
+            repo, component = str(Path(repo).with_name("black-forest-labs") / "FLUX.1-dev"), "tokenizer_2"
         if kind not in READERS or not state:
             return original(guess, component, library, kind, repo, state)
         folder = tempfile.mkdtemp(prefix="tiny-models-")
@@ -120,6 +122,11 @@ def wrap_component_loader(original: Callable[..., Any]) -> Callable[..., Any]:
             shutil.rmtree(folder)
 
     return load
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """A copy of Forge Neo may lack Chroma's, which is the T5 one that FLUX.1 has, too."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model"))
 
 
 def flux_sizes(state: StateDict, prefix: str) -> Sizes:
@@ -159,6 +166,12 @@ def wrap_unet_detection(original: Callable[..., Any]) -> Callable[..., Any]:
             config |= flux_sizes(state, prefix)
             if f"{prefix}distilled_guidance_layer.out_proj.weight" in state:
                 size_chroma(state, prefix)
+        out = f"{prefix}distilled_guidance_layer.out_proj.weight"
+        if config is not None and config.get("image_model") == "chroma" and state[out].shape[0] < config.get("out_dim", 0):
+            # Forge Neo reads FLUX's sizes from the file, but not those of Chroma's own network.
+            root = f"{prefix}distilled_guidance_layer."
+            config |= {"out_dim": state[out].shape[0], "hidden_dim": state[out].shape[1]}
+            config |= {"n_layers": count(state, f"{root}layers.")}
         return config
 
     return detect
@@ -169,6 +182,11 @@ def wrap_model_matching(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def match(config: Sizes, *state: Any) -> Any:
         channels = config.get("model_channels", 320)
+        if config.get("image_model") == "flux2" and config["hidden_size"] < 3072:  # Forge Neo: Klein 4B
+            found = original(config | {"hidden_size": 3072}, *state)
+            if found is not None:
+                found.unet_config["hidden_size"] = config["hidden_size"]
+            return found
         if channels >= 320:
             return original(config, *state)
         usual = 384 if config.get("context_dim") == 1280 else 320  # SDXL's refiner is wider
@@ -183,18 +201,40 @@ def wrap_model_matching(original: Callable[..., Any]) -> Callable[..., Any]:
 def wrap_modules(original: Callable[..., Any]) -> Callable[..., Any]:
     """Files of text encoders and VAE are told by their sizes, too: let one with whole names in as it is."""
 
-    def replace(state: StateDict, added: StateDict, guess: Any) -> StateDict:
+    def replace(state: StateDict, added: StateDict, guess: Any, *path: Any) -> StateDict:  # path: Forge Neo
         if any(name.startswith("text_encoders.") for name in added):
             return {**state, **added}
-        return original(state, added, guess)
+        return original(state, added, guess, *path)
 
     return replace
+
+
+WRITTEN_OUT = {
+    "img.shape[0], 24, img": "img.shape[0], self.num_heads, img",
+    "[:, :, :3072]": "[:, :, :self.hidden_size]",
+    "[:, :, 3072:]": "[:, :, self.hidden_size:]",
+    "15360": "5 * self.hidden_size",
+    "Approximator(64, 3072, 5120, 5)": "Approximator(64, hidden_size, hidden_size, 2)",
+}
+
+
+def read_flux_sizes_from_the_model() -> None:
+    """ersatzForge's buffers for FLUX and Chroma have the sizes of the real ones written out."""
+    from backend.nn import chroma, flux
+
+    for module in (flux, chroma):
+        source = Path(module.__file__).read_text(encoding="utf-8")
+        if next(iter(WRITTEN_OUT)) in source:
+            for old, new in WRITTEN_OUT.items():
+                source = source.replace(old, new)
+            exec(compile(source, module.__file__, "exec"), vars(module))
 
 
 def patch_forge() -> None:
     from backend import loader
     from huggingface_guess import detection
 
+    read_flux_sizes_from_the_model()
     replace_once(loader, "load_huggingface_component", wrap_component_loader)
     replace_once(loader, "replace_state_dict", wrap_modules)
     replace_once(detection, "detect_unet_config", wrap_unet_detection)

@@ -1,0 +1,206 @@
+"""PuLID's training losses and the injection that carries their gradients, on a small UNet with random weights."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib_pulid.identity import Identity
+from lib_pulid.injection import DenoiseStep, compile_injection, inject
+from lib_pulid.sites import find_sites
+from lib_pulid.training import losses
+from lib_pulid.training.injection import RowIdentities, SDXLAdapter, id_former, inject_rows
+from lib_pulid.training.loop import Run
+from lib_pulid.weights import load_adapter
+from tests import layouts
+from tests.reference import cases
+
+
+@pytest.fixture(scope="module")
+def unet() -> nn.Module:
+    return layouts.unet()
+
+
+@pytest.fixture(scope="module")
+def adapter(unet) -> SDXLAdapter:
+    return SDXLAdapter(id_former(seed=3), [site.width for site in find_sites(unet).sites])
+
+
+def face(seed: int) -> tuple[Tensor, list[Tensor]]:
+    """id_cond [1, 1280] and five hidden states [1, 17, 64]."""
+    return cases.normal(seed, 1, 1280), [cases.normal(seed + i, 1, 17, 64) for i in range(1, 6)]
+
+
+def tokens_of(adapter: SDXLAdapter, *seeds: int) -> Tensor:
+    return torch.cat([adapter.encoder(*face(seed)) for seed in seeds])
+
+
+class TestInjection:
+    def test_equals_the_products_own(self, unet, adapter, tmp_path):
+        """A trained adapter, saved and loaded, does in sampling what it did in training."""
+        from safetensors.torch import save_file
+
+        path = tmp_path / "pulid.safetensors"
+        save_file({key: value.detach().contiguous() for key, value in adapter.state().items()}, path)
+        loaded = load_adapter(path)
+        with torch.no_grad():
+            person, other = tokens_of(adapter, 21), tokens_of(adapter, 31)
+            injection = compile_injection(loaded, Identity(person, other), weight=0.8)
+            with inject(unet, [injection], DenoiseStep(0.0, [True, False])):
+                wanted = layouts.run_unet(unet)
+            rows = [RowIdentities(torch.cat((person, other)), weight=0.8)]
+            with inject_rows(unet, adapter.weights(), rows):
+                made = layouts.run_unet(unet)
+        effect = (wanted - layouts.run_unet(unet)).norm()
+        assert effect > 0.01
+        assert (made - wanted).norm() / effect < 1e-5
+
+    def test_each_row_has_its_own_identity(self, unet, adapter):
+        """Swapping two people changes the rows of both, and a row does not depend on the other."""
+        with torch.no_grad():
+            a, b = tokens_of(adapter, 21), tokens_of(adapter, 31)
+            outs = []
+            for pair in ((a, b), (b, a), (a, a)):
+                with inject_rows(unet, adapter.weights(), [RowIdentities(torch.cat(pair))]):
+                    outs.append(layouts.run_unet(unet))
+        assert not torch.allclose(outs[0][0], outs[1][0])
+        assert torch.allclose(outs[0][0], outs[2][0], atol=1e-5)
+
+    def test_masked_people_add_up(self, unet, adapter):
+        """Two people in two halves, the same person twice, are that person everywhere."""
+        half = torch.zeros(2, 16, 16)
+        half[:, :, :8] = 1
+        with torch.no_grad():
+            both = tokens_of(adapter, 21, 31)
+            with inject_rows(unet, adapter.weights(), [RowIdentities(both)]):
+                whole = layouts.run_unet(unet)
+            with inject_rows(unet, adapter.weights(), [RowIdentities(both, half), RowIdentities(both, 1 - half)]):
+                halves = layouts.run_unet(unet)
+            with inject_rows(unet, adapter.weights(), [RowIdentities(both, half)]):
+                one = layouts.run_unet(unet)
+        assert torch.allclose(whole, halves, atol=1e-4)
+        assert not torch.allclose(whole, one, atol=1e-2)
+
+    def test_gradients_reach_encoder_and_pairs_alone(self, unet, adapter):
+        with inject_rows(unet, adapter.weights(), [RowIdentities(tokens_of(adapter, 21, 31))]):
+            layouts.run_unet(unet).pow(2).mean().backward()
+        assert all(layer.weight.grad.abs().sum() > 0 for layer in (*adapter.id_to_k, *adapter.id_to_v))
+        assert adapter.encoder.proj_out.grad.abs().sum() > 0
+        assert all(parameter.grad is None for parameter in unet.parameters())
+        adapter.zero_grad(set_to_none=True)
+
+
+class TestAlignment:
+    def test_zero_without_an_identity_and_grows_with_weight(self, unet, adapter):
+        found = []
+        with torch.no_grad():
+            tokens = tokens_of(adapter, 21, 31)
+            with losses.listen(unet) as plain:
+                layouts.run_unet(unet)
+            for weight in (0.0, 0.1, 0.5):
+                rows = [RowIdentities(tokens, weight=weight)]
+                with losses.listen(unet) as seen, inject_rows(unet, adapter.weights(), rows):
+                    layouts.run_unet(unet)
+                found.append([loss.item() for loss in losses.alignment_losses(seen, plain)])
+        (semantic0, layout0), (semantic1, layout1), (semantic2, layout2) = found
+        assert semantic0 < 1e-10 and layout0 < 1e-10
+        assert 0 < semantic1 < semantic2 and 0 < layout1 < layout2
+
+    def test_formula_at_one_site(self):
+        """Against the paper's formula written out, for two heads."""
+        q_id, q, k = cases.normal(1, 2, 9, 8), cases.normal(2, 2, 9, 8), cases.normal(3, 2, 5, 8)
+        seen, plain = losses.Attended([2], [q_id], [k]), losses.Attended([2], [q], [k])
+        semantic, layout = losses.alignment_losses(seen, plain)
+
+        def response(q: Tensor) -> Tensor:
+            heads = []
+            for part in (slice(0, 4), slice(4, 8)):
+                attention = (k[..., part] @ q[..., part].transpose(1, 2) / 4**0.5).softmax(-1)
+                heads.append(attention @ q[..., part])
+            return torch.cat(heads, -1)
+
+        wanted = (response(q_id) - response(q)).pow(2).mean() / response(q).pow(2).mean()
+        assert semantic.item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert layout.item() == pytest.approx(((q_id - q).pow(2).mean() / q.pow(2).mean()).item(), rel=1e-5)
+
+    def test_hears_all_70_sites_and_leaves_no_hook(self, unet):
+        with losses.listen(unet) as seen:
+            layouts.run_unet(unet)
+        assert len(seen.heads) == len(seen.queries) == len(seen.keys) == 70
+        assert not any(module._forward_hooks for module in unet.modules())
+
+
+class TestSampler:
+    ALPHAS = torch.linspace(1, 0.05, 100)
+    SIGMAS = (1 - ALPHAS**2).sqrt()
+
+    def test_a_perfect_denoiser_gives_the_clean_latents(self):
+        clean, noise = cases.normal(1, 2, 4, 4, 4), cases.normal(2, 2, 4, 4, 4)
+        start = self.ALPHAS[-1] * clean + self.SIGMAS[-1] * noise
+
+        def oracle(x: Tensor, t: Tensor) -> Tensor:
+            assert torch.allclose(x, self.ALPHAS[t[0]] * clean + self.SIGMAS[t[0]] * noise, atol=1e-5)
+            return self.ALPHAS[t[0]] * noise - self.SIGMAS[t[0]] * clean
+
+        made = losses.sample_few_steps(oracle, start, self.ALPHAS, self.SIGMAS)
+        assert torch.allclose(made, clean, atol=1e-5)
+
+    @pytest.mark.parametrize("gradient_steps", [1, 2, 4])
+    def test_gradients_run_through_the_last_steps(self, gradient_steps):
+        calls: list[bool] = []
+        scale = torch.ones((), requires_grad=True)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            calls.append(torch.is_grad_enabled())
+            return x * scale
+
+        noise = cases.normal(2, 1, 4, 4, 4)
+        losses.sample_few_steps(predict, noise, self.ALPHAS, self.SIGMAS, 4, gradient_steps).sum().backward()
+        assert calls == [False] * (4 - gradient_steps) + [True] * gradient_steps
+        assert scale.grad is not None and scale.grad != 0
+
+
+class TestFaces:
+    def test_crop_is_insightfaces(self):
+        from insightface.utils.face_align import arcface_dst, norm_crop
+
+        y, x = np.mgrid[:128, :128].astype(np.float32)
+        image = np.stack([127 + 60 * np.sin(x / 9), 127 + 60 * np.cos(y / 11), x + y], -1).clip(0, 255).astype(np.uint8)
+        marks = np.array([[50, 52], [78, 47], [66, 66], [56, 84], [80, 80]], np.float32)
+        wanted = norm_crop(image, marks).astype(np.float32)
+        tensor = torch.from_numpy(image).float().permute(2, 0, 1)[None]
+        made = losses.align_faces(tensor, torch.from_numpy(marks)[None], torch.from_numpy(np.array(arcface_dst)), 112)
+        inside = np.abs(made[0].permute(1, 2, 0).numpy() - wanted)[5:-5, 5:-5]
+        assert inside.mean() < 1
+
+    def test_id_loss(self):
+        a = cases.normal(1, 3, 512)
+        assert losses.id_loss(a, 3 * a).item() == pytest.approx(0, abs=1e-6)
+        assert losses.id_loss(a, -a).item() == pytest.approx(2, abs=1e-6)
+
+
+def test_a_run_goes_on_where_it_broke_off(tmp_path):
+    """Ten steps at once, and four, a break, and six: the same weights."""
+
+    def run(folder: str, stop: int | None) -> nn.Module:
+        torch.manual_seed(0)
+        work = Run(tmp_path / folder, nn.Linear(4, 4), 10, rate=1e-2, warmup=2)
+
+        def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+            if step == stop:
+                work.save()
+                raise KeyboardInterrupt
+            return work.module(cases.normal(step, 8, 4)).pow(2).mean(), {}
+
+        try:
+            work.train(loss_of)
+        except KeyboardInterrupt:
+            return run(folder, None)
+        return copy.deepcopy(work.finish())
+
+    whole, broken = run("whole", None), run("broken", 4)
+    assert torch.equal(whole.weight, broken.weight)
