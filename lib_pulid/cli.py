@@ -139,7 +139,7 @@ def _add_embed(commands) -> None:
 
 
 def _add_evaluate(commands) -> None:
-    from lib_pulid.evaluate.command import add_arguments
+    from lib_pulid.evaluate.options import add_arguments
 
     text = "measure likeness and what else changes, over weights and methods"
     add_arguments(_command(commands, "evaluate", run_evaluate, text, f"{text}; docs/evaluate.md says how to read it"))

@@ -51,7 +51,9 @@ def open_clip_model(source: str, device: str = "cpu") -> Clip:
 
 def _transformers(folder: Path, device: str) -> Clip:
     from transformers import CLIPModel, CLIPTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = CLIPModel.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32).eval().to(device)
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     side, longest = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import re
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="PuLID file; repeat it to compare. Files of one name are trainings of one method, with error bars over them",
+        help="PuLID file; repeat it to compare. Files of one name are trainings of one method, with error bars",
     )
     add(
         "--variant",
@@ -65,6 +65,8 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> list[float]:
     """What can be told before the work begins; gives the weights in order."""
+    from lib_pulid import fields
+
     for name, least in (("people", 1), ("each", 1), ("seeds", 1), ("steps", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
@@ -73,8 +75,6 @@ def check(arguments: argparse.Namespace) -> list[float]:
         raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16, from 64 on.")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise SettingError(f"--out is {arguments.out}, which is a file; give a folder.")
-    from lib_pulid import fields
-
     try:
         weights = [float(text) for text in arguments.weights.split(",")]
     except ValueError:
@@ -101,10 +101,17 @@ def variant(text: str) -> tuple[str, dict[str, Any]]:
         field = fields.field_named(key, 0)
         if key not in OF_A_METHOD:
             raise SettingError(f"--variant {name}: {key} is not a setting of a method; {', '.join(OF_A_METHOD)} are.")
-        number = field.kind in ("int", "float") and re.fullmatch(r"[-+.\de]+", value)
         try:
-            found = fields.check(field, float(value) if number else value, 0)
+            found = fields.check(field, _number(value) if field.kind in ("int", "float") else value, 0)
         except ValueError as error:
             raise SettingError(f"--variant {name}: {error}") from None
         settings |= fields.preset_values(found) if key == "preset" else {key: found}
     return name, settings
+
+
+def _number(text: str) -> int | float | str:
+    """A number, if it is one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

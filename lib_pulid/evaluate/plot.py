@@ -44,9 +44,9 @@ def draw_plot(curves: Sequence[tuple[str, Sequence[Point]]], axes: Axes) -> Imag
     frame = _Frame(ticks(0, high_x), ticks(min(0.0, low_y), 1))
     _axes(frame, axes)
     for number, (_, curve) in enumerate(curves):
-        _curve(frame, curve, COLORS[number % len(COLORS)], under=number % 2 == 1)
+        _curve(frame, curve, COLORS[number % len(COLORS)])
     for number, (name, _) in enumerate(curves):
-        y = TOP + 14 + 28 * number
+        y = HEIGHT - BOTTOM - 14 - 28 * (len(curves) - number)  # the lower right is where nobody wants to be
         x = WIDTH - RIGHT - 16 - frame.length(name, 18)
         frame.line([(x - 44, y + 11), (x - 10, y + 11)], COLORS[number % len(COLORS)], 4)
         frame.write((x, y), name, 18, INK)
@@ -113,7 +113,7 @@ def _axes(frame: _Frame, axes: Axes) -> None:
         frame.write((place[0] - frame.length(text, 15) - 12, place[1] - 9), text, 15, FAINT)
 
 
-def _curve(frame: _Frame, curve: Sequence[Point], color: str, under: bool) -> None:
+def _curve(frame: _Frame, curve: Sequence[Point], color: str) -> None:
     if len(curve) > 1:
         frame.line([frame.place(point.x, point.y) for point in curve], color, 3)
     for point in curve:
@@ -123,4 +123,4 @@ def _curve(frame: _Frame, curve: Sequence[Point], color: str, under: bool) -> No
                 frame.line(ends, color, 1)
         place = frame.place(point.x, point.y)
         frame.dot(place, color)
-        frame.write((place[0] + 10, place[1] + (8 if under else -26)), point.label, 15, color)
+        frame.write((place[0] + 10, place[1] + 7), point.label, 15, color)

@@ -83,12 +83,10 @@ def write(results: Mapping[str, Any], out: Path, as_json: bool) -> None:
 
 def _words(results: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """All that is said on a terminal."""
-    trainings = any(len(line.runs) > 1 and not next(iter(line.runs)).startswith("seed ") for line in lines)
-    over = "trainings of a method, or seeds where it has one" if trainings else "seeds"
     judges = [judge["name"] for judge in results["judges"]]
     parts = [
         table(lines, judges),
-        f"Means over {len(results['people'])} people; ± is the standard deviation between {over}.",
+        f"Means over {len(results['people'])} people; ± is the {_over(lines)}.",
     ]
     for judge in results["judges"]:
         same, different = (judge[key] for key in ("same_person", "different_people"))
@@ -109,21 +107,31 @@ PLOTS = (
 def plot(results: Mapping[str, Any], lines: Sequence[Line], figure: str, label: str) -> Image.Image:
     """Likeness by the first judge against one figure of change."""
     judge = results["judges"][0]["name"]
-    likeness = f"likeness, {judge}"
     without = [line for line in lines if line.method == WITHOUT]
-
-    def point(line: Line) -> Point | None:
-        x, y = line.figures[figure], line.figures[likeness]
-        if x is None or y is None:
-            return None
-        x_spread, y_spread = line.spreads[figure] or 0.0, line.spreads[likeness] or 0.0
-        return Point(1 - x if figure == "CLIP-I" else x, y, f"{line.weight:g}", x_spread, y_spread)
-
-    methods = dict.fromkeys(line.method for line in lines if line.method != WITHOUT)
-    curves = [
-        (name, [found for line in [*without, *(li for li in lines if li.method == name)] if (found := point(line))])
-        for name in methods or [WITHOUT]
-    ]
-    text = f"{len(results['people'])} people, {results['settings']['seeds']} seeds; beside the points the weight"
+    curves = []
+    for name in dict.fromkeys(line.method for line in lines if line.method != WITHOUT) or [WITHOUT]:
+        own = [line for line in lines if line.method == name != WITHOUT]
+        points = [_point(line, f"likeness, {judge}", figure, not curves) for line in (*without, *own)]
+        curves.append((name, [point for point in points if point]))
+    text = (
+        f"{len(results['people'])} people, {results['settings']['seeds']} seeds; numbers: weight; bars: {_over(lines)}"
+    )
     y = f"likeness by {judge}{' recogniser, which flatters' * (judge == OWN)}"
     return draw_plot(curves, Axes("A person kept, the rest left alone: upper left is better", text, label, y))
+
+
+def _point(line: Line, likeness: str, figure: str, first: bool) -> Point | None:
+    """first: of the first curve, which alone names the point that all begin at."""
+    x, y = line.figures[figure], line.figures[likeness]
+    if x is None or y is None:
+        return None
+    label = f"{line.weight:g}" if line.method != WITHOUT else WITHOUT * first
+    x_spread, y_spread = line.spreads[figure] or 0.0, line.spreads[likeness] or 0.0
+    return Point(1 - x if figure == "CLIP-I" else x, y, label, x_spread, y_spread)
+
+
+def _over(lines: Sequence[Line]) -> str:
+    """What the error bars are."""
+    trainings = any(len(line.runs) > 1 and not next(iter(line.runs)).startswith("seed ") for line in lines)
+    between = "trainings of a method, or seeds where it has one" if trainings else "seeds"
+    return f"standard deviation between {between}"

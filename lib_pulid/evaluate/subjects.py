@@ -80,9 +80,9 @@ def _photos(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     seen: dict[str, str] = {}
     for entry in sorted(folder.iterdir(), key=_natural):
-        paths = sorted(filter(_is_photo, entry.iterdir()), key=_natural) if entry.is_dir() else [entry]
         if entry.name.startswith(".") or not (entry.is_dir() or _is_photo(entry)):
             continue
+        paths = sorted(filter(_is_photo, entry.iterdir()), key=_natural) if entry.is_dir() else [entry]
         name = entry.name if entry.is_dir() else entry.stem
         if not paths:
             raise SettingError(f"{entry} holds no photos; put one there or remove the folder.")
