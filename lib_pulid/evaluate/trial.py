@@ -22,6 +22,8 @@ from lib_pulid.weights import Adapter
 
 WITHOUT = "without"
 NOT_HEAD = (0, 16)  # BiSeNet's background and cloth
+# The parser's own crop ends within long or high hair: what lies beyond it is labeled in a wider one.
+ZOOMS = (0.6, 1.0)
 MARGIN = 3 / 128  # of the image's long edge, around a head
 
 
@@ -95,14 +97,23 @@ class Panel:
         height, width = look.image.shape[:2]
         if look.face is None:
             return np.zeros((height, width), bool)
-        crop_from_image = similarity(look.face.landmarks, CROP_LANDMARKS)
-        border = CROP_BORDER_BGR[::-1]
-        crop = cv2.warpAffine(look.image, crop_from_image, (CROP_SIZE, CROP_SIZE), borderValue=border)
-        head = ~np.isin(self.models.parser.labels(crop), NOT_HEAD)
-        flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
-        back = cv2.warpAffine(head.astype(np.uint8), crop_from_image, (width, height), flags=flags)
+        head = np.zeros((height, width), np.uint8)
+        for zoom in ZOOMS:
+            wanted = (CROP_LANDMARKS - CROP_SIZE / 2) * zoom + CROP_SIZE / 2
+            self._label(look.image, similarity(look.face.landmarks, wanted), head)
         margin = 2 * round(MARGIN * max(height, width)) + 1
-        return cv2.dilate(back, np.ones((margin, margin), np.uint8)) > 0
+        return cv2.dilate(head, np.ones((margin, margin), np.uint8)) > 0
+
+    def _label(self, image: np.ndarray, crop_from_image: np.ndarray, head: np.ndarray) -> None:
+        """Writes 1 and 0 into head [H, W] where the crop of an image lies, by a matrix [2, 3]."""
+        import cv2
+
+        size, border = (CROP_SIZE, CROP_SIZE), CROP_BORDER_BGR[::-1]
+        labels = self.models.parser.labels(cv2.warpAffine(image, crop_from_image, size, borderValue=border))
+        flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+        shown = 1 + (~np.isin(labels, NOT_HEAD)).astype(np.uint8)  # 0 is beyond the crop
+        back = cv2.warpAffine(shown, crop_from_image, head.shape[::-1], flags=flags)
+        head[back > 0] = back[back > 0] - 1
 
 
 @dataclass(frozen=True)
