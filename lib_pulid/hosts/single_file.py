@@ -221,8 +221,7 @@ def merge_table() -> list[str]:
     for folder in spec.submodule_search_locations or () if spec else ():
         path = Path(folder, "bpe_simple_vocab_16e6.txt.gz")
         if path.is_file():
-            lines = gzip.decompress(path.read_bytes()).decode().split("\n")
-            return lines[1 : 1 + _VOCABULARY - 2 * 256 - 2]
+            return read_merges(path)
     from huggingface_hub import try_to_load_from_cache
 
     for repo in ("stabilityai/stable-diffusion-xl-base-1.0", "openai/clip-vit-large-patch14"):
@@ -233,6 +232,11 @@ def merge_table() -> list[str]:
     raise MissingWeightsError(
         "A single-file checkpoint needs CLIP's vocabulary, which comes with open_clip: pip install open-clip-torch"
     )
+
+
+def read_merges(path: Path) -> list[str]:
+    """The merges in open_clip's bpe_simple_vocab_16e6.txt.gz."""
+    return gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 1 + _VOCABULARY - 2 * 256 - 2]
 
 
 def write_tokenizer(folder: Path, merges: list[str], padding: str) -> None:

@@ -6,14 +6,24 @@ They have no text encoder: a prompt becomes seeded noise.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
 
+from lib_pulid import miniature
+from lib_pulid.hosts.diffusers import denoiser_of
 from lib_pulid.hosts.diffusers_base import Base
-from tests.small_models import random_weights
+from lib_pulid.photos import Encoders, IdentityCache
+from lib_pulid.sites import find_sites
+from lib_pulid.standalone import Workshop
+from lib_pulid.vision import load_vision_tower
+from lib_pulid.weights import load_adapter
+from tests.small_models import random_weights, write_files
 
 TEXT_WIDTH = 32
 POOLED_WIDTH = 16
@@ -23,7 +33,28 @@ def small_base(family: str) -> Base:
     """family: "sdxl" or "flux"."""
     pipeline = {"sdxl": _sdxl, "flux": _flux}[family]()
     pipeline.set_progress_bar_config(disable=True)
-    return Base(pipeline, family, lambda prompt: _text(family, prompt), size=64, steps=2)
+    guidance = {"sdxl": 7.0, "flux": 4.0}[family]
+    return Base(pipeline, family, lambda prompt: _text(family, prompt), size=64, steps=2, guidance=guidance)
+
+
+def open_small_workshop(real: Callable[..., Workshop]) -> Callable[..., Workshop]:
+    """`standalone.open_workshop` that also knows tiny-sdxl and tiny-flux: small_base with a PuLID file to it."""
+
+    def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, device: str = "cpu") -> Workshop:
+        if not model.startswith("tiny-"):
+            return real(model, models_dir, pulid, device)
+        base = small_base(model[5:])
+        widths = [site.width for site in find_sites(denoiser_of(base.pipeline)).sites]
+        with TemporaryDirectory() as folder:
+            files = write_files(folder, widths, widths[0])
+            adapter, tower = load_adapter(pulid or getattr(files, base.family)), load_vision_tower(files.tower)
+
+        def encoders() -> Encoders:
+            return Encoders(miniature.face_models(), tower)
+
+        return Workshop(base, adapter, encoders, "small", IdentityCache(models_dir / "pulid" / "cache"))
+
+    return open_workshop
 
 
 def _sdxl() -> Any:
