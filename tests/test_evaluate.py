@@ -18,7 +18,16 @@ from lib_pulid.evaluate.clip import clip_input, open_clip_model
 from lib_pulid.evaluate.judges import OWN, RecogniserJudge, open_judges
 from lib_pulid.evaluate.plot import Axes, Point, draw_plot, ticks
 from lib_pulid.evaluate.subjects import Prompt, Subject, drawn_people, read_folder, read_prompts
-from lib_pulid.evaluate.trial import Method, Panel, Studio, count_images, judge_range, read_sitters, run_trial
+from lib_pulid.evaluate.trial import (
+    Method,
+    Panel,
+    Studio,
+    count_images,
+    judge_range,
+    read_sitters,
+    run_trial,
+    traits_on_photos,
+)
 from lib_pulid.faces import CROP_LANDMARKS, CROP_SIZE, Detection, FaceModels
 from lib_pulid.judge import Reading
 from tests.face_standins import write_arcface
@@ -301,11 +310,13 @@ def test_change_is_that_outside_the_head(one):
     assert lines[1].figures["change / another seed's"] == pytest.approx(0.5)
 
 
-def test_traits_and_prompt_are_read_off_the_image(one):
-    """The reference has round glasses; the prompt's style is 1."""
+def test_traits_and_prompt_are_read_off_the_image(one, panel):
+    """The reference has round glasses, ben's other photo none; the prompt's style is 1."""
     _, lines = one
     assert [lines[w].figures["trait glasses"] for w in (0, 0.5, 1)] == [0, 1, 1]
+    assert traits_on_photos(read_sitters([subject(), subject("ben", 30)], panel)) == {"glasses": 0.5}
     assert [lines[w].figures["prompt kept"] for w in (0, 0.5, 1)] == [1, 1, 0]
+    assert [lines[w].figures["prompt kept / without's"] for w in (0, 0.5, 1)] == [1, 1, 0]
 
 
 def test_weight_0_is_the_image_without_and_painted_once(one):
@@ -398,6 +409,7 @@ def test_the_table_names_who_flatters_and_what_was_not_measured(written):
     assert "prompt attributes kept" in heading
     assert [line.split("|")[1].strip() for line in lines[:5]] == ["without", "first", "first", "second", "second"]
     assert "± is the standard deviation between seeds" in text
+    assert "| their photos |" in text
     assert "By seer: two photos of one person 0.766" in text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lib_pulid.evaluate.judges import OWN
 from lib_pulid.evaluate.measures import change_at, mean, spread
@@ -43,7 +43,25 @@ def summarize(rows: Sequence[Row]) -> list[Line]:
         figures = _figures(group)
         spreads = {name: spread([run[name] for run in runs.values()]) for name in figures}
         lines.append(Line(method, weight, len(group), figures, spreads, runs))
-    return lines
+    return [_against_without(line, lines) for line in lines]
+
+
+def _against_without(line: Line, lines: Sequence[Line]) -> Line:
+    """With how often the prompt's attributes are kept, as a fraction of how often they are without the identity."""
+    without = next(other for other in lines if other.method == WITHOUT)
+
+    def ratio(figures: Figures, base: Figures) -> float | None:
+        kept, usual = figures["prompt kept"], base["prompt kept"]
+        return kept / usual if kept is not None and usual else None
+
+    name = "prompt kept / without's"
+    runs = {
+        run: figures | {name: ratio(figures, without.runs.get(run, without.figures))}
+        for run, figures in line.runs.items()
+    }
+    figures = line.figures | {name: ratio(line.figures, without.figures)}
+    spreads = line.spreads | {name: spread([run[name] for run in runs.values()])}
+    return replace(line, figures=figures, spreads=spreads, runs=runs)
 
 
 def _figures(rows: Sequence[Row]) -> Figures:
@@ -103,22 +121,28 @@ def table(lines: Sequence[Line], judges: Sequence[str]) -> str:
         columns += [("CLIP-T", _show("CLIP-T", ".2f")), ("CLIP-I", _show("CLIP-I", ".3f"))]
     if first["prompt kept"] is not None:
         columns.append(("prompt attributes kept", _show("prompt kept", ".1%")))
+        columns.append(("... of those without", _show("prompt kept / without's", ".1%")))
     columns.append((f"copy-paste, by {judges[0]}", _show(f"copy-paste, {judges[0]}", ".3f")))
     return _markdown(lines, columns)
 
 
-def traits_table(lines: Sequence[Line]) -> str:
-    """How often each trait of the person and attribute of the prompt was read off the images; "" if nobody can."""
+def traits_table(lines: Sequence[Line], on_photos: Mapping[str, float]) -> str:
+    """How often each trait of the person and attribute of the prompt was read off the images; "" if nobody can.
+
+    on_photos: of each trait, how often it is read off the person's own photos.
+    """
     parts = []
     for kind in ("trait ", "prompt "):
-        names = [name for name in lines[0].figures if name.startswith(kind) and name != "prompt kept"]
+        names = [name for name in lines[0].figures if name.startswith(kind) and "kept" not in name]
         columns: list[tuple[str, Callable[[Line], str]]] = [
             ("method", lambda line: line.method),
-            ("weight", lambda line: f"{line.weight:g}"),
+            ("weight", lambda line: f"{line.weight:g}" if line.images else ""),
             *((name.removeprefix(kind).replace("_", " "), _show(name, ".1%")) for name in names),
         ]
+        photos: Figures = {f"trait {name}": value for name, value in on_photos.items()}
+        first = [Line("their photos", 0, 0, photos, dict.fromkeys(photos), {})] if kind == "trait " else []
         if names:
-            parts.append(_markdown(lines, columns))
+            parts.append(_markdown([*first, *lines], columns))
     return "\n\n".join(parts)
 
 

@@ -17,7 +17,7 @@ from lib_pulid import __version__
 from lib_pulid.evaluate.judges import OWN
 from lib_pulid.evaluate.plot import Axes, Point, draw_plot
 from lib_pulid.evaluate.report import Line, equal_likeness, summarize, table, traits_table
-from lib_pulid.evaluate.trial import WITHOUT, Method, Panel, Row, Sitter, judge_range
+from lib_pulid.evaluate.trial import WITHOUT, Method, Panel, Row, Sitter, judge_range, traits_on_photos
 from lib_pulid.photos import fingerprint_files
 
 PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "insightface", "numpy", "pillow")
@@ -42,6 +42,7 @@ def collect(
         "judges": judges,
         "clip": panel.clip.name if panel.clip else None,
         "people": [{"name": sitter.subject.name, "photos": 1 + len(sitter.targets)} for sitter in sitters],
+        "traits_on_photos": traits_on_photos(sitters),
         "versions": _versions(),
         "summary": [asdict(line) for line in lines],
         "equal_likeness": equal_likeness(lines, panel.judges[0].name),
@@ -94,7 +95,7 @@ def _words(results: Mapping[str, Any], lines: Sequence[Line]) -> str:
         told += [f"photos of different people {different:.3f}"] * (different is not None)
         if told:
             parts.append(f"By {judge['name']}{' recogniser' * (judge['name'] == OWN)}: {', '.join(told)}.")
-    parts += [" ".join(results["equal_likeness"]), traits_table(lines)]
+    parts += [" ".join(results["equal_likeness"]), traits_table(lines, results["traits_on_photos"])]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

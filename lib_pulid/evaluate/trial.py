@@ -163,8 +163,7 @@ def read_sitters(subjects: Sequence[Subject], panel: Panel) -> list[Sitter]:
     for subject in subjects:
         looks = [panel.look(photo) for photo in (subject.reference, *subject.targets)]
         blank += [f"{subject.name}, photo {i + 1}" for i, look in enumerate(looks) if look.face is None]
-        named = next((reading.named for reading in looks[0].readings.values() if reading.named), {})
-        traits = {name: subject.traits.get(name, value) for name, value in named.items()}
+        traits = {name: subject.traits.get(name, value) for name, value in _named(looks[0]).items()}
         sitters.append(Sitter(subject, looks[0], tuple(looks[1:]), traits))
     if blank:
         raise NoFaceError(
@@ -253,7 +252,7 @@ def _person_figures(sitter: Sitter, look: Look) -> dict[str, Any]:
         photos = [target.readings[name].embedding for target in sitter.targets]
         scores = [copy_paste(seen.embedding, photo, wanted.embedding) for photo in photos] if seen else []
         copied[name] = mean(scores)
-    named = next((reading.named for reading in look.readings.values() if reading.named), {})
+    named = _named(look)
     traits = {name: named.get(name) == value for name, value in sitter.traits.items()}
     return {"faces": look.faces, "likeness": likeness, "copy_paste": copied, "traits": traits}
 
@@ -265,6 +264,24 @@ def _clip_t(clip: Clip | None, look: Look, prompt: str, texts: dict[str, np.ndar
     if prompt not in texts:
         texts[prompt] = clip.text(prompt)
     return 100 * cosine(look.clip, texts[prompt])
+
+
+def traits_on_photos(sitters: Sequence[Sitter]) -> dict[str, float]:
+    """Trait -> how often the judge reads it rightly off other photos of the people: no image will do better.
+
+    Of people with one photo, off that.
+    """
+    read: dict[str, list[float]] = {}
+    for sitter in sitters:
+        for photo in sitter.targets or (sitter.reference,):
+            for name, right in kept(sitter.traits, _named(photo)).items():
+                read.setdefault(name, []).append(float(right))
+    return {name: float(np.mean(values)) for name, values in read.items()}
+
+
+def _named(look: Look) -> Mapping[str, str]:
+    """The traits by the first judge that names some."""
+    return next((reading.named for reading in look.readings.values() if reading.named), {})
 
 
 def judge_range(sitters: Sequence[Sitter], judge: str) -> tuple[float | None, float | None]:
