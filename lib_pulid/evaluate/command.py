@@ -85,8 +85,8 @@ def _studio(workshop: Workshop, encoders, arguments: argparse.Namespace) -> Stud
         return make_identity([photo], adapter, encoders=encoders, encoders_id=workshop.encoders_id, cache=cache)
 
     def inject(adapter, identity, weight: float, settings: Mapping[str, Any]):
-        where = {"device": workshop.device, "dtype": workshop.base.dtype}
-        return compile_injection(adapter, identity, weight=weight, **where, **settings)
+        device, dtype = workshop.device, workshop.base.dtype
+        return compile_injection(adapter, identity, weight=weight, device=device, dtype=dtype, **settings)
 
     return Studio(paint, identity, inject)
 

@@ -109,7 +109,7 @@ def plot(results: Mapping[str, Any], lines: Sequence[Line], figure: str, label: 
     """Likeness by the first judge against one figure of change."""
     judge = results["judges"][0]["name"]
     without = [line for line in lines if line.method == WITHOUT]
-    curves = []
+    curves: list[tuple[str, list[Point]]] = []
     for name in dict.fromkeys(line.method for line in lines if line.method != WITHOUT) or [WITHOUT]:
         own = [line for line in lines if line.method == name != WITHOUT]
         points = [_point(line, f"likeness, {judge}", figure, not curves) for line in (*without, *own)]

@@ -60,14 +60,13 @@ def read_folder(folder: Path, prompts: Sequence[Prompt], each: int) -> list[Subj
     found = _photos(folder)
     problems: list[str] = []
 
-    def load(path: Path) -> np.ndarray | None:
-        try:
-            return load_image(path, str(path.relative_to(folder)))
-        except ImageError as error:
-            problems.append(str(error))
-            return None
-
-    images = {name: [load(path) for path in paths] for name, paths in found.items()}
+    images: dict[str, list[np.ndarray]] = {name: [] for name in found}
+    for name, paths in found.items():
+        for path in paths:
+            try:
+                images[name].append(load_image(path, str(path.relative_to(folder))))
+            except ImageError as error:
+                problems.append(str(error))
     if problems:
         raise ImageError("\n".join(["These photos cannot be read; repair or remove them:", *problems]))
     shares = _shares(prompts, each)
