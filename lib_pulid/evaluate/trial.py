@@ -23,7 +23,7 @@ from lib_pulid.weights import Adapter
 WITHOUT = "without"
 NOT_HEAD = (0, 16)  # BiSeNet's background and cloth
 # The parser's own crop ends within long or high hair: what lies beyond it is labeled in a wider one.
-ZOOMS = (0.6, 1.0)
+ZOOMS = (0.75, 1.0)
 MARGIN = 3 / 128  # of the image's long edge, around a head
 
 
