@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_pulid demo | generate | embed | doctor | models | bench`."""
+"""The command line: `python -m lib_pulid demo | generate | embed | evaluate | doctor | models | bench`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sd-webui-pulid {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_generate, _add_embed, _add_doctor, _add_models, _add_bench):
+    for add in (_add_demo, _add_generate, _add_embed, _add_evaluate, _add_doctor, _add_models, _add_bench):
         add(commands)
     return parser
 
@@ -151,6 +151,13 @@ def _add_embed(commands) -> None:
         default=Path("outputs/identity.safetensors"),
         help="where to write: .safetensors, or .pulidembd for stable-diffusion.cpp (FLUX)",
     )
+
+
+def _add_evaluate(commands) -> None:
+    from lib_pulid.evaluate.options import add_arguments
+
+    text = "measure likeness and what else changes, over weights and methods"
+    add_arguments(_command(commands, "evaluate", run_evaluate, text, f"{text}; docs/evaluate.md says how to read it"))
 
 
 def _add_doctor(commands) -> None:
@@ -255,6 +262,12 @@ def run_embed(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: identity {identity.short_hash}, {identity.cond.shape[1]} tokens, {identity.info['adapter']}"
     )
     return 0
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    from lib_pulid.evaluate import command
+
+    return command.run(arguments, _device(arguments.device))
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("miniature",),
     ("standalone", "webui"),
-    ("demo", "doctor", "models", "cli_checks"),
+    ("demo", "doctor", "evaluate", "models", "cli_checks"),
     ("bench",),
     ("cli",),
     ("__main__",),

@@ -80,6 +80,13 @@ def judge() -> Judge:
     return Judge(_path("judge.onnx"))
 
 
+def scene_judge() -> Judge:
+    """A reader of whole images: it names what of a prompt they show."""
+    from lib_pulid.judge import Judge
+
+    return Judge(_path("scene_judge.onnx"))
+
+
 def _path(name: str) -> Path:
     path = FOLDER / name
     if not path.is_file() and (packed := FOLDER / f"{name}.xz").is_file():
