@@ -41,7 +41,7 @@ def test_what_it_depends_on_compiles_anew(adapter, counted):  # noqa: F811
         ((1,), replace(person(), uncond=person(78).uncond), {}),
         ((1,), person(), {"weight": 0.7}),
         ((1,), person(), {"dtype": torch.bfloat16}),
-        ((1,), person(), {"mask": torch.zeros(4, 4)}),
+        ((1,), person(), {"mask": torch.eye(4)}),
         ((1,), person(), {"mask": torch.ones(2, 8)}),
         ((1,), person(), {"mask": None}),
         ((1,), person(), {"start": 0.2}),

@@ -166,10 +166,10 @@ def write_all(path: Path, data: bytes) -> None:
 
 
 KILLS = {
-    "before a byte is written": ("pathlib.Path.write_bytes", kill),
-    "half-written": ("pathlib.Path.write_bytes", write_half),
-    "written, not renamed": ("pathlib.Path.write_bytes", write_all),
-    "at the renaming": ("os.replace", kill),
+    "before a byte is written": (("pathlib.Path.write_bytes",), kill),
+    "half-written": (("pathlib.Path.write_bytes",), write_half),
+    "written, not renamed": (("pathlib.Path.write_bytes",), write_all),
+    "when it gets its name": (("os.link", "os.replace"), kill),
 }
 
 
@@ -178,10 +178,11 @@ class TestKill:
     @pytest.mark.parametrize("moment", KILLS)
     def test_while_an_identity_is_saved(self, host, moment):
         identity = made_identity(host)
-        place, act = KILLS[moment]
+        places, act = KILLS[moment]
 
         def save() -> None:
-            pytest.MonkeyPatch().setattr(place, act)
+            for place in places:
+                pytest.MonkeyPatch().setattr(place, act)
             host.library.save("Anna", identity)
 
         killed_in_a_child(save)
@@ -193,10 +194,11 @@ class TestKill:
     @pytest.mark.parametrize("moment", KILLS)
     def test_while_a_photo_is_remembered(self, host, moment):
         _, faced = EXPECTED.of(host)
-        place, act = KILLS[moment]
+        places, act = KILLS[moment]
 
         def generate() -> None:
-            pytest.MonkeyPatch().setattr(place, act)
+            for place in places:
+                pytest.MonkeyPatch().setattr(place, act)
             host.generate(TWO, batches=2)
 
         killed_in_a_child(generate)
