@@ -321,7 +321,7 @@ def test_a_damaged_cache_file_is_made_again(make, encoders, tmp_path, damage):
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
     if damage == "nan":
-        Identity(first.cond * float("nan")).save(path)
+        Identity(first.cond * float("nan")).save(path, replace=True)
     elif damage == "foreign":
         save_file({"cond": torch.zeros(1, 10, 64)}, path)
     else:
