@@ -213,7 +213,7 @@ def vocabulary() -> frozenset[str]:
         person = Person(**looks | dict.fromkeys(NUMBERS, 0.5))
         worn: dict[str, Any] = {name: names[name] for name in ("expression", "clothes", "clothes_color")}
         rest: dict[str, Any] = {name: names[name] for name in names if name not in _OF_PLACEMENT}
-        placement = Placement((0.3, 0.5, 0.7)[index % 3], scale=(0.48, 0.58, 0.7)[index % 3], **worn)
+        placement = Placement((0.3, 0.5, 0.7)[index % 3], scale=SCALES[SIZE[index % 3]][0], **worn)
         for count in (1, 2, 3):
             scene = Scene((placement,) * count, **rest)
             prompts += [describe(scene, keep={name}) for name in SCENE_ATTRIBUTES]
