@@ -189,10 +189,11 @@ def _read(file: Path | io.BytesIO, name: str, background: int, orientation: int 
     Image.init()  # registers all formats, once
     readable = [kind for kind in FORMATS if kind in Image.OPEN]
     try:
-        # The size is checked by _from_pil before decoding, so that PIL's warning about large images says nothing new.
+        # The size is checked before decoding, so that PIL's warning about large images says nothing new.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=readable) as image:
+                _check_size(image.width, image.height, name)
                 try:
                     return _from_pil(image, name, background, orientation)
                 except ImageError:
