@@ -23,30 +23,40 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step for every parameter with a gradient."""
+        """One step for every parameter with a gradient; those of one shape are made orthogonal together."""
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["average"] = torch.zeros_like(parameter)
-                average = state["average"].lerp_(parameter.grad, 1 - group["momentum"])
-                ahead = parameter.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov's
-                step = orthogonal(ahead) * RMS * max(ahead.shape) ** 0.5
-                parameter.add_(step.view_as(parameter), alpha=-group["lr"])
+                if parameter.grad is not None:
+                    alike.setdefault(parameter.flatten(1).shape, []).append(parameter)
+            for shape, parameters in alike.items():
+                steps = orthogonal(torch.stack([self._ahead(p, group["momentum"]) for p in parameters]))
+                torch._foreach_add_(
+                    parameters,
+                    [step.view_as(p) for step, p in zip(steps, parameters)],
+                    alpha=-group["lr"] * RMS * max(shape) ** 0.5,
+                )
+
+    def _ahead(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov's momentum, [out, in]."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["average"] = torch.zeros_like(parameter)
+        average = state["average"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(average, momentum).flatten(1)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """[m, n] with its singular values brought near 1, by five Newton-Schulz steps."""
+def orthogonal(matrices: Tensor) -> Tensor:
+    """[B, m, n] with singular values brought near 1, by five Newton-Schulz steps."""
     a, b, c = COEFFICIENTS
-    x = matrix / (matrix.norm() + 1e-7)
-    if tall := x.shape[0] > x.shape[1]:
-        x = x.T
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if tall := x.shape[-2] > x.shape[-1]:
+        x = x.mT
     for _ in range(5):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
