@@ -1,4 +1,4 @@
-# make demo    a photo in, contact sheets out (FACE=path for your own photo)
+# make demo    contact sheets of people who are kept (FACE=path for your own photo)
 # make test    everything that can be tested without a WebUI
 # make test-long    more random sequences and damaged files, which take long
 # make bench   what a face costs, beside the official formulas: counted as on a GPU, timed, kept in memory
@@ -62,7 +62,7 @@ $(BIN)/python:
 .venv/standalone: requirements-standalone.txt | $(BIN)/python
 	@echo 'Installing packages into .venv (about 6 GB, most of it torch); a few minutes ...'
 	$(QUIET) $(BIN)/python -m pip install -q -r requirements-standalone.txt
-	$(QUIET) $(BIN)/python -m pip install -q --no-deps --force-reinstall 'opencv-python-headless>=4.8,<5'
+	$(QUIET) $(BIN)/python -m pip install -q --no-deps --force-reinstall 'opencv-python-headless>=4.8'
 	@touch $@
 
 .venv/host: requirements-host.txt .venv/test

@@ -132,7 +132,7 @@ def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
 
     small: narrow stand-ins with all their sites, to try it out.
     """
-    from lib_pulid.hosts.diffusers_base import bench_call
+    from lib_pulid.hosts.diffusers_bench import bench_call
 
     rows = []
     for family in ("sdxl", "flux"):

@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_pulid demo | generate | embed | doctor | models | bench`."""
+"""The command line: `python -m lib_pulid demo | generate | embed | evaluate | doctor | models | bench`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sd-webui-pulid {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_generate, _add_embed, _add_doctor, _add_models, _add_bench):
+    for add in (_add_demo, _add_generate, _add_embed, _add_evaluate, _add_doctor, _add_models, _add_bench):
         add(commands)
     return parser
 
@@ -81,8 +81,10 @@ def _command(commands, name: str, run, help: str, description: str = "") -> argp
 
 
 def _add_demo(commands) -> None:
-    parser = _command(commands, "demo", run_demo, "photo in, contact sheets out; needs no weights")
-    parser.add_argument("--face", type=_path, help="your photo (default: a sample photograph of a library)")
+    parser = _command(commands, "demo", run_demo, "people in, contact sheets out; needs no weights")
+    parser.add_argument(
+        "--face", type=_path, help="your photo; in miniature a drawing (default: people whom no training saw)"
+    )
     parser.add_argument("-o", "--out", type=_path, default=Path("outputs"), help="folder for the sheets")
     parser.add_argument("--device", default="auto", help="auto (the GPU, if torch can use one), cpu, cuda, cuda:1 ...")
 
@@ -114,8 +116,8 @@ def _add_generate(commands) -> None:
     parser.add_argument("--prompt", required=True, help="what to paint")
     parser.add_argument(
         "--model",
-        default="tiny-sdxl",
-        help="single-file SDXL checkpoint, diffusers folder (SDXL or FLUX), or the stand-ins tiny-sdxl and tiny-flux",
+        default="miniature",
+        help="single-file SDXL checkpoint, diffusers folder (SDXL or FLUX), or miniature: a small SDXL of drawn people",
     )
     _add_faces(parser)
     parser.add_argument("--identity", type=_path, help="a saved identity, in the place of photos")
@@ -129,17 +131,17 @@ def _add_generate(commands) -> None:
     parser.add_argument("--start-step", type=int, default=0, help="FLUX: first step in which it acts, 0 is the first")
     parser.add_argument("--mask", type=_path, help="picture whose white part is where the face may act")
     parser.add_argument("--seed", type=int, default=0, help="0 or more; the same seed gives the same picture")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--size", type=int, help="side in pixels (default: 1024, stand-ins 256)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: 20, miniature 12)")
+    parser.add_argument("--size", type=int, help="side in pixels (default: 1024, miniature 128)")
     parser.add_argument(
-        "--guidance", type=float, help="CFG on SDXL (default 7), distilled guidance on FLUX (default 4)"
+        "--guidance", type=float, help="CFG on SDXL (default 7, miniature 2), distilled guidance on FLUX (default 4)"
     )
     parser.add_argument("-o", "--out", type=_path, default=Path("outputs/picture.png"), help="where to write it")
 
 
 def _add_embed(commands) -> None:
     parser = _command(commands, "embed", run_embed, "photos -> a saved identity, which later needs no photo")
-    parser.add_argument("--model", default="tiny-sdxl", help="the base model that it is for, as in generate")
+    parser.add_argument("--model", default="miniature", help="the base model that it is for, as in generate")
     _add_faces(parser)
     parser.add_argument("--name", default="", help="kept in the file")
     parser.add_argument(
@@ -149,6 +151,13 @@ def _add_embed(commands) -> None:
         default=Path("outputs/identity.safetensors"),
         help="where to write: .safetensors, or .pulidembd for stable-diffusion.cpp (FLUX)",
     )
+
+
+def _add_evaluate(commands) -> None:
+    from lib_pulid.evaluate.options import add_arguments
+
+    text = "measure likeness and what else changes, over weights and methods"
+    add_arguments(_command(commands, "evaluate", run_evaluate, text, f"{text}; docs/evaluate.md says how to read it"))
 
 
 def _add_doctor(commands) -> None:
@@ -193,10 +202,10 @@ def run_demo(arguments: argparse.Namespace) -> int:
     from lib_pulid import demo
     from lib_pulid.images import load_image
 
-    photo = arguments.face or demo.sample_photo()
-    load_image(photo)
+    if arguments.face:
+        load_image(arguments.face)
     disk.check_writable(arguments.out / "demo_sdxl.png", replace=True)
-    demo.run_demo(photo, arguments.out, arguments.models_dir, _device(arguments.device))
+    demo.run_demo(arguments.face, arguments.out, arguments.models_dir, _device(arguments.device))
     return 0
 
 
@@ -209,8 +218,10 @@ def run_generate(arguments: argparse.Namespace) -> int:
         raise SettingError("Give either --face (once or more) or --identity.")
     unit, mask, saved = cli_checks.checked(arguments), _mask(arguments.mask), cli_checks.saved(arguments.identity)
     workshop = _workshop(arguments)
+    for note in workshop.check_prompt(arguments.prompt):
+        print(f"note: {note}")
     family = workshop.base.family
-    cli_checks.in_words(lambda: unit.check_steps(family, arguments.steps, 0))
+    cli_checks.in_words(lambda: unit.check_steps(family, cli_checks.steps_of(arguments), 0))
     identity = with_uncond(saved, workshop.adapter) if saved else _identity(workshop, arguments)
     weight = unit.on(family).weight or 0.0
     injection = compile_injection(
@@ -226,8 +237,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
         device=workshop.device,
         dtype=workshop.base.dtype,
     )
-    settings = {"seed": arguments.seed, "steps": arguments.steps, "guidance": arguments.guidance}
-    picture, used = workshop.paint([injection], arguments.prompt, size=cli_checks.size_of(arguments), **settings)
+    settings = {name: getattr(arguments, name) for name in ("seed", "steps", "size", "guidance")}
+    picture, used = workshop.paint([injection], arguments.prompt, **settings)
     cli_checks.write_picture(picture, arguments.out)
     print(f"{arguments.out}: identity {identity.short_hash}, weight {weight}, injected at {used} sites")
     return 0
@@ -251,6 +262,12 @@ def run_embed(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: identity {identity.short_hash}, {identity.cond.shape[1]} tokens, {identity.info['adapter']}"
     )
     return 0
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    from lib_pulid.evaluate import command
+
+    return command.run(arguments, _device(arguments.device))
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
@@ -291,10 +308,7 @@ def _device(name: str) -> str:
 def _workshop(arguments: argparse.Namespace):
     from lib_pulid.standalone import open_workshop
 
-    workshop = open_workshop(arguments.model, arguments.models_dir, arguments.pulid, _device(arguments.device))
-    for note in workshop.notes:
-        print(f"stand-in: {note}")
-    return workshop
+    return open_workshop(arguments.model, arguments.models_dir, arguments.pulid, _device(arguments.device))
 
 
 def _identity(workshop, arguments: argparse.Namespace):

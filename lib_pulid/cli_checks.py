@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from lib_pulid import disk
+from lib_pulid import disk, miniature
 from lib_pulid.errors import MissingWeightsError, SettingError, StorageError
 from lib_pulid.identity import Identity
 from lib_pulid.images import load_image
@@ -31,7 +31,7 @@ def checked(arguments: argparse.Namespace) -> PulidUnit:
         SettingError, ImageError, MissingWeightsError.
     """
     unit = check_faces(arguments)
-    if not 1 <= arguments.steps <= MOST_STEPS:
+    if not 1 <= steps_of(arguments) <= MOST_STEPS:
         raise SettingError(f"--steps is {arguments.steps}; it has to be in 1..{MOST_STEPS}.")
     if arguments.size is not None and (not 64 <= arguments.size <= LARGEST_SIZE or arguments.size % 16):
         raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16 in 64..{LARGEST_SIZE}.")
@@ -39,7 +39,7 @@ def checked(arguments: argparse.Namespace) -> PulidUnit:
         raise SettingError(f"--seed is {arguments.seed}; it has to be in 0..{2**64 - 1}.")
     if arguments.guidance is not None and not 0 <= arguments.guidance <= MOST_GUIDANCE:  # NaN is not, either
         raise SettingError(f"--guidance is {arguments.guidance}; it has to be in 0..{MOST_GUIDANCE}.")
-    in_words(lambda: unit.check_steps(family_of(arguments.model), arguments.steps, 0))
+    in_words(lambda: unit.check_steps(family_of(arguments.model), steps_of(arguments), 0))
     write_picture(Image.new("RGB", (size_of(arguments),) * 2), arguments.out, really=False)
     return unit
 
@@ -74,11 +74,18 @@ def check_identity_file(path: Path, family: str) -> None:
 
 def family_of(model: str) -> str:
     """Of a base model, by its name or its folder: a single file is SDXL's."""
-    return "flux" if model == "tiny-flux" or disk.is_folder(Path(model) / "transformer") else "sdxl"
+    if model in miniature.MODELS:
+        return miniature.MODELS[model]
+    return "flux" if disk.is_folder(Path(model) / "transformer") else "sdxl"
 
 
 def size_of(arguments: argparse.Namespace) -> int:
-    return arguments.size or (256 if arguments.model.startswith("tiny-") else 1024)
+    return arguments.size or (miniature.SIZE if arguments.model in miniature.MODELS else 1024)
+
+
+def steps_of(arguments: argparse.Namespace) -> int:
+    usual = miniature.STEPS if arguments.model in miniature.MODELS else 20
+    return usual if arguments.steps is None else arguments.steps
 
 
 def saved(path: Path | None) -> Identity | None:

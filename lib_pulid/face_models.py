@@ -69,7 +69,9 @@ def load_face_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
 
 
 def _load_parser(path: Path, device: str) -> Parser:
-    return OnnxParser(path, onnx_providers(device)) if path.suffix == ".onnx" else BiSeNetParser(path, device)
+    with path.open("rb") as file:  # the version, field 1 of an ONNX model, comes first
+        is_onnx = file.read(1) == b"\x08"
+    return OnnxParser(path, onnx_providers(device)) if is_onnx else BiSeNetParser(path, device)
 
 
 def onnx_providers(device: str) -> tuple[str, ...]:

@@ -188,7 +188,7 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
         return
     found = denoiser if isinstance(denoiser, Sites) else find_sites(denoiser)
     for injection in active:
-        _check_fit(found, injection)
+        check_fit(found, injection)
     attach = _attach_cross_attention if found.family == "sdxl" else _attach_image_stream
     watched = found if isinstance(found, WatchedSites) else Watch().over(found)
     with ExitStack() as hooks:
@@ -346,7 +346,8 @@ def _check_match(adapter: Adapter, identity: Identity) -> None:
         )
 
 
-def _check_fit(found: Sites, injection: Injection) -> None:
+def check_fit(found: Sites, injection: Injection) -> None:
+    """Raises UnsupportedModelError: the denoiser of these sites is not the one that the injection is for."""
     if found.family != injection.family:
         raise UnsupportedModelError(
             f"The PuLID file is for {injection.family.upper()}, "

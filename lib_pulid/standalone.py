@@ -1,24 +1,23 @@
-"""PuLID without a WebUI: what the command line works with, real weights or stand-ins, and which is which."""
+"""PuLID without a WebUI: what the command line works with, with real weights or in miniature."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lib_pulid import catalog, disk, standin
-from lib_pulid.errors import MissingWeightsError
+from lib_pulid import catalog, disk, miniature
+from lib_pulid.errors import MissingWeightsError, NoFaceError
 from lib_pulid.face_models import FaceFiles, load_face_models
 from lib_pulid.faces import LARGEST, Face, FaceChoice
 from lib_pulid.hosts.diffusers import apply, denoiser_of
 from lib_pulid.hosts.diffusers_base import Base, load_base, paint
 from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource
-from lib_pulid.injection import Injection
+from lib_pulid.injection import Injection, check_fit, compile_injection
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, make_identity
 from lib_pulid.sites import find_sites
 from lib_pulid.vision import load_vision_tower
@@ -34,7 +33,9 @@ class Workshop:
     """A base model, the adapter for it, and the way from photos to identities.
 
     Args:
-        encoders_id: names the encoders' weights, for the cache. notes: which weights are stand-ins, in plain words.
+        encoders_id: names the encoders' weights, for the cache.
+        limits: in a sentence, what to do where it finds no face.
+        check_prompt: says what the base model cannot make of a prompt.
     """
 
     base: Base
@@ -42,7 +43,8 @@ class Workshop:
     encoders: Callable[[], Encoders]
     encoders_id: str
     cache: IdentityCache
-    notes: tuple[str, ...]
+    limits: str = ""
+    check_prompt: Callable[[str], Sequence[str]] = lambda prompt: ()
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +54,7 @@ class Workshop:
     @property
     def label(self) -> str:
         """What paints, for captions."""
-        return f"{'stand-in ' if self.base.stand_in else ''}{self.adapter.label} on {self.base.label}"
+        return f"{self.adapter.label} on {self.base.label}"
 
     def identity(
         self,
@@ -62,16 +64,19 @@ class Workshop:
         on_face: Callable[[str, Face], None] = lambda name, face: None,
     ) -> Identity:
         """See `photos.make_identity`."""
-        return make_identity(
-            photos,
-            self.adapter,
-            encoders=self.encoders,
-            encoders_id=self.encoders_id,
-            cache=self.cache,
-            choice=choice,
-            fusion=fusion,
-            on_face=on_face,
-        )
+        try:
+            return make_identity(
+                photos,
+                self.adapter,
+                encoders=self.encoders,
+                encoders_id=self.encoders_id,
+                cache=self.cache,
+                choice=choice,
+                fusion=fusion,
+                on_face=on_face,
+            )
+        except NoFaceError as error:
+            raise NoFaceError(f"{error} {self.limits}".rstrip()) from error
 
     def paint(
         self, injections: Sequence[Injection], prompt: str, **settings: int | float | None
@@ -85,18 +90,18 @@ class Workshop:
 
 
 def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, device: str = "cpu") -> Workshop:
-    """Loads what `model` needs: real weights for a real model, stand-ins for `tiny-sdxl` and `tiny-flux`.
+    """Loads what `model` needs: a checkpoint, a diffusers folder, or a name of `miniature.MODELS`.
 
     Args:
-        pulid: a PuLID file; None takes the first of the right family in the models folder.
+        pulid: a PuLID file; None takes the first of the right family in the models folder, or the miniature's.
 
     Raises:
         MissingWeightsError, WrongWeightsError.
     """
-    base = load_base(model, device)
     cache = IdentityCache(models_dir / "pulid" / "cache")
-    if base.stand_in:
-        return _stand_in_workshop(base, models_dir, pulid, cache)
+    if model in miniature.MODELS:
+        return _miniature(miniature.MODELS[model], pulid, cache, device)
+    base = load_base(model, device)
     path = pulid or catalog.find_adapter(base.family, models_dir)
     if path is None:
         wanted = catalog.in_group(base.family)
@@ -107,12 +112,33 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
     files = catalog.require_encoders(models_dir)
     return Workshop(
         base=base,
-        adapter=load_adapter(path),
+        adapter=_adapter(path, base),
         encoders=lambda: Encoders(load_face_models(_face_files(files), device), _tower(files, device)),
         encoders_id=catalog.fingerprint(files, lambda path: fingerprint_files([path])),
         cache=cache,
-        notes=(),
     )
+
+
+def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: str) -> Workshop:
+    settings: dict[str, Any] = {"size": miniature.SIZE, "steps": miniature.STEPS, "guidance": miniature.GUIDANCE}
+    base = replace(load_base(miniature.checkpoint(family), device), name="miniature", **settings)
+    return Workshop(
+        base=base,
+        adapter=_adapter(pulid or miniature.adapter(family), base),
+        encoders=miniature.encoders,
+        encoders_id=fingerprint_files(miniature.encoder_files()),
+        cache=cache,
+        limits=miniature.LIMITS,
+        check_prompt=miniature.check_prompt,
+    )
+
+
+def _adapter(path: Path, base: Base) -> Adapter:
+    """A PuLID file that fits the base; before a photo is read, since the encoders have to fit, too."""
+    adapter = load_adapter(path)
+    nobody = Identity(torch.zeros(1, 1, adapter.encoder.output_dim))  # type: ignore[arg-type]
+    check_fit(find_sites(denoiser_of(base.pipeline)), compile_injection(adapter, nobody))
+    return adapter
 
 
 def real_model(family: str, models_dir: Path) -> str | None:
@@ -124,33 +150,12 @@ def real_model(family: str, models_dir: Path) -> str | None:
 
 
 def has_real_weights(family: str, models_dir: Path) -> bool:
-    """Whether all is there that a real picture needs."""
+    """Whether all is there that a real image needs."""
     try:
         catalog.require_encoders(models_dir)
     except MissingWeightsError:
         return False
     return bool(real_model(family, models_dir) and catalog.find_adapter(family, models_dir))
-
-
-def _stand_in_workshop(base: Base, models_dir: Path, pulid: Path | None, cache: IdentityCache) -> Workshop:
-    notes = [f"base model: {base.label}; there is no text encoder, a prompt is turned into noise"]
-    folder = tempfile.TemporaryDirectory(prefix="pulid-standin-")
-    widths = [site.width for site in find_sites(denoiser_of(base.pipeline)).sites]
-    sdxl = base.family == "sdxl"
-    files = standin.write_files(folder.name, widths if sdxl else [64], 64 if sdxl else widths[0])
-    adapter = load_adapter(pulid or (files.sdxl if sdxl else files.flux))
-    tower = load_vision_tower(files.tower)
-    encoders_id = "stand-in " + fingerprint_files([files.tower])
-    folder.cleanup()
-    notes.append("PuLID file and vision tower: stand-ins in the real formats, random weights")
-    try:
-        real = catalog.require_encoders(models_dir)
-    except MissingWeightsError:
-        notes.append("faces: found by OpenCV's Haar cascades (real); recogniser and parser are stand-ins")
-        return Workshop(base, adapter, lambda: Encoders(standin.face_models(), tower), encoders_id, cache, tuple(notes))
-    encoders_id += fingerprint_files(list(real.values()))
-    faces = _face_files(real)
-    return Workshop(base, adapter, lambda: Encoders(load_face_models(faces), tower), encoders_id, cache, tuple(notes))
 
 
 def _face_files(files: dict[str, Path]) -> FaceFiles:

@@ -100,3 +100,32 @@ def _build(visual: Mapping[str, Tensor]) -> nn.Module:
         num_heads=width // HEAD_DIM,
         mlp_ratio=(hidden + 0.5) / width,  # timm rounds width x ratio down
     )
+
+
+def tower_shapes(width: int, classes: int, depth: int = 24, hidden: int = 0) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the visual half of EVA02_CLIP_L_336_psz14_s6B.pt, with other widths."""
+    hidden = hidden or int(width * 2.6667)
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 577, width),
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "head.weight": (classes, width),
+        "head.bias": (classes,),
+    }
+    linear = {
+        "attn.proj": (width, width),
+        "mlp.w1": (hidden, width),
+        "mlp.w2": (hidden, width),
+        "mlp.w3": (width, hidden),
+    }
+    norms = {"norm1": width, "norm2": width, "attn.inner_attn_ln": width, "mlp.ffn_ln": hidden}
+    for block in (f"blocks.{i}" for i in range(depth)):
+        shapes |= {f"{block}.attn.{name}_proj.weight": (width, width) for name in "qkv"}
+        shapes |= {f"{block}.attn.{name}_bias": (width,) for name in "qv"}
+        shapes |= {f"{block}.{name}.weight": shape for name, shape in linear.items()}
+        shapes |= {f"{block}.{name}.bias": shape[:1] for name, shape in linear.items()}
+        shapes |= {f"{block}.{name}.{part}": (size,) for name, size in norms.items() for part in ("weight", "bias")}
+    return shapes

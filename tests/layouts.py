@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lib_pulid import sites
 from lib_pulid.encoders import IDEncoder, IDFormer
-from lib_pulid.standin import flux_file, image_stream
 from lib_pulid.weights import Adapter, ImageStreamWeights, load_adapter
 from tests.reference import cases
+from tests.small_models import flux_file, image_stream
 
 # ---------------------------------------------------------------- files
 

@@ -26,9 +26,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lib_pulid import catalog, hosts, standin
+from lib_pulid import catalog, hosts
 from lib_pulid.encoders import IDFormer
 from lib_pulid.faces import CROP_LANDMARKS, Detection, FaceModels
+from tests import small_models
 from tests.fake_modules.models import Flux, UNet, count_hooks
 from tests.fake_webui import ForgeGeneration, Generation, webui
 
@@ -83,7 +84,7 @@ class Tower(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         mean = images.mean((1, 2, 3))[:, None] * self.weight
-        hidden = torch.linspace(-1, 1, 3 * standin.TOWER_WIDTH).view(1, 3, -1)
+        hidden = torch.linspace(-1, 1, 3 * small_models.TOWER_WIDTH).view(1, 3, -1)
         return torch.linspace(0, 3, 768) + mean, [torch.sin(hidden * (i + 1) + mean[:, None]) for i in range(5)]
 
 
@@ -95,14 +96,14 @@ def write_models(folder: Path) -> None:
     """A models folder: two PuLID files for SDXL, one for FLUX, and empty files in the place of the encoders."""
     (folder / "pulid").mkdir(parents=True)
     for seed, name in enumerate(FILES[:2], 1):
-        pairs = nn.ModuleList(standin.cross_attention_pair(8, standin.TOKEN_WIDTH) for _ in range(SITES))
-        weights = standin.random_weights(pairs.state_dict(), seed, gain=3.0)
-        encoder = standin.random_weights(standin.id_encoder(hidden=64).state_dict(), 10 * seed)
-        save_file(standin.sdxl_file(encoder, weights), folder / "pulid" / name)
-    modules = nn.ModuleList(standin.image_stream(8, standin.TOKEN_WIDTH) for _ in range(20))
-    weights = standin.random_weights(modules.state_dict(), 3)
-    encoder = standin.random_weights(_id_former().state_dict(), 4)
-    save_file(standin.flux_file(encoder, weights), folder / "pulid" / FILES[2])
+        pairs = nn.ModuleList(small_models.cross_attention_pair(8, small_models.TOKEN_WIDTH) for _ in range(SITES))
+        weights = small_models.random_weights(pairs.state_dict(), seed, gain=3.0)
+        encoder = small_models.random_weights(small_models.id_encoder(hidden=64).state_dict(), 10 * seed)
+        save_file(small_models.sdxl_file(encoder, weights), folder / "pulid" / name)
+    modules = nn.ModuleList(small_models.image_stream(8, small_models.TOKEN_WIDTH) for _ in range(20))
+    weights = small_models.random_weights(modules.state_dict(), 3)
+    encoder = small_models.random_weights(_id_former().state_dict(), 4)
+    save_file(small_models.flux_file(encoder, weights), folder / "pulid" / FILES[2])
     for file in catalog.in_group("encoders"):
         (folder / file.folder).mkdir(parents=True, exist_ok=True)
         (folder / file.folder / file.name).write_text(file.name)
@@ -110,10 +111,10 @@ def write_models(folder: Path) -> None:
 
 def _id_former() -> IDFormer:
     """The encoder of FLUX, with a layer for each scale."""
-    vit = standin.TOWER_WIDTH
+    vit = small_models.TOWER_WIDTH
     return IDFormer(
-        dim=64, depth=5, inner_dim=64, ff_dim=64, num_queries=8, output_dim=standin.TOKEN_WIDTH,
-        id_mapping=[standin.ID_COND, 64, 64, 5 * 64], mapping=[vit, 64, 64, 64],
+        dim=64, depth=5, inner_dim=64, ff_dim=64, num_queries=8, output_dim=small_models.TOKEN_WIDTH,
+        id_mapping=[small_models.ID_COND, 64, 64, 5 * 64], mapping=[vit, 64, 64, 64],
     )  # fmt: skip
 
 

@@ -17,14 +17,15 @@ from torch import Tensor
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.hosts import diffusers as host
 from lib_pulid.hosts.diffusers import apply, denoiser_of
-from lib_pulid.hosts.diffusers_base import POOLED_WIDTH, TEXT_WIDTH, Base, load_base, paint
+from lib_pulid.hosts.diffusers_base import Base, paint
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, Injection, compile_injection
 from lib_pulid.sites import find_sites
-from lib_pulid.standin import TOKEN_WIDTH, write_files
 from lib_pulid.weights import Adapter, load_adapter
 from tests.fake_modules.models import UNet
 from tests.layouts import count_hooks
+from tests.small_models import TOKEN_WIDTH, write_files
+from tests.small_models.bases import POOLED_WIDTH, TEXT_WIDTH, small_base
 
 FAMILIES = ("sdxl", "flux")
 STEPS = 4
@@ -32,10 +33,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def bases() -> dict[str, Base]:
-    made = {family: load_base(f"tiny-{family}") for family in FAMILIES}
-    for base in made.values():
-        base.pipeline.set_progress_bar_config(disable=True)
-    return made
+    return {family: small_base(family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -422,12 +420,11 @@ def _raise_at(call: int, seen: list | None = None):
 @pytest.mark.parametrize("steps", [50, 120])
 def test_flux_in_half_precision_with_many_steps(bases, calls, monkeypatch, steps):
     """In bfloat16 neighbouring timesteps become equal; without a negative prompt every call is cond all the same."""
-    pipeline = load_base("tiny-flux").pipeline
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = small_base("flux").pipeline
     pipeline.transformer.to(torch.bfloat16)
     monkeypatch.setattr(pipeline.transformer, "forward", lambda hidden_states, **_: (torch.zeros_like(hidden_states),))
     half = {name: value.bfloat16() for name, value in text("flux").items()}
-    draw(Base(pipeline, "flux", True), [], num_inference_steps=steps, **half)
+    draw(Base(pipeline, "flux"), [], num_inference_steps=steps, **half)
     assert len(calls.steps) == steps
     assert calls.is_cond == [True] * steps
     for i, progress in enumerate(calls.progress):
@@ -442,7 +439,7 @@ def image_to_image(base: Base) -> Base:
     keep = {} if base.family == "flux" else {"add_watermarker": False}
     pipeline = kind(**base.pipeline.components, **keep)
     pipeline.set_progress_bar_config(disable=True)
-    return Base(pipeline, base.family, stand_in=True)
+    return Base(pipeline, base.family)
 
 
 def of_image(strength: float, steps: int) -> dict[str, Any]:

@@ -28,7 +28,11 @@ from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector
 from lib_pulid.heads import checkpoint_family, read_head
 from lib_pulid.identity import Identity
 from lib_pulid.images import load_image, load_region
-from lib_pulid.standin import (
+from lib_pulid.vision import load_vision_tower
+from lib_pulid.webui.library import Library
+from lib_pulid.weights import load_adapter
+from tests.face_standins import write_arcface, write_scrfd
+from tests.small_models import (
     cross_attention_pair,
     flux_file,
     id_encoder,
@@ -37,10 +41,6 @@ from lib_pulid.standin import (
     random_weights,
     sdxl_file,
 )
-from lib_pulid.vision import load_vision_tower
-from lib_pulid.webui.library import Library
-from lib_pulid.weights import load_adapter
-from tests.face_standins import write_arcface, write_scrfd
 from tests.test_bad_files import hostile
 from tests.test_identity import an_identity
 from tests.test_weights import tower_state

@@ -55,6 +55,7 @@ KINDS = {
     "flux": (FLUX, "flux"),
     "flux with everything": ({**rooted(FLUX), "vae.x": (1,)}, "flux"),
     "sdxl": (rooted(SDXL), "sdxl"),
+    "sdxl in miniature": ({f"x.{i}.attn2.to_k.weight": (4, 64) for i in range(70)}, "sdxl"),
     "chroma": ({**FLUX, "distilled_guidance_layer.in_proj.weight": (2, 2)}, ""),
     "more blocks": ({**FLUX, "single_blocks.38.linear1.weight": (2, 2)}, ""),
     "fewer blocks": ({name: FLUX[name] for name in FLUX if not name.startswith("double_blocks.18")}, ""),

@@ -365,6 +365,7 @@ def test_stop_lets_go_of_the_plan(p):
         (UNet(1024, SD1_BLOCKS), "Stable Diffusion 2.x"),
         (UNet(1280, SDXL_BLOCKS), "SDXL refiner"),
         (UNet(2048, (12, 0, 22)), "shortened SDXL with 34 of 70"),
+        (UNet(64, SD1_BLOCKS), "reads text 64 wide, which is none that I know"),
         (torch.nn.Linear(2, 2), "neither an SDXL UNet"),
         (Flux(8, 38), "this model 8 and 38"),
         (Flux(19, 37), "this model 19 and 37"),
@@ -373,6 +374,11 @@ def test_stop_lets_go_of_the_plan(p):
 def test_unsupported_models_are_named(modules, model, message):
     with pytest.raises(UnsupportedModelError, match=message):
         host().loaded_model(P(model, "x.safetensors"))
+
+
+def test_a_small_unet_with_all_of_the_sites(modules):
+    """Whether its sizes fit is between it and the PuLID file."""
+    assert host().loaded_model(P(UNet(64, SDXL_BLOCKS), "small.safetensors")).family == "sdxl"
 
 
 def test_loaded_model(p):

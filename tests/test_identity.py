@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lib_pulid.errors import IdentityMismatchError, SettingError
 from lib_pulid.identity import FILE_FORMAT, FaceFeatures, Identity, encode_identity
 from lib_pulid.injection import compile_injection
-from lib_pulid.standin import (
+from lib_pulid.weights import Adapter, load_adapter
+from tests.small_models import (
     ID_COND,
     TOKEN_WIDTH,
     TOWER_WIDTH,
@@ -27,7 +28,6 @@ from lib_pulid.standin import (
     random_weights,
     sdxl_file,
 )
-from lib_pulid.weights import Adapter, load_adapter
 
 
 def normal(seed: int, *shape: int) -> Tensor:

@@ -15,10 +15,10 @@ from lib_pulid.errors import ImageError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject, token_grid
 from lib_pulid.sites import cross_attention_site, find_sites
-from lib_pulid.standin import image_stream
 from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights
 from tests import layouts
 from tests.reference import cases
+from tests.small_models import image_stream
 
 TOKENS = cases.UNET["cross_attention_dim"]
 BOTH = DenoiseStep(0.0, [False, True], (16, 16))

@@ -14,11 +14,11 @@ from lib_pulid import attention, sites
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.identity import FaceFeatures, Identity, encode_identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
-from lib_pulid.standin import cross_attention_pair, image_stream, tower_shapes
-from lib_pulid.vision import load_vision_tower
+from lib_pulid.vision import load_vision_tower, tower_shapes
 from lib_pulid.weights import CrossAttentionWeights
 from tests import layouts
 from tests.reference import cases
+from tests.small_models import cross_attention_pair, image_stream
 
 LAYER = 1e-5  # relative error of a single module, float32
 REFERENCE = load_file(Path(__file__).parent / "reference" / "official.safetensors")

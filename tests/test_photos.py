@@ -24,7 +24,10 @@ from lib_pulid.faces import Face, FaceChoice, read_face
 from lib_pulid.identity import Identity, encode_identity, face_features
 from lib_pulid.images import thumbnail
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, identity_key, make_identity
-from lib_pulid.standin import (
+from lib_pulid.vision import load_vision_tower
+from lib_pulid.weights import load_adapter
+from tests.face_standins import blank, draw_face, write_face_files
+from tests.small_models import (
     TOKEN_WIDTH,
     TOWER_WIDTH,
     cross_attention_pair,
@@ -33,9 +36,6 @@ from lib_pulid.standin import (
     sdxl_file,
     tower_shapes,
 )
-from lib_pulid.vision import load_vision_tower
-from lib_pulid.weights import load_adapter
-from tests.face_standins import blank, draw_face, write_face_files
 
 pytest.importorskip("insightface")
 pytest.importorskip("facexlib")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib_pulid import catalog, disk, names, pulidembd, standin
+from lib_pulid import catalog, disk, names, pulidembd
 from lib_pulid.errors import (
     IdentityMismatchError,
     MissingWeightsError,
@@ -27,6 +27,7 @@ from lib_pulid.identity import Identity, with_uncond
 from lib_pulid.injection import compile_injection
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
+from tests import small_models
 
 
 def person(value: float = 1.0, **info: str) -> Identity:
@@ -39,8 +40,8 @@ def library(tmp_path) -> Library:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> standin.StandInFiles:
-    return standin.write_files(tmp_path_factory.mktemp("files"), [8] * 3, 64)
+def files(tmp_path_factory) -> small_models.StandInFiles:
+    return small_models.write_files(tmp_path_factory.mktemp("files"), [8] * 3, 64)
 
 
 # ---------------------------------------------------------------- two programs
@@ -380,8 +381,8 @@ def test_its_uncond_is_what_the_encoder_makes_of_zeros(tmp_path, files):
     (tmp_path / "x.pulidembd").write_bytes(by_hand(VALUES))
     adapter, identity = load_adapter(files.flux), Identity.load(tmp_path / "x.pulidembd")
     completed = with_uncond(identity, adapter)
-    zeros = [torch.zeros(1, 577, standin.TOWER_WIDTH)] * 5
-    expected = adapter.encoder(torch.zeros(1, standin.ID_COND), zeros).detach()
+    zeros = [torch.zeros(1, 577, small_models.TOWER_WIDTH)] * 5
+    expected = adapter.encoder(torch.zeros(1, small_models.ID_COND), zeros).detach()
     torch.testing.assert_close(completed.uncond, expected)
     assert compile_injection(adapter, completed).has_uncond
     assert with_uncond(person(), adapter).uncond is None  # none was wanted there

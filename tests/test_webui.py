@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_pulid import hosts, standin
+from lib_pulid import hosts
 from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError
 from lib_pulid.fields import FIELDS, MOST_PHOTOS, PRESETS
 from lib_pulid.units import PulidUnit, default_args
+from tests import small_models
 from tests.face_standins import blank, draw_face, write_face_files
 from tests.fake_modules.models import SD1_BLOCKS, WIDTH, UNet
 from tests.fake_webui import AxisOption, Generation, webui
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 def weights(tmp_path_factory) -> Path:
     """A models folder with stand-ins for everything."""
     folder = tmp_path_factory.mktemp("models")
-    files = standin.write_files(folder / "pulid", [WIDTH] * 70, 64)
+    files = small_models.write_files(folder / "pulid", [WIDTH] * 70, 64)
     files.tower.rename(folder / "pulid" / "EVA02_CLIP_L_336_psz14_s6B.pt")
     faces = write_face_files(folder / "insightface")
     (folder / "facexlib").mkdir()
@@ -218,7 +219,7 @@ class TestNeverAStranger:
                 MissingWeightsError, match=r"no PuLID file for SDXL in .*\s+pulid_v1.1.safetensors .*pulid "
             ):
                 ui.generate(script, Generation(), [{"images": [one]}])
-            standin.write_files(tmp_path / "pulid", [WIDTH] * 70, 64)
+            small_models.write_files(tmp_path / "pulid", [WIDTH] * 70, 64)
             with pytest.raises(MissingWeightsError, match="scrfd_10g_bnkps.onnx .*antelopev2"):
                 ui.generate(script, Generation(), [{"images": [one]}])
 

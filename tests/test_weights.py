@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
-from lib_pulid.standin import (
+from lib_pulid.vision import load_vision_tower
+from lib_pulid.weight_files import read_state_dict
+from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights, load_adapter
+from tests.small_models import (
     cross_attention_pair,
     flux_file,
     id_encoder,
@@ -24,9 +27,6 @@ from lib_pulid.standin import (
     sdxl_file,
     tower_shapes,
 )
-from lib_pulid.vision import load_vision_tower
-from lib_pulid.weight_files import read_state_dict
-from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights, load_adapter
 
 SITES = 12  # i goes to 23: as text, "11" comes before "3"
 WIDTHS = [8 + 4 * n for n in range(SITES)]  # all different, so that a wrong order shows

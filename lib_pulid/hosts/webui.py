@@ -19,13 +19,12 @@ from lib_pulid.watch import Watch, uncompiled
 
 CHROMA = "pulid_chroma"  # name of the setting
 SDXL_SITES = 70
-REFINER_WIDTH = 1280
-# Width of the text that a UNet's cross-attention reads -> what it is then.
+SDXL_TEXT_WIDTH, REFINER_WIDTH = 2048, 1280
+# Width of the text that a UNet's cross-attention reads -> what else than SDXL's base it is then.
 TEXT_WIDTHS = {
     768: "a Stable Diffusion 1.x model",
     1024: "a Stable Diffusion 2.x model",
     REFINER_WIDTH: "the SDXL refiner, which does not read the prompt as SDXL does",
-    2048: "SDXL",
 }
 
 
@@ -72,11 +71,13 @@ def _problem(denoiser: nn.Module) -> str | None:
     if sites.family == "flux":
         return None
     width = _text_width(denoiser)
-    if width != 2048:
-        return f"this is {TEXT_WIDTHS.get(width, f'a UNet that reads text {width} wide, which is none that I know')}"
-    if len(sites.sites) != SDXL_SITES:
+    if width in TEXT_WIDTHS:
+        return f"this is {TEXT_WIDTHS[width]}"
+    if len(sites.sites) == SDXL_SITES:
+        return None  # whether its sizes fit is between it and the PuLID file
+    if width == SDXL_TEXT_WIDTH:
         return f"this is a shortened SDXL with {len(sites.sites)} of {SDXL_SITES} cross-attention layers"
-    return None
+    return f"this is a UNet that reads text {width} wide, which is none that I know"
 
 
 def _text_width(unet: nn.Module) -> int:

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_pulid.faces import CLIP_MEAN, CLIP_STD, VISION_SIZE, WHITE_LABELS, normalise
-from lib_pulid.standin import tower_shapes
 from lib_pulid.training import world
 from lib_pulid.training.crops import pairs
 from lib_pulid.training.dataset import HELD_OUT, Drawn
@@ -27,7 +26,7 @@ from lib_pulid.training.export import replace_file
 from lib_pulid.training.loop import Run
 from lib_pulid.training.parser import CLASSES, Labeled
 from lib_pulid.training.readers import contrastive_loss, heads_loss
-from lib_pulid.vision import BLOCKS, VisionTower, _build, load_vision_tower
+from lib_pulid.vision import BLOCKS, VisionTower, _build, load_vision_tower, tower_shapes
 
 WIDTH, DEPTH, HIDDEN, OUTPUT = 64, 20, 64, 768
 PATCH, GRID = 14, VISION_SIZE // 14

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+from lib_pulid import miniature
 from tests.host.page import Page, opened
 from tests.host.table import Rows, differ, equal, expect
 from tests.host.webui import Running
@@ -15,8 +16,11 @@ OOM = "OutOfMemoryError"
 SCREENSHOTS: Path | None = None  # set by the command line
 
 
+PROMPT = "a portrait of a smiling person in a red striped shirt, in front of yellow and white dots, flat illustration"
+
+
 def ready(page: Page) -> None:
-    page.describe("a photo of a cat", width=192, height=128, steps=4, seed=1)
+    page.describe(PROMPT, width=128, height=128, steps=miniature.STEPS, cfg_scale=miniature.GUIDANCE, seed=1)
 
 
 @rows.row("Page: a closed accordion is off; a click opens it and switches it on; three persons; the badge")
@@ -110,7 +114,7 @@ def send(host: Running) -> str:
         page.until("(new Pulid('img2img')).units()[0]?.ready", "the person in img2img")
         page.keep(SCREENSHOTS, "img2img", "#pulid_img2img")
         before = page.badge()
-        page.describe("a photo of a cat", width=192, height=128, steps=4, seed=1)
+        ready(page)
         page.generate()
         expect("PuLID 1:" in page.parameters(), f"below the picture: {page.parameters()}")
         return before
