@@ -1,6 +1,6 @@
 """Trains the networks that tell drawn people apart and name what they look like.
 
-    python -m lib_pulid.training.readers recogniser --folder .training [--minutes 15]
+    python -m lib_pulid.training.readers recognizer --folder .training [--minutes 15]
 
 recogniser: in ArcFace's place, ONNX and safetensors. judge: another network on another crop, which no training of an
 adapter sees; it also names traits. scene_judge: names the attributes of a scene from the whole image.
@@ -268,10 +268,15 @@ def load_recogniser(path: Path) -> Reader:
     return reader.eval().requires_grad_(False)
 
 
+def _kind(name: str) -> str:
+    """Accepts the American spelling; files and folders keep the old one."""
+    return {"recognizer": "recogniser"}.get(name, name)
+
+
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=KINDS)
+    parser.add_argument("name", type=_kind, choices=KINDS)
     parser.add_argument("--folder", type=Path, default=Path(".training"))
     parser.add_argument("--people", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=2000)
