@@ -92,7 +92,7 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(inner_dim, dim, bias=False)
 
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
-        """context [B, M, dim], latents [B, L, dim] -> [B, L, dim]."""
+        """Attends from latents [B, L, dim] to context [B, M, dim]: [B, L, dim]."""
         context, latents = self.norm1(context), self.norm2(latents)
         q = self._split(self.to_q(latents))
         k, v = (self._split(x) for x in self.to_kv(torch.cat((context, latents), dim=1)).chunk(2, dim=-1))

@@ -130,7 +130,7 @@ class InsightFaceDetector:
         return tuple(self._model.session.get_providers())
 
     def detect(self, image_bgr: np.ndarray) -> list[Detection]:
-        """image_bgr: uint8 BGR [H, W, 3]."""
+        """Detects the faces of an image, uint8 BGR [H, W, 3]."""
         if max(image_bgr.shape[:2]) > 256 * min(image_bgr.shape[:2]):
             return []  # insightface would shrink such a strip to nothing
         for size in self._sizes:
@@ -154,11 +154,11 @@ class ArcFaceRecogniser:
         self._model.prepare(ctx_id=0)
 
     def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
-        """image_bgr: uint8 BGR [H, W, 3] -> [512] float32."""
+        """Embeds a face of an image, uint8 BGR [H, W, 3]: [512] float32."""
         return self._model.get(image_bgr, SimpleNamespace(kps=detection.landmarks))
 
     def embed_crop(self, aligned_bgr: np.ndarray) -> np.ndarray:
-        """aligned_bgr: uint8 BGR [512, 512, 3] -> [512] float32; `handler_ante.get_feat` of the official code."""
+        """Embeds a crop, uint8 BGR [512, 512, 3]: [512] float32; `handler_ante.get_feat` of the official code."""
         return self._model.get_feat(aligned_bgr).flatten()
 
 
@@ -174,7 +174,7 @@ class RetinaFaceLandmarker:
         self._model = _load_facexlib(Path(path), build, "facexlib's RetinaFace-ResNet50", device)
 
     def detect(self, image_bgr: np.ndarray) -> list[Detection]:
-        """image_bgr: uint8 BGR [H, W, 3]."""
+        """Detects the faces of an image, uint8 BGR [H, W, 3]."""
         import torch
 
         with torch.no_grad():
@@ -195,7 +195,7 @@ class BiSeNetParser:
         self._device = device
 
     def labels(self, aligned_rgb: np.ndarray) -> np.ndarray:
-        """aligned_rgb: uint8 RGB [512, 512, 3] -> [512, 512] int64."""
+        """Labels a crop, uint8 RGB [512, 512, 3]: [512, 512] int64."""
         import torch
 
         with torch.no_grad():
@@ -224,7 +224,7 @@ class OnnxParser:
             raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}.")
 
     def labels(self, aligned_rgb: np.ndarray) -> np.ndarray:
-        """aligned_rgb: uint8 RGB [512, 512, 3] -> [512, 512] int64."""
+        """Labels a crop, uint8 RGB [512, 512, 3]: [512, 512] int64."""
         image = normalise(to_tensor(aligned_rgb), PARSER_MEAN, PARSER_STD).numpy()
         return self._session.run(None, {self._session.get_inputs()[0].name: image})[0][0].argmax(axis=0)
 

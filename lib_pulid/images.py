@@ -183,7 +183,7 @@ def _content(file: Path | io.BytesIO) -> Iterator[bytes | mmap.mmap]:
 
 
 def _read(file: Path | io.BytesIO, name: str, background: int, orientation: int = 1) -> np.ndarray:
-    """orientation: see `_from_pil`."""
+    """Decodes an image file. orientation: see `_from_pil`."""
     from PIL import Image, UnidentifiedImageError
 
     Image.init()  # registers all formats, once

@@ -212,7 +212,7 @@ def test_fallback_equal_to_the_official_one(official, models):
     assert not found
     np.testing.assert_array_equal(face.embedding, embedding)
     np.testing.assert_array_equal(face.aligned, crop[:, :, ::-1])
-    assert "only by RetinaFace" in " ".join(face.notes)
+    assert "only RetinaFace found" in " ".join(face.notes)
     assert face.faces_found == 1
 
 

@@ -539,7 +539,7 @@ class TestActions:
         assert "photo 2: no face was found" in note
         gallery, note = actions.preview("", "None", "largest", 0)
         assert gallery["visible"] is False
-        assert "no photo yet" in note
+        assert "No photo yet" in note
 
     def test_save(self, actions, library, one):
         listed, name, note = actions.save("  Anna ", json.dumps([one]), "auto", "largest", 0, "official")

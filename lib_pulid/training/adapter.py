@@ -71,7 +71,7 @@ class Trainer:
     # ------------------------------------------------------------ the standard branch
 
     def diffusion(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
-        """L_diff on other images of the people in the photos; every sixth batch shows two people, each in a half."""
+        """Computes L_diff on other images of the people in the photos; every sixth has two people, each in a half."""
         pair = step % 6 == 5
         index, rows_of_people = self._draw(batch, pair, rng)
         clean = torch.from_numpy(self.latents[index]).float()
@@ -116,14 +116,14 @@ class Trainer:
         return RowIdentities(tokens, None if half is None else _half(half), num_zero=20)
 
     def nobody(self) -> Tensor:
-        """The uncond identity, [1, N, D]: the encoder run on zeros."""
+        """Computes the uncond identity, [1, N, D]: the encoder run on zeros."""
         width = self.photos.hidden.shape[-1]
         return self.adapter.encoder(torch.zeros(1, 1280), [torch.zeros(1, 2, width)] * SCALES)
 
     # ------------------------------------------------------------ the contrastive, few-step branch
 
     def lightning(self, step: int, batch: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """L_align and L_id: from pure noise under a new prompt, with and without the identity."""
+        """Computes L_align and L_id from pure noise under a new prompt, with and without the identity."""
         who = rng.choice(len(self.photos), batch, replace=False)
         scenes = [world.sample_scene(rng) for _ in who]
         noise = torch.randn((batch, *self.latents.shape[1:]), generator=torch.Generator().manual_seed(10**6 + step))
@@ -138,7 +138,7 @@ class Trainer:
         return found
 
     def _alignment(self, noise: Tensor, text: tuple, rows: list, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The pair at one step of the way that sampling without an identity takes."""
+        """Computes the pair of losses at one step of a sampling without the identity."""
         with torch.no_grad():
             t = torch.full((len(noise),), int(rng.integers(200, 1000)))
             clean = self._sample(noise, text, None, steps=4, gradient_steps=0)
@@ -174,7 +174,7 @@ class Trainer:
 
 
 def template() -> Tensor:
-    """ArcFace's five landmarks in its 112 x 112 crop, [5, 2] (insightface `utils/face_align.py`)."""
+    """Returns ArcFace's five landmarks in its 112 x 112 crop, [5, 2] (insightface `utils/face_align.py`)."""
     from insightface.utils.face_align import arcface_dst
 
     return torch.from_numpy(np.asarray(arcface_dst)).float()
@@ -201,7 +201,7 @@ def start_from_base(adapter: SDXLAdapter, base: Base) -> None:
 
 
 def total(found: dict[str, Tensor]) -> Tensor:
-    """L_diff + L_align + L_id, weighed."""
+    """Computes L_diff + L_align + L_id, weighted."""
     weights = {"diffusion": 1.0, "id": ID_WEIGHT, "semantic": SEMANTIC_WEIGHT, "layout": LAYOUT_WEIGHT}
     return torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
 
@@ -210,7 +210,7 @@ def total(found: dict[str, Tensor]) -> Tensor:
 
 
 def load_trainer(folder: Path, people: int, photos: int, wanted: Sequence[str], seed: int) -> Trainer:
-    """Everything that training needs from the files of the earlier steps."""
+    """Loads everything that training needs from the files of the earlier steps."""
     from safetensors.torch import load_file
 
     from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector, OnnxParser
@@ -268,7 +268,7 @@ def train(args: argparse.Namespace) -> Trainer:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"))
     parser.add_argument("--losses", default="diffusion,id,alignment", help="some of " + ", ".join(LOSSES))

@@ -31,7 +31,7 @@ PROMPT_DROPOUT = 0.1
 
 
 def build_unet() -> Any:
-    """diffusers' UNet in SDXL's layout at width 64: 70 cross-attentions, heads of 64."""
+    """Builds diffusers' UNet in SDXL's layout at width 64: 70 cross-attentions, heads of 64."""
     import diffusers
 
     return diffusers.UNet2DConditionModel(
@@ -51,7 +51,7 @@ def build_unet() -> Any:
 
 
 def build_text_encoders() -> tuple[Any, Any]:
-    """Two CLIP text models in the places of CLIP-L and OpenCLIP-bigG."""
+    """Builds two CLIP text models instead of CLIP-L and OpenCLIP-bigG."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     sizes: dict[str, Any] = {"num_hidden_layers": TEXT_LAYERS, "num_attention_heads": 1}
@@ -81,7 +81,7 @@ class TextEncoders(nn.Module):
         self.tokenizer = SimpleTokenizer()
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token numbers [B, 77] for each encoder; they differ in what follows the end."""
+        """Tokenizes prompts, [B, 77] for each encoder; they differ in the padding."""
         ids = torch.full((len(prompts), TOKENS), 49407)
         other = torch.zeros((len(prompts), TOKENS), dtype=torch.long)
         for row, prompt in enumerate(prompts):
@@ -90,7 +90,7 @@ class TextEncoders(nn.Module):
         return ids, other
 
     def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """-> context [B, 77, 64], the outputs of the last layer but one, and the pooled text [B, 40].
+        """Encodes tokens: context [B, 77, 64] of the second to last layers, and pooled text [B, 40].
 
         An empty prompt gives zeros, as SDXL's negative prompt does where it is empty (diffusers'
         `force_zeros_for_empty_prompt`, and the WebUIs).
@@ -118,18 +118,18 @@ class Base(nn.Module):
         self.register_buffer("sigmas", (1 - (1 - betas).cumprod(0)).sqrt().float(), persistent=False)
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma [B, 1, 1, 1] of steps t [B]."""
+        """Returns alpha and sigma [B, 1, 1, 1] of steps t [B]."""
         return self.alphas[t][:, None, None, None], self.sigmas[t][:, None, None, None]
 
     def predict(self, noisy: Tensor, t: Tensor, context: Tensor, pooled: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """v [B, 4, h, w] of noisy latents at steps t [B]; sizes: [B, 6], SDXL's size conditions, which mean nothing."""
+        """Predicts v [B, 4, h, w] of noisy latents at steps t [B]; sizes: [B, 6], SDXL's size conditions, unused."""
         if sizes is None:
             sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=noisy.device).expand(len(noisy), 6)
         return self.unet(noisy, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes.float()}).sample
 
 
 def sample_prompt(people: Sequence[world.Person], scene: world.Scene, rng: np.random.Generator) -> str:
-    """A prompt for a training image: with the people's looks or without, some attributes left out; or none at all."""
+    """Samples a prompt for a training image: with or without the people's looks, without some attributes, or empty."""
     if rng.random() < PROMPT_DROPOUT:
         return ""
     keep = set(world.SCENE_ATTRIBUTES)
@@ -140,7 +140,7 @@ def sample_prompt(people: Sequence[world.Person], scene: world.Scene, rng: np.ra
 
 @torch.no_grad()
 def latents_of(folder: Path, data: Drawn, vae: Any | None = None) -> np.ndarray:
-    """float16 [N, 4, 16, 16], encoded once and kept beside the images; scaled as the UNet sees them."""
+    """Encodes latents, float16 [N, 4, 16, 16], once, and keeps them beside the images; scaled for the UNet."""
     path = folder / f"latents-{data.seed}-{data.people}.npy"
     if not path.is_file():
         from safetensors.torch import load_file
@@ -184,7 +184,7 @@ def train(folder: Path, people: int, steps: int, batch: int, rate: float, minute
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"))
     parser.add_argument("--people", type=int, default=6000)

@@ -1,4 +1,4 @@
-"""PuLID's training losses (arXiv 2404.16022), for every denoiser that `sites.find_sites` knows.
+"""Computes PuLID's training losses (arXiv 2404.16022) for every denoiser that `sites.find_sites` supports.
 
     diffusion_loss      L_diff: the identity beside the prompt, on the photo's own noise        section 3.2
     alignment_losses    L_align: the same prompt and noise with and without the identity;       section 3.3
@@ -23,7 +23,7 @@ SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 0.6, 0.1  # the paper's lambda_sem and lambda_l
 
 
 def diffusion_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of the denoiser's prediction (noise, v or velocity), both [B, C, h, w]."""
+    """Computes the mean squared error of the denoiser's prediction (noise, v or velocity), both [B, C, h, w]."""
     return (predicted.float() - target.float()).pow(2).mean()
 
 
@@ -60,7 +60,7 @@ def listen(unet: nn.Module) -> Iterator[Attended]:
 
 
 def alignment_losses(with_identity: Attended, without: Attended) -> tuple[Tensor, Tensor]:
-    """L_align-sem and L_align-layout, means over the sites; gradients flow into `with_identity` alone.
+    """Computes L_align-sem and L_align-layout, means over the sites; only `with_identity` gets gradients.
 
         L_sem    = || softmax(K Q_id^T / sqrt(d)) Q_id - softmax(K Q^T / sqrt(d)) Q ||^2
         L_layout = || Q_id - Q ||^2
@@ -77,7 +77,7 @@ def alignment_losses(with_identity: Attended, without: Attended) -> tuple[Tensor
 
 
 def _response(k: Tensor, q: Tensor, heads: int) -> Tensor:
-    """How the image answers each text token: softmax(K Q^T / sqrt(d)) Q, [B, H, T, d]."""
+    """Computes the image's response to each text token: softmax(K Q^T / sqrt(d)) Q, [B, H, T, d]."""
     k, q = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (k, q))
     return F.scaled_dot_product_attention(k, q, q)
 
@@ -97,7 +97,7 @@ def sample_few_steps(
     steps: int = 4,
     gradient_steps: int = 4,
 ) -> Tensor:
-    """DDIM (arXiv 2010.02502) from pure noise, the last `gradient_steps` of its steps with gradients.
+    """Samples with DDIM (arXiv 2010.02502) from pure noise, the last `gradient_steps` steps with gradients.
 
     Args:
         predict_v: (noisy latents [B, C, h, w], steps t [B]) -> v.
@@ -119,7 +119,7 @@ def sample_few_steps(
 
 
 def id_loss(embedding: Tensor, wanted: Tensor) -> Tensor:
-    """1 - cosine of face embeddings [B, 512], mean over the rows."""
+    """Computes 1 - cosine of face embeddings [B, 512], mean over the rows."""
     return 1 - F.cosine_similarity(embedding.float(), wanted.float(), dim=-1).mean()
 
 
@@ -142,7 +142,7 @@ def align_faces(images: Tensor, landmarks: Tensor, template: Tensor, size: int) 
 
 
 def similarity(source: Tensor, target: Tensor) -> Tensor:
-    """Least-squares turn, scale and shift that takes source to target, [B, N, 2] each: [B, 2, 3]."""
+    """Fits rotation, scale and shift from source to target, [B, N, 2] each, by least squares: [B, 2, 3]."""
     a, b = source.mean(1, keepdim=True), target.mean(1, keepdim=True)
     s, t = source - a, target - b
     power = s.pow(2).sum((1, 2))
