@@ -84,7 +84,7 @@ def tells_errors(p: Any) -> bool:
     return bool(getattr(p, "is_api", False)) or hasattr(main_thread, "last_exception")
 
 
-# The hosts make one picture at a time, in one process-wide model: this is what we put into it, inner generations last.
+# The hosts generate one image at a time, with one process-wide model. These are our runs in it, inner generations last.
 _running: list[_Run] = []
 
 

@@ -94,7 +94,7 @@ class Trainer:
 
     @cached_property
     def _pools(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Images of one person and of two, all of whom have photos, and the rows of these: [N] and [N, 1 or 2]."""
+        """Returns images of one person and of two, all with photos, and the rows of these: [N] and [N, 1 or 2]."""
         photos, pools = set(self.photos.image.tolist()), ([], [])  # type: ignore[var-annotated]
         for index in range(len(self.data)):
             numbers = self.data.numbers(index)
@@ -246,7 +246,7 @@ def load_trainer(folder: Path, people: int, photos: int, wanted: Sequence[str], 
 
 
 def train(args: argparse.Namespace) -> Trainer:
-    """Trains an adapter or goes on training it."""
+    """Trains an adapter or resumes its training."""
     wanted = args.losses.split(",")
     if unknown := set(wanted) - set(LOSSES):
         raise SystemExit(f"unknown losses: {', '.join(sorted(unknown))}; there are {', '.join(LOSSES)}")
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".training"))
     parser.add_argument("--losses", default="diffusion,id,alignment", help="some of " + ", ".join(LOSSES))
     parser.add_argument("--people", type=int, default=3000, help="of the drawn data set")
-    parser.add_argument("--photos", type=int, default=1500, help="people of whom a photo is shown")
+    parser.add_argument("--photos", type=int, default=1500, help="number of people with a photo")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lightning-batch", type=int, default=6)

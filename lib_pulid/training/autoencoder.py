@@ -3,7 +3,7 @@
     python -m lib_pulid.training.autoencoder --folder .training [--minutes 30] [--decoder-only]
 
 It has no attention, so 64 x 64 crops train it as well as whole images. Once the denoiser is trained on its latents the
-encoder must not change: --decoder-only goes on with the decoder alone.
+encoder must not change: --decoder-only trains only the decoder.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def whiten(vae: Any, images: np.ndarray) -> None:
 
 
 def train(args: argparse.Namespace) -> tuple[Any, Drawn]:
-    """Trains or goes on training; returns the autoencoder and what it was trained on."""
+    """Trains or resumes training; returns the autoencoder and what it was trained on."""
     torch.manual_seed(0)
     data = Drawn(args.folder, args.people)
     images, weights = data.images(), face_weights(data)

@@ -158,7 +158,7 @@ def latents_of(folder: Path, data: Drawn, vae: Any | None = None) -> np.ndarray:
 
 
 def train(folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None, device: str) -> Base:
-    """Trains or goes on training; returns the base with averaged weights."""
+    """Trains or resumes training; returns the base with averaged weights."""
     torch.manual_seed(1)
     data = Drawn(folder, people)
     latents = latents_of(folder, data)

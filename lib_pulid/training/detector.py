@@ -2,7 +2,7 @@
 
     python -m lib_pulid.training.detector --folder .training [--minutes 10]
 
-A photograph shows no drawn face: pictures that installed packages carry for their own tests serve as examples of none.
+Photos show no drawn face: images that installed packages have for their own tests are negative examples.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def _noise(rng: np.random.Generator) -> np.ndarray:
 
 
 def train(folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None) -> Detector:
-    """Trains the detector or goes on training it."""
+    """Trains the detector or resumes its training."""
     torch.manual_seed(30)
     detector = Detector().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     lesson = Lesson(folder, people)

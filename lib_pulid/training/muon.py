@@ -1,6 +1,6 @@
 """Implements Muon, momentum with orthogonal steps (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-torch.optim.Muon takes matrices alone; here convolutions count as matrices [out, in x k x k], and what is no matrix
+torch.optim.Muon takes only matrices; here convolutions count as matrices [out, in x k x k], and the rest
 (gains, biases, tables) is AdamW's. What it is worth here: docs/training.md.
 """
 

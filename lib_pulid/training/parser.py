@@ -102,7 +102,7 @@ def to_input(crops: np.ndarray) -> Tensor:
 
 
 def train(folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None) -> ParserNet:
-    """Trains the parser or goes on training it."""
+    """Trains the parser or resumes its training."""
     torch.manual_seed(40)
     net = ParserNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data = Labeled(Drawn(folder, people))

@@ -169,7 +169,7 @@ def scene_targets(drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
 
 
 def train(name: str, folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None) -> Reader:
-    """Trains a reader or goes on training it."""
+    """Trains a reader or resumes its training."""
     kind, reader = KINDS[name], build(name)
     drawn = Drawn(folder, people)
     lesson: _FaceLesson | _SceneLesson

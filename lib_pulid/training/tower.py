@@ -137,7 +137,7 @@ def batch_of(data: Labeled, chosen: np.ndarray, rng: np.random.Generator | None,
 def train(
     folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None, kept: int
 ) -> VisionTower:
-    """Trains the tower or goes on training it. kept: patches that it sees of 576; 0 for all."""
+    """Trains the tower or resumes its training. kept: how many of the 576 patches it sees; 0: all."""
     data = Labeled(Drawn(folder, people))
     faces = data.faces
     lesson = Lesson(build(), faces.numbers.shape[1])
