@@ -137,7 +137,7 @@ def test_generate_with_a_mask(generate, tmp_path):
         assert abs(drawn["half"].astype(int) - other).max() > 1
     said, picture = generate("--face", GROUP, "--mask", tmp_path / "gone.png")
     assert (said.status, picture) == (1, None)
-    assert "ImageError: gone.png: there is no such file" in said.err
+    assert "ImageError: gone.png: no such file" in said.err
 
 
 def test_a_saved_identity_in_the_place_of_the_photo(run, generate, tmp_path):
@@ -210,7 +210,7 @@ def test_the_face_is_found_not_assumed(run, tmp_path):
     [
         ((), "SettingError: Give either --face (once or more) or --identity."),
         (("--face", GROUP, "--identity", "x.safetensors"), "SettingError: Give either --face"),
-        (("--face", "gone.jpg"), "ImageError: gone.jpg: there is no such file"),
+        (("--face", "gone.jpg"), "ImageError: gone.jpg: no such file"),
         (("--face", "grey.png"), "NoFaceError: grey.png: no face was found"),
         (("--face", GROUP, "--face-index", 50), "NoFaceError: group.png: face number 51 was requested, but only"),
         (("--face", GROUP, "--face-index", -1), "SettingError: --face-index: -1 is out of range; use 0 to 50."),
@@ -224,7 +224,7 @@ def test_the_face_is_found_not_assumed(run, tmp_path):
             "MissingWeightsError: No model at sdxl.s",
         ),
         (("--face", GROUP, "--model", "grey.png"), "WrongWeightsError: grey.png ("),
-        (("--face", GROUP, "--pulid", "gone.bin"), "MissingWeightsError: gone.bin was not found"),
+        (("--face", GROUP, "--pulid", "gone.bin"), "MissingWeightsError: --pulid: gone.bin was not found"),
         (("--face", GROUP, "--pulid", "page.bin"), "WrongWeightsError: page.bin is a web page"),
         (("--face", GROUP, "--pulid", "lora.bin"), "WrongWeightsError: lora.bin is a LoRA"),
         (("--face", GROUP, "--num-zero", -1), "SettingError: --num-zero: -1 is out of range; use 0 to 80."),

@@ -145,7 +145,7 @@ def two_endings(folder: Path) -> None:
         (lambda folder: None, "has to be a folder"),
         (photo, "has to be a folder"),
         (empty, "has no photos"),
-        (empty_person, "anna holds no photos"),
+        (empty_person, "anna has no photos"),
         (twice, "the same name for two people"),
         (two_endings, "the same name for two people"),
     ],

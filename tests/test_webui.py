@@ -370,7 +370,7 @@ class TestPlan:
     def test_a_face_that_would_never_act(self, library, one, model):
         plan = self.plan(library, one, {}, {"start_step": 4})
         plan.check_steps(model, 5, hires=False)
-        with pytest.raises(SettingError, match="unit 2, field start_step: .*of the 4 steps.*from step 4 on"):
+        with pytest.raises(SettingError, match="unit 2, field start_step: .*it starts at step 4, but there are only 4 steps"):
             plan.check_steps(model, 4, hires=False)
         plan.check_steps(model, 2, hires=True)  # a face that the first pass has made
         with pytest.raises(SettingError, match="unit 1, field start_step"):
@@ -597,7 +597,7 @@ class TestActions:
             assert library.saved("Second").short_hash == library.saved("First").short_hash
             note = actions.save("x.pulidembd", "", "auto", "largest", 0, "official", "First")[2]
             assert "is for FLUX" in note
-            assert "no photo" in actions.save("Third", "", "auto", "largest", 0, "official", "None")[2]
+            assert "No photo to save" in actions.save("Third", "", "auto", "largest", 0, "official", "None")[2]
         finally:
             for path in saved:
                 path.unlink(missing_ok=True)
