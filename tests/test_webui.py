@@ -370,7 +370,7 @@ class TestPlan:
     def test_a_face_that_would_never_act(self, library, one, model):
         plan = self.plan(library, one, {}, {"start_step": 4})
         plan.check_steps(model, 5, hires=False)
-        with pytest.raises(SettingError, match="unit 2, field start_step: .*it starts at step 4, but there are only 4 steps"):
+        with pytest.raises(SettingError, match="unit 2, field start_step: .*step 4, but there are only 4 steps"):
             plan.check_steps(model, 4, hires=False)
         plan.check_steps(model, 2, hires=True)  # a face that the first pass has made
         with pytest.raises(SettingError, match="unit 1, field start_step"):
