@@ -1,7 +1,7 @@
-"""Reads and writes `.pulidembd`, stable-diffusion.cpp's identity for FLUX: a GGUF file with the tensor `pulid_id`.
+"""`.pulidembd`, stable-diffusion.cpp's file of one person for FLUX: a GGUF file with the tensor `pulid_id`.
 
 ggml's sizes are [D, N], the last axis first (2048 x 32), so the rows are the identity's tokens. F16, F32 or BF16;
-`general.architecture` is "pulid", `pulid.version` 1. It has no uncond tokens and does not name its encoder.
+`general.architecture` is "pulid", `pulid.version` 1. It has no uncond tokens and does not tell which encoder made it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 7: "?", 10: "Q", 11:
 
 
 def pack(tokens: np.ndarray) -> bytes:
-    """Packs a person's tokens, [N, D] float32, in half precision if they fit."""
+    """Writes a person's tokens, [N, D] float32, in half precision where that has room for them."""
     fits = np.abs(tokens).max(initial=0) <= np.finfo(np.float16).max
     kind, data = (_F16, tokens.astype("<f2")) if fits else (_F32, tokens.astype("<f4"))
     head = MAGIC + struct.pack("<IQQ", 3, 1, 2)
@@ -35,10 +35,10 @@ def pack(tokens: np.ndarray) -> bytes:
 
 
 def unpack(content: bytes) -> np.ndarray:
-    """Unpacks a person's tokens, [N, D] float32.
+    """Reads a person's tokens, [N, D] float32.
 
     Raises:
-        ValueError: it is not such a file; for a damaged file, other exceptions as well.
+        ValueError: it is not such a file; or what the reading of a damaged one raises.
     """
     file = io.BytesIO(content)
     magic, version, tensors, entries = struct.unpack("<4sIQQ", file.read(24))
@@ -46,9 +46,9 @@ def unpack(content: bytes) -> np.ndarray:
         raise ValueError("not a GGUF file")
     facts = dict(_entry(file) for _ in range(entries))
     if facts.get("general.architecture") != ARCHITECTURE:
-        raise ValueError(f"a GGUF file with architecture {facts.get('general.architecture')!r}, not {ARCHITECTURE!r}")
+        raise ValueError(f"a GGUF file of the kind {facts.get('general.architecture')!r}, not {ARCHITECTURE!r}")
     if facts.get("pulid.version", VERSION) != VERSION:
-        raise ValueError(f"version {facts['pulid.version']} is not supported, only {VERSION}")
+        raise ValueError(f"version {facts['pulid.version']}; version {VERSION} is known")
     found = dict(_tensor(file) for _ in range(tensors))
     start = file.tell() + -file.tell() % facts.get("general.alignment", ALIGNMENT)
     shape, kind, place = found[TENSOR]
