@@ -162,7 +162,7 @@ class Trainer:
         return losses.sample_few_steps(predict, noise, self.base.schedule, steps, gradient_steps)
 
     def _id(self, noise: Tensor, text: tuple, rows: list, who: np.ndarray) -> Tensor:
-        clean = self._sample(noise, text, rows, steps=4, gradient_steps=2)
+        clean = self._sample(noise, text, rows, steps=4, gradient_steps=4)
         images = self.vae.decode(clean / SCALE).sample.clamp(-1, 1)
         pixels = ((images.detach() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         marks = [self.find_faces(image) for image in pixels]
