@@ -6,7 +6,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from lib_pulid import catalog
+from lib_pulid.files import catalog
 
 PACKAGES = {
     "torch": "everything",

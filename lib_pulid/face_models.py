@@ -272,7 +272,7 @@ def _load_facexlib(
     """Build one of facexlib's networks and fill it strictly; facexlib's own loader would download."""
     import torch
 
-    from lib_pulid.weight_files import check_numbers, read_state_dict
+    from lib_pulid.files.state_dict import check_numbers, read_state_dict
 
     _require_file(path, what)
     state = {key.removeprefix("module."): value for key, value in read_state_dict(path).items()}

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lib_pulid import catalog, disk, miniature
+from lib_pulid import disk, miniature
 from lib_pulid.errors import MissingWeightsError, NoFaceError
 from lib_pulid.face_models import FaceFiles, load_face_models
 from lib_pulid.faces import LARGEST, Face, FaceChoice
+from lib_pulid.files import catalog
 from lib_pulid.hosts.diffusers import apply, denoiser_of
 from lib_pulid.hosts.diffusers_base import Base, load_base, paint
 from lib_pulid.identity import Identity

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 
 from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, SettingError, WrongWeightsError
 from lib_pulid.face_models import ArcFaceRecogniser, BiSeNetParser, InsightFaceDetector, RetinaFaceLandmarker
-from lib_pulid.heads import checkpoint_family
+from lib_pulid.files.checkpoint_header import checkpoint_family
+from lib_pulid.files.state_dict import HARMLESS, read_state_dict
 from lib_pulid.identity import FILE_FORMAT, LARGEST_FILE, FaceFeatures, Identity, encode_identity
 from lib_pulid.photos import fingerprint_files
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.webui.library import Library
-from lib_pulid.weight_files import HARMLESS, read_state_dict
 from lib_pulid.weights import load_adapter
 from tests.test_identity import PHOTOS, an_identity
 from tests.test_weights import (

@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_pulid import catalog, cli, cli_checks, demo, disk, doctor, download, miniature, standalone
+from lib_pulid import cli, cli_checks, demo, disk, doctor, miniature, standalone
 from lib_pulid.contact_sheet import MARGIN, Section, Tile, contact_sheet
 from lib_pulid.errors import DownloadError, SettingError, StorageError
+from lib_pulid.files import catalog, download
 from lib_pulid.identity import Identity
 from tests.small_models.bases import open_small_workshop
 from tests.small_models.people import GROUP, PORTRAIT
@@ -375,7 +376,7 @@ def hub(monkeypatch, tmp_path):
         put(Path(wanted.target).parents[0], wanted.target.name, folder="")
         tell(wanted.size, wanted.size, "")
 
-    monkeypatch.setattr("lib_pulid.download.fetch", fetch)
+    monkeypatch.setattr("lib_pulid.files.download.fetch", fetch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # facexlib's own folder may hold weights
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     return asked
@@ -469,7 +470,7 @@ def test_downloads_that_fail_do_not_keep_others_from_coming(run, hub, tmp_path, 
             raise DownloadError("no network")
         real(wanted, *rest)
 
-    monkeypatch.setattr("lib_pulid.download.fetch", fail)
+    monkeypatch.setattr("lib_pulid.files.download.fetch", fail)
     said = run("models", "download", "sdxl", "--accept-licence", models=tmp_path / "m")
     assert said.status == 1
     for name in ("pulid_v1.1.safetensors", "parsing_bisenet.pth"):

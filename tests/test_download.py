@@ -23,10 +23,10 @@ from pathlib import Path
 
 import pytest
 
-from lib_pulid import catalog, download
-from lib_pulid.catalog import WeightFile
-from lib_pulid.download import Patience, Wanted
 from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
+from lib_pulid.files import catalog, download
+from lib_pulid.files.catalog import WeightFile
+from lib_pulid.files.download import Patience, Wanted
 from tests import file_server
 from tests.file_server import FOREVER, chunked, cut, held, length, other_bytes, serving, slowly, stall, status, until
 
@@ -313,7 +313,7 @@ def test_a_wrong_file_is_set_aside_not_lost(server, wanted):
 def program(wanted: Wanted, code: str = "") -> str:
     return textwrap.dedent(f"""
         from pathlib import Path
-        from lib_pulid.download import *
+        from lib_pulid.files.download import *
         {code}
         fetch(Wanted({wanted.url!r}, Path({str(wanted.target)!r}), {wanted.size}, {wanted.sha256!r}))
         """)
@@ -375,8 +375,8 @@ def hub_file(**facts: object) -> WeightFile:
 def from_hub(tmp_path: Path, file: WeightFile, **variables: str) -> tuple[int, str]:
     code = f"""
         from pathlib import Path
-        from lib_pulid.catalog import WeightFile, download
-        from lib_pulid.download import Patience
+        from lib_pulid.files.catalog import WeightFile, download
+        from lib_pulid.files.download import Patience
         download({file!r}, Path({str(tmp_path)!r}), patience=Patience(wait=0.02, attempts=2))
         """
     return ends(run(textwrap.dedent(code), **variables))

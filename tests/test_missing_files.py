@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lib_pulid import catalog
-from lib_pulid.catalog import WeightFile
 from lib_pulid.errors import SettingError
+from lib_pulid.files import catalog
+from lib_pulid.files.catalog import WeightFile
 from tests import small_models
 from tests.fake_modules.models import WIDTH
 from tests.fake_webui import webui

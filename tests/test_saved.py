@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib_pulid import catalog, disk, names, pulidembd
+from lib_pulid import disk, names
 from lib_pulid.errors import (
     IdentityMismatchError,
     MissingWeightsError,
@@ -23,6 +23,7 @@ from lib_pulid.errors import (
     StorageError,
     WrongWeightsError,
 )
+from lib_pulid.files import catalog, pulidembd
 from lib_pulid.identity import Identity, with_uncond
 from lib_pulid.injection import compile_injection
 from lib_pulid.webui.library import Library

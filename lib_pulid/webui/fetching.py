@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib_pulid import catalog
-from lib_pulid.catalog import WeightFile
 from lib_pulid.errors import PulidError
+from lib_pulid.files import catalog
+from lib_pulid.files.catalog import WeightFile
 
 
 @dataclass(frozen=True)

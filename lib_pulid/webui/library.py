@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib_pulid import catalog, disk, names
+from lib_pulid import disk, names
 from lib_pulid.disk import listed as _files
 from lib_pulid.errors import (
     IdentityMismatchError,
@@ -24,8 +24,9 @@ from lib_pulid.errors import (
     WrongWeightsError,
 )
 from lib_pulid.fields import AUTO
-from lib_pulid.heads import checkpoint_family, read_head
-from lib_pulid.pulidembd import SUFFIX as PULIDEMBD
+from lib_pulid.files import catalog
+from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
+from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.webui.fetching import Downloads
 from lib_pulid.webui.interruptible import Interruptible
 from lib_pulid.webui.readers import Readers
@@ -369,7 +370,7 @@ def _family(path: Path) -> str:
     """By the names of a safetensors file's tensors, which stand at its head; of a pickle only the catalogue tells."""
     if path.suffix.lower() != ".safetensors":
         return next((file.group for file in catalog.CATALOG if file.name == path.name), "")
-    keys = read_head(path)
+    keys = read_header(path)
     if not keys:
         return ""  # damaged: listed, and loading it says what is wrong
     if any(key.startswith("pulid_ca.") for key in keys):

@@ -9,9 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from lib_pulid import catalog
-from lib_pulid.catalog import FAMILIES, WeightFile
-from lib_pulid.download import in_words
+from lib_pulid.files import catalog
+from lib_pulid.files.catalog import FAMILIES, WeightFile
+from lib_pulid.files.download import in_words
 from lib_pulid.webui.actions import AT_ONCE
 from lib_pulid.webui.fetching import State
 from lib_pulid.webui.library import Library

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from lib_pulid import catalog
 from lib_pulid.errors import is_out_of_memory
+from lib_pulid.files import catalog
 
 if TYPE_CHECKING:
     from lib_pulid.faces import Face, FaceChoice, FaceModels

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lib_pulid import catalog
 from lib_pulid.errors import (
     IdentityMismatchError,
     MissingWeightsError,
@@ -21,7 +20,8 @@ from lib_pulid.errors import (
     WrongWeightsError,
 )
 from lib_pulid.fields import FIELD, FIELDS, PRESETS, WEIGHTS, check, schema, spelled
-from lib_pulid.pulidembd import SUFFIX as PULIDEMBD
+from lib_pulid.files import catalog
+from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui import pictures
 from lib_pulid.webui.fetching import Downloads

@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lib_pulid import disk
-from lib_pulid import download as downloads
-from lib_pulid.download import Patience, Tell, Wanted, in_words
 from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
+from lib_pulid.files import download as downloads
+from lib_pulid.files.download import Patience, Tell, Wanted, in_words
 
 MODELS_DIR_VARIABLE = "PULID_MODELS_DIR"
 FAMILIES = ("sdxl", "flux")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lib_pulid.heads import GGUF_LIST, GGUF_TEXT, gguf_skip, gguf_text
+from lib_pulid.files.checkpoint_header import GGUF_LIST, GGUF_TEXT, gguf_skip, gguf_text
 
 SUFFIX = ".pulidembd"
 MAGIC = b"GGUF"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-LARGEST_HEAD = 100_000_000  # bytes
+LARGEST_HEADER = 100_000_000  # bytes
 
 # GGUF's kinds of values: bytes of those of fixed size; and the two others.
 _GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -25,7 +25,7 @@ _SDXL_SITES, _SDXL_TEXT_WIDTH = 70, 2048
 
 def checkpoint_family(path: Path) -> str:
     """ "sdxl" or "flux"; "" for anything else, and where the head does not tell (a pickle, a damaged file)."""
-    shapes = read_head(path)
+    shapes = read_header(path)
     names = [name.removeprefix("model.diffusion_model.") for name in shapes]
     if all(any(name.startswith(part) for name in names) for part in _FLUX):
         return "" if any(name.startswith(_NOT_FLUX) for name in names) else "flux"
@@ -33,7 +33,7 @@ def checkpoint_family(path: Path) -> str:
     return "sdxl" if len(widths) == _SDXL_SITES or set(widths) == {_SDXL_TEXT_WIDTH} else ""
 
 
-def read_head(path: Path) -> Mapping[str, tuple[int, ...]]:
+def read_header(path: Path) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of a safetensors or GGUF file's tensors; empty if it is neither, or cannot be read."""
     readers = {".safetensors": _safetensors, ".sft": _safetensors, ".gguf": _gguf}
     try:
@@ -46,7 +46,7 @@ def read_head(path: Path) -> Mapping[str, tuple[int, ...]]:
 
 
 def _safetensors(file: BinaryIO) -> Mapping[str, tuple[int, ...]]:
-    entries = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEAD)))
+    entries = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEADER)))
     return {name: tuple(map(int, entry["shape"])) for name, entry in entries.items() if name != "__metadata__"}
 
 
@@ -70,7 +70,7 @@ def _gguf(file: BinaryIO) -> Mapping[str, tuple[int, ...]]:
 
 def gguf_text(file: BinaryIO) -> str:
     (length,) = struct.unpack("<Q", file.read(8))
-    if file.tell() + length > LARGEST_HEAD:
+    if file.tell() + length > LARGEST_HEADER:
         raise ValueError("too long a head")
     return file.read(length).decode()
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib_pulid.errors import DownloadError
-from lib_pulid.server import Answer, Broken, get
+from lib_pulid.files.server import Answer, Broken, get
 
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 SUM = re.compile(r"[0-9a-f]{64}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
-from lib_pulid.heads import LARGEST_HEAD
+from lib_pulid.files.checkpoint_header import LARGEST_HEADER
 
 HARMLESS = 2**29  # bytes
 
@@ -76,7 +76,7 @@ def _with_text_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] 
 
     with path.open("rb") as file:
         try:
-            entries = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEAD)))
+            entries = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEADER)))
             facts = entries["__metadata__"].items()
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return None

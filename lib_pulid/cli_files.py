@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lib_pulid import catalog, disk
-from lib_pulid.catalog import FAMILIES, WeightFile
-from lib_pulid.download import Tell, in_words
+from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, SettingError
+from lib_pulid.files import catalog
+from lib_pulid.files.catalog import FAMILIES, WeightFile
+from lib_pulid.files.download import Tell, in_words
 
 
 def run(action: str, names: Sequence[str], models_dir: Path, accept_licence: bool = False) -> int:
