@@ -11,7 +11,7 @@ from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, SettingError
 from lib_pulid.files import catalog
 from lib_pulid.files.catalog import FAMILIES, WeightFile
-from lib_pulid.files.download import Tell, in_words
+from lib_pulid.files.download import ProgressCallback, format_size
 
 
 def run(action: str, names: Sequence[str], models_dir: Path, accept_licence: bool = False) -> int:
@@ -43,7 +43,7 @@ def report(files: Sequence[WeightFile], models_dir: Path, deep: bool) -> tuple[i
                 wrong = catalog.verify(file, path, tell) if deep else catalog.problem(file, path)
         states.append(state := _state(file, path, wrong, deep))
         notice = "" if path or not file.restricted else f"; {file.licence}"
-        print(f"{state:15} {file.told_size if path is None else in_words(max(0, disk.size_of(path))):>15}  "
+        print(f"{state:15} {file.told_size if path is None else format_size(max(0, disk.size_of(path))):>15}  "
               f"{file.name:42} {file.purpose:34} {path or models_dir / file.folder}{notice}")  # fmt: skip
         if wrong:
             print(f"{'':15} {wrong}")
@@ -112,7 +112,7 @@ def _ask_licence(file: WeightFile) -> None:
 
 
 @contextmanager
-def _bar(name: str) -> Iterator[Tell]:
+def _bar(name: str) -> Iterator[ProgressCallback]:
     """A bar on a terminal, nothing elsewhere."""
     from tqdm import tqdm
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from lib_pulid import disk
 from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
 from lib_pulid.files import download as downloads
-from lib_pulid.files.download import Patience, Tell, Wanted, in_words
+from lib_pulid.files.download import Download, ProgressCallback, RetryPolicy, format_size, no_progress
 
 MODELS_DIR_VARIABLE = "PULID_MODELS_DIR"
 FAMILIES = ("sdxl", "flux")
@@ -56,7 +56,7 @@ class WeightFile:
 
     @property
     def told_size(self) -> str:
-        return in_words(self.size) if self.size else "size not known"
+        return format_size(self.size) if self.size else "size not known"
 
 
 # Sizes and sums were not measured here. They are what public lists say, each sum found in several with the same size:
@@ -153,11 +153,11 @@ def problem(file: WeightFile, path: Path) -> str:
     return f"{path} is {other}, not {file.name}" if other else f"{path} has {size:,} bytes, not {file.size:,}"
 
 
-def verify(file: WeightFile, path: Path, tell: Tell = lambda done, total, note: None) -> str:
+def verify(file: WeightFile, path: Path, progress: ProgressCallback = no_progress) -> str:
     """As `problem`, with the sum of all bytes, which takes seconds."""
     if (wrong := problem(file, path)) or not file.sha256:
         return wrong
-    return _wrong_sum(file, path, downloads.sha256_of(path, tell))
+    return _wrong_sum(file, path, downloads.sha256_of(path, progress))
 
 
 def fingerprint(files: Mapping[str, Path], fingerprint_of: Callable[[Path], str]) -> str:
@@ -279,9 +279,9 @@ def _folder_of(*variables: str, default: str | Path = "~/.cache") -> Path:
 def download(
     file: WeightFile,
     models_dir: Path,
-    tell: Tell = lambda done, total, note: None,
+    progress: ProgressCallback = no_progress,
     replace: bool = False,
-    patience: Patience = Patience(),  # noqa: B008
+    policy: RetryPolicy = RetryPolicy(),  # noqa: B008
 ) -> Path:
     """Fetches a file into its folder, whole or not at all; one that is there is left alone.
 
@@ -297,7 +297,7 @@ def download(
     for source in filter(None, (file.source, file.origin)):
         try:
             url, headers = (source, {}) if "://" in source else downloads.address(source, file.name, file.revision)
-            downloads.fetch(Wanted(url, target, file.size, file.sha256), headers, tell, patience)
+            downloads.fetch(Download(url, target, file.size, file.sha256), headers, progress, policy)
             return target
         except DownloadError as error:
             first = first or error
