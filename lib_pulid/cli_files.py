@@ -1,16 +1,16 @@
-"""`python -m lib_pulid models`: the weight files listed, downloaded, checked."""
+"""`python -m lib_pulid models`: lists, downloads and verifies the weight files."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, SettingError
 from lib_pulid.files import catalog
-from lib_pulid.files.catalog import FAMILIES, WeightFile
+from lib_pulid.files.catalog import FAMILIES, Status, WeightFile
 from lib_pulid.files.download import ProgressCallback, format_size
 
 
@@ -18,59 +18,55 @@ def run(action: str, names: Sequence[str], models_dir: Path, accept_licence: boo
     """action: "list", "download" or "verify". names: of files, or families; () for all of them.
 
     Returns:
-        0; 1 if a file could not be had (download), or is wrong or, asked for by name, not there (verify).
+        0; 1 if a file could not be downloaded, or (verify) is wrong or, asked for by name, missing.
     """
     if action == "download":
         return download(_chosen(names or FAMILIES, models_dir), models_dir, accept_licence, replace=names)
-    files = _chosen(names, models_dir) if names else list(catalog.CATALOG)
-    wrong, lacking = report(files, models_dir, deep=action == "verify")
-    return int(action == "verify" and bool(wrong or (names and lacking)))
+    found = show(_chosen(names, models_dir) or catalog.CATALOG, models_dir, verify=action == "verify")
+    wrong = [one for one in found if one.state == "differs" or (names and one.state == "missing")]
+    return int(action == "verify" and bool(wrong))
 
 
-def report(files: Sequence[WeightFile], models_dir: Path, deep: bool) -> tuple[int, int]:
-    """One line per file, and what is wrong with it. deep: reads every byte of it.
-
-    Returns:
-        How many are wrong, and how many are not there.
-    """
-    print(f"In {models_dir}")
-    states = []
+def show(files: Sequence[WeightFile], models_dir: Path, verify: bool = False) -> list[Status]:
+    """Prints a line for each file, and what is wrong with it. verify: reads every byte."""
+    print(f"Weights in {models_dir}")
+    found = []
     for file in files:
-        path = catalog.find(file, models_dir)
-        wrong = ""
-        if path is not None:
-            with _bar(file.name) as tell:
-                wrong = catalog.verify(file, path, tell) if deep else catalog.problem(file, path)
-        states.append(state := _state(file, path, wrong, deep))
-        notice = "" if path or not file.restricted else f"; {file.licence}"
-        print(f"{state:15} {file.told_size if path is None else format_size(max(0, disk.size_of(path))):>15}  "
-              f"{file.name:42} {file.purpose:34} {path or models_dir / file.folder}{notice}")  # fmt: skip
-        if wrong:
-            print(f"{'':15} {wrong}")
-    return states.count("DIFFERS"), states.count("missing")
+        with _bar(file.name) if verify else nullcontext() as progress:
+            found.append(one := catalog.status(file, models_dir, progress))
+        state = one.state
+        if verify and state == "there":
+            state = "verified" if file.sha256 else "no checksum"
+        size = file.size_text if one.path is None else format_size(disk.size_of(one.path))
+        place = f"{models_dir / file.folder}; {file.licence}" if one.path is None else one.path
+        print(f"{state:11} {size:>14}  {file.name:39} {file.purpose:34} {place}")
+        if one.problem:
+            print(f"{'':11} {one.problem}")
+    return found
 
 
 def download(
     files: Sequence[WeightFile], models_dir: Path, accept_licence: bool = False, replace: Sequence[str] = ()
 ) -> int:
-    """One after another; one that fails does not keep the others from coming. replace: names of files that are fetched
-    again where what is there is wrong."""
+    """Downloads files one after another; one that fails does not stop the others.
+
+    replace: names of files that are downloaded again if they are wrong.
+    """
     failed = 0
     for file in files:
-        there = catalog.find(file, models_dir)
-        wrong = catalog.problem(file, there) if there else ""
-        if there is not None and not wrong:
-            print(f"{file.name}: {there}")
+        one = catalog.status(file, models_dir)
+        if one.state == "there":
+            print(f"{file.name}: {one.path}")
             continue
-        if wrong and not (file.name in replace or file in catalog.missing("", models_dir)):
-            print(f"{wrong}. It is left alone; to get it again: python -m lib_pulid models download {file.name}")
+        if one.usable and file.name not in replace:
+            print(f"{one.problem}. It is left alone; to replace it: python -m lib_pulid models download {file.name}")
             continue
         try:
             if file.restricted and not accept_licence:
                 _ask_licence(file)
-            print(f"{file.name} ({file.purpose}), {file.told_size}, licence: {file.licence}", flush=True)
-            with _bar(file.name) as tell:
-                path = catalog.download(file, models_dir, tell, replace=bool(wrong))
+            print(f"{file.name} ({file.purpose}), {file.size_text}, licence: {file.licence}", flush=True)
+            with _bar(file.name) as progress:
+                path = catalog.download(file, models_dir, progress, replace=one.path is not None)
             print(f"{file.name}: {path}")
         except MissingWeightsError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -79,28 +75,19 @@ def download(
 
 
 def _chosen(names: Sequence[str], models_dir: Path) -> list[WeightFile]:
-    """The files of that name, and for a family its encoders and its PuLID file: the one that is there, or the first."""
+    """Gives the files of these names; for a family the encoders and a PuLID file, one that is there or the first."""
     chosen: list[WeightFile] = []
     for name in names:
-        file = catalog.named(name)
+        file, group = catalog.named(name), catalog.in_group(name) if name in FAMILIES else ()
         if file is not None:
             chosen.append(file)
-        elif name in FAMILIES:
-            group = catalog.in_group(name)
-            chosen += catalog.in_group("encoders")
-            chosen.append(next((one for one in group if catalog.find(one, models_dir)), group[0]))
+        elif group:
+            there = (one for one in group if catalog.status(one, models_dir).path)
+            chosen += [*catalog.in_group("encoders"), next(there, group[0])]
         else:
             known = ", ".join([*FAMILIES, *(file.name for file in catalog.CATALOG)])
             raise SettingError(f"Unknown: {name}. Known: {known}.")
     return list(dict.fromkeys(chosen))
-
-
-def _state(file: WeightFile, path: Path | None, wrong: str, deep: bool) -> str:
-    if path is None:
-        return "missing"
-    if wrong:
-        return "DIFFERS"
-    return "there" if not deep else "right" if file.sha256 else "sum not known"
 
 
 def _ask_licence(file: WeightFile) -> None:
@@ -113,14 +100,14 @@ def _ask_licence(file: WeightFile) -> None:
 
 @contextmanager
 def _bar(name: str) -> Iterator[ProgressCallback]:
-    """A bar on a terminal, nothing elsewhere."""
+    """Shows a bar on a terminal, nothing elsewhere."""
     from tqdm import tqdm
 
     with tqdm(desc=name, unit="B", unit_scale=True, disable=None, leave=False) as shown:
 
-        def tell(done: int, total: int, note: str) -> None:
+        def progress(done: int, total: int, note: str) -> None:
             shown.total = total or shown.total
             shown.set_postfix_str(note, refresh=bool(note))
             shown.update(done - shown.n)
 
-        yield tell
+        yield progress

@@ -1,4 +1,4 @@
-"""What a machine has and lacks for PuLID, in words."""
+"""`python -m lib_pulid doctor`: what a machine has and lacks for PuLID."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+from lib_pulid import cli_files
 from lib_pulid.files import catalog
+
+DOWNLOAD = "python -m lib_pulid models download"
 
 PACKAGES = {
     "torch": "everything",
     "timm": "vision tower",
     "facexlib": "face landmarks and parser",
-    "insightface": "face detector and recogniser",
+    "insightface": "face detector and recognizer",
     "onnxruntime": "runs insightface's models (onnxruntime-gpu will do as well)",
     "opencv-python": "images",
     "safetensors": "weight files",
@@ -27,7 +30,7 @@ def report(models_dir: Path) -> int:
     problems = _packages()
     _device()
     problems += _files(models_dir)
-    families = {family: _lacks(family, models_dir) for family in ("sdxl", "flux")}
+    families = {family: _lacks(family, models_dir) for family in catalog.FAMILIES}
     print()
     for problem in [*problems, *filter(None, families.values())]:
         print(f"to do: {problem}")
@@ -79,23 +82,17 @@ def _device() -> None:
 
 
 def _files(models_dir: Path) -> list[str]:
-    print(f"\nWeights in {models_dir}")
-    problems = []
-    for file in catalog.CATALOG:
-        path = catalog.find(file, models_dir)
-        state = "there" if path else "missing"
-        if path and (wrong := catalog.problem(file, path)):
-            state = "DIFFERS"
-            problems.append(f"{wrong}: python -m lib_pulid models download {file.name}")
-        print(f"{state:10} {file.name:40} {file.purpose}{f'  ({path.parent})' if path else ''}")
-        if path is None and file.group == "encoders":
-            problems.append(f"python -m lib_pulid models download {file.name}   ({file.licence})")
-    return problems
+    """Prints what is there; returns what to do for files that differ and for encoders that are missing."""
+    print()
+    found = cli_files.show(catalog.CATALOG, models_dir)
+    wrong = [f"{one.problem}: {DOWNLOAD} {one.file.name}" for one in found if one.problem]
+    lacking = [one.file for one in found if one.path is None and one.file.group == "encoders"]
+    return wrong + [f"{DOWNLOAD} {file.name}   ({file.licence})" for file in lacking]
 
 
 def _lacks(family: str, models_dir: Path) -> str:
-    """What to do to get a PuLID file of the family, or nothing."""
+    """Says what to do to get a PuLID file of the family, or nothing."""
     if catalog.find_adapter(family, models_dir):
         return ""
     first, *others = (file.name for file in catalog.in_group(family))
-    return f"for {family.upper()}: python -m lib_pulid models download {first}   (or {', '.join(others)})"
+    return f"for {family.upper()}: {DOWNLOAD} {first}   (or {', '.join(others)})"

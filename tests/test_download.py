@@ -26,7 +26,7 @@ import pytest
 from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
 from lib_pulid.files import catalog, download
 from lib_pulid.files.catalog import WeightFile
-from lib_pulid.files.download import Download, RetryPolicy
+from lib_pulid.files.download import Download, ProgressCallback, RetryPolicy, no_progress
 from tests import file_server
 from tests.file_server import FOREVER, chunked, cut, held, length, other_bytes, serving, slowly, stall, status, until
 
@@ -474,17 +474,17 @@ def put(path: Path, data: bytes = b"1234") -> Path:
 )
 def test_files_are_found_where_others_keep_them(tmp_path, name, place):
     file = catalog.named(name)
-    assert catalog.find(file, tmp_path / "models") is None
+    assert catalog.status(file, tmp_path / "models").path is None
     path = put(tmp_path / place / name)
-    assert catalog.find(file, tmp_path / "models") == path
+    assert catalog.status(file, tmp_path / "models").path == path
 
 
 @pytest.fixture
 def one(monkeypatch, server) -> WeightFile:
     """An encoder file, the only one of its catalogue."""
     file = WeightFile(
-        "a.bin", "insightface/models/antelopev2", "face recogniser", server.url("a.bin"), "encoders", "research only",
-        restricted=True, size=len(DATA), sha256=SUM, others=((7, "somebody else's"),),
+        "a.bin", "insightface/models/antelopev2", "face recognizer", server.url("a.bin"), "encoders", "research only",
+        restricted=True, size=len(DATA), sha256=SUM, role="recogniser", others=((7, "somebody else's"),),
     )  # fmt: skip
     monkeypatch.setattr(catalog, "CATALOG", (file,))
     return file
@@ -492,30 +492,50 @@ def one(monkeypatch, server) -> WeightFile:
 
 def test_the_right_file_goes_before_a_wrong_one(one, tmp_path):
     wrong = put(tmp_path / one.folder / "a.bin")
-    assert catalog.find(one, tmp_path) == wrong
+    assert catalog.status(one, tmp_path).path == wrong
     right = put(tmp_path / "antelopev2" / "a.bin", DATA)
-    assert catalog.find(one, tmp_path) == right
+    assert catalog.status(one, tmp_path).path == right
 
 
 def test_what_is_wrong_with_a_file(one, tmp_path):
     path = tmp_path / "a.bin"
-    assert catalog.verify(one, put(path, DATA)) == catalog.problem(one, path) == ""
-    assert catalog.problem(one, put(path, DATA[:-1])) == f"{path} has 499,999 bytes, not 500,000"
-    assert catalog.problem(one, put(path, b"1234567")) == f"{path} is somebody else's, not a.bin"
-    assert catalog.problem(one, put(path, DATA[:-1] + b"?")) == ""  # as large as it should be
-    assert catalog.verify(one, path).startswith(f"{path} is damaged: its sum is ")
-    assert catalog.verify(replace(one, sha256="", size=0), path) == ""
+
+    def problem(content: bytes, file: WeightFile = one, verify: ProgressCallback | None = None) -> str:
+        put(path, content)
+        return catalog.status(file, tmp_path, verify).problem
+
+    assert problem(DATA) == problem(DATA, verify=no_progress) == ""
+    assert problem(DATA[:-1]) == f"{path} has 499,999 bytes, not 500,000"
+    assert problem(b"1234567") == f"{path} is somebody else's, not a.bin"
+    damaged = DATA[:-1] + b"?"  # as large as it should be
+    assert problem(damaged) == ""
+    assert problem(damaged, verify=no_progress).startswith(f"{path} is damaged: its checksum is ")
+    assert problem(damaged, replace(one, sha256="", size=0), no_progress) == ""
+
+
+def test_states(one, tmp_path):
+    """Of a file that is missing, right, of another size, and somebody else's."""
+    contents = {"missing": None, "there": DATA, "differs": DATA[:-1]}
+    for state, content in contents.items():
+        if content is not None:
+            put(tmp_path / "a.bin", content)
+        found = catalog.status(one, tmp_path)
+        assert (found.state, found.usable) == (state, content is not None)
+    put(tmp_path / "a.bin", b"1234567")
+    assert not catalog.status(one, tmp_path).usable
 
 
 def test_another_recogniser_under_the_name_is_refused(one, tmp_path):
-    with pytest.raises(MissingWeightsError, match=r"a\.bin \(face recogniser, 500 kB\) -> .*antelopev2   from http"):
+    with pytest.raises(MissingWeightsError, match=r"a\.bin \(face recognizer, 500 kB\) -> .*antelopev2   from http"):
         catalog.require_encoders(tmp_path)
     path = put(tmp_path / one.folder / "a.bin", b"1234567")
-    with pytest.raises(WrongWeightsError, match="is somebody else's, not a.bin; with it, other people's faces"):
+    with pytest.raises(
+        WrongWeightsError, match="is somebody else's, not a.bin; .* the wrong person's face"
+    ):
         catalog.require_encoders(tmp_path)
     assert catalog.missing("", tmp_path) == (one,)
     assert catalog.download(one, tmp_path, policy=QUICK) == path
-    assert catalog.require_encoders(tmp_path) == {"a.bin": path}
+    assert catalog.require_encoders(tmp_path) == {"recogniser": path}
     assert path.with_name("a.bin.other").read_bytes() == b"1234567"
 
 
@@ -530,12 +550,12 @@ def test_damage_shows_when_a_file_is_read(one, tmp_path):
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
     path = put(tmp_path / "a.bin", DATA)
-    assert catalog.fingerprint({"a.bin": path}, start_of_sum) == SUM[:16]
+    assert catalog.fingerprint({"recogniser": path}, start_of_sum) == SUM[:16]
     put(path, DATA[:-1] + b"?")
     with pytest.raises(WrongWeightsError, match="is damaged.*models download a.bin"):
-        catalog.fingerprint({"a.bin": path}, start_of_sum)
+        catalog.fingerprint({"recogniser": path}, start_of_sum)
     put(path, b"a stand-in")  # another size: what it is shows when it is loaded
-    assert catalog.fingerprint({"a.bin": path}, start_of_sum) == start_of_sum(path)
+    assert catalog.fingerprint({"recogniser": path}, start_of_sum) == start_of_sum(path)
 
 
 def test_what_a_family_lacks(tmp_path, monkeypatch):

@@ -28,8 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("miniature",),
     ("standalone", "webui"),
-    ("demo", "doctor", "evaluate", "cli_files", "cli_checks"),
-    ("bench",),
+    ("demo", "evaluate", "cli_files", "cli_checks"),
+    ("bench", "doctor"),
     ("cli",),
     ("__main__",),
 )

@@ -231,9 +231,9 @@ def test_a_copy_that_may_be_read_goes_before_one_that_may_not(tmp_path, closed):
     for folder in ("pulid", "ControlNet"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file.name).write_bytes(b"x")
-    assert catalog.find(file, tmp_path) == tmp_path / "pulid" / file.name
+    assert catalog.status(file, tmp_path).path == tmp_path / "pulid" / file.name
     closed.append(str(tmp_path / "pulid"))
-    assert catalog.find(file, tmp_path) == tmp_path / "ControlNet" / file.name
+    assert catalog.status(file, tmp_path).path == tmp_path / "ControlNet" / file.name
 
 
 def test_nobody_looks_for_files_in_another_way():

@@ -94,7 +94,7 @@ def _studio(workshop: Workshop, encoders, arguments: argparse.Namespace) -> Stud
 
 def _panel(arguments: argparse.Namespace, encoders: Encoders, device: str) -> Panel:
     drawn = arguments.model in miniature.MODELS
-    own = None if drawn else catalog.require_encoders(arguments.models_dir)["glintr100.onnx"]
+    own = None if drawn else catalog.require_encoders(arguments.models_dir)["recogniser"]
     judges: list[FaceJudge] = [DrawnJudge(miniature.judge())] if drawn else []
     if arguments.judge or not drawn:
         judges += open_judges(arguments.judge, own, arguments.models_dir, device)

@@ -1,4 +1,4 @@
-"""The weight files: what each is for, where it comes from, where it lies, and whether it is the right one.
+"""The catalog of weight files: what each is for, where it comes from, where it lies, and whether it is the right one.
 
 Folders are those of the WebUIs: `pulid`, `insightface/models/antelopev2`, `facexlib` below the models folder.
 """
@@ -19,6 +19,8 @@ from lib_pulid.files.download import Download, ProgressCallback, RetryPolicy, fo
 MODELS_DIR_VARIABLE = "PULID_MODELS_DIR"
 FAMILIES = ("sdxl", "flux")
 _NON_COMMERCIAL = "InsightFace model licence: non-commercial research purposes only"
+_ANTELOPE = "insightface/models/antelopev2"
+_ANTELOPE_AT = "ba0c3e10f4548361eb9a63265d87ce1140ab5a05"
 _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download/"
 
 
@@ -32,6 +34,7 @@ class WeightFile:
         group: "sdxl", "flux" (one file of a group is enough) or "encoders" (all are needed).
         licence: in words; `restricted` licences have to be accepted.
         size: bytes, or 0 where it is not known. sha256: or "" where it is not known.
+        role: of an encoder: "tower", or its name in `face_models.FaceFiles`.
         others: sizes of well-known other files that people put under this name, and what they are.
     """
 
@@ -46,6 +49,7 @@ class WeightFile:
     sha256: str = ""
     revision: str = "main"
     origin: str = ""
+    role: str = ""
     others: tuple[tuple[int, str], ...] = ()
 
     @property
@@ -55,15 +59,35 @@ class WeightFile:
         return self.source if "://" in self.source else self.origin or hub
 
     @property
-    def told_size(self) -> str:
+    def size_text(self) -> str:
         return format_size(self.size) if self.size else "size not known"
 
 
-# Sizes and sums were not measured here. They are what public lists say, each sum found in several with the same size:
-# pulid_v1.1, EVA02_CLIP, antelopev2: a script that pins URL, size and sum of each at the revisions named here;
-# pulid_flux_v0.9.1: utensils/mold's manifest and experiment notes; its size: download checks of several projects;
-# detection_Resnet50_Final, parsing_bisenet: model lists of several projects, those of facexlib's GitHub release and of
-# the copies on the hub (leonelhs/facexlib) being the same.
+@dataclass(frozen=True)
+class Status:
+    """What is there of a file. path: None where it is missing. problem: what is wrong with it, or ""."""
+
+    file: WeightFile
+    path: Path | None = None
+    problem: str = ""
+
+    @property
+    def state(self) -> str:
+        """ "there", "missing" or "differs"."""
+        return "missing" if self.path is None else "differs" if self.problem else "there"
+
+    @property
+    def usable(self) -> bool:
+        """Files of other sizes pass, and loading them tells what they are. But another face recognizer loads like the
+        right one and gives a stranger's face, so those that are known do not."""
+        return self.path is not None and disk.size_of(self.path) not in dict(self.file.others)
+
+
+# Sizes and checksums were not measured here. They are what public lists say, each checksum found in several with the
+# same size: pulid_v1.1, EVA02_CLIP, antelopev2: a script that pins URL, size and checksum of each at the revisions
+# named here; pulid_flux_v0.9.1: utensils/mold's manifest and experiment notes; its size: download checks of several
+# projects; detection_Resnet50_Final, parsing_bisenet: model lists of several projects, those of facexlib's GitHub
+# release and of the copies on the hub (leonelhs/facexlib) being the same.
 # w600k_r50 and w600k_mbf (buffalo_l, buffalo_s) and AuraFace's file of the very same name: likewise.
 CATALOG = (
     WeightFile(
@@ -81,21 +105,19 @@ CATALOG = (
     ),
     WeightFile("pulid_flux_v0.9.0.safetensors", "pulid", "PuLID v0.9.0 for FLUX", "guozinan/PuLID", "flux"),
     WeightFile(
-        "EVA02_CLIP_L_336_psz14_s6B.pt", "pulid", "vision tower", "QuanSun/EVA-CLIP", "encoders", "MIT",
+        "EVA02_CLIP_L_336_psz14_s6B.pt", "pulid", "vision tower", "QuanSun/EVA-CLIP", "encoders", "MIT", role="tower",
         size=856_461_210, sha256="84c3a17a228c567a155259b2245b0b59072bf7da510260a0a02ec54de6d50b05",
         revision="11afd202f2ae80869d6cef18b1ec775e79bd8d12",
     ),
     WeightFile(
-        "scrfd_10g_bnkps.onnx", "insightface/models/antelopev2", "face detector", "DIAMONIK7777/antelopev2",
-        "encoders", _NON_COMMERCIAL, restricted=True, size=16_923_827,
+        "scrfd_10g_bnkps.onnx", _ANTELOPE, "face detector", "DIAMONIK7777/antelopev2", "encoders", _NON_COMMERCIAL,
+        restricted=True, revision=_ANTELOPE_AT, role="detector", size=16_923_827,
         sha256="5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91",
-        revision="ba0c3e10f4548361eb9a63265d87ce1140ab5a05",
     ),
     WeightFile(
-        "glintr100.onnx", "insightface/models/antelopev2", "face recogniser", "DIAMONIK7777/antelopev2",
-        "encoders", _NON_COMMERCIAL, restricted=True, size=260_665_334,
+        "glintr100.onnx", _ANTELOPE, "face recognizer", "DIAMONIK7777/antelopev2", "encoders", _NON_COMMERCIAL,
+        restricted=True, revision=_ANTELOPE_AT, role="recogniser", size=260_665_334,
         sha256="4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
-        revision="ba0c3e10f4548361eb9a63265d87ce1140ab5a05",
         others=(
             (174_383_860, "w600k_r50.onnx of buffalo_l"),
             (13_616_099, "w600k_mbf.onnx of buffalo_s"),
@@ -104,13 +126,13 @@ CATALOG = (
     ),
     WeightFile(
         "detection_Resnet50_Final.pth", "facexlib", "face landmarks (RetinaFace)", "leonelhs/facexlib", "encoders",
-        "MIT", size=109_497_761, sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d",
-        origin=_FACEXLIB + "v0.1.0/detection_Resnet50_Final.pth",
+        "MIT", role="landmarker", origin=_FACEXLIB + "v0.1.0/detection_Resnet50_Final.pth",
+        size=109_497_761, sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d",
     ),
     WeightFile(
-        "parsing_bisenet.pth", "facexlib", "face parser (BiSeNet)", "leonelhs/facexlib", "encoders", "MIT",
+        "parsing_bisenet.pth", "facexlib", "face parser (BiSeNet)", "leonelhs/facexlib", "encoders",
+        "MIT", role="parser", origin=_FACEXLIB + "v0.2.0/parsing_bisenet.pth",
         size=53_289_463, sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
-        origin=_FACEXLIB + "v0.2.0/parsing_bisenet.pth",
     ),
 )  # fmt: skip
 
@@ -131,21 +153,90 @@ def named(name: str) -> WeightFile | None:
 # ---------------------------------------------------------------- what is there
 
 
-def find(file: WeightFile, models_dir: Path) -> Path | None:
-    """Where the file lies, or None. Looks into its folder, a folder too deep (a usual slip), where other programs keep
-    it, and huggingface_hub's and torch's own folders; a file that is the right one goes before one that is not, and
-    one that may be read before one that may not."""
-    found = sorted(filter(disk.is_file, _places(file, models_dir)), key=lambda path: not os.access(path, os.R_OK))
-    return next((path for path in found if not problem(file, path)), found[0] if found else None)
+def status(file: WeightFile, models_dir: Path, verify: ProgressCallback | None = None) -> Status:
+    """Looks for a file in its folder and wherever else it may lie. A right one goes before one of another size, and
+    one that may be read before one that may not.
+
+    verify: compares the checksum of all bytes, too, which takes seconds; called for each block.
+    """
+    found = (Status(file, path, _problem(file, path)) for path in _places(file, models_dir) if disk.is_file(path))
+    best = min(found, key=lambda one: (one.problem != "", not os.access(str(one.path), os.R_OK)), default=Status(file))
+    if verify is None or best.path is None or best.problem:
+        return best
+    return Status(file, best.path, _damage(file, best.path, downloads.sha256_of(best.path, verify)))
 
 
 def find_adapter(family: str, models_dir: Path) -> Path | None:
-    """The first PuLID file of a family that is there, in the order of the catalogue."""
-    return next((path for file in in_group(family) if (path := find(file, models_dir))), None)
+    """Finds the first PuLID file of a family that is there, in the order of the catalog."""
+    return next((path for file in in_group(family) if (path := status(file, models_dir).path)), None)
 
 
-def problem(file: WeightFile, path: Path) -> str:
-    """What is wrong with a file, as far as its size tells; "" where nothing is."""
+def missing(family: str, models_dir: Path) -> tuple[WeightFile, ...]:
+    """Lists what a family ("sdxl", "flux") lacks: encoder files, and if there is no PuLID file at all, the first."""
+    lacking = [file for file in in_group("encoders") if not status(file, models_dir).usable]
+    if family and find_adapter(family, models_dir) is None:
+        lacking.insert(0, in_group(family)[0])
+    return tuple(lacking)
+
+
+def require_encoders(models_dir: Path) -> dict[str, Path]:
+    """Finds all encoder files, by role.
+
+    Raises:
+        MissingWeightsError: names every missing file, its folder and address.
+        WrongWeightsError: a file is known to be another one, which would give a stranger's face.
+    """
+    found = [status(file, models_dir) for file in in_group("encoders")]
+    if lacking := [one.file for one in found if one.path is None]:
+        raise MissingWeightsError(f"PuLID needs files that are missing:\n{by_hand(lacking, models_dir)}\n"
+                                  f"{how_to_get(lacking)}")  # fmt: skip
+    for one in found:
+        if not one.usable:
+            raise WrongWeightsError(f"{one.problem}; with this file you would get the wrong person's face. "
+                                    f"{how_to_get([one.file])}")  # fmt: skip
+    return {one.file.role: one.path for one in found if one.path is not None}
+
+
+def no_adapter(family: str, folder: Path, models_dir: Path, left_out: Iterable[str] = ()) -> MissingWeightsError:
+    """Makes the error for a family without a PuLID file. left_out: what is wrong with the files in the folder."""
+    files = in_group(family)
+    return MissingWeightsError("\n".join([
+        f"no PuLID file for {family.upper()} in {folder}. One of these is needed:",
+        by_hand(files, models_dir),
+        how_to_get(files[:1]),
+        *(f"Left out: {problem}" for problem in left_out),
+    ]))  # fmt: skip
+
+
+def fingerprint(encoders: Mapping[str, Path], fingerprint_of: Callable[[Path], str]) -> str:
+    """Names the content of encoder files, given by role. fingerprint_of: gives the start of a file's sha256.
+
+    Raises:
+        WrongWeightsError: a file of the right size has other bytes: it is damaged.
+    """
+    files = {file.role: file for file in in_group("encoders")}
+    found = {role: fingerprint_of(path) for role, path in encoders.items()}
+    for role, path in encoders.items():
+        if files[role].size == disk.size_of(path) and (wrong := _damage(files[role], path, found[role])):
+            raise WrongWeightsError(f"{wrong}. Download it again. {how_to_get([files[role]])}")
+    return "-".join(found.values())
+
+
+def by_hand(files: Iterable[WeightFile], models_dir: Path) -> str:
+    """Writes a line per file for someone who has to bring it: name, size, folder, address."""
+    return "\n".join(
+        f"  {file.name} ({file.purpose}, {file.size_text}) -> {models_dir / file.folder}   from {file.url}"
+        for file in files
+    )
+
+
+def how_to_get(files: Iterable[WeightFile]) -> str:
+    names = " ".join(file.name for file in files)
+    return f"Use the download button in the PuLID accordion, or run: python -m lib_pulid models download {names}"
+
+
+def _problem(file: WeightFile, path: Path) -> str:
+    """Says what is wrong with a file, as far as its size tells."""
     size = disk.size_of(path)
     if file.size in (0, size):
         return ""
@@ -153,104 +244,40 @@ def problem(file: WeightFile, path: Path) -> str:
     return f"{path} is {other}, not {file.name}" if other else f"{path} has {size:,} bytes, not {file.size:,}"
 
 
-def verify(file: WeightFile, path: Path, progress: ProgressCallback = no_progress) -> str:
-    """As `problem`, with the sum of all bytes, which takes seconds."""
-    if (wrong := problem(file, path)) or not file.sha256:
-        return wrong
-    return _wrong_sum(file, path, downloads.sha256_of(path, progress))
-
-
-def fingerprint(files: Mapping[str, Path], fingerprint_of: Callable[[Path], str]) -> str:
-    """Names the content of encoder files. fingerprint_of: gives the first hex digits of a file's sha256.
-
-    Raises:
-        WrongWeightsError: a file of the right size has other bytes: it is damaged.
-    """
-    parts = []
-    for name, path in files.items():
-        file, found = named(name), fingerprint_of(path)
-        if file is not None and file.size == disk.size_of(path) and (wrong := _wrong_sum(file, path, found)):
-            raise WrongWeightsError(f"{wrong}. Get it again: {how_to_get([file])}")
-        parts.append(found)
-    return "-".join(parts)
-
-
-def _wrong_sum(file: WeightFile, path: Path, found: str) -> str:
+def _damage(file: WeightFile, path: Path, found: str) -> str:
     if not file.sha256 or file.sha256.startswith(found):
         return ""
-    return f"{path} is damaged: its sum is {found[:8]}..., not {file.sha256[:8]}..."
+    return f"{path} is damaged: its checksum is {found[:8]}..., not {file.sha256[:8]}..."
 
 
-def missing(family: str, models_dir: Path) -> tuple[WeightFile, ...]:
-    """What a family ("sdxl", "flux") lacks: encoder files, and where there is no PuLID file at all, the first one."""
-    lacking = [file for file in in_group("encoders") if _unusable(file, find(file, models_dir))]
-    if family and find_adapter(family, models_dir) is None:
-        lacking.insert(0, in_group(family)[0])
-    return tuple(lacking)
+# ---------------------------------------------------------------- where files lie
 
-
-def require_encoders(models_dir: Path) -> dict[str, Path]:
-    """Paths of all encoder files by name.
-
-    Raises:
-        MissingWeightsError: names every missing file, its folder and address.
-        WrongWeightsError: a file is known to be another one; faces would come out as other people's.
-    """
-    paths = {file: find(file, models_dir) for file in in_group("encoders")}
-    if lacking := [file for file, path in paths.items() if path is None]:
-        raise MissingWeightsError(f"These files are needed and not there:\n{by_hand(lacking, models_dir)}\n"
-                                  f"{how_to_get(lacking)}")  # fmt: skip
-    for file, path in paths.items():
-        if wrong := _unusable(file, path):
-            raise WrongWeightsError(f"{wrong}; with it, other people's faces come out. {how_to_get([file])}")
-    return {file.name: path for file, path in paths.items() if path is not None}
-
-
-def by_hand(files: Iterable[WeightFile], models_dir: Path) -> str:
-    """A line per file for someone who has to bring them: name, size, folder, address."""
-    return "\n".join(
-        f"  {file.name} ({file.purpose}, {file.told_size}) -> {models_dir / file.folder}   from {file.url}"
-        for file in files
-    )
-
-
-def how_to_get(files: Iterable[WeightFile]) -> str:
-    names = " ".join(file.name for file in files)
-    return f"Get them with the button in the PuLID accordion, or with: python -m lib_pulid models download {names}"
-
-
-def _unusable(file: WeightFile, path: Path | None) -> str:
-    """Files of other sizes are let through, and loading them tells what they are; but another face recogniser loads
-    like the right one and makes a stranger, so those that are known are refused."""
-    if path is None:
-        return "missing"
-    return problem(file, path) if disk.size_of(path) in dict(file.others) else ""
+# Folders below the models folder where other programs keep these files.
+_ELSEWHERE = {
+    "pulid": ("clip", "clip_vision", "ControlNet", "ipadapter", "photomaker"),  # ComfyUI, sd-webui-controlnet
+    _ANTELOPE: ("insightface/antelopev2", "antelopev2", "antelopev2/antelopev2"),  # the official demo
+    "facexlib": ("facexlib/weights", "facexlib/detection", "facexlib/parsing", "GFPGAN", "Codeformer"),  # the WebUIs
+}
 
 
 def _places(file: WeightFile, models_dir: Path) -> Iterator[Path]:
+    """Lists where a file may lie: in its folder, a folder too deep (a usual slip), where other programs keep it, and in
+    the caches of torch and huggingface_hub."""
     home = models_dir / file.folder
-    folders = [home, home / home.name, models_dir]
-    if file.folder == "facexlib":  # A1111 and Forge keep the detector beside GFPGAN's or CodeFormer's models
-        folders += [
-            home / "weights",
-            home / "detection",
-            home / "parsing",
-            *(models_dir / n for n in ("GFPGAN", "Codeformer")),
-        ]
-        folders += _package("facexlib")
-    elif file.folder == "pulid":  # ComfyUI: clip, clip_vision. sd-webui-controlnet: ControlNet, and its own models
-        others = ("clip", "clip_vision") if file.group == "encoders" else ("ControlNet", "ipadapter", "photomaker")
-        folders += [models_dir / name for name in others]
+    folders = [home, home / home.name, models_dir, *(models_dir / name for name in _ELSEWHERE.get(file.folder, ()))]
+    if file.folder == "pulid":
         folders.append(models_dir.parent / "extensions" / "sd-webui-controlnet" / "models")
-    else:  # insightface's own folders, and the official demo's
-        pack = home.name
-        folders += [models_dir / "insightface" / pack, models_dir / pack, models_dir / pack / pack]
-        folders += [disk.user_path("~/.insightface/models") / pack / deeper for deeper in ("", pack)]
-    yield from (folder / file.name for folder in folders)
-    yield _torch_cache() / file.name
-    if "://" not in file.source:
-        snapshots = hub_cache() / f"models--{file.source.replace('/', '--')}" / "snapshots"
-        yield from (snapshot / file.name for snapshot in disk.listed(snapshots))
+    elif file.folder == "facexlib":
+        folders += _package("facexlib")
+    else:
+        folders += [disk.user_path("~/.insightface/models") / home.name / deeper for deeper in ("", home.name)]
+    cache = _folder_of("XDG_CACHE_HOME")
+    folders.append(_folder_of("TORCH_HOME", default=cache / "torch") / "hub" / "checkpoints")
+    if "://" not in file.source:  # as huggingface_hub.constants says, whose import takes a third of a second
+        hub = _folder_of("HF_HOME", default=cache / "huggingface") / "hub"
+        hub = _folder_of("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=hub)
+        folders += disk.listed(hub / f"models--{file.source.replace('/', '--')}" / "snapshots")
+    return (folder / file.name for folder in folders)
 
 
 def _package(name: str) -> list[Path]:
@@ -258,18 +285,8 @@ def _package(name: str) -> list[Path]:
     return [Path(spec.origin).parent / "weights"] if spec is not None and spec.origin else []
 
 
-def _torch_cache() -> Path:
-    return _folder_of("TORCH_HOME", default=_folder_of("XDG_CACHE_HOME") / "torch") / "hub" / "checkpoints"
-
-
-def hub_cache() -> Path:
-    """huggingface_hub.constants.HF_HUB_CACHE, without the third of a second that importing it takes."""
-    home = _folder_of("HF_HOME", default=_folder_of("XDG_CACHE_HOME") / "huggingface")
-    return _folder_of("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=home / "hub")
-
-
 def _folder_of(*variables: str, default: str | Path = "~/.cache") -> Path:
-    """The first of these variables that is set and not empty, or the default."""
+    """Reads the first of these variables that is set and not empty, or takes the default."""
     return disk.user_path(next(filter(None, map(os.environ.get, variables)), default))
 
 
@@ -283,16 +300,16 @@ def download(
     replace: bool = False,
     policy: RetryPolicy = RetryPolicy(),  # noqa: B008
 ) -> Path:
-    """Fetches a file into its folder, whole or not at all; one that is there is left alone.
+    """Downloads a file into its folder, completely or not at all; one that is there and usable is left alone.
 
-    replace: fetch it also where another file has its name and place, which is kept as NAME.other.
+    replace: download it also where another file has its name and place, which is kept as NAME.other.
 
     Raises:
-        DownloadError: it could not be had; the message says why, and where to put it by hand.
+        DownloadError: why it failed, and where to put the file by hand.
     """
-    there, target = find(file, models_dir), models_dir / file.folder / file.name
-    if there is not None and not (replace or _unusable(file, there)):
-        return there
+    there, target = status(file, models_dir), models_dir / file.folder / file.name
+    if there.path is not None and there.usable and not replace:
+        return there.path
     first: DownloadError | None = None
     for source in filter(None, (file.source, file.origin)):
         try:

@@ -107,14 +107,12 @@ class Library:
     # ------------------------------------------------------------ PuLID files
 
     def adapters(self) -> list[AdapterFile]:
-        """The PuLID files, those of the catalogue first, in its order, and these wherever `catalog.find` sees them."""
+        """Lists the PuLID files, those of the catalog first and in its order, wherever `catalog.status` finds them."""
         order = {file.name: i for i, file in enumerate(catalog.CATALOG)}
         skip = {file.name for file in catalog.in_group("encoders")}
         paths = [path for path in _files(self.folder, WEIGHT_SUFFIXES) if path.name not in skip]
         names = {path.name for path in paths}
-        elsewhere = (
-            catalog.find(file, self.models_dir) for family in catalog.FAMILIES for file in catalog.in_group(family)
-        )
+        elsewhere = (catalog.status(file, self.models_dir).path for file in catalog.CATALOG if file.name not in skip)
         paths += [path for path in elsewhere if path is not None and path.name not in names]
         found = [AdapterFile(path, self._of(path, _family)) for path in paths]
         found = [file for file in found if file.family != "other"]
@@ -135,13 +133,7 @@ class Library:
             adapters = self._of_family(family, encoder, left_out)
             first = next(adapters, None)
             if first is None:
-                wanted = catalog.in_group(family)
-                raise MissingWeightsError("\n".join([
-                    f"no PuLID file for {family.upper()} in {self.folder}. One of these is needed:",
-                    catalog.by_hand(wanted, self.models_dir),
-                    catalog.how_to_get(wanted[:1]),
-                    *(f"Left out: {problem}" for problem in left_out),
-                ]))  # fmt: skip
+                raise catalog.no_adapter(family, self.folder, self.models_dir, left_out)
             if not encoder or first.is_encoder(encoder):
                 return first
             return next((adapter for adapter in adapters if adapter.is_encoder(encoder)), first)

@@ -92,7 +92,7 @@ class Missing:
             return "".join(lines)
         rows = "".join(
             f"<li><a href='{html.escape(file.url)}' target='_blank' rel='noopener'>{html.escape(file.name)}</a>, "
-            f"{html.escape(file.purpose)}, {file.told_size}, {html.escape(file.licence)}<br>to "
+            f"{html.escape(file.purpose)}, {file.size_text}, {html.escape(file.licence)}<br>to "
             f"<code>{html.escape(str(folder / file.folder))}</code></li>"
             for file in files
         )

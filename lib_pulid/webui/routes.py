@@ -109,17 +109,16 @@ def models(library: Library) -> dict[str, Any]:
 
 
 def _in_catalogue(file: catalog.WeightFile, library: Library) -> dict[str, Any]:
-    path = catalog.find(file, library.models_dir)
-    wrong = catalog.problem(file, path) if path else ""
+    found = catalog.status(file, library.models_dir)
     return {
         "name": file.name,
         "for": file.group,
         "purpose": file.purpose,
-        "state": "differs" if wrong else "there" if path else "missing",
+        "state": found.state,
         "size": file.size or None,
         "licence": file.licence,
         "restricted": file.restricted,
-        "folder": str(path.parent if path else library.models_dir / file.folder),
+        "folder": str(found.path.parent if found.path else library.models_dir / file.folder),
         "url": file.url,
     }
 
