@@ -529,9 +529,7 @@ def test_another_recogniser_under_the_name_is_refused(one, tmp_path):
     with pytest.raises(MissingWeightsError, match=r"a\.bin \(face recognizer, 500 kB\) -> .*antelopev2   from http"):
         catalog.require_encoders(tmp_path)
     path = put(tmp_path / one.folder / "a.bin", b"1234567")
-    with pytest.raises(
-        WrongWeightsError, match="is somebody else's, not a.bin; .* the wrong person's face"
-    ):
+    with pytest.raises(WrongWeightsError, match="is somebody else's, not a.bin; .* the wrong person's face"):
         catalog.require_encoders(tmp_path)
     assert catalog.missing("", tmp_path) == (one,)
     assert catalog.download(one, tmp_path, policy=QUICK) == path

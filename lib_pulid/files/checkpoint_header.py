@@ -1,6 +1,6 @@
-"""What the first bytes of a large file tell: its tensors' names and shapes, and so what kind of checkpoint it is.
+"""Reads the header of a large file: its tensors' names and shapes, and so what kind of checkpoint it is.
 
-Nothing is loaded: a head is some hundred kilobytes of a file of many gigabytes, and is read in milliseconds.
+No weights are loaded: a header is some hundred kilobytes of a file of many gigabytes, and is read in milliseconds.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 LARGEST_HEADER = 100_000_000  # bytes
 
-# GGUF's kinds of values: bytes of those of fixed size; and the two others.
-_GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# GGUF's types of values: struct's letter of those of fixed size; and the two others.
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_TEXT, GGUF_LIST = 8, 9
 
 # The last blocks of FLUX.1, and what its relatives (more blocks; Chroma) have besides.
@@ -23,8 +23,16 @@ _NOT_FLUX = ("double_blocks.19.", "single_blocks.38.", "distilled_guidance_layer
 _SDXL_SITES, _SDXL_TEXT_WIDTH = 70, 2048
 
 
+class GgufTensor(NamedTuple):
+    """shape: the last axis last. kind: ggml's type. offset: of its bytes, from the end of the aligned header."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
 def checkpoint_family(path: Path) -> str:
-    """ "sdxl" or "flux"; "" for anything else, and where the head does not tell (a pickle, a damaged file)."""
+    """Reads "sdxl" or "flux" from a file's header; "" for anything else, pickles and damaged files among them."""
     shapes = read_header(path)
     names = [name.removeprefix("model.diffusion_model.") for name in shapes]
     if all(any(name.startswith(part) for name in names) for part in _FLUX):
@@ -34,56 +42,63 @@ def checkpoint_family(path: Path) -> str:
 
 
 def read_header(path: Path) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors or GGUF file's tensors; empty if it is neither, or cannot be read."""
-    readers = {".safetensors": _safetensors, ".sft": _safetensors, ".gguf": _gguf}
+    """Reads names and shapes of a safetensors or GGUF file's tensors; empty if it is neither, or cannot be read."""
     try:
         with path.open("rb") as file:
-            return readers[path.suffix.lower()](file)
-    except (KeyError, ValueError, TypeError, AttributeError, struct.error, OSError):
+            if path.suffix.lower() == ".gguf":
+                return {name: tensor.shape for name, tensor in read_gguf(file)[1].items()}
+            if path.suffix.lower() not in (".safetensors", ".sft"):
+                return {}
+            entries = read_safetensors_header(file).items()
+            return {name: tuple(map(int, entry["shape"])) for name, entry in entries if name != "__metadata__"}
+    except Exception:  # whatever a damaged header leads to, it says nothing
         return {}
-    except (MemoryError, OverflowError, RecursionError):  # lengths and nesting that no real file has
-        return {}
 
 
-def _safetensors(file: BinaryIO) -> Mapping[str, tuple[int, ...]]:
-    entries = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEADER)))
-    return {name: tuple(map(int, entry["shape"])) for name, entry in entries.items() if name != "__metadata__"}
+def read_safetensors_header(file: BinaryIO) -> dict[str, Any]:
+    return json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEADER)))
 
 
-def _gguf(file: BinaryIO) -> Mapping[str, tuple[int, ...]]:
-    """Magic, version, number of tensors and of entries; the entries; then of each tensor name, sizes (the last axis
-    first), kind and place. Little-endian, version 2 and 3."""
-    magic, version, tensors, entries = struct.unpack("<4sIQQ", file.read(24))
+def read_gguf(file: BinaryIO) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    """Reads a GGUF file's metadata (None in the place of lists) and its tensors, little-endian, version 2 and 3.
+
+    Raises:
+        ValueError: it is not such a file; or what the reading of a damaged one raises.
+    """
+    magic, version, tensors, entries = _unpack(file, "<4sIQQ")
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError("not a GGUF file")
-    for _ in range(entries):
-        gguf_text(file)
-        gguf_skip(file, *struct.unpack("<I", file.read(4)))
-    shapes = {}
+    facts = {_text(file): _value(file, *_unpack(file, "<I")) for _ in range(entries)}
+    found = {}
     for _ in range(tensors):
-        name = gguf_text(file)
-        (axes,) = struct.unpack("<I", file.read(4))
-        shapes[name] = struct.unpack(f"<{axes}Q", file.read(8 * axes))[::-1]
-        file.seek(12, 1)
-    return shapes
+        name, (axes,) = _text(file), _unpack(file, "<I")
+        found[name] = GgufTensor(_unpack(file, f"<{axes}Q")[::-1], *_unpack(file, "<IQ"))
+    return facts, found
 
 
-def gguf_text(file: BinaryIO) -> str:
-    (length,) = struct.unpack("<Q", file.read(8))
-    if file.tell() + length > LARGEST_HEADER:
-        raise ValueError("too long a head")
-    return file.read(length).decode()
-
-
-def gguf_skip(file: BinaryIO, kind: int) -> None:
+def _value(file: BinaryIO, kind: int) -> Any:
     if kind == GGUF_TEXT:
-        gguf_text(file)
-    elif kind == GGUF_LIST:
-        kind, count = struct.unpack("<IQ", file.read(12))
-        if kind in _GGUF_SIZES:
-            file.seek(count * _GGUF_SIZES[kind], 1)
-            return
-        for _ in range(count):
-            gguf_skip(file, kind)
+        return _text(file)
+    if kind != GGUF_LIST:
+        return _unpack(file, f"<{_NUMBERS[kind]}")[0]
+    kind, count = _unpack(file, "<IQ")
+    if kind in _NUMBERS:
+        file.seek(count * struct.calcsize(f"<{_NUMBERS[kind]}"), 1)
     else:
-        file.seek(_GGUF_SIZES[kind], 1)
+        for _ in range(count):
+            _value(file, kind)
+    return None
+
+
+def _text(file: BinaryIO) -> str:
+    return _bytes(file, *_unpack(file, "<Q")).decode()
+
+
+def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:
+    return struct.unpack(layout, _bytes(file, struct.calcsize(layout)))
+
+
+def _bytes(file: BinaryIO, count: int) -> bytes:
+    if file.tell() + count > LARGEST_HEADER:
+        raise ValueError("too long a header")
+    return file.read(count)
