@@ -36,11 +36,8 @@ def report(models_dir: Path) -> int:
         print(f"to do: {problem}")
     able = [family.upper() for family, lack in families.items() if not lack]
     ready = bool(able) and not problems
-    print(
-        f"Ready for {' and '.join(able)}."
-        if ready
-        else "Until then there are only the stand-ins: python -m lib_pulid demo"
-    )
+    only = "Until then there are only the stand-ins: python -m lib_pulid demo"
+    print(f"Ready for {' and '.join(able)}." if ready else only)
     return 0 if ready else 1
 
 

@@ -20,7 +20,7 @@ MODELS_DIR_VARIABLE = "PULID_MODELS_DIR"
 FAMILIES = ("sdxl", "flux")
 _NON_COMMERCIAL = "InsightFace model licence: non-commercial research purposes only"
 _ANTELOPE = "insightface/models/antelopev2"
-_ANTELOPE_AT = "ba0c3e10f4548361eb9a63265d87ce1140ab5a05"
+_ANTELOPE_REVISION = "ba0c3e10f4548361eb9a63265d87ce1140ab5a05"
 _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download/"
 
 
@@ -84,61 +84,40 @@ class Status:
 
 
 # Sizes and checksums were not measured here. They are what public lists say, each checksum found in several with the
-# same size: pulid_v1.1, EVA02_CLIP, antelopev2: a script that pins URL, size and checksum of each at the revisions
-# named here; pulid_flux_v0.9.1: utensils/mold's manifest and experiment notes; its size: download checks of several
-# projects; detection_Resnet50_Final, parsing_bisenet: model lists of several projects, those of facexlib's GitHub
-# release and of the copies on the hub (leonelhs/facexlib) being the same.
-# w600k_r50 and w600k_mbf (buffalo_l, buffalo_s) and AuraFace's file of the very same name: likewise.
+# same size: pulid_v1.1, EVA02_CLIP, antelopev2: a script that pins them at the revisions named here;
+# pulid_flux_v0.9.1: utensils/mold's manifest and experiment notes; the others, and those that are mistaken for
+# glintr100: model lists of several projects, facexlib's GitHub release and leonelhs/facexlib on the hub being the same.
 CATALOG = (
-    WeightFile(
-        "pulid_v1.1.safetensors", "pulid", "PuLID v1.1 for SDXL", "guozinan/PuLID", "sdxl", size=984_405_232,
-        sha256="4cb8ceec1078e0165399b88332ab3c5971619111b8e1730e6bae64144aabae41",
-    ),
+    WeightFile("pulid_v1.1.safetensors", "pulid", "PuLID v1.1 for SDXL", "guozinan/PuLID", "sdxl",
+               size=984_405_232, sha256="4cb8ceec1078e0165399b88332ab3c5971619111b8e1730e6bae64144aabae41"),
     WeightFile("pulid_v1.bin", "pulid", "PuLID v1 for SDXL", "guozinan/PuLID", "sdxl"),
-    WeightFile(
-        "ip-adapter_pulid_sdxl_fp16.safetensors", "pulid", "PuLID v1 for SDXL, half precision",
-        "huchenlei/ipadapter_pulid", "sdxl",
-    ),
-    WeightFile(
-        "pulid_flux_v0.9.1.safetensors", "pulid", "PuLID v0.9.1 for FLUX", "guozinan/PuLID", "flux",
-        size=1_142_099_520, sha256="92c41c3af322b02e58e1b32842e4601e08c8f16ec1fe80089dbe957df510f51d",
-    ),
+    WeightFile("ip-adapter_pulid_sdxl_fp16.safetensors", "pulid", "PuLID v1 for SDXL, half precision",
+               "huchenlei/ipadapter_pulid", "sdxl"),
+    WeightFile("pulid_flux_v0.9.1.safetensors", "pulid", "PuLID v0.9.1 for FLUX", "guozinan/PuLID", "flux",
+               size=1_142_099_520, sha256="92c41c3af322b02e58e1b32842e4601e08c8f16ec1fe80089dbe957df510f51d"),
     WeightFile("pulid_flux_v0.9.0.safetensors", "pulid", "PuLID v0.9.0 for FLUX", "guozinan/PuLID", "flux"),
-    WeightFile(
-        "EVA02_CLIP_L_336_psz14_s6B.pt", "pulid", "vision tower", "QuanSun/EVA-CLIP", "encoders", "MIT", role="tower",
-        size=856_461_210, sha256="84c3a17a228c567a155259b2245b0b59072bf7da510260a0a02ec54de6d50b05",
-        revision="11afd202f2ae80869d6cef18b1ec775e79bd8d12",
-    ),
-    WeightFile(
-        "scrfd_10g_bnkps.onnx", _ANTELOPE, "face detector", "DIAMONIK7777/antelopev2", "encoders", _NON_COMMERCIAL,
-        restricted=True, revision=_ANTELOPE_AT, role="detector", size=16_923_827,
-        sha256="5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91",
-    ),
-    WeightFile(
-        "glintr100.onnx", _ANTELOPE, "face recognizer", "DIAMONIK7777/antelopev2", "encoders", _NON_COMMERCIAL,
-        restricted=True, revision=_ANTELOPE_AT, role="recogniser", size=260_665_334,
-        sha256="4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
-        others=(
-            (174_383_860, "w600k_r50.onnx of buffalo_l"),
-            (13_616_099, "w600k_mbf.onnx of buffalo_s"),
-            (260_694_151, "AuraFace's file of the same name"),
-        ),
-    ),
-    WeightFile(
-        "detection_Resnet50_Final.pth", "facexlib", "face landmarks (RetinaFace)", "leonelhs/facexlib", "encoders",
-        "MIT", role="landmarker", origin=_FACEXLIB + "v0.1.0/detection_Resnet50_Final.pth",
-        size=109_497_761, sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d",
-    ),
-    WeightFile(
-        "parsing_bisenet.pth", "facexlib", "face parser (BiSeNet)", "leonelhs/facexlib", "encoders",
-        "MIT", role="parser", origin=_FACEXLIB + "v0.2.0/parsing_bisenet.pth",
-        size=53_289_463, sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
-    ),
+    WeightFile("EVA02_CLIP_L_336_psz14_s6B.pt", "pulid", "vision tower", "QuanSun/EVA-CLIP", "encoders", "MIT",
+               role="tower", revision="11afd202f2ae80869d6cef18b1ec775e79bd8d12",
+               size=856_461_210, sha256="84c3a17a228c567a155259b2245b0b59072bf7da510260a0a02ec54de6d50b05"),
+    WeightFile("scrfd_10g_bnkps.onnx", _ANTELOPE, "face detector", "DIAMONIK7777/antelopev2", "encoders",
+               _NON_COMMERCIAL, restricted=True, role="detector", revision=_ANTELOPE_REVISION,
+               size=16_923_827, sha256="5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91"),
+    WeightFile("glintr100.onnx", _ANTELOPE, "face recognizer", "DIAMONIK7777/antelopev2", "encoders",
+               _NON_COMMERCIAL, restricted=True, role="recogniser", revision=_ANTELOPE_REVISION,
+               size=260_665_334, sha256="4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
+               others=((174_383_860, "w600k_r50.onnx of buffalo_l"), (13_616_099, "w600k_mbf.onnx of buffalo_s"),
+                       (260_694_151, "AuraFace's file of the same name"))),
+    WeightFile("detection_Resnet50_Final.pth", "facexlib", "face landmarks (RetinaFace)", "leonelhs/facexlib",
+               "encoders", "MIT", role="landmarker", origin=_FACEXLIB + "v0.1.0/detection_Resnet50_Final.pth",
+               size=109_497_761, sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d"),
+    WeightFile("parsing_bisenet.pth", "facexlib", "face parser (BiSeNet)", "leonelhs/facexlib",
+               "encoders", "MIT", role="parser", origin=_FACEXLIB + "v0.2.0/parsing_bisenet.pth",
+               size=53_289_463, sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567"),
 )  # fmt: skip
 
 
 def default_models_dir() -> Path:
-    """$PULID_MODELS_DIR, or `models` below the current folder."""
+    """Gives $PULID_MODELS_DIR, or `models` below the current folder."""
     return disk.user_path(os.environ.get(MODELS_DIR_VARIABLE, "").strip() or "models").absolute()
 
 
@@ -161,9 +140,9 @@ def status(file: WeightFile, models_dir: Path, verify: ProgressCallback | None =
     """
     found = (Status(file, path, _problem(file, path)) for path in _places(file, models_dir) if disk.is_file(path))
     best = min(found, key=lambda one: (one.problem != "", not os.access(str(one.path), os.R_OK)), default=Status(file))
-    if verify is None or best.path is None or best.problem:
-        return best
-    return Status(file, best.path, _damage(file, best.path, downloads.sha256_of(best.path, verify)))
+    if best.path and not best.problem and verify:
+        return Status(file, best.path, _damage(file, best.path, downloads.sha256_of(best.path, verify)))
+    return best
 
 
 def find_adapter(family: str, models_dir: Path) -> Path | None:
@@ -224,10 +203,8 @@ def fingerprint(encoders: Mapping[str, Path], fingerprint_of: Callable[[Path], s
 
 def by_hand(files: Iterable[WeightFile], models_dir: Path) -> str:
     """Writes a line per file for someone who has to bring it: name, size, folder, address."""
-    return "\n".join(
-        f"  {file.name} ({file.purpose}, {file.size_text}) -> {models_dir / file.folder}   from {file.url}"
-        for file in files
-    )
+    line = "  {0.name} ({0.purpose}, {0.size_text}) -> {1}   from {0.url}"
+    return "\n".join(line.format(file, models_dir / file.folder) for file in files)
 
 
 def how_to_get(files: Iterable[WeightFile]) -> str:
@@ -274,8 +251,8 @@ def _places(file: WeightFile, models_dir: Path) -> Iterator[Path]:
     cache = _folder_of("XDG_CACHE_HOME")
     folders.append(_folder_of("TORCH_HOME", default=cache / "torch") / "hub" / "checkpoints")
     if "://" not in file.source:  # as huggingface_hub.constants says, whose import takes a third of a second
-        hub = _folder_of("HF_HOME", default=cache / "huggingface") / "hub"
-        hub = _folder_of("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=hub)
+        home = _folder_of("HF_HOME", default=cache / "huggingface")
+        hub = _folder_of("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=home / "hub")
         folders += disk.listed(hub / f"models--{file.source.replace('/', '--')}" / "snapshots")
     return (folder / file.name for folder in folders)
 
@@ -310,14 +287,13 @@ def download(
     there, target = status(file, models_dir), models_dir / file.folder / file.name
     if there.path is not None and there.usable and not replace:
         return there.path
-    first: DownloadError | None = None
+    errors = []
     for source in filter(None, (file.source, file.origin)):
         try:
             url, headers = (source, {}) if "://" in source else downloads.address(source, file.name, file.revision)
             downloads.fetch(Download(url, target, file.size, file.sha256), headers, progress, policy)
             return target
         except DownloadError as error:
-            first = first or error
-    raise DownloadError(
-        f"{file.name} could not be downloaded: {first}.\nBy hand:\n{by_hand([file], models_dir)}"
-    ) from first
+            errors.append(error)
+    by_hand_text = by_hand([file], models_dir)
+    raise DownloadError(f"{file.name} could not be downloaded: {errors[0]}.\nBy hand:\n{by_hand_text}") from errors[0]

@@ -102,17 +102,14 @@ def _load_pickle(path: Path, start: bytes) -> Mapping[str, object]:
 
 def _check_archive(path: Path, start: bytes) -> None:
     """Refuses what `weights_only` does not cover in older torch versions: TorchScript, which brings code of its own,
-    and the tar files of 2017, which are unpacked to disk; and archives that claim to hold more than they can.
-
-    `torch.save` stores without compression, so what is unpacked is never larger than the file.
-    """
+    the tar files of 2017, which are unpacked to disk, and compressed archives, which `torch.save` does not write."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
         if any(entry.filename.endswith("constants.pkl") for entry in entries):
             raise WrongWeightsError(f"{path.name} is a TorchScript program, not a table of weights.")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise WrongWeightsError(f"{path.name} is refused for safety: unpacked it would be larger than it can be.")
+            raise WrongWeightsError(f"{path.name} is refused for safety: unpacked it would be larger than the file.")
     elif start.strip(b"\0") and tarfile.is_tarfile(path):  # zeros count as the end of an empty one
         raise WrongWeightsError(f"{path.name} is a tar archive, not a weight file. Unpack it.")
 
@@ -140,9 +137,7 @@ def _check_declared_size(state: Mapping[str, Tensor], path: Path) -> None:
     # Twice, for weights that two names share; and what fits into any memory does no harm.
     most = max(2 * path.stat().st_size, HARMLESS)
     if not plain or sum(t.numel() * t.element_size() for t in state.values()) > most:
-        raise WrongWeightsError(
-            f"{path.name} is refused for safety: its tensors claim more data than the file contains."
-        )
+        raise WrongWeightsError(f"{path.name} is refused for safety: its tensors claim more data than it contains.")
 
 
 def check_numbers(state: Mapping[str, Tensor], path: Path) -> None:
