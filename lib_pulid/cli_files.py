@@ -45,14 +45,12 @@ def show(files: Sequence[WeightFile], models_dir: Path, verify: bool = False) ->
     return found
 
 
-def download(
-    files: Sequence[WeightFile], models_dir: Path, accept_licence: bool = False, replace: Sequence[str] = ()
-) -> int:
+def download(files: Sequence[WeightFile], models_dir: Path, accept_licence: bool, replace: Sequence[str]) -> int:
     """Downloads files one after another; one that fails does not stop the others.
 
     replace: names of files that are downloaded again if they are wrong.
     """
-    failed = 0
+    status = 0
     for file in files:
         one = catalog.status(file, models_dir)
         if one.state == "there":
@@ -70,8 +68,8 @@ def download(
             print(f"{file.name}: {path}")
         except MissingWeightsError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            failed += 1
-    return 1 if failed else 0
+            status = 1
+    return status
 
 
 def _chosen(names: Sequence[str], models_dir: Path) -> list[WeightFile]:

@@ -10,7 +10,6 @@ from lib_pulid import cli_files
 from lib_pulid.files import catalog
 
 DOWNLOAD = "python -m lib_pulid models download"
-
 PACKAGES = {
     "torch": "everything",
     "timm": "vision tower",
@@ -29,16 +28,25 @@ def report(models_dir: Path) -> int:
     print(f"Python     {platform.python_version()} on {platform.system()} {platform.machine()}")
     problems = _packages()
     _device()
-    problems += _files(models_dir)
-    families = {family: _lacks(family, models_dir) for family in catalog.FAMILIES}
     print()
-    for problem in [*problems, *filter(None, families.values())]:
+    found = cli_files.show(catalog.CATALOG, models_dir)
+    lacking = [one.file for one in found if one.path is None and one.file.group == "encoders"]
+    problems += [f"{one.problem}: {DOWNLOAD} {one.file.name}" for one in found if one.problem]
+    problems += [f"{DOWNLOAD} {file.name}   ({file.licence})" for file in lacking]
+    able = [family for family in catalog.FAMILIES if any(one.path and one.file.group == family for one in found)]
+    print()
+    for problem in [*problems, *(_adapter_of(family) for family in catalog.FAMILIES if family not in able)]:
         print(f"to do: {problem}")
-    able = [family.upper() for family, lack in families.items() if not lack]
-    ready = bool(able) and not problems
-    only = "Until then there are only the stand-ins: python -m lib_pulid demo"
-    print(f"Ready for {' and '.join(able)}." if ready else only)
-    return 0 if ready else 1
+    if able and not problems:
+        print(f"Ready for {' and '.join(map(str.upper, able))}.")
+        return 0
+    print("Until then there is only the miniature: python -m lib_pulid demo")
+    return 1
+
+
+def _adapter_of(family: str) -> str:
+    first, *others = (file.name for file in catalog.in_group(family))
+    return f"for {family.upper()}: {DOWNLOAD} {first}   (or {', '.join(others)})"
 
 
 def _packages() -> list[str]:
@@ -70,26 +78,9 @@ def _device() -> None:
         free, total = torch.cuda.mem_get_info()
         print(f"GPU        {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
     else:
-        print("GPU        none that torch can use; pictures are made on the CPU")
+        print("GPU        none that torch can use; images are made on the CPU")
     if _version("onnxruntime") or _version("onnxruntime-gpu"):
         from lib_pulid.face_models import cuda_problem
 
         if problem := cuda_problem():
             print(f"note       {problem}")
-
-
-def _files(models_dir: Path) -> list[str]:
-    """Prints what is there; returns what to do for files that differ and for encoders that are missing."""
-    print()
-    found = cli_files.show(catalog.CATALOG, models_dir)
-    wrong = [f"{one.problem}: {DOWNLOAD} {one.file.name}" for one in found if one.problem]
-    lacking = [one.file for one in found if one.path is None and one.file.group == "encoders"]
-    return wrong + [f"{DOWNLOAD} {file.name}   ({file.licence})" for file in lacking]
-
-
-def _lacks(family: str, models_dir: Path) -> str:
-    """Says what to do to get a PuLID file of the family, or nothing."""
-    if catalog.find_adapter(family, models_dir):
-        return ""
-    first, *others = (file.name for file in catalog.in_group(family))
-    return f"for {family.upper()}: {DOWNLOAD} {first}   (or {', '.join(others)})"

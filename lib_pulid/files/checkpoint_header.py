@@ -56,6 +56,7 @@ def read_header(path: Path) -> Mapping[str, tuple[int, ...]]:
 
 
 def read_safetensors_header(file: BinaryIO) -> dict[str, Any]:
+    """Reads the JSON at the start of a safetensors file. Raises ValueError where there is none."""
     return json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEADER)))
 
 

@@ -77,7 +77,7 @@ class Downloads:
                 self._state = State(running=True, name=file.name, total=file.size, problems=self._state.problems)
                 self._told()
             try:
-                catalog.download(file, self._models_dir(), self._tell)
+                catalog.download(file, self._models_dir(), self._progress)
             except _Stopped:
                 pass
             except PulidError as error:
@@ -89,7 +89,7 @@ class Downloads:
         with self._lock:
             self._state = replace(self._state, problems=(*self._state.problems, problem))
 
-    def _tell(self, done: int, total: int, note: str) -> None:
+    def _progress(self, done: int, total: int, note: str) -> None:
         if self._stop:
             raise _Stopped
         with self._lock:
