@@ -78,7 +78,7 @@ class Status:
 
     @property
     def usable(self) -> bool:
-        """Files of other sizes pass, and loading them tells what they are. But another face recognizer loads like the
+        """Files of other sizes pass, and loading them shows what they are. But another face recognizer loads like the
         right one and gives a stranger's face, so those that are known do not."""
         return self.path is not None and disk.size_of(self.path) not in dict(self.file.others)
 
@@ -213,7 +213,7 @@ def how_to_get(files: Iterable[WeightFile]) -> str:
 
 
 def _problem(file: WeightFile, path: Path) -> str:
-    """Says what is wrong with a file, as far as its size tells."""
+    """Says what is wrong with a file, as far as its size shows."""
     size = disk.size_of(path)
     if file.size in (0, size):
         return ""

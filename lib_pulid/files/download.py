@@ -199,13 +199,13 @@ def _agreed(download: Download, response: Response, start: int) -> Download:
         raise DownloadError(f"the server has another file there, of {total:,} bytes instead of {download.size:,}{page}")
     # The hub states the sha256 before it redirects to where the bytes are.
     etags = (step.headers.get("X-Linked-Etag", "") for step in (response, *response.history))
-    told = "".join(SHA256.findall(" ".join(etags).lower())[:1])
-    if download.sha256 and told and told != download.sha256:
-        raise DownloadError(f"the server has another file there, with the checksum {told[:8]}... instead of "
+    stated = "".join(SHA256.findall(" ".join(etags).lower())[:1])
+    if download.sha256 and stated and stated != download.sha256:
+        raise DownloadError(f"the server has another file there, with the checksum {stated[:8]}... instead of "
                             f"{download.sha256[:8]}...")  # fmt: skip
     if not (download.size or total):
         raise DownloadError("the server does not say how large the file is, so it cannot be verified")
-    return replace(download, size=download.size or total or 0, sha256=download.sha256 or told)
+    return replace(download, size=download.size or total or 0, sha256=download.sha256 or stated)
 
 
 def _write(download: Download, response: Response, start: int, progress: ProgressCallback) -> None:

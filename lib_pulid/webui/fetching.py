@@ -62,7 +62,7 @@ class Downloads:
         threading.Thread(target=self._work, name="PuLID download", daemon=True).start()
 
     def stop(self) -> None:
-        """Ends at the next block; what has come is kept, and the next start goes on from there."""
+        """Ends at the next block; what was received is kept, and the next start resumes there."""
         with self._lock:
             self._queue.clear()
             self._stop = True
@@ -82,7 +82,7 @@ class Downloads:
                 pass
             except PulidError as error:
                 self._failed(str(error))
-            except Exception as error:  # a fault of ours: told here, or nobody would ever see it
+            except Exception as error:  # a fault of ours: shown here, or nobody would ever see it
                 self._failed(f"{file.name}: {type(error).__name__}: {error}")
 
     def _failed(self, problem: str) -> None:
