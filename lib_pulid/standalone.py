@@ -135,7 +135,7 @@ def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: st
 def _adapter(path: Path, base: Base) -> Adapter:
     """A PuLID file that fits the base; before a photo is read, since the encoders have to fit, too."""
     adapter = load_adapter(path)
-    nobody = Identity(torch.zeros(1, 1, adapter.encoder.output_dim))  # type: ignore[arg-type]
+    nobody = Identity(torch.zeros(1, 1, adapter.encoder.output_dim))  # type: ignore[arg-type,call-overload]
     check_fit(find_sites(denoiser_of(base.pipeline)), compile_injection(adapter, nobody))
     return adapter
 

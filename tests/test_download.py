@@ -1,7 +1,7 @@
-"""Downloads from a server that breaks off, lies, stalls and refuses; and what the catalogue knows of files on the disk.
+"""Downloads from a server that breaks off, lies, stalls and refuses; and what the catalog knows of files on the disk.
 
-Needs huggingface_hub and pytest only (`--noconftest` where there is no torch), to be run with the versions that the
-hosts pin.
+Needs requests, huggingface_hub and pytest only (`--noconftest` where there is no torch), to be run with the versions
+that the hosts pin.
 """
 
 from __future__ import annotations
@@ -428,7 +428,7 @@ def test_a_proxy(server, tmp_path):
     assert (done, said) == (0, "")
 
 
-# ---------------------------------------------------------------- the catalogue
+# ---------------------------------------------------------------- the catalog
 
 
 def test_every_entry_is_complete():
@@ -481,7 +481,7 @@ def test_files_are_found_where_others_keep_them(tmp_path, name, place):
 
 @pytest.fixture
 def one(monkeypatch, server) -> WeightFile:
-    """An encoder file, the only one of its catalogue."""
+    """An encoder file, the only one of its catalog."""
     file = WeightFile(
         "a.bin", "insightface/models/antelopev2", "face recognizer", server.url("a.bin"), "encoders", "research only",
         restricted=True, size=len(DATA), sha256=SUM, role="recogniser", others=((7, "somebody else's"),),
