@@ -441,7 +441,10 @@ def test_every_entry_is_complete():
         assert bool(file.size) == bool(file.sha256)
         assert file.sha256 == "" or download.SHA256.fullmatch(file.sha256)
         assert file.group in (*catalog.FAMILIES, "encoders")
-    assert all(file.sha256 for file in catalog.in_group("encoders"))
+    encoders = catalog.in_group("encoders")
+    assert all(file.sha256 for file in encoders)
+    assert {file.role for file in encoders} == {"tower", "detector", "recogniser", "landmarker", "parser"}
+    assert len({file.role for file in encoders}) == len(encoders)
     assert len({file.name for file in catalog.CATALOG}) == len(catalog.CATALOG)
 
 
