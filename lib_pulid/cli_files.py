@@ -14,14 +14,14 @@ from lib_pulid.files.catalog import FAMILIES, Status, WeightFile
 from lib_pulid.files.download import ProgressCallback, format_size
 
 
-def run(action: str, names: Sequence[str], models_dir: Path, accept_licence: bool = False) -> int:
+def run(action: str, names: Sequence[str], models_dir: Path, accept_license: bool = False) -> int:
     """action: "list", "download" or "verify". names: of files, or families; () for all of them.
 
     Returns:
         0; 1 if a file could not be downloaded, or (verify) is wrong or, asked for by name, missing.
     """
     if action == "download":
-        return download(_chosen(names or FAMILIES, models_dir), models_dir, accept_licence, replace=names)
+        return download(_chosen(names or FAMILIES, models_dir), models_dir, accept_license, replace=names)
     found = show(_chosen(names, models_dir) or catalog.CATALOG, models_dir, verify=action == "verify")
     wrong = [one for one in found if one.state == "differs" or (names and one.state == "missing")]
     return int(action == "verify" and bool(wrong))
@@ -45,7 +45,7 @@ def show(files: Sequence[WeightFile], models_dir: Path, verify: bool = False) ->
     return found
 
 
-def download(files: Sequence[WeightFile], models_dir: Path, accept_licence: bool, replace: Sequence[str]) -> int:
+def download(files: Sequence[WeightFile], models_dir: Path, accept_license: bool, replace: Sequence[str]) -> int:
     """Downloads files one after another; one that fails does not stop the others.
 
     replace: names of files that are downloaded again if they are wrong.
@@ -60,9 +60,9 @@ def download(files: Sequence[WeightFile], models_dir: Path, accept_licence: bool
             print(f"{one.problem}. It is left alone; to replace it: python -m lib_pulid models download {file.name}")
             continue
         try:
-            if file.restricted and not accept_licence:
-                _ask_licence(file)
-            print(f"{file.name} ({file.purpose}), {file.size_text}, licence: {file.licence}", flush=True)
+            if file.restricted and not accept_license:
+                _ask_license(file)
+            print(f"{file.name} ({file.purpose}), {file.size_text}, license: {file.licence}", flush=True)
             with _bar(file.name) as progress:
                 path = catalog.download(file, models_dir, progress, replace=one.path is not None)
             print(f"{file.name}: {path}")
@@ -88,12 +88,12 @@ def _chosen(names: Sequence[str], models_dir: Path) -> list[WeightFile]:
     return list(dict.fromkeys(chosen))
 
 
-def _ask_licence(file: WeightFile) -> None:
-    question = f"{file.name} ({file.purpose}) may be used under this licence: {file.licence}. Accept? [y/N] "
+def _ask_license(file: WeightFile) -> None:
+    question = f"{file.name} ({file.purpose}) may be used under this license: {file.licence}. Accept? [y/N] "
     if not sys.stdin.isatty():
-        raise MissingWeightsError(f"{file.name} needs its licence accepted ({file.licence}): --accept-licence.")
+        raise MissingWeightsError(f"{file.name} needs its license accepted ({file.licence}): --accept-licence.")
     if input(question).strip().lower() not in ("y", "yes"):
-        raise MissingWeightsError(f"{file.name} was not downloaded: its licence was not accepted.")
+        raise MissingWeightsError(f"{file.name} was not downloaded: its license was not accepted.")
 
 
 @contextmanager

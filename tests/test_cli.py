@@ -433,7 +433,7 @@ def test_download_by_name(run, hub, tmp_path):
 def test_a_licence_that_was_not_accepted(run, hub, tmp_path, name):
     said = run("models", "download", name, models=tmp_path / "m")
     assert said.status == 1
-    assert f"MissingWeightsError: {name} needs its licence accepted (InsightFace model licence: non-comm" in said.err
+    assert f"MissingWeightsError: {name} needs its license accepted (InsightFace model license: non-comm" in said.err
     assert "--accept-licence" in said.err
     assert hub == {}
     assert not list(tmp_path.rglob(name))
@@ -451,7 +451,7 @@ def test_a_licence_is_asked_for_on_a_terminal(run, hub, tmp_path, monkeypatch, a
     said = run("models", "download", "glintr100.onnx", models=tmp_path / "m")
     assert "non-commercial research purposes only. Accept? [y/N]" in said.out
     assert (said.status, len(hub)) == ((0, 1) if accepted else (1, 0))
-    assert accepted or "glintr100.onnx was not downloaded: its licence was not accepted." in said.err
+    assert accepted or "glintr100.onnx was not downloaded: its license was not accepted." in said.err
 
 
 def test_download_for_a_family(run, hub, tmp_path):
@@ -557,7 +557,7 @@ def test_doctor_where_nothing_is(run, hub, tmp_path):
     for name in ENCODERS:
         assert re.search(rf"missing .* {re.escape(name)}", said.out)
         assert f"to do: python -m lib_pulid models download {name}   (" in said.out
-    assert "models download glintr100.onnx   (InsightFace model licence: non-commercial" in said.out
+    assert "models download glintr100.onnx   (InsightFace model license: non-commercial" in said.out
     for family in ("SDXL", "FLUX"):
         assert f"to do: for {family}: python -m lib_pulid models download pulid_" in said.out
     assert re.search(r"there +torch \d", said.out)

@@ -18,7 +18,7 @@ from lib_pulid.files.download import Download, ProgressCallback, RetryPolicy, fo
 
 MODELS_DIR_VARIABLE = "PULID_MODELS_DIR"
 FAMILIES = ("sdxl", "flux")
-_NON_COMMERCIAL = "InsightFace model licence: non-commercial research purposes only"
+_NON_COMMERCIAL = "InsightFace model license: non-commercial research purposes only"
 _ANTELOPE = "insightface/models/antelopev2"
 _ANTELOPE_REVISION = "ba0c3e10f4548361eb9a63265d87ce1140ab5a05"
 _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download/"
@@ -32,7 +32,7 @@ class WeightFile:
         name: file name. folder: below the models folder. purpose: in words.
         source: "owner/repository" on the Hugging Face Hub, or a URL. origin: a URL to try where the source fails.
         group: "sdxl", "flux" (one file of a group is enough) or "encoders" (all are needed).
-        licence: in words; `restricted` licences have to be accepted.
+        licence: in words; `restricted` licenses have to be accepted.
         size: bytes, or 0 where it is not known. sha256: or "" where it is not known.
         role: of an encoder: "tower", or its name in `face_models.FaceFiles`.
         others: sizes of well-known other files that people put under this name, and what they are.
