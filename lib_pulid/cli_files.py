@@ -38,7 +38,7 @@ def show(files: Sequence[WeightFile], models_dir: Path, verify: bool = False) ->
         if verify and state == "there":
             state = "verified" if file.sha256 else "no checksum"
         size = file.size_text if one.path is None else format_size(disk.size_of(one.path))
-        place = f"{models_dir / file.folder}; {file.licence}" if one.path is None else one.path
+        place = one.path or f"{models_dir / file.folder}{f'; {file.licence}' * file.restricted}"
         print(f"{state:11} {size:>14}  {file.name:39} {file.purpose:34} {place}")
         if one.problem:
             print(f"{'':11} {one.problem}")
