@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib_pulid import catalog
-from lib_pulid.catalog import WeightFile
 from lib_pulid.errors import PulidError
+from lib_pulid.files import catalog
+from lib_pulid.files.catalog import WeightFile
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Downloads:
         threading.Thread(target=self._work, name="PuLID download", daemon=True).start()
 
     def stop(self) -> None:
-        """Ends at the next block; what has come is kept, and the next start goes on from there."""
+        """Ends at the next block; what was received is kept, and the next start resumes there."""
         with self._lock:
             self._queue.clear()
             self._stop = True
@@ -77,19 +77,19 @@ class Downloads:
                 self._state = State(running=True, name=file.name, total=file.size, problems=self._state.problems)
                 self._told()
             try:
-                catalog.download(file, self._models_dir(), self._tell)
+                catalog.download(file, self._models_dir(), self._progress)
             except _Stopped:
                 pass
             except PulidError as error:
                 self._failed(str(error))
-            except Exception as error:  # a fault of ours: told here, or nobody would ever see it
+            except Exception as error:  # a fault of ours: shown here, or nobody would ever see it
                 self._failed(f"{file.name}: {type(error).__name__}: {error}")
 
     def _failed(self, problem: str) -> None:
         with self._lock:
             self._state = replace(self._state, problems=(*self._state.problems, problem))
 
-    def _tell(self, done: int, total: int, note: str) -> None:
+    def _progress(self, done: int, total: int, note: str) -> None:
         if self._stop:
             raise _Stopped
         with self._lock:
