@@ -189,7 +189,7 @@ def photos(models_dir: Path, photo: Path | None, device: str, runs: int) -> list
     warm, known = statistics.median(taken[2::2]), statistics.median(taken[3::2])
     row = {"name": "photo to identity, seconds", "loading": loading, "first": taken[0], "warm": warm, "known": known}
     stages = {"name": "its stages, milliseconds", **_stages(image, encoders, workshop.adapter, device, runs)}
-    return [{**row, "of": "; ".join(workshop.notes)}, stages]
+    return [{**row, "of": workshop.label}, stages]
 
 
 def _stages(image: np.ndarray, encoders: Encoders, adapter: Adapter, device: str, runs: int) -> dict[str, float]:

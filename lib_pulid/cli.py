@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib_pulid import __version__, catalog, disk
+from lib_pulid import __version__, disk
 from lib_pulid.errors import PulidError, SettingError
+from lib_pulid.files import catalog
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -285,9 +286,9 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def run_models(arguments: argparse.Namespace) -> int:
-    from lib_pulid import models
+    from lib_pulid import cli_files
 
-    return models.run(arguments.action, arguments.names, arguments.models_dir, arguments.accept_license)
+    return cli_files.run(arguments.action, arguments.names, arguments.models_dir, arguments.accept_license)
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

@@ -15,9 +15,9 @@ from PIL import Image
 
 from lib_pulid import disk, miniature
 from lib_pulid.errors import MissingWeightsError, SettingError, StorageError
+from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.identity import Identity
 from lib_pulid.images import load_image
-from lib_pulid.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.units import PulidUnit
 
 MOST_STEPS, MOST_GUIDANCE, LARGEST_SIZE = 1000, 100, 8192

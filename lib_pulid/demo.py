@@ -18,6 +18,7 @@ from lib_pulid.contact_sheet import Section, Tile, contact_sheet
 from lib_pulid.errors import SettingError
 from lib_pulid.face_models import InsightFaceDetector
 from lib_pulid.faces import LARGEST, Detection, Face, FaceChoice
+from lib_pulid.files.catalog import FAMILIES
 from lib_pulid.hosts.diffusers import denoiser_of
 from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource, load_image
@@ -28,7 +29,6 @@ from lib_pulid.sites import find_sites
 from lib_pulid.standalone import Workshop, has_real_weights, open_workshop, real_model
 from lib_pulid.training.world import Placement, Scene, describe
 
-FAMILIES = ("sdxl", "flux")
 SEED = 42
 
 # With real weights

@@ -6,7 +6,7 @@ insightface: SCRFD and ArcFace (ONNX). facexlib: RetinaFace-ResNet50 and BiSeNet
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +49,11 @@ class FaceFiles:
     recogniser: Path  # glintr100.onnx
     landmarker: Path | None  # detection_Resnet50_Final.pth
     parser: Path  # parsing_bisenet.pth
+
+    @classmethod
+    def among(cls, encoders: Mapping[str, Path]) -> FaceFiles:
+        """Picks the four out of `catalog.require_encoders`."""
+        return cls(**{field.name: encoders[field.name] for field in fields(cls)})
 
 
 def load_face_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
@@ -275,7 +280,7 @@ def _load_facexlib(
     """Builds one of facexlib's networks and loads its weights strictly; facexlib's own loader would download."""
     import torch
 
-    from lib_pulid.weight_files import check_numbers, read_state_dict
+    from lib_pulid.files.state_dict import check_numbers, read_state_dict
 
     _require_file(path, what)
     state = {key.removeprefix("module."): value for key, value in read_state_dict(path).items()}

@@ -19,6 +19,7 @@ from typing import Any
 from lib_pulid.attention import PROJECTIONS
 from lib_pulid.errors import SettingError
 from lib_pulid.faces import FACE_ORDERS
+from lib_pulid.files.catalog import FAMILIES
 from lib_pulid.identity import FUSIONS
 from lib_pulid.injection import MOST
 from lib_pulid.names import NOBODY as NONE
@@ -31,8 +32,6 @@ HIRES_PASSES = ("both", "first", "second")
 MOST_UNITS = 10
 MOST_PHOTOS = 50  # per person; more than a handful add nothing
 LONGEST_TEXT = 255  # of a name, as of a file name
-
-FAMILIES = ("sdxl", "flux")
 
 # Default weight, as in the official demos.
 WEIGHTS: Mapping[str, float] = {"sdxl": 0.8, "flux": 1.0}

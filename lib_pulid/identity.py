@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lib_pulid import __version__, disk, pulidembd
+from lib_pulid import __version__, disk
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import IdentityMismatchError, SettingError, WrongWeightsError
-from lib_pulid.weight_files import read_safetensors
+from lib_pulid.files import pulidembd
+from lib_pulid.files.state_dict import read_safetensors
 from lib_pulid.weights import Adapter
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lib_pulid import catalog, disk, miniature
+from lib_pulid import disk, miniature
 from lib_pulid.errors import MissingWeightsError, NoFaceError
 from lib_pulid.face_models import FaceFiles, load_face_models
 from lib_pulid.faces import LARGEST, Face, FaceChoice
+from lib_pulid.files import catalog
 from lib_pulid.hosts.diffusers import apply, denoiser_of
 from lib_pulid.hosts.diffusers_base import Base, load_base, paint
 from lib_pulid.identity import Identity
@@ -104,16 +105,14 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
     base = load_base(model, device)
     path = pulid or catalog.find_adapter(base.family, models_dir)
     if path is None:
-        wanted = catalog.in_group(base.family)
-        raise MissingWeightsError(
-            f"No PuLID file for {base.family.upper()} in {models_dir / 'pulid'}. One of these is needed:\n"
-            f"{catalog.by_hand(wanted, models_dir)}\n{catalog.how_to_get(wanted[:1])}"
-        )
+        raise catalog.no_adapter(base.family, models_dir / "pulid", models_dir)
     files = catalog.require_encoders(models_dir)
     return Workshop(
         base=base,
         adapter=_adapter(path, base),
-        encoders=lambda: Encoders(load_face_models(_face_files(files), device), _tower(files, device)),
+        encoders=lambda: Encoders(
+            load_face_models(FaceFiles.among(files), device), load_vision_tower(files["tower"]).to(device)
+        ),
         encoders_id=catalog.fingerprint(files, lambda path: fingerprint_files([path])),
         cache=cache,
     )
@@ -136,7 +135,7 @@ def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: st
 def _adapter(path: Path, base: Base) -> Adapter:
     """Loads a PuLID file and checks, before a photo is read, that it fits the base model."""
     adapter = load_adapter(path)
-    nobody = Identity(torch.zeros(1, 1, adapter.encoder.output_dim))  # type: ignore[arg-type]
+    nobody = Identity(torch.zeros(1, 1, adapter.encoder.output_dim))  # type: ignore[arg-type,call-overload]
     check_fit(find_sites(denoiser_of(base.pipeline)), compile_injection(adapter, nobody))
     return adapter
 
@@ -156,16 +155,3 @@ def has_real_weights(family: str, models_dir: Path) -> bool:
     except MissingWeightsError:
         return False
     return bool(real_model(family, models_dir) and catalog.find_adapter(family, models_dir))
-
-
-def _face_files(files: dict[str, Path]) -> FaceFiles:
-    return FaceFiles(
-        detector=files["scrfd_10g_bnkps.onnx"],
-        recogniser=files["glintr100.onnx"],
-        landmarker=files["detection_Resnet50_Final.pth"],
-        parser=files["parsing_bisenet.pth"],
-    )
-
-
-def _tower(files: dict[str, Path], device: str):
-    return load_vision_tower(files["EVA02_CLIP_L_336_psz14_s6B.pt"]).to(device)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_pulid.errors import WrongWeightsError
-from lib_pulid.weight_files import check_numbers, describe, read_state_dict
+from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 
 BLOCKS = (3, 7, 11, 15, 19)  # 0-based; their outputs are the hidden states
 HEAD_DIM = 64

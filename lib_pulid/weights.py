@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import WrongWeightsError
-from lib_pulid.weight_files import check_numbers, describe, read_state_dict
+from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 
 
 @dataclass(frozen=True)

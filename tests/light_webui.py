@@ -26,9 +26,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lib_pulid import catalog, hosts
+from lib_pulid import hosts
 from lib_pulid.encoders import IDFormer
 from lib_pulid.faces import CROP_LANDMARKS, Detection, FaceModels
+from lib_pulid.files import catalog
 from tests import small_models
 from tests.fake_modules.models import Flux, UNet, count_hooks
 from tests.fake_webui import ForgeGeneration, Generation, webui

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 
 from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, SettingError, WrongWeightsError
 from lib_pulid.face_models import ArcFaceRecogniser, BiSeNetParser, InsightFaceDetector, RetinaFaceLandmarker
-from lib_pulid.heads import checkpoint_family
+from lib_pulid.files.checkpoint_header import checkpoint_family
+from lib_pulid.files.state_dict import HARMLESS, read_state_dict
 from lib_pulid.identity import FILE_FORMAT, LARGEST_FILE, FaceFeatures, Identity, encode_identity
 from lib_pulid.photos import fingerprint_files
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.webui.library import Library
-from lib_pulid.weight_files import HARMLESS, read_state_dict
 from lib_pulid.weights import load_adapter
 from tests.test_identity import PHOTOS, an_identity
 from tests.test_weights import (
@@ -134,7 +134,7 @@ def test_a_tensor_that_repeats_one_number_without_end(tmp_path):
     state = {**v11_state(), "id_adapter.latents": torch.zeros(1).expand(1, HARMLESS // 4, 64)}
     (tmp_path / "x.bin").write_bytes(pickled(state))
     before = peak()
-    with pytest.raises(WrongWeightsError, match=r"x\.bin is refused for safety: it describes more numbers than it"):
+    with pytest.raises(WrongWeightsError, match=r"x\.bin is refused for safety: its tensors claim more data"):
         load_adapter(tmp_path / "x.bin")
     assert peak() - before < 200
 
@@ -147,7 +147,7 @@ def test_tensors_that_are_no_plain_numbers(tmp_path, kind):
         "quantised": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
     }[kind]()
     (tmp_path / "x.bin").write_bytes(pickled({**v1_state(), "id_adapter.body.0.bias": odd}))
-    with pytest.raises(WrongWeightsError, match=r"x\.bin is refused for safety: it describes"):
+    with pytest.raises(WrongWeightsError, match=r"x\.bin is refused for safety: its tensors claim"):
         load_adapter(tmp_path / "x.bin")
 
 
@@ -248,7 +248,7 @@ def test_weights_that_are_no_numbers(tmp_path, layout, value):
         state = {name: tensor.clone() for name, tensor in STATES[layout]().items()}
         state[key].view(-1)[-1] = value
         (tmp_path / "x.safetensors").write_bytes(as_safetensors(state))
-        with pytest.raises(WrongWeightsError, match=rf"^x\.safetensors is damaged: {key} holds values that are no num"):
+        with pytest.raises(WrongWeightsError, match=rf"^x\.safetensors is corrupt: {key} contains NaN"):
             load_adapter(tmp_path / "x.safetensors")
 
 
@@ -271,7 +271,7 @@ def test_a_tower_with_weights_that_are_no_numbers(tmp_path):
     broken = tower_state()
     broken["visual.head.weight"].view(-1)[0] = float("nan")
     (tmp_path / "eva.pt").write_bytes(pickled(broken))
-    with pytest.raises(WrongWeightsError, match=r"eva\.pt (is damaged|is not the vision tower)"):
+    with pytest.raises(WrongWeightsError, match=r"eva\.pt (is corrupt|is not the vision tower)"):
         load_vision_tower(tmp_path / "eva.pt")
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_pulid import catalog, cli, cli_checks, demo, disk, doctor, download, miniature, standalone
+from lib_pulid import cli, cli_checks, demo, disk, doctor, miniature, standalone
 from lib_pulid.contact_sheet import MARGIN, Section, Tile, contact_sheet
 from lib_pulid.errors import DownloadError, SettingError, StorageError
+from lib_pulid.files import catalog, download
 from lib_pulid.identity import Identity
 from tests.small_models.bases import open_small_workshop
 from tests.small_models.people import GROUP, PORTRAIT
@@ -375,7 +376,7 @@ def hub(monkeypatch, tmp_path):
         put(Path(wanted.target).parents[0], wanted.target.name, folder="")
         tell(wanted.size, wanted.size, "")
 
-    monkeypatch.setattr("lib_pulid.download.fetch", fetch)
+    monkeypatch.setattr("lib_pulid.files.download.fetch", fetch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # facexlib's own folder may hold weights
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     return asked
@@ -412,7 +413,7 @@ def test_download_of_everything(run, hub, tmp_path, accept):
     assert "insightface/models/antelopev2/scrfd_10g_bnkps.onnx" in written
     assert "facexlib/parsing_bisenet.pth" in written
     assert len(written) == len(hub) == 7
-    assert set(catalog.require_encoders(tmp_path / "m")) == {f.name for f in catalog.in_group("encoders")}
+    assert {path.name for path in catalog.require_encoders(tmp_path / "m").values()} == set(ENCODERS)
     assert said.out.count("non-commercial research purposes only") == 2
     hub.clear()  # what is there is left alone, and no licence is asked for again
     assert run("models", "download", models=tmp_path / "m").status == 0
@@ -433,8 +434,8 @@ def test_download_by_name(run, hub, tmp_path):
 def test_a_licence_that_was_not_accepted(run, hub, tmp_path, name):
     said = run("models", "download", name, models=tmp_path / "m")
     assert said.status == 1
-    assert f"MissingWeightsError: {name} needs its licence accepted (InsightFace model licence: non-comm" in said.err
-    assert "--accept-licence" in said.err
+    assert f"MissingWeightsError: {name} needs its license accepted (InsightFace model license: non-comm" in said.err
+    assert "--accept-license" in said.err
     assert hub == {}
     assert not list(tmp_path.rglob(name))
 
@@ -451,7 +452,7 @@ def test_a_licence_is_asked_for_on_a_terminal(run, hub, tmp_path, monkeypatch, a
     said = run("models", "download", "glintr100.onnx", models=tmp_path / "m")
     assert "non-commercial research purposes only. Accept? [y/N]" in said.out
     assert (said.status, len(hub)) == ((0, 1) if accepted else (1, 0))
-    assert accepted or "glintr100.onnx was not downloaded: its licence was not accepted." in said.err
+    assert accepted or "glintr100.onnx was not downloaded: its license was not accepted." in said.err
 
 
 def test_download_for_a_family(run, hub, tmp_path):
@@ -470,7 +471,7 @@ def test_downloads_that_fail_do_not_keep_others_from_coming(run, hub, tmp_path, 
             raise DownloadError("no network")
         real(wanted, *rest)
 
-    monkeypatch.setattr("lib_pulid.download.fetch", fail)
+    monkeypatch.setattr("lib_pulid.files.download.fetch", fail)
     said = run("models", "download", "sdxl", "--accept-licence", models=tmp_path / "m")
     assert said.status == 1
     for name in ("pulid_v1.1.safetensors", "parsing_bisenet.pth"):
@@ -486,7 +487,7 @@ def test_a_file_of_another_size_is_replaced_when_it_is_named(run, hub, tmp_path)
     path.write_bytes(b"half")
     said = run("models", "download", "sdxl", "--accept-licence", models=tmp_path)
     assert (said.status, list(hub)) == (0, ["pulid_v1.1.safetensors"])
-    assert f"{path} has 4 bytes, not 16,923,827. It is left alone; to get it again: " in said.out
+    assert f"{path} has 4 bytes, not 16,923,827. It is left alone; to replace it: " in said.out
     said = run("models", "download", path.name, "--accept-licence", models=tmp_path)
     assert (said.status, list(hub)) == (0, ["pulid_v1.1.safetensors", path.name])
 
@@ -497,13 +498,13 @@ def test_verify(run, hub, tmp_path, monkeypatch):
     put(tmp_path, empty.name, "pulid_v1.bin")
     said = run("models", "verify", models=tmp_path)
     assert said.status == 0
-    for state, name in (("right", empty.name), ("sum not known", "pulid_v1.bin"), ("missing", "glintr100.onnx")):
+    for state, name in (("verified", empty.name), ("no checksum", "pulid_v1.bin"), ("missing", "glintr100.onnx")):
         assert re.search(rf"^{state} .*{re.escape(name)}", said.out, re.MULTILINE)
     assert run("models", "verify", "glintr100.onnx", models=tmp_path).status == 1
     (tmp_path / "pulid" / empty.name).write_bytes(b"123456789?")
     said = run("models", "verify", models=tmp_path)
     assert said.status == 1
-    assert re.search(rf"^DIFFERS .*{empty.name}.*\n .* is damaged: its sum is ", said.out, re.MULTILINE)
+    assert re.search(rf"^differs .*{empty.name}.*\n .* is damaged: its checksum is ", said.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -555,9 +556,9 @@ def test_doctor_where_nothing_is(run, hub, tmp_path):
     said = run("doctor", models=tmp_path / "m")
     assert said.status == 1
     for name in ENCODERS:
-        assert re.search(rf"missing +{re.escape(name)}", said.out)
+        assert re.search(rf"missing .* {re.escape(name)}", said.out)
         assert f"to do: python -m lib_pulid models download {name}   (" in said.out
-    assert "models download glintr100.onnx   (InsightFace model licence: non-commercial" in said.out
+    assert "models download glintr100.onnx   (InsightFace model license: non-commercial" in said.out
     for family in ("SDXL", "FLUX"):
         assert f"to do: for {family}: python -m lib_pulid models download pulid_" in said.out
     assert re.search(r"there +torch \d", said.out)
@@ -590,9 +591,9 @@ def test_doctor_sees_a_truncated_file(run, hub, tmp_path):
     path.write_bytes(b"half")
     said = run("doctor", models=tmp_path)
     assert said.status == 1
-    assert re.search(r"DIFFERS +glintr100\.onnx", said.out)
+    assert re.search(r"differs .* glintr100\.onnx", said.out)
     assert f"to do: {path} has 4 bytes, not 260,665,334: python -m lib_pulid models download glintr100" in said.out
-    assert said.out.count("to do") == said.out.count("DIFFERS") == 1
+    assert said.out.count("to do") == said.out.count("differs") == 1
 
 
 def test_doctor_sees_missing_packages(run, monkeypatch):

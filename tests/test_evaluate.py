@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib_pulid import catalog, cli
+from lib_pulid import cli
 from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError, WrongWeightsError
 from lib_pulid.evaluate import command, measures, options, report, results
 from lib_pulid.evaluate.clip import clip_input, open_clip_model
@@ -29,6 +29,7 @@ from lib_pulid.evaluate.trial import (
     traits_on_photos,
 )
 from lib_pulid.faces import CROP_LANDMARKS, CROP_SIZE, Detection, FaceModels
+from lib_pulid.files import catalog
 from lib_pulid.judge import Reading
 from tests.face_standins import write_arcface
 

@@ -25,7 +25,7 @@ from safetensors.torch import save
 from lib_pulid import images
 from lib_pulid.errors import PulidError
 from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector
-from lib_pulid.heads import checkpoint_family, read_head
+from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
 from lib_pulid.identity import Identity
 from lib_pulid.images import load_image, load_region
 from lib_pulid.vision import load_vision_tower
@@ -264,12 +264,12 @@ DEEP_LIST += struct.pack("<IQ", 9, 1) * 100_000
 
 
 def test_damaged_heads_of_checkpoints(tmp_path):
-    assert set(read_head(write(tmp_path / "x.gguf", gguf()))) == {"double_blocks.0.a", "b"}
+    assert set(read_header(write(tmp_path / "x.gguf", gguf()))) == {"double_blocks.0.a", "b"}
     for data in (DEEP_LIST, DEEP_LIST[:-8] + b"\xff" * 8):
-        assert read_head(write(tmp_path / "deep.gguf", data)) == {}
+        assert read_header(write(tmp_path / "deep.gguf", data)) == {}
 
     def read(path: Path) -> None:
-        shapes = read_head(path)
+        shapes = read_header(path)
         assert all(isinstance(side, int) for shape in shapes.values() for side in shape)
         assert checkpoint_family(path) in ("", "sdxl", "flux")
 

@@ -16,10 +16,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("contact_sheet", "disk", "names", "camera_files", "encoders", "sites", "server", "gpu_cost"),
-    ("images", "heads"),
-    ("weight_files", "pulidembd", "download"),
-    ("catalog",),
+    ("contact_sheet", "disk", "names", "camera_files", "encoders", "sites", "gpu_cost"),
+    ("images", "files"),
     ("weights", "faces", "watch"),
     ("vision", "face_models", "attention", "judge"),
     ("identity",),
@@ -30,8 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("miniature",),
     ("standalone", "webui"),
-    ("demo", "doctor", "evaluate", "models", "cli_checks"),
-    ("bench",),
+    ("demo", "evaluate", "cli_files", "cli_checks"),
+    ("bench", "doctor"),
     ("cli",),
     ("__main__",),
 )
@@ -133,7 +131,7 @@ def test_hosts_do_not_know_each_other():
     modules = sources(ROOT)
     shared = {"lib_pulid.hosts", "lib_pulid.hosts.webui", "lib_pulid.hosts.frame"}
     own = {
-        "lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers"},
+        "lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers", "lib_pulid.hosts.diffusers_checkpoint"},
         "lib_pulid.hosts.webui": {"lib_pulid.hosts.frame"},
     }
     for name, path in modules.items():
@@ -184,7 +182,7 @@ OF_INJECTION = "insightface onnxruntime timm facexlib diffusers cv2 torchvision 
     [
         ("lib_pulid", HEAVY),
         ("lib_pulid.errors", HEAVY),
-        ("lib_pulid.catalog", f"{HEAVY} huggingface_hub requests httpx tqdm filelock"),
+        ("lib_pulid.files.catalog", f"{HEAVY} huggingface_hub requests httpx tqdm filelock"),
         ("lib_pulid.injection", OF_INJECTION),
         ("lib_pulid.hosts.diffusers", OF_INJECTION),
         ("lib_pulid.photos", "insightface onnxruntime timm facexlib diffusers cv2 torchvision transformers"),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lib_pulid import catalog
-from lib_pulid.catalog import WeightFile
 from lib_pulid.errors import SettingError
+from lib_pulid.files import catalog
+from lib_pulid.files.catalog import WeightFile
 from tests import small_models
 from tests.fake_modules.models import WIDTH
 from tests.fake_webui import webui
@@ -127,7 +127,7 @@ def test_without_the_licence_accepted_the_others_come(library, tmp_path):
 def test_a_failure_is_told_and_the_rest_comes(library, server, tmp_path):
     server.misbehave(status(404))
     last = Panel(library).download(True)
-    assert "pulid.safetensors could not be downloaded: it is not there (404 Not Found)." in last["note"]["value"]
+    assert "pulid.safetensors could not be downloaded: the server answers 404 Not Found" in last["note"]["value"]
     assert last["start"]["value"] == "Download 1 file (512 kB)"
     assert len(there(tmp_path)) == 2
     last = Panel(library).download(True)

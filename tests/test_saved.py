@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib_pulid import catalog, disk, names, pulidembd
+from lib_pulid import disk, names
 from lib_pulid.errors import (
     IdentityMismatchError,
     MissingWeightsError,
@@ -23,6 +23,7 @@ from lib_pulid.errors import (
     StorageError,
     WrongWeightsError,
 )
+from lib_pulid.files import catalog, pulidembd
 from lib_pulid.identity import Identity, with_uncond
 from lib_pulid.injection import compile_injection
 from lib_pulid.webui.library import Library
@@ -230,9 +231,9 @@ def test_a_copy_that_may_be_read_goes_before_one_that_may_not(tmp_path, closed):
     for folder in ("pulid", "ControlNet"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file.name).write_bytes(b"x")
-    assert catalog.find(file, tmp_path) == tmp_path / "pulid" / file.name
+    assert catalog.status(file, tmp_path).path == tmp_path / "pulid" / file.name
     closed.append(str(tmp_path / "pulid"))
-    assert catalog.find(file, tmp_path) == tmp_path / "ControlNet" / file.name
+    assert catalog.status(file, tmp_path).path == tmp_path / "ControlNet" / file.name
 
 
 def test_nobody_looks_for_files_in_another_way():

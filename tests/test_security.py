@@ -46,14 +46,14 @@ def test_only_one_place_reads_pickles_and_it_reads_weights_only():
     found = {(name, call) for name, path in files.items() for call in calls(path) & readers}
     # Training reads what it has written itself, and no pickles either.
     training = {(name, call) for name, call in found if name.startswith("lib_pulid.training.")}
-    assert found - training == {("lib_pulid.weight_files", "torch.serialization.load")}
+    assert found - training == {("lib_pulid.files.state_dict", "torch.serialization.load")}
     for name, _ in training:
         for node in ast.walk(ast.parse(files[name].read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
                 options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert options.get("allow_pickle", "False") == "False", name
                 assert "torch" not in ast.unparse(node.func) or options.get("weights_only") == "True", name
-    tree = ast.parse(files["lib_pulid.weight_files"].read_text(encoding="utf-8"))
+    tree = ast.parse(files["lib_pulid.files.state_dict"].read_text(encoding="utf-8"))
     (call,) = (
         n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.serialization.load"
     )

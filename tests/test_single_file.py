@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
-from lib_pulid.heads import checkpoint_family
+from lib_pulid.files.checkpoint_header import checkpoint_family
 from lib_pulid.hosts import diffusers_checkpoint as single_file
 from lib_pulid.hosts.diffusers_base import load_base
 from lib_pulid.training import checkpoint

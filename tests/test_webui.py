@@ -281,7 +281,7 @@ class TestFamilies:
         """By its file, until it is loaded; by what is loaded then."""
         from tests.fake_modules.forge import P
         from tests.fake_modules.models import Flux
-        from tests.test_heads import FLUX, SDXL, gguf, rooted, safetensors
+        from tests.test_checkpoint_header import FLUX, SDXL, gguf, rooted, safetensors
 
         files = {
             "flux": safetensors(tmp_path / "a.safetensors", FLUX),

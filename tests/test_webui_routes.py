@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from lib_pulid import pulidembd
 from lib_pulid.errors import MissingWeightsError, NoFaceError, OutOfMemoryError, PulidError, SettingError
 from lib_pulid.fields import FIELDS
+from lib_pulid.files import pulidembd
 from lib_pulid.identity import Identity
 from tests.test_webui import library, one, script, two, ui, weights  # noqa: F401 - fixtures
 

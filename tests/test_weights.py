@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
+from lib_pulid.files.state_dict import read_state_dict
 from lib_pulid.vision import load_vision_tower
-from lib_pulid.weight_files import read_state_dict
 from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights, load_adapter
 from tests.small_models import (
     cross_attention_pair,

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from lib_pulid import catalog, fields, miniature
+from lib_pulid import fields, miniature
 from lib_pulid.errors import SettingError, UnsupportedModelError
 from lib_pulid.evaluate import options, results
 from lib_pulid.evaluate.clip import open_clip_model
 from lib_pulid.evaluate.judges import HOW_TO_GET, OWN, DrawnJudge, FaceJudge, open_judges, own_judge
 from lib_pulid.evaluate.subjects import Prompt, Subject, drawn_people, read_folder, read_prompts
 from lib_pulid.evaluate.trial import Method, Panel, Row, Studio, count_images, read_sitters, run_trial
+from lib_pulid.files import catalog
 from lib_pulid.injection import compile_injection
 from lib_pulid.photos import Encoders, IdentityCache, make_identity
 from lib_pulid.standalone import Workshop, open_workshop
@@ -93,7 +94,7 @@ def _studio(workshop: Workshop, encoders, arguments: argparse.Namespace) -> Stud
 
 def _panel(arguments: argparse.Namespace, encoders: Encoders, device: str) -> Panel:
     drawn = arguments.model in miniature.MODELS
-    own = None if drawn else catalog.require_encoders(arguments.models_dir)["glintr100.onnx"]
+    own = None if drawn else catalog.require_encoders(arguments.models_dir)["recogniser"]
     judges: list[FaceJudge] = [DrawnJudge(miniature.judge())] if drawn else []
     if arguments.judge or not drawn:
         judges += open_judges(arguments.judge, own, arguments.models_dir, device)

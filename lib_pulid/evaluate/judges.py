@@ -60,7 +60,7 @@ class FacenetJudge:
     """facenet-pytorch's InceptionResnetV1, on the face's box at 160 x 160, as its MTCNN crops it with margin 0."""
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
-        from lib_pulid.weight_files import read_state_dict
+        from lib_pulid.files.state_dict import read_state_dict
 
         self.name, self._device = "facenet vggface2" if path.name == FACENET else path.stem, device
         try:

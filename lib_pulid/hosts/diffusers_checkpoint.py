@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
-from lib_pulid.heads import read_head
-from lib_pulid.weight_files import read_state_dict
+from lib_pulid.files.checkpoint_header import read_header
+from lib_pulid.files.state_dict import read_state_dict
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
@@ -49,7 +49,7 @@ def load_sdxl(path: Path, dtype: torch.dtype) -> Any:
     """
     import diffusers
 
-    shapes = read_head(path) or {name: tuple(tensor.shape) for name, tensor in read_state_dict(path).items()}
+    shapes = read_header(path) or {name: tuple(tensor.shape) for name, tensor in read_state_dict(path).items()}
     if lacking := [part for part, name in _PARTS.items() if name not in shapes]:
         raise WrongWeightsError(f"{path.name} is not a complete SDXL checkpoint; it lacks {', '.join(lacking)}.")
     channels = shapes[_PARTS["the UNet"]][1]

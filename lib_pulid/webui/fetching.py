@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib_pulid import catalog
-from lib_pulid.catalog import WeightFile
 from lib_pulid.errors import PulidError
+from lib_pulid.files import catalog
+from lib_pulid.files.catalog import WeightFile
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Downloads:
                 self._state = State(running=True, name=file.name, total=file.size, problems=self._state.problems)
                 self._told()
             try:
-                catalog.download(file, self._models_dir(), self._tell)
+                catalog.download(file, self._models_dir(), self._progress)
             except _Stopped:
                 pass
             except PulidError as error:
@@ -92,7 +92,7 @@ class Downloads:
         with self._lock:
             self._state = replace(self._state, problems=(*self._state.problems, problem))
 
-    def _tell(self, done: int, total: int, note: str) -> None:
+    def _progress(self, done: int, total: int, note: str) -> None:
         if self._stop:
             raise _Stopped
         with self._lock:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib_pulid import catalog, disk, names
+from lib_pulid import disk, names
 from lib_pulid.disk import listed as _files
 from lib_pulid.errors import (
     IdentityMismatchError,
@@ -24,8 +24,9 @@ from lib_pulid.errors import (
     WrongWeightsError,
 )
 from lib_pulid.fields import AUTO
-from lib_pulid.heads import checkpoint_family, read_head
-from lib_pulid.pulidembd import SUFFIX as PULIDEMBD
+from lib_pulid.files import catalog
+from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
+from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.webui.fetching import Downloads
 from lib_pulid.webui.interruptible import Interruptible
 from lib_pulid.webui.readers import Readers
@@ -106,14 +107,12 @@ class Library:
     # ------------------------------------------------------------ PuLID files
 
     def adapters(self) -> list[AdapterFile]:
-        """Lists the PuLID files, those of the catalog first, in its order, wherever `catalog.find` finds them."""
+        """Lists the PuLID files, those of the catalog first and in its order, wherever `catalog.status` finds them."""
         order = {file.name: i for i, file in enumerate(catalog.CATALOG)}
         skip = {file.name for file in catalog.in_group("encoders")}
         paths = [path for path in _files(self.folder, WEIGHT_SUFFIXES) if path.name not in skip]
         names = {path.name for path in paths}
-        elsewhere = (
-            catalog.find(file, self.models_dir) for family in catalog.FAMILIES for file in catalog.in_group(family)
-        )
+        elsewhere = (catalog.status(file, self.models_dir).path for file in catalog.CATALOG if file.name not in skip)
         paths += [path for path in elsewhere if path is not None and path.name not in names]
         found = [AdapterFile(path, self._of(path, _family)) for path in paths]
         found = [file for file in found if file.family != "other"]
@@ -134,13 +133,7 @@ class Library:
             adapters = self._of_family(family, encoder, left_out)
             first = next(adapters, None)
             if first is None:
-                wanted = catalog.in_group(family)
-                raise MissingWeightsError("\n".join([
-                    f"no PuLID file for {family.upper()} in {self.folder}. One of these is needed:",
-                    catalog.by_hand(wanted, self.models_dir),
-                    catalog.how_to_get(wanted[:1]),
-                    *(f"Left out: {problem}" for problem in left_out),
-                ]))  # fmt: skip
+                raise catalog.no_adapter(family, self.folder, self.models_dir, left_out)
             if not encoder or first.is_encoder(encoder):
                 return first
             return next((adapter for adapter in adapters if adapter.is_encoder(encoder)), first)
@@ -369,7 +362,7 @@ def _family(path: Path) -> str:
     """Returns a PuLID file's family by the tensor names in a safetensors header; for a pickle, by the catalog."""
     if path.suffix.lower() != ".safetensors":
         return next((file.group for file in catalog.CATALOG if file.name == path.name), "")
-    keys = read_head(path)
+    keys = read_header(path)
     if not keys:
         return ""  # damaged: listed, and loading it reports what is wrong
     if any(key.startswith("pulid_ca.") for key in keys):

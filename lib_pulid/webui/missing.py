@@ -8,9 +8,9 @@ from typing import Any
 
 import gradio as gr
 
-from lib_pulid import catalog
-from lib_pulid.catalog import FAMILIES, WeightFile
-from lib_pulid.download import in_words
+from lib_pulid.files import catalog
+from lib_pulid.files.catalog import FAMILIES, WeightFile
+from lib_pulid.files.download import format_size
 from lib_pulid.webui.actions import AT_ONCE
 from lib_pulid.webui.fetching import State
 from lib_pulid.webui.library import Library
@@ -91,7 +91,7 @@ class Missing:
             return "".join(lines)
         rows = "".join(
             f"<li><a href='{html.escape(file.url)}' target='_blank' rel='noopener'>{html.escape(file.name)}</a>, "
-            f"{html.escape(file.purpose)}, {file.told_size}, {html.escape(file.licence)}<br>to "
+            f"{html.escape(file.purpose)}, {file.size_text}, {html.escape(file.licence)}<br>to "
             f"<code>{html.escape(str(folder / file.folder))}</code></li>"
             for file in files
         )
@@ -99,7 +99,7 @@ class Missing:
 
 
 def _progress(state: State) -> str:
-    share = f"{in_words(state.done)} of {in_words(state.total)}" if state.total else "connecting"
+    share = f"{format_size(state.done)} of {format_size(state.total)}" if state.total else "connecting"
     note = f"; {html.escape(state.note)}" if state.note else ""
     rest = f" Next: {html.escape(', '.join(state.waiting))}." if state.waiting else ""
     bar = f"<progress max='{max(1, state.total)}' value='{state.done}'></progress>"
@@ -116,7 +116,7 @@ def _label(files: Sequence[WeightFile], accepted: bool) -> str:
     ready = [file for file in files if accepted or not file.restricted]
     chosen = ready or files
     known, more = sum(file.size for file in chosen), " or more" * any(not file.size for file in chosen)
-    what = f"{len(chosen)} file{'s' * (len(chosen) != 1)} ({in_words(known)}{more})"
+    what = f"{len(chosen)} file{'s' * (len(chosen) != 1)} ({format_size(known)}{more})"
     return f"Download {what}" if ready else f"To download {what}, accept the license above"
 
 

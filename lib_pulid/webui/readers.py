@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from lib_pulid import catalog
 from lib_pulid.errors import is_out_of_memory
+from lib_pulid.files import catalog
 
 if TYPE_CHECKING:
     from lib_pulid.faces import Face, FaceChoice, FaceModels
@@ -22,13 +22,6 @@ if TYPE_CHECKING:
     from lib_pulid.vision import VisionTower
     from lib_pulid.weights import Adapter
 
-FACE_FILES = {
-    "detector": "scrfd_10g_bnkps.onnx",
-    "recogniser": "glintr100.onnx",
-    "landmarker": "detection_Resnet50_Final.pth",
-    "parser": "parsing_bisenet.pth",
-}
-TOWER_FILE = "EVA02_CLIP_L_336_psz14_s6B.pt"
 CPU = "cpu"
 MOVED = "not enough GPU memory to read photos; they were read on the CPU, which takes longer."
 Result = TypeVar("Result")
@@ -121,15 +114,14 @@ class Readers:
         faces = self._face_models(files)
         if self._tower is None:
             tell("loading the vision tower")
-            self._tower = load_vision_tower(files[TOWER_FILE]).to(self._place())
+            self._tower = load_vision_tower(files["tower"]).to(self._place())
         return Encoders(faces, self._tower)
 
     def _face_models(self, files: dict[str, Path]) -> FaceModels:
         from lib_pulid.face_models import FaceFiles, load_face_models
 
         if self._faces is None:
-            paths = {kind: files[name] for kind, name in FACE_FILES.items()}
-            self._faces = load_face_models(FaceFiles(**paths), self._place())
+            self._faces = load_face_models(FaceFiles.among(files), self._place())
         return self._faces
 
 

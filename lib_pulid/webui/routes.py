@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lib_pulid import catalog
 from lib_pulid.errors import (
     IdentityMismatchError,
     MissingWeightsError,
@@ -20,7 +19,8 @@ from lib_pulid.errors import (
     WrongWeightsError,
 )
 from lib_pulid.fields import FIELD, FIELDS, PRESETS, WEIGHTS, check, schema, spelled
-from lib_pulid.pulidembd import SUFFIX as PULIDEMBD
+from lib_pulid.files import catalog
+from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui import pictures
 from lib_pulid.webui.fetching import Downloads
@@ -108,18 +108,17 @@ def models(library: Library) -> dict[str, Any]:
 
 
 def _in_catalogue(file: catalog.WeightFile, library: Library) -> dict[str, Any]:
-    path = catalog.find(file, library.models_dir)
-    wrong = catalog.problem(file, path) if path else ""
+    found = catalog.status(file, library.models_dir)
     return {
         "name": file.name,
         "for": file.group,
         "purpose": file.purpose,
-        "state": "differs" if wrong else "there" if path else "missing",
+        "state": found.state,
         "size": file.size or None,
         "license": file.licence,
         "licence": file.licence,  # the old spelling
         "restricted": file.restricted,
-        "folder": str(path.parent if path else library.models_dir / file.folder),
+        "folder": str(found.path.parent if found.path else library.models_dir / file.folder),
         "url": file.url,
     }
 

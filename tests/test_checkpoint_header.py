@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lib_pulid.heads import checkpoint_family, read_head
+from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
 
 FLUX = {
     **{f"double_blocks.{i}.img_attn.qkv.weight": (3, 4) for i in range(19)},
@@ -70,7 +70,7 @@ KINDS = {
 def test_families(tmp_path, kind, write):
     shapes, family = KINDS[kind]
     path = write(tmp_path / f"model.{write.__name__}", shapes)
-    assert dict(read_head(path)) == shapes
+    assert dict(read_header(path)) == shapes
     assert checkpoint_family(path) == family
 
 
