@@ -1,4 +1,4 @@
-"""Images in rows and columns with words around them."""
+"""Draws contact sheets: images in rows and columns, with captions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Section:
-    """Rows of tiles under a heading. columns: what stands above them."""
+    """Rows of tiles under a heading. columns: their headings."""
 
     heading: str
     columns: Sequence[str]

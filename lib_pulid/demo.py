@@ -1,4 +1,4 @@
-"""The demo: contact sheets of people who are kept, in miniature or with the real weights."""
+"""Runs the demo: contact sheets of people, with the miniature or the real weights."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ SEED = 42
 
 # With real weights
 WEIGHTS = {"sdxl": (0.4, 0.8, 1.2), "flux": (0.5, 1.0, 1.5)}
-PROMPT = "portrait, colour, cinematic, in a garden, soft light, detailed face"
+PROMPT = "portrait, color, cinematic, in a garden, soft light, detailed face"
 
 # In miniature
 STRENGTHS = (0.4, 0.8, 1.0, 1.2)
-PEOPLE = (0, 1, 2, 3)  # who is shown, by number
+PEOPLE = (0, 1, 2, 3)  # numbers of the people shown
 STRIPES = Placement(expression="smiling", clothes="striped shirt", clothes_color="red")
 HOODIE = Placement(expression="surprised", clothes="hoodie", clothes_color="green")
 ONE = Scene((STRIPES,), "dots", "yellow")
@@ -46,9 +46,9 @@ TWO = Scene((replace(STRIPES, x=0.25, scale=0.4), replace(HOODIE, x=0.75, scale=
 
 
 def run_demo(photo: Path | None, out: Path, models_dir: Path, device: str = "cpu") -> list[Path]:
-    """Writes a contact sheet for each family that can be shown. Returns the sheets' paths.
+    """Writes a contact sheet for each available family. Returns the sheets' paths.
 
-    Real weights are used where all of them are there; else the miniature shows drawn people, or the one of `photo`.
+    Uses real weights if all are there; otherwise the miniature shows drawn people, or the one in `photo`.
     """
     out.mkdir(parents=True, exist_ok=True)
     real = [family for family in FAMILIES if has_real_weights(family, models_dir)]
@@ -59,7 +59,7 @@ def run_demo(photo: Path | None, out: Path, models_dir: Path, device: str = "cpu
     for family in sorted(sheets, key=FAMILIES.index):
         model = real_model(family, models_dir) if family in real else _named(family)
         print(f"\n{family.upper()}: loading {model} ...", flush=True)
-        # A demo shows the whole way each time, so nothing is remembered.
+        # A demo runs all steps each time, so nothing is cached.
         workshop = replace(open_workshop(str(model), models_dir, device=device), cache=IdentityCache())
         workshop.base.pipeline.set_progress_bar_config(disable=True)
         path = out / f"demo_{family}.png"
@@ -72,7 +72,7 @@ def run_demo(photo: Path | None, out: Path, models_dir: Path, device: str = "cpu
 
 
 def _suggest(model: str, photo: Path | None, out: Path) -> None:
-    """Says how to go on from here."""
+    """Prints a command to try next."""
     face = photo or out / "person.png"
     if not photo:
         Image.fromarray(miniature.portrait(PEOPLE[0])).save(face)
@@ -98,7 +98,7 @@ def _compiled(workshop: Workshop, identity: Identity, **settings: Any) -> Inject
 
 
 def _changed(before: Image.Image, after: Image.Image) -> tuple[Image.Image, float]:
-    """What changed, black on white, and the fraction of pixels that did by more than a tenth of the range."""
+    """Returns the difference, black on white, and the fraction of pixels that differ by more than a tenth."""
     change = np.abs(np.asarray(after, np.int16) - np.asarray(before, np.int16)).max(axis=2)
     return Image.fromarray((255 - change).astype(np.uint8)), float((change > 25).mean())
 
@@ -107,10 +107,10 @@ def _changed(before: Image.Image, after: Image.Image) -> tuple[Image.Image, floa
 
 
 def sample_photo() -> Path:
-    """The group photograph in insightface's own package."""
+    """Returns the group photo in insightface's package."""
     spec = find_spec("insightface")
     if spec is None or spec.origin is None:
-        raise SettingError("insightface, whose sample photo is shown, is not installed; give a photo with --face.")
+        raise SettingError("insightface, which has the sample photo, is not installed. Give a photo with --face.")
     return Path(spec.origin).parent / "data" / "images" / "t1.jpg"
 
 
@@ -139,19 +139,19 @@ def _photographs(workshop: Workshop, photo: Path | None) -> Image.Image:
 
 @dataclass(frozen=True)
 class _Show:
-    """Paints with the miniature and asks the judge."""
+    """Generates with the miniature, and asks the judge."""
 
     workshop: Workshop
     detector: InsightFaceDetector
     judge: Judge
 
     def faces(self, image: np.ndarray) -> list[Detection]:
-        """Of an image, uint8 RGB [H, W, 3], from left to right."""
+        """Detects the faces of an image, uint8 RGB [H, W, 3], from left to right."""
         found = self.detector.detect(np.ascontiguousarray(image[:, :, ::-1]))
         return sorted(found, key=lambda face: face.box[0])
 
     def likeness(self, image: np.ndarray, reference: np.ndarray, place: int = 0, of: int = 0) -> float | None:
-        """Of the face at `place` to the reference's face number `of`; None without such a face."""
+        """Compares the face at `place` with the reference's face number `of`; None without such a face."""
         there, wanted = self.faces(image), self.faces(reference)
         if place >= len(there):
             return None
@@ -159,17 +159,17 @@ class _Show:
         return one.likeness(self.judge.read(reference, wanted[of].landmarks))
 
     def tile(self, image: Image.Image, reference: np.ndarray, of: int = 0) -> Tile:
-        """An image of one person, with the judge's opinion."""
+        """Makes a tile of an image of one person, with the judge's likeness."""
         level = self.likeness(np.asarray(image), reference, of=of)
         return Tile(image, "no face found" if level is None else f"likeness {level:.2f}", level)
 
     def paint(self, injections: Sequence[Injection], scene: Scene) -> Image.Image:
-        """With the scene's prompt."""
+        """Generates an image with the scene's prompt."""
         return self.workshop.paint(injections, describe(scene), seed=SEED)[0]
 
     @cached_property
     def plain(self) -> Image.Image:
-        """ONE, with nobody in particular."""
+        """The scene ONE without an identity."""
         return self.paint([], ONE)
 
 
@@ -190,8 +190,8 @@ def _drawings(workshop: Workshop, photo: Path | None) -> Image.Image:
         Section("One person in each row", columns, rows, f"“{describe(ONE)}”; then “{describe(OTHER)}”"),
         together,
     ]
-    text = f"{workshop.label}: people whom it was not trained on. The bars are a judge's likeness to the reference."
-    return contact_sheet("A person kept, the rest left alone", text, sections)
+    text = f"{workshop.label}: people not seen in training. Bars: likeness to the reference, by an independent judge."
+    return contact_sheet("The person stays, the rest follows the prompt", text, sections)
 
 
 def _row(show: _Show, reference: np.ndarray) -> list[Tile]:
@@ -208,7 +208,7 @@ def _row(show: _Show, reference: np.ndarray) -> list[Tile]:
 
 
 def _together(show: _Show) -> Section:
-    """Two people in one image, each in a half; and one face out of a group."""
+    """Shows two people in one image, each in a half, and one face of a group."""
     left, right = (miniature.portrait(n) for n in PEOPLE[:2])
     both = _two(show, left, right)
     levels = [show.likeness(np.asarray(both), reference, place) for place, reference in enumerate((left, right))]
@@ -217,10 +217,10 @@ def _together(show: _Show) -> Section:
     order = FaceChoice("left-to-right", 2)
     chosen = _identity(show.workshop, group, order)
     alone = show.paint([_compiled(show.workshop, chosen, weight=1.0)], ONE)
-    print(f"  painted    two people in halves: {said}; one out of a group", flush=True)
+    print(f"  painted    two people in halves: {said}; one of a group", flush=True)
     return Section(
-        "Two people, each in a half of the image; and one face out of a group",
-        ["left", "right", "both", "without", "the rightmost is taken", "weight 1.0"],
+        "Two people, each in a half of the image; and one face of a group",
+        ["left", "right", "both", "without", "the rightmost is used", "weight 1.0"],
         [[
             Tile(Image.fromarray(left)), Tile(Image.fromarray(right)),
             Tile(both, f"likeness {said}", min(level or 0.0 for level in levels)), Tile(show.paint([], TWO)),

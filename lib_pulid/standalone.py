@@ -1,4 +1,4 @@
-"""PuLID without a WebUI: what the command line works with, with real weights or in miniature."""
+"""Runs PuLID without a WebUI, for the command line, with real weights or the miniature."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workshop:
-    """A base model, the adapter for it, and the way from photos to identities.
+    """A base model, its adapter, and the encoders of photos.
 
     Args:
-        encoders_id: names the encoders' weights, for the cache.
-        limits: in a sentence, what to do where it finds no face.
-        check_prompt: says what the base model cannot make of a prompt.
+        encoders_id: identifies the encoders' weights, for the cache.
+        limits: a sentence on what to do if no face is found.
+        check_prompt: returns notes on what the base model does not understand in a prompt.
     """
 
     base: Base
@@ -49,12 +49,12 @@ class Workshop:
 
     @property
     def device(self) -> torch.device:
-        """Of the denoiser."""
+        """The denoiser's device."""
         return next(denoiser_of(self.base.pipeline).parameters()).device
 
     @property
     def label(self) -> str:
-        """What paints, for captions."""
+        """The adapter and the base model, for captions."""
         return f"{self.adapter.label} on {self.base.label}"
 
     def identity(
@@ -82,7 +82,7 @@ class Workshop:
     def paint(
         self, injections: Sequence[Injection], prompt: str, **settings: int | float | None
     ) -> tuple[Image.Image, int]:
-        """A picture with the injections, and at how many sites a residual was really added."""
+        """Generates an image. Returns it, and the number of sites at which a residual was really added."""
         watch = Watch()
         sites = watch.over(find_sites(denoiser_of(self.base.pipeline)))
         with apply(self.base.pipeline, injections, sites):
@@ -94,7 +94,7 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
     """Loads what `model` needs: a checkpoint, a diffusers folder, or a name of `miniature.MODELS`.
 
     Args:
-        pulid: a PuLID file; None takes the first of the right family in the models folder, or the miniature's.
+        pulid: a PuLID file; None: the first of the right family in the models folder, or the miniature's.
 
     Raises:
         MissingWeightsError, WrongWeightsError.
@@ -133,7 +133,7 @@ def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: st
 
 
 def _adapter(path: Path, base: Base) -> Adapter:
-    """A PuLID file that fits the base; before a photo is read, since the encoders have to fit, too."""
+    """Loads a PuLID file and checks, before a photo is read, that it fits the base model."""
     adapter = load_adapter(path)
     nobody = Identity(torch.zeros(1, 1, adapter.encoder.output_dim))  # type: ignore[arg-type,call-overload]
     check_fit(find_sites(denoiser_of(base.pipeline)), compile_injection(adapter, nobody))
@@ -141,7 +141,7 @@ def _adapter(path: Path, base: Base) -> Adapter:
 
 
 def real_model(family: str, models_dir: Path) -> str | None:
-    """A base model that lies in `sdxl` or `flux` below the models folder: a single file or a diffusers folder."""
+    """Returns a base model in the models folder's `sdxl` or `flux`: a single file or a diffusers folder."""
     for path in disk.listed(models_dir / family):
         if path.suffix == ".safetensors" or disk.is_file(path / "model_index.json"):
             return str(path)
@@ -149,7 +149,7 @@ def real_model(family: str, models_dir: Path) -> str | None:
 
 
 def has_real_weights(family: str, models_dir: Path) -> bool:
-    """Whether all is there that a real image needs."""
+    """Whether all files for a real image are there."""
     try:
         catalog.require_encoders(models_dir)
     except MissingWeightsError:

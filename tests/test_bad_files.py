@@ -182,7 +182,7 @@ def test_a_number_in_a_name_does_not_decide_how_long_it_takes(tmp_path, what):
 def test_a_tower_is_no_larger_than_its_file(tmp_path, change):
     (tmp_path / "eva.pt").write_bytes(pickled({**tower_state(), **change}))
     before = peak()
-    with pytest.raises(WrongWeightsError, match=r"eva\.pt is another vision tower"):
+    with pytest.raises(WrongWeightsError, match=r"eva\.pt is not the vision tower"):
         load_vision_tower(tmp_path / "eva.pt")
     assert peak() - before < 300
 
@@ -271,7 +271,7 @@ def test_a_tower_with_weights_that_are_no_numbers(tmp_path):
     broken = tower_state()
     broken["visual.head.weight"].view(-1)[0] = float("nan")
     (tmp_path / "eva.pt").write_bytes(pickled(broken))
-    with pytest.raises(WrongWeightsError, match=r"eva\.pt (is corrupt|is another)"):
+    with pytest.raises(WrongWeightsError, match=r"eva\.pt (is corrupt|is not the vision tower)"):
         load_vision_tower(tmp_path / "eva.pt")
 
 
@@ -355,9 +355,9 @@ def outside(tmp_path: Path, name: str) -> list[str]:
 def test_a_name_never_leads_out_of_the_models_folder(library, tmp_path):
     for name in [*outside(tmp_path, "secret"), "", ".", "..", "/", "~", "http://localhost:1/x", "a" * 255, "anna\0"]:
         assert library.find(name) is None
-        with pytest.raises(IdentityMismatchError, match="is not saved in"):
+        with pytest.raises(IdentityMismatchError, match="is not in .*Saved identities"):
             library.saved(name)
-        with pytest.raises(MissingWeightsError, match="is not among the PuLID files in"):
+        with pytest.raises(MissingWeightsError, match="is not in .*PuLID files there"):
             library.adapter(name, "sdxl")
     assert library.saved("anna").short_hash == an_identity().short_hash
 
@@ -372,7 +372,7 @@ NAMES_THAT_CANNOT_BE = [
 @pytest.mark.parametrize("name", NAMES_THAT_CANNOT_BE, ids=ascii)
 def test_names_an_identity_cannot_have(library, name):
     before = sorted(library.identities_dir.iterdir())
-    with pytest.raises(SettingError, match="A name has letters, digits"):
+    with pytest.raises(SettingError, match="A name may have letters, digits"):
         library.save(name, an_identity())
     assert sorted(library.identities_dir.iterdir()) == before
 
@@ -384,7 +384,7 @@ def test_names_of_every_language(library, name):
     saved = library.save(name, an_identity(cond=an_identity().cond + 1))
     assert library.saved(saved.name).cond is not None
     assert saved.path.parent == library.identities_dir
-    with pytest.raises(SettingError, match="saved already"):
+    with pytest.raises(SettingError, match="already saved"):
         library.save(name, an_identity())
 
 

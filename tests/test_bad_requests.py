@@ -68,7 +68,7 @@ def test_each_number_just_inside_and_just_outside(field):
         if (field.name, value) not in (("start", 1), ("end", 0)):  # nothing lies between them then
             assert getattr(PulidUnit.from_mapping({field.name: value, **other}, 1), field.name) == value
     for value in (field.minimum - step, field.maximum + step):
-        with pytest.raises(SettingError, match=f"unit 1, field {field.name}: .* is not in "):
+        with pytest.raises(SettingError, match=f"unit 1, field {field.name}: .* is out of range"):
             PulidUnit.from_mapping({field.name: value}, 1)
 
 

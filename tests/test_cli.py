@@ -138,7 +138,7 @@ def test_generate_with_a_mask(generate, tmp_path):
         assert abs(drawn["half"].astype(int) - other).max() > 1
     said, picture = generate("--face", GROUP, "--mask", tmp_path / "gone.png")
     assert (said.status, picture) == (1, None)
-    assert "ImageError: gone.png: there is no such file" in said.err
+    assert "ImageError: gone.png: no such file" in said.err
 
 
 def test_a_saved_identity_in_the_place_of_the_photo(run, generate, tmp_path):
@@ -153,7 +153,7 @@ def test_a_saved_identity_in_the_place_of_the_photo(run, generate, tmp_path):
     assert np.array_equal(of_photo, of_file)
     again = run("embed", "--face", PORTRAIT, "-o", path)
     assert again.status == 1
-    assert "SettingError: person is saved already; take another name" in again.err
+    assert "SettingError: person is already saved. Choose another name" in again.err
     assert Identity.load(path).short_hash == identity.short_hash
     path = path.with_name("several.safetensors")
     several = run("embed", "--face", GROUP, "--face", PORTRAIT, "--fusion", "average", "-o", path)
@@ -211,10 +211,10 @@ def test_the_face_is_found_not_assumed(run, tmp_path):
     [
         ((), "SettingError: Give either --face (once or more) or --identity."),
         (("--face", GROUP, "--identity", "x.safetensors"), "SettingError: Give either --face"),
-        (("--face", "gone.jpg"), "ImageError: gone.jpg: there is no such file"),
+        (("--face", "gone.jpg"), "ImageError: gone.jpg: no such file"),
         (("--face", "grey.png"), "NoFaceError: grey.png: no face was found"),
-        (("--face", GROUP, "--face-index", 50), "NoFaceError: group.png: face number 51 was asked for, but only"),
-        (("--face", GROUP, "--face-index", -1), "SettingError: --face-index: -1 is not in 0..50."),
+        (("--face", GROUP, "--face-index", 50), "NoFaceError: group.png: face number 51 was requested, but only"),
+        (("--face", GROUP, "--face-index", -1), "SettingError: --face-index: -1 is out of range; use 0 to 50."),
         (
             ("--identity", "gone.safetensors"),
             "IdentityMismatchError: The saved identity gone.safetensors was",
@@ -222,17 +222,17 @@ def test_the_face_is_found_not_assumed(run, tmp_path):
         (("--identity", "grey.png"), "IdentityMismatchError: grey.png is not a saved identity"),
         (
             ("--face", GROUP, "--model", "sdxl.safetensors"),
-            "MissingWeightsError: There is no model at sdxl.s",
+            "MissingWeightsError: No model at sdxl.s",
         ),
         (("--face", GROUP, "--model", "grey.png"), "WrongWeightsError: grey.png ("),
-        (("--face", GROUP, "--pulid", "gone.bin"), "MissingWeightsError: gone.bin was not found"),
+        (("--face", GROUP, "--pulid", "gone.bin"), "MissingWeightsError: --pulid: gone.bin was not found"),
         (("--face", GROUP, "--pulid", "page.bin"), "WrongWeightsError: page.bin is a web page"),
         (("--face", GROUP, "--pulid", "lora.bin"), "WrongWeightsError: lora.bin is a LoRA"),
-        (("--face", GROUP, "--num-zero", -1), "SettingError: --num-zero: -1 is not in 0..80."),
+        (("--face", GROUP, "--num-zero", -1), "SettingError: --num-zero: -1 is out of range; use 0 to 80."),
         (("--face", GROUP, "--weight", "nan"), "SettingError: --weight: nan is not a number."),
-        (("--face", GROUP, "--start", 1.5), "SettingError: --start: 1.5 is not in 0..1."),
+        (("--face", GROUP, "--start", 1.5), "SettingError: --start: 1.5 is out of range; use 0 to 1."),
         (("--face", "."), "ImageError: .: this is a folder, not an image."),
-        (("--face", GROUP, "--fusion", "id_mix"), "SettingError: fusion id_mix exists in PuLID v1 only"),
+        (("--face", GROUP, "--fusion", "id_mix"), "SettingError: fusion id_mix works with PuLID v1 only"),
     ],
     ids=lambda value: re.sub(r"\W+", " ", str(value))[-30:] if isinstance(value, str) else "",
 )
@@ -252,10 +252,10 @@ def test_a_pulid_file_of_the_other_family(generate, tmp_path):
     files = write_files(tmp_path, [8], 64)
     said, picture = generate("--face", GROUP, "--pulid", files.flux)
     assert (said.status, picture) == (1, None)
-    assert "UnsupportedModelError: The PuLID file is for FLUX, but the checkpoint is of the SDXL kind." in said.err
+    assert "UnsupportedModelError: The PuLID file is for FLUX, but the checkpoint is SDXL." in said.err
     said, picture = generate("--face", GROUP, "--pulid", files.sdxl)
     assert (said.status, picture) == (1, None)
-    assert "The checkpoint has 70 places for an identity, PuLID for SDXL needs 1." in said.err
+    assert "The checkpoint has 70 layers for PuLID, but PuLID for SDXL needs 1." in said.err
 
 
 NONSENSE = [
@@ -327,7 +327,7 @@ def test_a_picture_that_cannot_be_written_is_kept(generate, monkeypatch):
     monkeypatch.setattr(disk, "write", write)
     said, picture = generate("--identity", "x.safetensors")
     assert (said.status, picture) == (1, None)
-    assert f"No space left on device). The picture is kept as {writes[1]}." in said.err
+    assert f"No space left on device). The image was saved as {writes[1]} instead." in said.err
     assert Image.open(writes[1]).size == (64, 64)
 
 
@@ -398,8 +398,9 @@ def test_list(run, hub, tmp_path):
     assert "insightface/models/antelopev2" in lines["glintr100.onnx"]
 
 
-def test_download_of_everything(run, hub, tmp_path):
-    said = run("models", "download", "--accept-licence", models=tmp_path / "m")
+@pytest.mark.parametrize("accept", ["--accept-license", "--accept-licence"])
+def test_download_of_everything(run, hub, tmp_path, accept):
+    said = run("models", "download", accept, models=tmp_path / "m")
     assert said.status == 0
     at = "https://huggingface.co"
     assert hub["pulid_v1.1.safetensors"] == f"{at}/guozinan/PuLID/resolve/main/pulid_v1.1.safetensors"
@@ -640,7 +641,7 @@ def test_demo_of_a_photograph_in_miniature(run, tmp_path):
     said = run("demo", "--face", demo.sample_photo(), "--out", tmp_path / "sheets")
     assert said.status == 1
     assert "t1.jpg: no face was found" in said.err
-    assert "The miniature knows drawn people only; for photographs get the real weights with" in said.err
+    assert "The miniature knows only drawn people. For photos, get the real weights with" in said.err
     assert "`python -m lib_pulid models download sdxl`" in said.err
     assert not list((tmp_path / "sheets").glob("*.png"))
 
@@ -664,7 +665,7 @@ def test_demo_with_real_weights(run, tmp_path, monkeypatch):
 
 def test_demo_without_insightface(monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    with pytest.raises(SettingError, match="give a photo with --face"):
+    with pytest.raises(SettingError, match="Give a photo with --face"):
         demo.sample_photo()
 
 

@@ -322,7 +322,7 @@ def test_rows_of_a_pipeline_that_is_not_known():
     with apply(pipeline, []):
         pipeline(noise.repeat(2, 1, 1, 1))
     del Unknown.do_classifier_free_guidance
-    with pytest.raises(UnsupportedModelError, match="does not tell how it guides"), apply(pipeline, []):
+    with pytest.raises(UnsupportedModelError, match="kind of guidance is not known"), apply(pipeline, []):
         pipeline(noise)
     assert count_hooks(pipeline.unet) == 0
 
@@ -333,7 +333,7 @@ def test_a_step_cache_that_keeps_blocks_is_refused(bases, adapters):
     transformer, before = base.pipeline.transformer, draw(base)
     transformer.enable_cache(diffusers.hooks.FirstBlockCacheConfig(threshold=1e9))
     try:
-        with pytest.raises(UnsupportedModelError, match="was not run, a cache answered for it"):
+        with pytest.raises(UnsupportedModelError, match="block cache .* replaced the output"):
             draw(base, [compile_injection(adapters["flux"], person())])
     finally:
         transformer.disable_cache()

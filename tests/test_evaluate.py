@@ -145,10 +145,10 @@ def two_endings(folder: Path) -> None:
     [
         (lambda folder: None, "has to be a folder"),
         (photo, "has to be a folder"),
-        (empty, "holds no photos"),
-        (empty_person, "anna holds no photos"),
-        (twice, "one name for two people"),
-        (two_endings, "one name for two people"),
+        (empty, "has no photos"),
+        (empty_person, "anna has no photos"),
+        (twice, "the same name for two people"),
+        (two_endings, "the same name for two people"),
     ],
     ids=["missing", "a file", "empty", "empty person", "photo and folder", "two endings"],
 )
@@ -173,10 +173,10 @@ def test_prompts_of_a_file(tmp_path):
     path.write_text("# ours\na sailor\n\n  a baker \na sailor\n", encoding="utf-8")
     assert [prompt.text for prompt in read_prompts(path)] == ["a sailor", "a baker"]
     path.write_text("# nothing\n")
-    with pytest.raises(SettingError, match="holds no prompts"):
+    with pytest.raises(SettingError, match="has no prompts"):
         read_prompts(path)
     for wrong in (tmp_path / "missing.txt", tmp_path):
-        with pytest.raises(SettingError, match="has to be a text file"):
+        with pytest.raises(SettingError, match="has to be a UTF-8 text file"):
             read_prompts(wrong)
     path.write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(SettingError, match="UTF-8"):
@@ -202,7 +202,7 @@ def test_drawn_people_are_the_same_each_time():
         colors = [word for word in prompt.wanted["clothes_color"].split() if word in prompt.text]
         assert colors
         assert ("second_color" in prompt.wanted) == ("plain" not in prompt.text)
-    with pytest.raises(NoFaceError, match="finds no face"):
+    with pytest.raises(NoFaceError, match="found no face"):
         drawn_people(1, 1, lambda image: False, size=64)
 
 
@@ -406,7 +406,7 @@ def test_the_table_names_who_flatters_and_what_was_not_measured(written):
     text = (written / "table.md").read_text(encoding="utf-8")
     heading, _, *lines = text.splitlines()
     assert "likeness by seer" in heading
-    assert "the adapter's own recogniser (flatters)" in heading
+    assert "the adapter's own recognizer (overestimates)" in heading
     assert "prompt attributes kept" in heading
     assert [line.split("|")[1].strip() for line in lines[:5]] == ["without", "first", "first", "second", "second"]
     assert "± is the standard deviation between seeds" in text
@@ -457,14 +457,14 @@ def test_another_recogniser_is_a_judge_and_the_own_one_is_refused(tmp_path):
     assert judge.name == "w600k_r50"
     face = Seer().detect(picture(0))[0]
     assert judge.read(picture(0), face).embedding.shape == (512,)
-    with pytest.raises(SettingError, match="own recogniser, which flatters"):
+    with pytest.raises(SettingError, match="own recognizer, which overestimates"):
         open_judges([str(copy)], own, tmp_path, "cpu")
 
 
 def test_a_judge_that_is_not_there_or_none(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert open_judges([], None, tmp_path, "cpu") == []
-    with pytest.raises(MissingWeightsError, match="no judge at .*buffalo_l"):
+    with pytest.raises(MissingWeightsError, match="No judge at .*buffalo_l"):
         open_judges([str(tmp_path / "gone.onnx")], None, tmp_path, "cpu")
     (tmp_path / "wrong.onnx").write_bytes(b"no network")
     with pytest.raises(WrongWeightsError):
@@ -491,10 +491,10 @@ def test_variants_and_files():
         (":num_zero=1", "has to be like"),
         ("a:num_zero", "has to be like"),
         ("a:num_zer=1", "did you mean num_zero"),
-        ("a:num_zero=81", "81 is not in 0..80"),
+        ("a:num_zero=81", "81 is out of range; use 0 to 80"),
         ("a:num_zero=many", "'many' is not a number"),
         ("a:projection=up", "is not one of"),
-        ("a:weight=1", "not a setting of a method"),
+        ("a:weight=1", "cannot be compared"),
     ],
 )
 def test_a_variant_that_cannot_be(text, words):
@@ -574,11 +574,11 @@ def test_clip_figures_of_a_trial(panel, clip_folder):
 @pytest.mark.parametrize(
     ("source", "error", "words"),
     [
-        ("{tmp}/gone", MissingWeightsError, "no CLIP at"),
+        ("{tmp}/gone", MissingWeightsError, "--clip: nothing found at"),
         ("{tmp}/file.pt", SettingError, "ViT-L-14=FILE"),
         ("ViT-L-14={tmp}", SettingError, "ViT-L-14=FILE"),
         ("ViT-Q={tmp}/file.pt", SettingError, "no architecture ViT-Q"),
-        ("{tmp}", WrongWeightsError, "could not be opened as CLIP"),
+        ("{tmp}", WrongWeightsError, "cannot be opened as CLIP"),
     ],
 )
 def test_a_clip_that_cannot_be_opened(tmp_path, source, error, words):
@@ -656,11 +656,11 @@ def test_the_command(evaluate, tmp_path):
         ((), "Give --faces"),
         (("--faces", "{tmp}/p", "--seeds", 0), "--seeds is 0"),
         (("--faces", "{tmp}/p", "--size", 100), "multiple of 16"),
-        (("--faces", "{tmp}/p", "--weights", "1,x"), "numbers with commas"),
-        (("--faces", "{tmp}/p", "--weights", "9"), "not in 0..5"),
-        (("--faces", "{tmp}/p", "--variant", "a:start_step=4"), "means nothing on SDXL"),
+        (("--faces", "{tmp}/p", "--weights", "1,x"), "numbers separated by commas"),
+        (("--faces", "{tmp}/p", "--weights", "9"), "use 0 to 5"),
+        (("--faces", "{tmp}/p", "--variant", "a:start_step=4"), "has no effect on SDXL"),
         (("--faces", "{tmp}/p", "-o", "{tmp}/p/ben.png"), "which is a file"),
-        (("--faces", "{tmp}/p", "--judge", "{tmp}/gone.onnx"), "no judge at"),
+        (("--faces", "{tmp}/p", "--judge", "{tmp}/gone.onnx"), "No judge at"),
         (("--faces", "{tmp}/blank"), "No face was found in nobody, photo 1"),
     ],
 )
@@ -679,5 +679,5 @@ def test_without_a_judge_of_its_own_it_says_who_flatters(evaluate, tmp_path, mon
     (tmp_path / "models" / "w600k_r50.onnx").unlink()
     status, said, notes = evaluate("--faces", people(tmp_path / "p"), "-o", tmp_path / "out")
     assert status == 0, notes
-    assert "the adapter's own recogniser alone, which flatters" in notes
-    assert "(flatters)" in said
+    assert "the adapter's own recognizer, which overestimates" in notes
+    assert "(overestimates)" in said

@@ -212,7 +212,7 @@ def test_fallback_equal_to_the_official_one(official, models):
     assert not found
     np.testing.assert_array_equal(face.embedding, embedding)
     np.testing.assert_array_equal(face.aligned, crop[:, :, ::-1])
-    assert "only by RetinaFace" in " ".join(face.notes)
+    assert "only RetinaFace found" in " ".join(face.notes)
     assert face.faces_found == 1
 
 
@@ -261,9 +261,9 @@ def test_the_same_person_in_both_detectors(models, choice, who):
 
 
 def test_what_was_chosen_is_said(models):
-    assert read_face(group(), models).notes[0] == "3 faces found; the largest was taken"
+    assert read_face(group(), models).notes[0] == "3 faces found; the largest was used"
     note = read_face(group(), models, FaceChoice("left-to-right", 1)).notes
-    assert note[0] == "3 faces found; number 2, counted from left to right, was taken"
+    assert note[0] == "3 faces found; number 2, counted from left to right, was used"
     assert "small" in note[1]
 
 
@@ -274,7 +274,7 @@ def test_the_detectors_own_landmarks_where_retinaface_does_not_see_the_face(mode
     face = read_face(image, models)
     assert np.hypot(*(centre(face.detection) - (90, 90))) < 5
     np.testing.assert_array_equal(face.aligned, faces.align(bgr(image), face.detection.landmarks)[:, :, ::-1])
-    assert any("own landmarks" in note for note in face.notes)
+    assert any("detector's landmarks" in note for note in face.notes)
 
 
 def test_a_neighbours_landmarks_are_not_taken():
@@ -430,7 +430,7 @@ def test_while_a_host_makes_layers_without_memory(files, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Conv2d, "__init__", without_memory)
     for load, path in ((RetinaFaceLandmarker, files.landmarker), (BiSeNetParser, files.parser)):
-        with pytest.raises(PulidError, match="loading a checkpoint just now; try again"):
+        with pytest.raises(PulidError, match="still loading a checkpoint. Try again"):
             load(path)
 
 
@@ -447,7 +447,7 @@ def test_a_file_for_a_newer_onnxruntime_says_so(files, tmp_path):
     model = onnx.load(str(files.detector))
     model.ir_version = 99
     onnx.save(model, str(tmp_path / "newer.onnx"))
-    with pytest.raises(WrongWeightsError, match=r"newer\.onnx in .* newer onnxruntime: update it"):
+    with pytest.raises(WrongWeightsError, match=r"newer\.onnx in .* newer onnxruntime. Update it"):
         InsightFaceDetector(tmp_path / "newer.onnx")
 
 

@@ -106,7 +106,7 @@ def check_the_end(host: Host, stage: Stage, fault: str, pictures: Any, error: An
     elif not stage.fatal or fault == "full disk":
         assert error is None and equal(pictures, faced)
     elif fault == "no memory":
-        assert isinstance(error, OutOfMemoryError) and "What helps: a smaller picture" in str(error)
+        assert isinstance(error, OutOfMemoryError) and "Try a smaller image" in str(error)
         assert isinstance(error.__cause__, torch.cuda.OutOfMemoryError)
     else:
         assert str(error) == "injected"

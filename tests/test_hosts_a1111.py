@@ -247,7 +247,7 @@ def test_sdxls_own_refiner_where_no_face_is_to_act(p):
 def test_sdxls_own_refiner_before_the_face_is_refused_with_the_reason(p):
     switch = {1: lambda: p.load(refiner_unet(), "sd_xl_refiner")}
     host().start(p, RandomPlan(start=0.5))
-    with pytest.raises(SettingError, match="Field start: SDXL's refiner takes over before the face begins"):
+    with pytest.raises(SettingError, match="Field start: SDXL's refiner takes over before PuLID starts"):
         sample(p, text(1, 77, 1), text(1, 77, 2), before_step=lambda step: switch.get(step, lambda: None)())
 
 
@@ -365,7 +365,7 @@ def test_stop_lets_go_of_the_plan(p):
         (UNet(1024, SD1_BLOCKS), "Stable Diffusion 2.x"),
         (UNet(1280, SDXL_BLOCKS), "SDXL refiner"),
         (UNet(2048, (12, 0, 22)), "shortened SDXL with 34 of 70"),
-        (UNet(64, SD1_BLOCKS), "reads text 64 wide, which is none that I know"),
+        (UNet(64, SD1_BLOCKS), "unknown UNet, with text embeddings of width 64"),
         (torch.nn.Linear(2, 2), "neither an SDXL UNet"),
         (Flux(8, 38), "this model 8 and 38"),
         (Flux(19, 37), "this model 19 and 37"),

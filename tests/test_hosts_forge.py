@@ -441,7 +441,7 @@ def test_sdxls_own_refiner_before_the_face_is_refused_with_the_reason(p):
         if step == 1:
             p.load(refiner_unet(), "sd_xl_refiner")
 
-    with pytest.raises(SettingError, match="Field start: SDXL's refiner takes over before the face begins"):
+    with pytest.raises(SettingError, match="Field start: SDXL's refiner takes over before PuLID starts"):
         run(p, RandomPlan(start=0.5), before_step=switch)
 
 

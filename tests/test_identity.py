@@ -77,7 +77,7 @@ def test_tokens_have_to_be_of_one_person(shape):
 
 
 def test_cond_and_uncond_have_one_shape():
-    with pytest.raises(SettingError, match="differ in shape"):
+    with pytest.raises(SettingError, match="have different shapes"):
         Identity(torch.zeros(1, 10, 64), torch.zeros(1, 5, 64))
 
 
@@ -130,7 +130,7 @@ def test_saving_replaces_where_asked_to_only(tmp_path):
     path = an_identity().save(tmp_path / "x.safetensors")
     loaded = Identity.load(path)
     other = an_identity(cond=normal(7, 1, 10, 64))
-    with pytest.raises(SettingError, match="x is saved already"):
+    with pytest.raises(SettingError, match="x is already saved"):
         other.save(path)
     assert Identity.load(path).short_hash == loaded.short_hash
     other.save(path, replace=True)
@@ -305,7 +305,9 @@ def test_the_main_photo_is_the_first(made):
 @pytest.mark.parametrize("name", ["v1.1", "flux"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_id_mix_exists_in_v1_only(made, name, count):
-    with pytest.raises(SettingError, match=f"id_mix exists in PuLID v1 only; the loaded file is {made[name].label}"):
+    with pytest.raises(
+        SettingError, match=f"id_mix works with PuLID v1 only, but the loaded file is {made[name].label}"
+    ):
         encode_identity(PHOTOS[:count], made[name], fusion="id_mix")
 
 
@@ -370,5 +372,5 @@ def test_an_identity_fits_the_half_precision_file(made, tmp_path):
 
 
 def test_tokens_of_another_width_are_refused(made):
-    with pytest.raises(IdentityMismatchError, match=r"tokens are 2048 wide, v1_1\.safetensors needs 64"):
+    with pytest.raises(IdentityMismatchError, match=r"tokens have width 2048, but v1_1\.safetensors needs 64"):
         compile_injection(made["v1"], Identity(torch.zeros(1, 10, 2048)))

@@ -205,7 +205,7 @@ def test_an_image_without_a_drawn_face(shop, kind):
         "gray": np.full((256, 256, 3), 128, np.uint8),
         "noise": np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8),
     }
-    said = r"no face was found.* The miniature knows drawn people only; .*models download"
+    said = r"no face was found.* The miniature knows only drawn people\. .*models download"
     with pytest.raises(NoFaceError, match=said):
         shop.identity([images.get(kind, photograph())])
 
@@ -215,7 +215,7 @@ def test_unknown_words_are_named():
     assert miniature.check_prompt(known) == []
     assert miniature.check_prompt(f"{known.upper()}!") == []
     (note,) = miniature.check_prompt("A smiling Astronaut in a red spaceship, astronaut")
-    assert "does not know the words astronaut, spaceship; a prompt that it knows: a portrait of" in note
+    assert "does not know the words astronaut, spaceship. Example of a prompt it knows: a portrait of" in note
     assert miniature.check_prompt(note.partition("knows: ")[2]) == []
 
 
@@ -255,7 +255,7 @@ def use(name: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_missing(copy, name):
     (copy / name).unlink()
-    with pytest.raises(MissingWeightsError, match=rf"{name}, a part of the miniature, is not in .*git checkout"):
+    with pytest.raises(MissingWeightsError, match=rf"{name}, a part of the miniature, is missing in .*git checkout"):
         use(name, copy)
 
 

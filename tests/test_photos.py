@@ -356,7 +356,7 @@ def test_no_face_names_the_photo(make, tmp_path):
         make([two_faces(), nobody], cache)
     with pytest.raises(NoFaceError, match=r"^photo 2: no face was found"):
         make([two_faces(), blank(200, 200)], cache)
-    with pytest.raises(NoFaceError, match=r"^photo 1: face number 3 was asked for, but only 2 faces were found"):
+    with pytest.raises(NoFaceError, match=r"^photo 1: face number 3 was requested, but only 2 faces were found"):
         make([two_faces()], cache, choice=FaceChoice("largest", 2))
     assert not (tmp_path / "cache").exists()
 

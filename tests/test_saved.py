@@ -58,7 +58,7 @@ def test_a_name_that_another_program_takes_meanwhile(library, tmp_path, monkeypa
         return real(self, path)
 
     monkeypatch.setattr(Identity, "save", save)
-    with pytest.raises(SettingError, match="anna is saved already"):
+    with pytest.raises(SettingError, match="anna is already saved"):
         library.save("anna", person(1))
     assert library.saved("anna").cond[0, 0, 0] == 2
     assert os.listdir(library.identities_dir) == ["anna.safetensors"]
@@ -90,7 +90,7 @@ def test_another_spelling_saved_meanwhile_is_seen(library, monkeypatch):
         return real(self, path)
 
     monkeypatch.setattr(Identity, "save", save)
-    with pytest.raises(SettingError, match="ANNA is saved already"):
+    with pytest.raises(SettingError, match="ANNA is already saved"):
         library.save("anna", person(1))
     assert [one.name for one in library.identities()] == ["ANNA"]
 
@@ -106,7 +106,7 @@ def test_one_name_in_all_its_spellings(library, kept, asked):
     person(1).save(library.identities_dir / f"{kept}.safetensors")
     assert library.saved(asked).cond[0, 0, 0] == 1
     if asked != "Zoë\u200b":
-        with pytest.raises(SettingError, match="is saved already"):
+        with pytest.raises(SettingError, match="is already saved"):
             library.save(asked, person(2))
     assert len(library.identities()) == 1
 
@@ -117,18 +117,18 @@ def test_two_that_differ_in_spelling_only_are_not_mixed_up(library):
     assert library.saved("Anna").cond[0, 0, 0] == 1
     assert library.saved("Zoë").cond[0, 0, 0] == 3
     assert library.saved(unicodedata.normalize("NFD", "Zoë")).cond[0, 0, 0] == 2
-    with pytest.raises(SettingError, match="ANNA could be any of .*spell it"):
+    with pytest.raises(SettingError, match="ANNA could be .* or .*Spell it"):
         library.saved("ANNA")
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("my 🙂", "🙂 \\(U\\+1F642\\) cannot be in it"), ("a\u202eb", "\\(U\\+202E\\) cannot"), ("x.", "ends with a dot"),
-     ("con", "con is reserved"), ("0123456789", "looks like an identity's hash"), ("-x", "begins with -"),
+    [("my 🙂", "contains 🙂 \\(U\\+1F642\\)"), ("a\u202eb", "contains \\(U\\+202E\\)"), ("x.", "ends with a dot"),
+     ("con", "con is reserved"), ("0123456789", "looks like an identity's hash"), ("-x", "starts with -"),
      ("x" * 81, "too long"), ("", "empty")],
 )  # fmt: skip
 def test_what_is_wrong_with_a_name_is_told(name, reason):
-    with pytest.raises(SettingError, match=f"A name has letters, digits.*: .*{reason}"):
+    with pytest.raises(SettingError, match=f"{reason}.*A name may have letters, digits"):
         names.new(name)
 
 
@@ -372,9 +372,9 @@ def test_a_pulidembd_is_written_as_described(tmp_path):
     assert 131_000 < real.stat().st_size < 131_500
     large = Identity(torch.full((1, 2, 4), 1e6)).save(tmp_path / "large.pulidembd")
     assert Identity.load(large).cond.max() == 1e6
-    with pytest.raises(SettingError, match=r"\.pulidembd is for FLUX; .*PuLID v1 for SDXL"):
+    with pytest.raises(SettingError, match=r"\.pulidembd is for FLUX, .*PuLID v1 for SDXL"):
         person(1, adapter="PuLID v1 for SDXL").save(tmp_path / "sdxl.pulidembd")
-    with pytest.raises(SettingError, match="saved already"):
+    with pytest.raises(SettingError, match="already saved"):
         identity.save(tmp_path / "x.pulidembd")
 
 

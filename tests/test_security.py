@@ -125,16 +125,18 @@ class TestTheGridsPhotoFile:
         path = tmp_path / "photo.png"
         Image.fromarray(photo((330, 210))).save(path)
         for file in (path, tmp_path / "gone.png"):  # nor learn whether there is one
-            with pytest.raises(SettingError, match="unit 1, field images: the axis Photo file .* own page only"):
+            with pytest.raises(
+                SettingError, match="unit 1, field images: the axis Photo file .* works only in the page"
+            ):
                 axis.confirm(SimpleNamespace(is_api=True), [str(file)])
-            with pytest.raises(PulidError, match="own page only"):
+            with pytest.raises(PulidError, match="works only in the page"):
                 axis.apply(SimpleNamespace(is_api=True), str(file), [])
         axis.confirm(SimpleNamespace(is_api=False), [str(path)])
         axis.apply(SimpleNamespace(is_api=False), str(path), [])
 
     def test_nor_a_page_that_is_kept_from_folders(self, ui, axis, tmp_path):  # noqa: F811
         ui.modules.shared.cmd_opts.hide_ui_dir_config = True
-        with pytest.raises(SettingError, match="own page only"):
+        with pytest.raises(SettingError, match="works only in the page"):
             axis.confirm(SimpleNamespace(is_api=False), [str(tmp_path)])
 
 

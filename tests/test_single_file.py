@@ -186,7 +186,7 @@ def test_an_inpainting_checkpoint(tmp_path, path):
 def test_a_checkpoint_that_is_not_whole(tmp_path, path, prefix, said):
     state = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(prefix)}
     save_file(state, tmp_path / "part.safetensors")
-    with pytest.raises(WrongWeightsError, match=f"part.safetensors is not a whole SDXL checkpoint; {said}"):
+    with pytest.raises(WrongWeightsError, match=f"part.safetensors is not a complete SDXL checkpoint; {said}"):
         load_base(tmp_path / "part.safetensors")
 
 

@@ -176,7 +176,7 @@ def test_of_two_who_save_under_one_name_the_second_is_told(host, monkeypatch):
             told.append(str(error))
 
     at_once(lambda: save(anna), lambda: save(ben))
-    assert len(saved) == 1 and len(told) == 1 and "saved already" in told[0]
+    assert len(saved) == 1 and len(told) == 1 and "already saved" in told[0]
     assert host.library.saved("One name").short_hash == saved[0]
 
 

@@ -92,7 +92,7 @@ def test_a_short_list_is_filled_up():
 def test_the_default_is_the_familys():
     sdxl, flux = PulidUnit().on("sdxl"), PulidUnit().on("flux")
     assert (sdxl.weight, sdxl.preset, sdxl.projection, sdxl.num_zero) == (0.8, "v1.1", "ortho_v2", 20)
-    assert (flux.weight, flux.preset, flux.start_step, flux.cfg_start_step) == (1.0, "stylised", 0, 0)
+    assert (flux.weight, flux.preset, flux.start_step, flux.cfg_start_step) == (1.0, "stylized", 0, 0)
     assert PulidUnit(weight=0.3).on("flux").weight == 0.3
     assert PulidUnit.from_mapping({"weight": None}, 1) == PulidUnit()
     assert PulidUnit(weight=0.0).on("flux").weight == 0
@@ -112,9 +112,17 @@ def test_presets(name):
 
 
 def test_official_presets_of_flux():
-    """docs/pulid_for_flux.md: 4 for realistic pictures, 0 to 1 for stylised ones."""
+    """docs/pulid_for_flux.md: 4 for realistic images, 0 to 1 for stylized ones."""
     assert PRESETS["flux"]["realistic"] == {"start_step": 4}
-    assert PRESETS["flux"]["stylised"]["start_step"] in (0, 1)
+    assert PRESETS["flux"]["stylized"]["start_step"] in (0, 1)
+
+
+def test_old_spelling_of_a_preset():
+    """Scripts, images and grids of earlier versions say "stylised"."""
+    old, new = ({"preset": name, "start_step": 0} for name in ("stylised", "stylized"))
+    assert PulidUnit.from_mapping(old, 1) == PulidUnit.from_mapping(new, 1)
+    assert PulidUnit(start_step=4).changed({"preset": "stylised"}, 1).start_step == 0
+    assert "stylised" not in schema()["properties"]["preset"]["enum"]
 
 
 @pytest.mark.parametrize("name", PRESET_FAMILY)
@@ -150,13 +158,13 @@ WRONG = [
     ({"weight": "0.8"}, "weight", "not a number"),
     ({"weight": True}, "weight", "not a number"),
     ({"start_step": 1.5}, "start_step", "whole number"),
-    ({"start_step": 11}, "start_step", "not in 0..10"),
-    ({"cfg_start_step": -1}, "cfg_start_step", "not in 0..20"),
-    ({"weight": 5.1}, "weight", "not in 0..5"),
-    ({"weight": -0.1}, "weight", "not in 0..5"),
+    ({"start_step": 11}, "start_step", "use 0 to 10"),
+    ({"cfg_start_step": -1}, "cfg_start_step", "use 0 to 20"),
+    ({"weight": 5.1}, "weight", "use 0 to 5"),
+    ({"weight": -0.1}, "weight", "use 0 to 5"),
     ({"num_zero": 1.5}, "num_zero", "whole number"),
-    ({"num_zero": 81}, "num_zero", "not in 0..80"),
-    ({"start": 0.5, "end": 0.5}, "start", "not below end"),
+    ({"num_zero": 81}, "num_zero", "use 0 to 80"),
+    ({"start": 0.5, "end": 0.5}, "start", "has to be below end"),
     ({"projection": "orto"}, "projection", "one of none, ortho"),
     ({"preset": "best"}, "preset", "one of auto, v1.1"),
     ({"hires": 1}, "hires", "one of both"),
@@ -165,11 +173,11 @@ WRONG = [
     ({"images": 5}, "images", "not a list"),
     ({"images": [5]}, "images", "is not an image"),
     ({"images": [""]}, "images", "is not an image"),
-    ({"images": "[broken"}, "images", "not JSON"),
+    ({"images": "[broken"}, "images", "not valid JSON"),
     ({"images": {"a": 1}}, "images", "not a list"),
     ({"mask": 3}, "mask", "is not an image"),
-    ({"identity": 3}, "identity", "not a text"),
-    ({"model": []}, "model", "not a text"),
+    ({"identity": 3}, "identity", "not text"),
+    ({"model": []}, "model", "not text"),
     ({"images": ["a"], "identity": "Anna"}, "identity", "not both"),
 ]
 

@@ -309,7 +309,7 @@ class TestFamilies:
             ui.generate(script, Generation(), [{"images": [one], "preset": "realistic"}])
 
     def test_a_face_that_would_never_act(self, ui, script, one):
-        with pytest.raises(SettingError, match="unit 1, field start: .* never act: of the 2 steps"):
+        with pytest.raises(SettingError, match="unit 1, field start: .* never be active: none of the 2 steps"):
             ui.generate(script, Generation(), [{"images": [one], "start": 0.6}])
         ui.generate(script, Generation(), [{"images": [one], "start": 0.6, "weight": 0}])
         ui.generate(script, Generation(), [{"images": [one], "start": 0.5, "start_step": 9}])  # FLUX alone has that
@@ -370,7 +370,7 @@ class TestPlan:
     def test_a_face_that_would_never_act(self, library, one, model):
         plan = self.plan(library, one, {}, {"start_step": 4})
         plan.check_steps(model, 5, hires=False)
-        with pytest.raises(SettingError, match="unit 2, field start_step: .*of the 4 steps.*from step 4 on"):
+        with pytest.raises(SettingError, match="unit 2, field start_step: .*step 4, but there are only 4 steps"):
             plan.check_steps(model, 4, hires=False)
         plan.check_steps(model, 2, hires=True)  # a face that the first pass has made
         with pytest.raises(SettingError, match="unit 1, field start_step"):
@@ -534,12 +534,12 @@ class TestActions:
     def test_preview(self, actions, two, nobody):
         gallery, note = actions.preview(json.dumps([two, nobody]), "None", "largest", 1)
         assert len(gallery["value"]) == 3
-        assert gallery["value"][0][1].endswith("2 faces, the green one is taken")
+        assert gallery["value"][0][1].endswith("2 faces, the green one is used")
         assert "number 2" in note
         assert "photo 2: no face was found" in note
         gallery, note = actions.preview("", "None", "largest", 0)
         assert gallery["visible"] is False
-        assert "no photo yet" in note
+        assert "No photo yet" in note
 
     def test_save(self, actions, library, one):
         listed, name, note = actions.save("  Anna ", json.dumps([one]), "auto", "largest", 0, "official")
@@ -547,8 +547,8 @@ class TestActions:
             assert listed["value"] == "Anna"
             assert "Anna" in listed["choices"]
             assert name["value"] == ""
-            assert "is saved for PuLID v1.1 for SDXL" in note
-            assert "saved already" in actions.save("Anna", json.dumps([one]), "auto", "largest", 0, "official")[2]
+            assert "for PuLID v1.1 for SDXL" in note
+            assert "already saved" in actions.save("Anna", json.dumps([one]), "auto", "largest", 0, "official")[2]
             gallery, note = actions.preview("", "Anna", "largest", 0)
             assert len(gallery["value"]) == 1
         finally:
@@ -562,7 +562,7 @@ class TestActions:
         actions = Actions(script.library, lambda name: "sdxl")
         chosen, note = actions.photos_count('["photo"]', "anna", "<p>before</p>")
         assert chosen["value"] == "None"
-        assert "before" in note["value"] and "anna is no longer chosen" in note["value"]
+        assert "before" in note["value"] and "anna was deselected" in note["value"]
         assert actions.photos_count('["photo"]', "None", "") == (same, same)
         assert actions.photos_count("", "anna", "") == (same, same)
         assert actions.identity_counts("anna", '["photo"]') == ""
@@ -597,7 +597,7 @@ class TestActions:
             assert library.saved("Second").short_hash == library.saved("First").short_hash
             note = actions.save("x.pulidembd", "", "auto", "largest", 0, "official", "First")[2]
             assert "is for FLUX" in note
-            assert "no photo" in actions.save("Third", "", "auto", "largest", 0, "official", "None")[2]
+            assert "No photo to save" in actions.save("Third", "", "auto", "largest", 0, "official", "None")[2]
         finally:
             for path in saved:
                 path.unlink(missing_ok=True)
@@ -622,8 +622,8 @@ class TestActions:
         assert family == "flux"
         first, second = updates[:5], updates[5:]
         assert (first[0]["value"], second[0].get("value")) == (1.0, None)  # 0.5 was set by hand
-        assert first[1]["choices"] == ["realistic", "stylised", "custom"]
-        assert (first[1]["value"], second[1]["value"]) == ("stylised", "realistic")
+        assert first[1]["choices"] == ["realistic", "stylized", "custom"]
+        assert (first[1]["value"], second[1]["value"]) == ("stylized", "realistic")
         assert first[2]["choices"] == ["official", "average"]
         assert (first[2]["value"], second[2]["value"]) == ("official", "average")
         assert [update["visible"] for update in first[3:]] == [False, True]

@@ -47,9 +47,9 @@ def test_detect(library, two):  # noqa: F811
 @pytest.mark.parametrize(
     ("body", "kind", "words"),
     [
-        ({}, SettingError, "field images: there is none"),
+        ({}, SettingError, "field images: no photo"),
         ({"imgs": []}, SettingError, "field imgs: detect takes images"),
-        ({"images": ["%"]}, PulidError, "field images: photo 1: this is not base64"),
+        ({"images": ["%"]}, PulidError, "field images: photo 1: not base64"),
         ({"images": ["TWO"], "face_index": 5}, NoFaceError, "field images: photo 1: face number 6"),
         ({"images": ["TWO"], "face_order": "x"}, SettingError, "field face_order"),
     ],
@@ -105,7 +105,7 @@ class TestOverHttp:
             assert "filename*=UTF-8''Zo%C3%AB%20file.safetensors" in own.headers["content-disposition"]
             assert torch.equal(torch.from_numpy(pulidembd.unpack(embedding.content))[None], values)
             for name, words in (
-                ("nobody", "is not saved"),
+                ("nobody", "is not in"),
                 ("Sdxl file.pulidembd", "is for FLUX"),
                 ("..%2F..%2Fx", ""),
             ):

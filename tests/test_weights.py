@@ -349,23 +349,23 @@ def without(state: dict[str, Tensor], *keys: str) -> dict[str, Tensor]:
 
 LAYER = "id_adapter_attn_layers.{}.id_to_{}.weight"
 BROKEN = {
-    "a layer": (without(v1_state(), LAYER.format(5, "k"), LAYER.format(5, "v")), "layers are not complete"),
-    "keys of a layer": (without(v11_state(), LAYER.format(11, "k")), "layers are not complete"),
-    "values of the last": (without(v11_state(), LAYER.format(23, "v")), "layers are not complete"),
-    "self-attention": ({**v1_state(), LAYER.format(4, "k"): torch.zeros(8, TOKEN)}, "not complete"),
+    "a layer": (without(v1_state(), LAYER.format(5, "k"), LAYER.format(5, "v")), "incomplete"),
+    "keys of a layer": (without(v11_state(), LAYER.format(11, "k")), "incomplete"),
+    "values of the last": (without(v11_state(), LAYER.format(23, "v")), "incomplete"),
+    "self-attention": ({**v1_state(), LAYER.format(4, "k"): torch.zeros(8, TOKEN)}, "incomplete"),
     "foreign key": ({**v1_state(), "extra.weight": torch.zeros(1)}, r"also holds 'extra\.weight'"),
-    "converted layer": (without(converted_state(), "ip_adapter.3.to_k_ip.weight"), "layers are not complete"),
+    "converted layer": (without(converted_state(), "ip_adapter.3.to_k_ip.weight"), "incomplete"),
     "token width": ({**v11_state(), LAYER.format(3, "k"): torch.zeros(WIDTHS[1], 32),
                      LAYER.format(3, "v"): torch.zeros(WIDTHS[1], 32)}, "layer 3 does not fit tokens of width 64"),
     "pair of two widths": ({**v11_state(), LAYER.format(3, "v"): torch.zeros(40, TOKEN)}, "layer 3 does not fit"),
     "encoder v1": (without(v1_state(), "id_adapter.mapping_3.0.bias"), r"encoder \(IDEncoder\).*mapping_3\.0\.bias"),
-    "encoder v1.1": (without(v11_state(), "id_adapter.latents"), r"encoder \(IDFormer\) is not complete"),
+    "encoder v1.1": (without(v11_state(), "id_adapter.latents"), r"encoder \(IDFormer\) is incomplete"),
     "encoder layer": (without(v11_state(), "id_adapter.layers.9.1.3.weight"), r"layers\.9\.1\.3\.weight"),
     "encoder extra": ({**v11_state(), "id_adapter.new.weight": torch.zeros(1)}, r"other shapes: .*new\.weight"),
     "encoder shape": ({**v1_state(), "id_adapter.mapping_2.3.weight": torch.zeros(3, 5)}, r"size mismatch"),
     "flux encoder": (flux_file(random_weights(id_encoder().state_dict(), 1),
                                {"0.to_q.weight": torch.zeros(128, 24)}), "but another encoder"),
-    "flux key": (without(flux_state(), "pulid_ca.7.norm2.bias"), r"not complete or not pure: see '7\.norm2\.bias'"),
+    "flux key": (without(flux_state(), "pulid_ca.7.norm2.bias"), r"missing or extra tensor: '7\.norm2\.bias'"),
     "flux module": (without(flux_state(), *(k for k in flux_state() if k.startswith("pulid_ca.2."))), r"see '2\."),
     "flux extra": ({**flux_state(), "pulid_ca.3.to_x.weight": torch.zeros(1)}, r"see '3\.to_x\.weight'"),
     "flux foreign": ({**flux_state(), "other": torch.zeros(1)}, "see 'other'"),
@@ -385,7 +385,7 @@ def test_incomplete_and_wrong_shapes(write, what):
 @pytest.mark.parametrize("i", [5, 11, 23])
 def test_the_missing_layer_is_named(write, i):
     state = without(v11_state(), LAYER.format(i, "k"))
-    with pytest.raises(WrongWeightsError, match=rf"not complete \(layer {i}\)"):
+    with pytest.raises(WrongWeightsError, match=rf"incomplete \(layer {i}\)"):
         load_adapter(write("broken.bin", pickled(state)))
 
 
@@ -435,13 +435,13 @@ def test_another_eva_is_refused(write):
     eva_224 = tower_state(pos_embed=torch.zeros(1, 257, 64))
     eva_patch_16 = tower_state(**{"patch_embed.proj.weight": torch.zeros(64, 3, 16, 16)})
     for state, words in ((eva_224, "224 x 224"), (eva_patch_16, "384 x 384 pixels in patches of 16")):
-        with pytest.raises(WrongWeightsError, match=rf"eva\.pt is another vision tower .*{words}"):
+        with pytest.raises(WrongWeightsError, match=rf"eva\.pt is not the vision tower .*{words}"):
             load_vision_tower(write("eva.pt", pickled(state)))
 
 
 def test_an_incomplete_tower_is_refused(write):
     for missing in ("visual.pos_embed", "visual.blocks.0.mlp.w1.weight", "visual.blocks.1.attn.q_bias"):
-        with pytest.raises(WrongWeightsError, match=r"^eva\.pt is another vision tower"):
+        with pytest.raises(WrongWeightsError, match=r"^eva\.pt is not the vision tower"):
             load_vision_tower(write("eva.pt", pickled(without(tower_state(), missing))))
 
 

@@ -1,4 +1,4 @@
-"""Measures how well a person is kept and the rest left alone, over weights and methods.
+"""Measures likeness and side effects, by weight and method.
 
-What each measure means, and what it does not: docs/evaluate.md.
+docs/evaluate.md explains the measures.
 """

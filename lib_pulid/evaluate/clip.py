@@ -1,4 +1,4 @@
-"""CLIP, from files that a user names: how well an image fits its prompt, and how much two images are alike."""
+"""Loads CLIP from a user's files, to measure how well an image fits its prompt, and how alike two images are."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def open_clip_model(source: str, device: str = "cpu") -> Clip:
     architecture, _, file = source.partition("=")
     path = Path(file or source)
     if not path.exists():
-        raise MissingWeightsError(f"There is no CLIP at {path}.")
+        raise MissingWeightsError(f"--clip: nothing found at {path}. Give a folder of transformers, or ViT-L-14=FILE.")
     if path.is_dir() == bool(file):
         raise SettingError(
-            f"--clip is {source}; give a folder of transformers, or open_clip's architecture and file: ViT-L-14=FILE."
+            f"--clip is {source}; give a transformers folder, or open_clip's architecture and file: ViT-L-14=FILE."
         )
     try:
         return _open_clip(architecture, path, device) if file else _transformers(path, device)
     except PulidError:
         raise
-    except Exception as error:  # both libraries raise many kinds; for the user it is one
-        raise WrongWeightsError(f"{path.name} could not be opened as CLIP: {error}") from error
+    except Exception as error:  # both libraries raise many kinds
+        raise WrongWeightsError(f"{path.name} cannot be opened as CLIP: {error}") from error
 
 
 def _transformers(folder: Path, device: str) -> Clip:
@@ -73,7 +73,7 @@ def _open_clip(architecture: str, path: Path, device: str) -> Clip:
 
     if architecture not in open_clip.list_models():
         raise SettingError(
-            f"--clip: open_clip has no architecture {architecture}, but {', '.join(open_clip.list_models())}."
+            f"--clip: open_clip has no architecture {architecture}. Use one of {', '.join(open_clip.list_models())}."
         )
     model = open_clip.create_model(architecture, pretrained=str(path), device=device).eval()
     tokenizer = open_clip.get_tokenizer(architecture)
@@ -98,7 +98,7 @@ def _clip(name: str, image: Callable[[Tensor], Tensor], text: Callable[[str], Te
 
 
 def clip_input(image: np.ndarray, side: int) -> Tensor:
-    """The middle of an image, uint8 RGB [H, W, 3], as CLIP sees it: [1, 3, side, side]."""
+    """Prepares the middle of an image, uint8 RGB [H, W, 3], for CLIP: [1, 3, side, side]."""
     pixels = to_tensor(image)
     height, width = pixels.shape[-2:]
     factor = side / min(height, width)

@@ -1,4 +1,4 @@
-"""The command `evaluate`: opens what paints and who looks, and runs the trial."""
+"""Runs the command `evaluate`: loads the models and the judges, and runs the trial."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def _methods(
     family = workshop.base.family
     for name, settings in variants:
         if foreign := [key for key in settings if fields.FIELD[key].family not in ("", family)]:
-            raise SettingError(f"--variant {name}: {foreign[0]} means nothing on {family.upper()}.")
+            raise SettingError(f"--variant {name}: {foreign[0]} has no effect on {family.upper()}. Leave it out.")
     adapters = [(workshop.adapter.path.stem, workshop.adapter)]
     if files:
         adapters = [(files[0][0], workshop.adapter), *((name, load_adapter(path)) for name, path in files[1:])]
     for _, adapter in adapters:
         if adapter.family != family:
             raise UnsupportedModelError(
-                f"{adapter.path.name} is for {adapter.family.upper()}, the model is {family.upper()}."
+                f"{adapter.path.name} is for {adapter.family.upper()}, but --model is {family.upper()}."
             )
     alone = len({name for name, _ in adapters}) == 1
     return [
@@ -71,13 +71,13 @@ def _methods(
     ]
 
 
-# ---------------------------------------------------------------- what paints and who looks
+# ---------------------------------------------------------------- models and judges
 
 
 def _studio(workshop: Workshop, encoders, arguments: argparse.Namespace) -> Studio:
     workshop.base.pipeline.set_progress_bar_config(disable=True)
     settings = {"steps": arguments.steps, "size": arguments.size, "guidance": arguments.guidance}
-    cache = IdentityCache()  # in memory: hundreds of people are nobody's to keep
+    cache = IdentityCache()  # in memory only: there may be hundreds of people
 
     def paint(injections, prompt: str, seed: int) -> np.ndarray:
         return np.asarray(workshop.paint(injections, prompt, seed=seed, **settings)[0].convert("RGB"))
@@ -99,7 +99,7 @@ def _panel(arguments: argparse.Namespace, encoders: Encoders, device: str) -> Pa
     if arguments.judge or not drawn:
         judges += open_judges(arguments.judge, own, arguments.models_dir, device)
     if not judges:
-        print(f"note: likeness is by {OWN} recogniser alone, which flatters. {HOW_TO_GET}", file=sys.stderr)
+        print(f"note: the only judge is {OWN} recognizer, which overestimates likeness. {HOW_TO_GET}", file=sys.stderr)
     return Panel(
         models=encoders.faces,
         judges=(*judges, own_judge(encoders.faces)),
@@ -115,7 +115,7 @@ def _subjects(arguments: argparse.Namespace, panel: Panel, prompts: Sequence[Pro
 
 
 def _watched(studio, panel, methods, sitters, weights, arguments: argparse.Namespace) -> list[Row]:
-    """All rows, with a progress bar."""
+    """Collects all rows, with a progress bar."""
     from PIL import Image
     from tqdm import tqdm
 
@@ -128,4 +128,4 @@ def _watched(studio, panel, methods, sitters, weights, arguments: argparse.Names
     keep = {"keep_image": save} if arguments.save_images else {}
     rows = run_trial(studio, panel, methods, sitters, weights, arguments.seeds, **keep)
     total = count_images(sitters, methods, weights, arguments.seeds)
-    return list(tqdm(rows, total=total, desc="painting", unit="image"))
+    return list(tqdm(rows, total=total, desc="generating", unit="image"))

@@ -1,4 +1,4 @@
-"""Who judges: recognisers that tell whether two faces are one person's, and what drawn images show."""
+"""Opens the judges: recognizers that say whether two faces are the same person, and what drawn images show."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from lib_pulid.photos import fingerprint_files
 OWN = "the adapter's own"
 BUFFALO, FACENET = "w600k_r50.onnx", "20180402-114759-vggface2.pt"
 HOW_TO_GET = (
-    f"Give --judge with the path of {BUFFALO} (of insightface's buffalo_l), or --judge facenet=FILE with that of "
+    f"Give --judge with the path of {BUFFALO} (from insightface's buffalo_l), or --judge facenet=FILE with that of "
     f"facenet-pytorch's {FACENET}."
 )
 
 
 class FaceJudge(Protocol):
-    """A recogniser with a name."""
+    """A recognizer with a name."""
 
     name: str
 
     def read(self, image: np.ndarray, face: Detection) -> Reading:
-        """image: uint8 RGB [H, W, 3]; face: one of the faces in it."""
+        """Reads a face of an image, uint8 RGB [H, W, 3]."""
         ...
 
 
 class RecogniserJudge:
-    """A recogniser of the kind that an adapter works with: the adapter's own, or another."""
+    """An ArcFace recognizer: the adapter's own, or another."""
 
     def __init__(self, name: str, recogniser: Recogniser) -> None:
         self.name, self._recogniser = name, recogniser
@@ -46,7 +46,7 @@ class RecogniserJudge:
 
 
 class DrawnJudge:
-    """The miniature's judge of faces, which names traits too."""
+    """The miniature's judge of faces, which also names traits."""
 
     def __init__(self, judge: Judge) -> None:
         self.name, self._judge = "miniature", judge
@@ -57,7 +57,7 @@ class DrawnJudge:
 
 
 class FacenetJudge:
-    """facenet-pytorch's InceptionResnetV1, on the box of the face at 160 x 160, as its MTCNN cuts it with margin 0."""
+    """facenet-pytorch's InceptionResnetV1, on the face's box at 160 x 160, as its MTCNN crops it with margin 0."""
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         from lib_pulid.files.state_dict import read_state_dict
@@ -99,15 +99,15 @@ class FacenetJudge:
 
 
 def own_judge(models: FaceModels) -> FaceJudge:
-    """The recogniser that the identities are made with: it flatters, since the adapter was trained to please it."""
+    """Returns the recognizer that makes the identities. It overestimates, since the adapter was trained with it."""
     return RecogniserJudge(OWN, models.recogniser)
 
 
 def open_judges(names: Sequence[str], own: Path | None, models_dir: Path, device: str) -> list[FaceJudge]:
-    """Opens the judges that a user names: "facenet", "facenet=FILE" or an ONNX file; without names those that lie here.
+    """Opens the judges that a user names: "facenet", "facenet=FILE" or an ONNX file; without names, those it finds.
 
     Args:
-        own: the file of the adapter's own recogniser, which is refused.
+        own: the file of the adapter's own recognizer, which is refused.
     """
     if not names:
         buffalo, facenet = (_find(name, models_dir) for name in (BUFFALO, FACENET))
@@ -121,14 +121,15 @@ def _open(name: str, own: Path | None, models_dir: Path, device: str) -> FaceJud
     if kind == "facenet":
         path = Path(file) if file else _find(FACENET, models_dir)
         if path is None:
-            raise MissingWeightsError(f"{FACENET} is in none of the folders where it is kept. {HOW_TO_GET}")
+            raise MissingWeightsError(f"{FACENET} was not found in any of its usual folders. {HOW_TO_GET}")
         return FacenetJudge(path, device)
     path = Path(name)
     if not path.is_file():
-        raise MissingWeightsError(f"There is no judge at {path}. {HOW_TO_GET}")
+        raise MissingWeightsError(f"No judge at {path}. {HOW_TO_GET}")
     if own is not None and fingerprint_files([path]) == fingerprint_files([own]):
         raise SettingError(
-            f"--judge {path.name} is the adapter's own recogniser, which flatters; it is measured anyway. {HOW_TO_GET}"
+            f"--judge {path.name} is the adapter's own recognizer, which overestimates likeness and is always "
+            f"measured. {HOW_TO_GET}"
         )
     return RecogniserJudge(path.stem, ArcFaceRecogniser(path, onnx_providers(device)))
 

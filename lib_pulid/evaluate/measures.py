@@ -1,4 +1,4 @@
-"""The measures, on arrays: likeness, copy-paste, change outside the head, what was kept."""
+"""Computes the measures on arrays: likeness, copy-paste, change outside the head, attributes kept."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Cosine of two embeddings [D], -1..1; 0 if one of them is all zeros."""
+    """Computes the cosine of two embeddings [D], -1..1; 0 if one is all zeros."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(np.clip(a @ b / lengths, -1, 1)) if lengths else 0.0
 
 
 def angle(a: np.ndarray, b: np.ndarray) -> float:
-    """Angle between two embeddings [D], 0..pi."""
+    """Computes the angle between two embeddings [D], 0..pi."""
     return float(np.arccos(cosine(a, b)))
 
 
 def copy_paste(image: np.ndarray, target: np.ndarray, reference: np.ndarray) -> float | None:
-    """Whether an image copies the reference photo more than it shows the person; of WithAnyone (996d152b).
+    """Measures whether an image copies the reference photo more than it shows the person; as in WithAnyone (996d152b).
 
     (angle(image, target) - angle(image, reference)) / angle(target, reference), on embeddings [D].
 
@@ -28,14 +28,14 @@ def copy_paste(image: np.ndarray, target: np.ndarray, reference: np.ndarray) -> 
         target: of another photo of the person.
 
     Returns:
-        1 for a copy of the reference, 0 midway, -1 for the target; None if the two photos cannot be told apart.
+        1 for a copy of the reference, 0 midway, -1 for the target; None if the two photos are the same.
     """
     apart = angle(target, reference)
     return (angle(image, target) - angle(image, reference)) / apart if apart > 1e-4 else None
 
 
 def change(image: np.ndarray, other: np.ndarray, leave_out: np.ndarray) -> float | None:
-    """Mean absolute difference of two images, uint8 [H, W, 3], where leave_out, bool [H, W], is False: 0..1.
+    """Computes the mean absolute difference of two images, uint8 [H, W, 3], outside leave_out, bool [H, W]: 0..1.
 
     None: nothing is left to compare.
     """
@@ -45,24 +45,24 @@ def change(image: np.ndarray, other: np.ndarray, leave_out: np.ndarray) -> float
 
 
 def kept(wanted: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, bool]:
-    """Attribute -> whether it was seen as wanted, of those that can be seen."""
+    """Returns attribute -> whether it was seen as wanted, for those that can be seen."""
     return {name: seen[name] == value for name, value in wanted.items() if name in seen}
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of what was measured; None if nothing was."""
+    """Computes the mean of the measured values; None if there are none."""
     measured = [value for value in values if value is not None]
     return float(np.mean(measured)) if measured else None
 
 
 def spread(values: Sequence[float | None]) -> float | None:
-    """Standard deviation of a sample, of what was measured; None for fewer than two values."""
+    """Computes the sample standard deviation of the measured values; None for fewer than two."""
     measured = [value for value in values if value is not None]
     return float(np.std(measured, ddof=1)) if len(measured) > 1 else None
 
 
 def change_at(likeness: float, curve: Sequence[tuple[float | None, float | None]]) -> float | None:
-    """The change at which a likeness is first reached, between the points of a curve in order of weight.
+    """Interpolates the change at which a likeness is first reached, on a curve in order of weight.
 
     Args:
         curve: (likeness, change) of each weight.

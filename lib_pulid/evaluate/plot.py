@@ -1,4 +1,4 @@
-"""A plot of likeness against change, drawn with Pillow: a line per method, a point per weight."""
+"""Plots likeness against change with Pillow: a line per method, a point per weight."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 1200, 800
 LEFT, RIGHT, TOP, BOTTOM = 110, 40, 120, 110
-FINE = 2  # drawn so much larger, then reduced
+FINE = 2  # drawn at this scale, then reduced
 INK, FAINT, GRID = "#1d1d26", "#72727f", "#e6e6ea"
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by all eyes
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # safe for color blindness
 
 
 @dataclass(frozen=True)
 class Point:
-    """x: change; y: likeness; with standard deviations, 0 where there is none."""
+    """A point: x change, y likeness, with standard deviations, 0 if there is none."""
 
     x: float
     y: float
@@ -28,7 +28,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Axes:
-    """What stands at the axes and above."""
+    """The title, a subtitle, and the labels of the axes."""
 
     title: str
     text: str
@@ -37,7 +37,7 @@ class Axes:
 
 
 def draw_plot(curves: Sequence[tuple[str, Sequence[Point]]], axes: Axes) -> Image.Image:
-    """Draws curves: name and points of each, in the order in which a line joins them."""
+    """Draws curves, each a name and its points in the order of the line."""
     points = [point for _, curve in curves for point in curve]
     high_x = max((point.x + point.x_spread for point in points), default=0.0)
     low_y = min((point.y - point.y_spread for point in points), default=0.0)
@@ -46,7 +46,7 @@ def draw_plot(curves: Sequence[tuple[str, Sequence[Point]]], axes: Axes) -> Imag
     for number, (_, curve) in enumerate(curves):
         _curve(frame, curve, COLORS[number % len(COLORS)])
     for number, (name, _) in enumerate(curves):
-        y = HEIGHT - BOTTOM - 14 - 28 * (len(curves) - number)  # the lower right is where nobody wants to be
+        y = HEIGHT - BOTTOM - 14 - 28 * (len(curves) - number)  # the lower right corner is usually empty
         x = WIDTH - RIGHT - 16 - frame.length(name, 18)
         frame.line([(x - 44, y + 11), (x - 10, y + 11)], COLORS[number % len(COLORS)], 4)
         frame.write((x, y), name, 18, INK)
@@ -54,7 +54,7 @@ def draw_plot(curves: Sequence[tuple[str, Sequence[Point]]], axes: Axes) -> Imag
 
 
 def ticks(low: float, high: float, most: int = 8) -> list[float]:
-    """Round numbers that cover low..high, at most `most` + 1 of them."""
+    """Returns round numbers that cover low..high, at most `most` + 1 of them."""
     reach = max(high - low, 1e-6)
     power = 10.0 ** math.floor(math.log10(reach / most))
     step = next(power * factor for factor in (1, 2, 5, 10) if reach / (power * factor) <= most)
@@ -66,7 +66,7 @@ def ticks(low: float, high: float, most: int = 8) -> list[float]:
 
 
 class _Frame:
-    """A canvas in units of the finished image, and where values lie in it."""
+    """A canvas in units of the finished image, with the position of values."""
 
     def __init__(self, xs: list[float], ys: list[float]) -> None:
         self.xs, self.ys = xs, ys
@@ -74,27 +74,27 @@ class _Frame:
         self._pen = ImageDraw.Draw(self.image)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Where a value lies."""
+        """Returns the position of a value."""
         across = (x - self.xs[0]) / (self.xs[-1] - self.xs[0])
         up = (y - self.ys[0]) / (self.ys[-1] - self.ys[0])
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     def line(self, places: Sequence[tuple[float, float]], color: str, width: int) -> None:
-        """A line through places."""
+        """Draws a line through positions."""
         self._pen.line([(x * FINE, y * FINE) for x, y in places], fill=color, width=width * FINE, joint="curve")
 
     def dot(self, place: tuple[float, float], color: str, radius: float = 6) -> None:
-        """A disk."""
+        """Draws a disk."""
         x, y = place
         self._pen.ellipse([FINE * v for v in (x - radius, y - radius, x + radius, y + radius)], fill=color)
 
     def write(self, place: tuple[float, float], text: str, size: int, color: str) -> None:
-        """Text with its upper left corner at a place."""
+        """Writes text with its upper left corner at a position."""
         font = ImageFont.load_default(size * FINE)
         self._pen.text((place[0] * FINE, place[1] * FINE), text, fill=color, font=font)
 
     def length(self, text: str, size: int) -> float:
-        """How wide a text is."""
+        """Returns the width of a text."""
         return self._pen.textlength(text, font=ImageFont.load_default(size * FINE)) / FINE
 
 

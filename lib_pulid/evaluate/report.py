@@ -1,4 +1,4 @@
-"""The figures of a trial: means over its images, as a table and as points of a plot."""
+"""Summarizes a trial: means over its images, as tables and as points of a plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Figures = dict[str, "float | None"]
 class Line:
     """A method at a weight. figures: means over all images. spreads: standard deviations between `runs`.
 
-    runs: the same means over the images of each training of the method, or where it has one, of each seed.
+    runs: the same means over the images of each training of the method, or of each seed if it has one training.
     """
 
     method: str
@@ -29,7 +29,7 @@ class Line:
 
 
 def summarize(rows: Sequence[Row]) -> list[Line]:
-    """Means over the images of each method and weight, in the order in which they come."""
+    """Computes the means over the images of each method and weight, in the order of the rows."""
     files = {method: {row.file for row in rows if row.method == method} for method in {row.method for row in rows}}
     groups: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
@@ -47,7 +47,7 @@ def summarize(rows: Sequence[Row]) -> list[Line]:
 
 
 def _against_without(line: Line, lines: Sequence[Line]) -> Line:
-    """With how often the prompt's attributes are kept, as a fraction of how often they are without the identity."""
+    """Adds how often the prompt's attributes are kept, relative to images without the identity."""
     without = next(other for other in lines if other.method == WITHOUT)
 
     def ratio(figures: Figures, base: Figures) -> float | None:
@@ -81,7 +81,7 @@ def _figures(rows: Sequence[Row]) -> Figures:
 
 
 def equal_likeness(lines: Sequence[Line], judge: str) -> list[str]:
-    """Of several methods, a sentence each: the change outside the head at the likeness that all of them reach."""
+    """Writes a sentence for each of several methods: its change outside the head at a likeness that all reach."""
     methods = list(dict.fromkeys(line.method for line in lines if line.method != WITHOUT))
     name = f"likeness, {judge}"
     best = [max((line.figures[name] or 0.0 for line in lines if line.method == m), default=0.0) for m in methods]
@@ -107,7 +107,7 @@ def _of_run(line: Line, run: str, name: str) -> tuple[float | None, float | None
 
 
 def table(lines: Sequence[Line], judges: Sequence[str]) -> str:
-    """The lines as markdown."""
+    """Formats the lines as a markdown table."""
     first = lines[0].figures
     columns: list[tuple[str, Callable[[Line], str]]] = [
         ("method", lambda line: line.method),
@@ -127,9 +127,9 @@ def table(lines: Sequence[Line], judges: Sequence[str]) -> str:
 
 
 def traits_table(lines: Sequence[Line], on_photos: Mapping[str, float]) -> str:
-    """How often each trait of the person and attribute of the prompt was read off the images; "" if nobody can.
+    """Tabulates how often each trait and prompt attribute was seen in the images; "" if no judge can.
 
-    on_photos: of each trait, how often it is read off the person's own photos.
+    on_photos: for each trait, how often it is seen in the person's own photos.
     """
     parts = []
     for kind in ("trait ", "prompt "):
@@ -147,7 +147,7 @@ def traits_table(lines: Sequence[Line], on_photos: Mapping[str, float]) -> str:
 
 
 def _heading(judge: str) -> str:
-    return f"likeness by {judge} recogniser (flatters)" if judge == OWN else f"likeness by {judge}"
+    return f"likeness by {judge} recognizer (overestimates)" if judge == OWN else f"likeness by {judge}"
 
 
 def _show(name: str, form: str) -> Callable[[Line], str]:

@@ -1,4 +1,4 @@
-"""What the command `evaluate` writes: table.md, results.json, plots."""
+"""Writes the results of the command `evaluate`: table.md, results.json, plots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def collect(
     sitters: Sequence[Sitter],
     rows: Sequence[Row],
 ) -> dict[str, Any]:
-    """All that results.json holds. settings: the command's arguments."""
+    """Collects the content of results.json. settings: the command's arguments."""
     lines, judges = summarize(rows), []
     for judge in panel.judges:
         same, different = judge_range(sitters, judge.name)
@@ -83,7 +83,7 @@ def write(results: Mapping[str, Any], out: Path, as_json: bool) -> None:
 
 
 def _words(results: Mapping[str, Any], lines: Sequence[Line]) -> str:
-    """All that is said on a terminal."""
+    """Formats the tables and sentences for a terminal."""
     judges = [judge["name"] for judge in results["judges"]]
     parts = [
         table(lines, judges),
@@ -94,7 +94,7 @@ def _words(results: Mapping[str, Any], lines: Sequence[Line]) -> str:
         told = [f"two photos of one person {same:.3f}"] * (same is not None)
         told += [f"photos of different people {different:.3f}"] * (different is not None)
         if told:
-            parts.append(f"By {judge['name']}{' recogniser' * (judge['name'] == OWN)}: {', '.join(told)}.")
+            parts.append(f"By {judge['name']}{' recognizer' * (judge['name'] == OWN)}: {', '.join(told)}.")
     parts += [" ".join(results["equal_likeness"]), traits_table(lines, results["traits_on_photos"])]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -106,7 +106,7 @@ PLOTS = (
 
 
 def plot(results: Mapping[str, Any], lines: Sequence[Line], figure: str, label: str) -> Image.Image:
-    """Likeness by the first judge against one figure of change."""
+    """Plots likeness by the first judge against one figure of change."""
     judge = results["judges"][0]["name"]
     without = [line for line in lines if line.method == WITHOUT]
     curves: list[tuple[str, list[Point]]] = []
@@ -117,12 +117,12 @@ def plot(results: Mapping[str, Any], lines: Sequence[Line], figure: str, label: 
     text = (
         f"{len(results['people'])} people, {results['settings']['seeds']} seeds; numbers: weight; bars: {_over(lines)}"
     )
-    y = f"likeness by {judge}{' recogniser, which flatters' * (judge == OWN)}"
-    return draw_plot(curves, Axes("A person kept, the rest left alone: upper left is better", text, label, y))
+    y = f"likeness by {judge}{' recognizer, which overestimates' * (judge == OWN)}"
+    return draw_plot(curves, Axes("More likeness, fewer side effects: upper left is better", text, label, y))
 
 
 def _point(line: Line, likeness: str, figure: str, first: bool) -> Point | None:
-    """first: of the first curve, which alone names the point that all begin at."""
+    """Makes a point. first: of the first curve, the only one that labels the common starting point."""
     x, y = line.figures[figure], line.figures[likeness]
     if x is None or y is None:
         return None
@@ -132,7 +132,7 @@ def _point(line: Line, likeness: str, figure: str, first: bool) -> Point | None:
 
 
 def _over(lines: Sequence[Line]) -> str:
-    """What the error bars are."""
+    """Describes the error bars."""
     trainings = any(len(line.runs) > 1 and not next(iter(line.runs)).startswith("seed ") for line in lines)
-    between = "trainings of a method, or seeds where it has one" if trainings else "seeds"
+    between = "trainings of a method, or seeds if it has one" if trainings else "seeds"
     return f"standard deviation between {between}"

@@ -1,4 +1,4 @@
-"""Who is evaluated: people of a folder of photos, or drawn people whom no training saw; and with which prompts."""
+"""Reads the people to evaluate, from a folder of photos or drawn, and their prompts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from lib_pulid.training.world import Scene
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
-MOST_DRAWINGS = 50  # of one person, before the detector is held to be blind
+MOST_DRAWINGS = 50  # of one person without a detected face, before giving up
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to paint. wanted: attribute of the scene -> value, where a judge can read it off."""
+    """A prompt. wanted: attribute of the scene -> value, for those that a judge can read."""
 
     text: str
     wanted: Mapping[str, str] = field(default_factory=dict)
@@ -33,8 +33,8 @@ class Prompt:
 class Subject:
     """One person.
 
-    reference, targets: uint8 RGB [H, W, 3]; the photo to make the identity from, and others of the same person.
-    traits: attribute of the face -> value, if known; else a judge reads them off the reference.
+    reference, targets: uint8 RGB [H, W, 3]; the photo for the identity, and others of the same person.
+    traits: attribute of the face -> value, if known; otherwise a judge reads them from the reference.
     """
 
     name: str
@@ -48,13 +48,13 @@ class Subject:
 
 
 def read_folder(folder: Path, prompts: Sequence[Prompt], each: int) -> list[Subject]:
-    """The people of a folder: a subfolder with photos, or one photo, per person.
+    """Reads a folder with a subfolder of photos, or one photo, per person.
 
-    Of a subfolder the first photo by name is the reference, the others are targets. Person after person gets the next
-    `each` prompts of the list, which begins anew at its end.
+    In a subfolder, the first photo by name is the reference, the others are targets. Each person gets the next `each`
+    prompts of the list, which repeats.
 
     Raises:
-        SettingError: the folder is not there, holds nobody, or names somebody twice.
+        SettingError: the folder does not exist, is empty, or names somebody twice.
         ImageError: names all files that cannot be read.
     """
     found = _photos(folder)
@@ -68,14 +68,14 @@ def read_folder(folder: Path, prompts: Sequence[Prompt], each: int) -> list[Subj
             except ImageError as error:
                 problems.append(str(error))
     if problems:
-        raise ImageError("\n".join(["These photos cannot be read; repair or remove them:", *problems]))
+        raise ImageError("\n".join(["These photos cannot be read. Repair or remove them:", *problems]))
     shares = _shares(prompts, each)
     return [Subject(name, first, tuple(others), next(shares)) for name, (first, *others) in images.items()]
 
 
 def _photos(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
-        raise SettingError(f"--faces is {folder}; it has to be a folder with a photo or a subfolder of each person.")
+        raise SettingError(f"--faces is {folder}; it has to be a folder with one photo or subfolder per person.")
     found: dict[str, list[Path]] = {}
     seen: dict[str, str] = {}
     for entry in sorted(folder.iterdir(), key=_natural):
@@ -84,14 +84,14 @@ def _photos(folder: Path) -> dict[str, list[Path]]:
         paths = sorted(filter(_is_photo, entry.iterdir()), key=_natural) if entry.is_dir() else [entry]
         name = entry.name if entry.is_dir() else entry.stem
         if not paths:
-            raise SettingError(f"{entry} holds no photos; put one there or remove the folder.")
+            raise SettingError(f"{entry} has no photos. Add one, or remove the folder.")
         if other := seen.get(name.casefold()):
-            raise SettingError(f"{folder} has {other} and {entry.name}, which is one name for two people; rename one.")
+            raise SettingError(f"{folder} has {other} and {entry.name}, the same name for two people. Rename one.")
         seen[name.casefold()] = entry.name
         found[name] = paths
     if not found:
         raise SettingError(
-            f"{folder} holds no photos. Put a photo of each person there, or a subfolder with several of one person."
+            f"{folder} has no photos. Put one photo per person there, or a subfolder with several of one person."
         )
     return found
 
@@ -103,7 +103,7 @@ def _is_photo(path: Path) -> bool:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """2.jpg before 10.jpg."""
+    """Returns a sort key with 2.jpg before 10.jpg."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name.casefold())]
 
 
@@ -115,16 +115,16 @@ def _shares(prompts: Sequence[Prompt], each: int) -> Iterator[tuple[Prompt, ...]
 
 
 def read_prompts(path: Path = PROMPTS) -> list[Prompt]:
-    """One prompt a line; empty lines and those that begin with # are left out."""
+    """Reads one prompt per line; skips empty lines and those that start with #."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(
-            f"--prompts is {path}; it has to be a text file in UTF-8, a prompt a line. ({error})"
+            f"--prompts is {path}; it has to be a UTF-8 text file with one prompt per line. ({error})"
         ) from None
     prompts = [Prompt(line) for line in dict.fromkeys(lines) if line and not line.startswith("#")]
     if not prompts:
-        raise SettingError(f"{path} holds no prompts; write one a line.")
+        raise SettingError(f"{path} has no prompts. Write one per line.")
     return prompts
 
 
@@ -138,11 +138,11 @@ def drawn_people(
     prompts: Sequence[Prompt] = (),
     size: int = 256,
 ) -> list[Subject]:
-    """Drawn people whom no training saw: a reference each, two other drawings, and prompts of new scenes.
+    """Draws people not seen in training: a reference each, two other drawings, and prompts of new scenes.
 
     Args:
-        has_face: whether the detector finds a face; a drawing without one is drawn again, as another scene.
-        prompts: what to paint instead.
+        has_face: whether the detector finds a face; a drawing without one is replaced by another scene.
+        prompts: to use instead of new scenes.
     """
     from lib_pulid.training import world
     from lib_pulid.training.dataset import HELD_OUT, Drawn
@@ -157,7 +157,7 @@ def drawn_people(
         found = list(islice(filter(has_face, drawings), 3))
         if not found:
             raise NoFaceError(
-                f"The detector finds no face in {MOST_DRAWINGS} drawings of one person; it is not the miniature's."
+                f"The detector found no face in {MOST_DRAWINGS} drawings of one person, so it is not the miniature's."
             )
         rng = np.random.default_rng([HELD_OUT, 3, number])
         own = next(shares) if shares else tuple(_scene_prompt(world.sample_scene(rng)) for _ in range(each))
@@ -172,5 +172,5 @@ def _scene_prompt(scene: Scene) -> Prompt:
 
     wanted = {name: world.SCENE_ATTRIBUTES[name][index] for name, index in world.scene_attributes(scene).items()}
     if scene.background == "plain":
-        del wanted["second_color"]  # neither named nor seen
+        del wanted["second_color"]  # neither named nor visible
     return Prompt(world.describe(scene), wanted)

@@ -1,4 +1,4 @@
-"""The trial: each person painted with each method, weight, prompt and seed, and what is read off the images."""
+"""Runs the trial: generates images of each person with each method, weight, prompt and seed, and judges them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lib_pulid.weights import Adapter
 
 WITHOUT = "without"
 NOT_HEAD = (0, 16)  # BiSeNet's background and cloth
-# The parser's own crop ends within long or high hair: what lies beyond it is labeled in a wider one.
+# The parser's own crop cuts off long or high hair; a wider crop labels the rest.
 ZOOMS = (0.75, 1.0)
 MARGIN = 3 / 128  # of the image's long edge, around a head
 
 
 @dataclass(frozen=True, eq=False)
 class Studio:
-    """What paints.
+    """What generates images.
 
     Args:
         paint: injections, prompt, seed -> uint8 RGB [H, W, 3].
@@ -44,7 +44,7 @@ class Studio:
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A PuLID file with settings. Files of one name are trainings of one method."""
+    """A PuLID file with settings. Files with the same name are trainings of one method."""
 
     name: str
     adapter: Adapter
@@ -53,7 +53,7 @@ class Method:
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What was read off an image. face: the largest, of so many `faces`; None: there is none."""
+    """What was read from an image. face: the largest of `faces` (a number); None: there is none."""
 
     image: np.ndarray
     faces: int
@@ -65,7 +65,7 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """Who looks at images. judges: the first one counts; scene: reads what a drawn image shows."""
+    """The judges of images. judges: the first is the main one. scene: reads what a drawn image shows."""
 
     models: FaceModels
     judges: tuple[FaceJudge, ...]
@@ -73,7 +73,7 @@ class Panel:
     clip: Clip | None = None
 
     def faces(self, image: np.ndarray) -> list[Detection]:
-        """The faces of an image, uint8 RGB [H, W, 3], the largest first."""
+        """Detects the faces of an image, uint8 RGB [H, W, 3], the largest first."""
         found = self.models.detector.detect(np.ascontiguousarray(image[:, :, ::-1]))
         return order_faces(found, "largest", image.shape[:2]) if found else []
 
@@ -91,7 +91,7 @@ class Panel:
         )
 
     def head(self, look: Look) -> np.ndarray:
-        """Where the head is, hair and neck too, and a little around it: bool [H, W]; all False without a face."""
+        """Finds the head with hair, neck and a small margin: bool [H, W]; all False without a face."""
         import cv2
 
         height, width = look.image.shape[:2]
@@ -105,20 +105,20 @@ class Panel:
         return cv2.dilate(head, np.ones((margin, margin), np.uint8)) > 0
 
     def _label(self, image: np.ndarray, crop_from_image: np.ndarray, head: np.ndarray) -> None:
-        """Writes 1 and 0 into head [H, W] where the crop of an image lies, by a matrix [2, 3]."""
+        """Writes 1 and 0 into head [H, W] within the crop of an image, by a matrix [2, 3]."""
         import cv2
 
         size, border = (CROP_SIZE, CROP_SIZE), CROP_BORDER_BGR[::-1]
         labels = self.models.parser.labels(cv2.warpAffine(image, crop_from_image, size, borderValue=border))
         flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
-        shown = 1 + (~np.isin(labels, NOT_HEAD)).astype(np.uint8)  # 0 is beyond the crop
+        shown = 1 + (~np.isin(labels, NOT_HEAD)).astype(np.uint8)  # 0 is outside the crop
         back = cv2.warpAffine(shown, crop_from_image, head.shape[::-1], flags=flags)
         head[back > 0] = back[back > 0] - 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image's figures; None is "not measured".
+    """One image's figures; None: not measured.
 
     Args:
         file: of the adapter, "" for images without.
@@ -145,7 +145,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Sitter:
-    """A subject and what was read off their photos."""
+    """A subject, and what was read from their photos."""
 
     subject: Subject
     reference: Look
@@ -154,10 +154,10 @@ class Sitter:
 
 
 def read_sitters(subjects: Sequence[Subject], panel: Panel) -> list[Sitter]:
-    """Reads all photos before anything is painted.
+    """Reads all photos before generating anything.
 
     Raises:
-        NoFaceError: names all photos without a face.
+        NoFaceError: the message names all photos without a face.
     """
     sitters, blank = [], []
     for subject in subjects:
@@ -167,33 +167,33 @@ def read_sitters(subjects: Sequence[Subject], panel: Panel) -> list[Sitter]:
         sitters.append(Sitter(subject, looks[0], tuple(looks[1:]), traits))
     if blank:
         raise NoFaceError(
-            f"No face was found in {'; '.join(blank)}. Replace or remove what has no upright, uncovered, large face."
+            f"No face was found in {'; '.join(blank)}. Use photos with an upright, uncovered, large face."
         )
     return sitters
 
 
 def count_images(sitters: Sequence[Sitter], methods: Sequence[Method], weights: Sequence[float], seeds: int) -> int:
-    """How many rows `run_trial` gives."""
+    """Returns the number of rows of `run_trial`."""
     prompts = sum(len(sitter.subject.prompts) for sitter in sitters)
     return prompts * seeds * (1 + len(methods) * sum(weight != 0 for weight in weights))
 
 
 class _Plain:
-    """Images without an identity, each painted once."""
+    """Images without an identity, each generated once."""
 
     def __init__(self, studio: Studio, panel: Panel, seeds: int) -> None:
         self._studio, self._panel, self._seeds = studio, panel, max(seeds, 2)
         self._known: dict[tuple[str, int], tuple[Look, np.ndarray]] = {}
 
     def get(self, prompt: str, seed: int) -> tuple[Look, np.ndarray]:
-        """The image and where its head is."""
+        """Returns the image, and where its head is."""
         if (prompt, seed) not in self._known:
             look = self._panel.look(self._studio.paint([], prompt, seed))
             self._known[prompt, seed] = look, self._panel.head(look)
         return self._known[prompt, seed]
 
     def other_seed(self, prompt: str, seed: int) -> float | None:
-        """How much the next seed changes outside of both heads."""
+        """Measures how much the next seed changes outside both heads."""
         (look, head), (other, other_head) = (self.get(prompt, s) for s in (seed, (seed + 1) % self._seeds))
         return change(look.image, other.image, head | other_head)
 
@@ -207,7 +207,7 @@ def run_trial(
     seeds: int,
     keep_image: Callable[[Row, np.ndarray], None] = lambda row, image: None,
 ) -> Iterator[Row]:
-    """Paints and reads everything. A weight of 0 is the image without, painted once for all methods."""
+    """Generates and judges all images. Weight 0 is the image without, generated once for all methods."""
     plain = _Plain(studio, panel, seeds)
     texts: dict[str, np.ndarray] = {}
 
@@ -244,7 +244,7 @@ def run_trial(
 
 
 def _person_figures(sitter: Sitter, look: Look) -> dict[str, Any]:
-    """How much an image shows the person; one without a face shows nobody."""
+    """Measures how much an image shows the person; likeness is 0 without a face."""
     likeness, copied = {}, {}
     for name, wanted in sitter.reference.readings.items():
         seen = look.readings.get(name)
@@ -258,7 +258,7 @@ def _person_figures(sitter: Sitter, look: Look) -> dict[str, Any]:
 
 
 def _clip_t(clip: Clip | None, look: Look, prompt: str, texts: dict[str, np.ndarray]) -> float | None:
-    """CLIP's cosine of image and prompt, times 100 as papers give it."""
+    """Computes CLIP's cosine of image and prompt, times 100 as in papers."""
     if clip is None or look.clip is None:
         return None
     if prompt not in texts:
@@ -267,9 +267,9 @@ def _clip_t(clip: Clip | None, look: Look, prompt: str, texts: dict[str, np.ndar
 
 
 def traits_on_photos(sitters: Sequence[Sitter]) -> dict[str, float]:
-    """Trait -> how often the judge reads it rightly off other photos of the people: no image will do better.
+    """Measures how often the judge reads each trait correctly in other photos of the people: an upper bound.
 
-    Of people with one photo, off that.
+    For people with one photo, in that photo.
     """
     read: dict[str, list[float]] = {}
     for sitter in sitters:
@@ -280,12 +280,12 @@ def traits_on_photos(sitters: Sequence[Sitter]) -> dict[str, float]:
 
 
 def _named(look: Look) -> Mapping[str, str]:
-    """The traits by the first judge that names some."""
+    """Returns the traits by the first judge that names any."""
     return next((reading.named for reading in look.readings.values() if reading.named), {})
 
 
 def judge_range(sitters: Sequence[Sitter], judge: str) -> tuple[float | None, float | None]:
-    """What a judge says of two photos of one person, and of photos of different people: mean cosines."""
+    """Computes a judge's mean cosines for two photos of one person, and for photos of different people."""
     faces = [sitter.reference.readings[judge] for sitter in sitters]
     same = [face.likeness(t.readings[judge]) for face, sitter in zip(faces, sitters) for t in sitter.targets]
     return mean(same), mean([a.likeness(b) for i, a in enumerate(faces) for b in faces[:i]])

@@ -1,4 +1,4 @@
-"""Base models for the command line: diffusers pipelines, from a single-file SDXL checkpoint or a diffusers folder."""
+"""Loads base models for the command line as diffusers pipelines, from an SDXL checkpoint or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """A pipeline and how to ask it.
+    """A pipeline and its defaults.
 
     Args:
         family: "sdxl" or "flux".
-        text: prompt -> the pipeline's arguments for it.
-        size, steps, guidance: for an image when nothing else is asked for; guidance is CFG on SDXL, distilled on FLUX.
-        name: for captions; else it is called by the denoiser's class.
+        text: converts a prompt to the pipeline's arguments.
+        size, steps, guidance: the defaults; guidance is CFG on SDXL, distilled guidance on FLUX.
+        name: for captions; by default the denoiser's class.
     """
 
     pipeline: Any
@@ -39,12 +39,12 @@ class Base:
 
     @property
     def label(self) -> str:
-        """For captions: "SDXL (UNet2DConditionModel)"."""
+        """The name in captions: "SDXL (UNet2DConditionModel)"."""
         return f"{self.family.upper()} ({self.name or type(denoiser_of(self.pipeline)).__name__})"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the denoiser's computation."""
+        """The dtype of the denoiser's computation."""
         return next(denoiser_of(self.pipeline).parameters()).dtype
 
 
@@ -56,7 +56,7 @@ def load_base(path: str | Path, device: str = "cpu") -> Base:
     """
     path = disk.user_path(path)
     if not (disk.is_file(path) or disk.is_folder(path)):
-        raise MissingWeightsError(f"There is no model at {path}. Give a checkpoint, a diffusers folder, or miniature.")
+        raise MissingWeightsError(f"No model at {path}. Give a checkpoint, a diffusers folder, or miniature.")
     import diffusers
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -67,8 +67,8 @@ def load_base(path: str | Path, device: str = "cpu") -> Base:
             pipeline = load_sdxl(path, dtype)
     except PulidError:
         raise
-    except Exception as error:  # diffusers raises many kinds; for the user it is one
-        raise WrongWeightsError(f"{path.name} could not be opened as an SDXL or FLUX model: {error}") from error
+    except Exception as error:  # diffusers raises many kinds
+        raise WrongWeightsError(f"{path.name} cannot be opened as an SDXL or FLUX model: {error}") from error
     is_sdxl = hasattr(pipeline, "unet")
     return Base(pipeline.to(device), "sdxl" if is_sdxl else "flux", guidance=7.0 if is_sdxl else 4.0)
 
@@ -83,7 +83,7 @@ def paint(
     size: int | None = None,
     guidance: float | None = None,
 ) -> Image.Image:
-    """One image, size x size. None: what suits the base."""
+    """Generates one image, size x size. None: the base's default."""
     return base.pipeline(
         **base.text(prompt),
         generator=torch.Generator().manual_seed(seed),

@@ -1,4 +1,4 @@
-"""Calls of denoisers with random weights, to measure what a face costs in them."""
+"""Builds calls of denoisers with random weights, to measure what a face costs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BenchCall:
 
 
 def bench_call(family: str, device: str, dtype: torch.dtype, small: bool) -> BenchCall:
-    """SDXL's UNet, or two double and four single blocks of FLUX, a tenth of it with as much of its sites.
+    """Builds a call of SDXL's UNet, or of two double and four single blocks of FLUX, a tenth of it, with two sites.
 
     512 x 512 pixels on a CPU, 1024 x 1024 on a GPU. small: narrow stand-ins at 256 x 256.
     """
@@ -85,7 +85,7 @@ class _Again(torch.nn.Module):
 
 
 def _random(module: Any, device: str, dtype: torch.dtype) -> Any:
-    """Of a module on "meta"; values of a size that keeps activations finite."""
+    """Fills a module on "meta" with random values that keep activations finite."""
     module = torch.nn.Module.to(module, dtype).to_empty(device=device)  # diffusers' own `to` warns of nothing
     module = module.eval().requires_grad_(False)
     for parameter in module.parameters():

@@ -1,7 +1,7 @@
 """Opens a single-file SDXL checkpoint in diffusers, without the hub.
 
-diffusers wants a configuration beside the weights and would download it. Almost all of it stands in the file's shapes;
-the rest is the same in all of SDXL's kind. The tokenizer is CLIP's merge table.
+diffusers needs a configuration beside the weights and would download it. Almost all of it follows from the file's
+shapes; the rest is the same for every SDXL. The tokenizer is CLIP's merge table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Config = dict[str, Any]
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPEN_CLIP = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
-# A tensor of each part that a whole checkpoint has.
+# One tensor of each part of a complete checkpoint.
 _PARTS = {
     "the UNet": f"{_UNET}input_blocks.0.0.weight",
     "the size and text conditions of SDXL's base": f"{_UNET}label_emb.0.0.weight",
@@ -34,7 +34,7 @@ _PARTS = {
     "the text encoder OpenCLIP-bigG": f"{_OPEN_CLIP}token_embedding.weight",
     "the VAE": f"{_VAE}decoder.conv_in.weight",
 }
-_SIZES = 6  # height and width, the crop's corner, height and width wanted; each becomes TIME_WIDTH numbers
+_SIZES = 6  # original height and width, the crop's corner, target height and width; each becomes TIME_WIDTH numbers
 _TIME_WIDTH = 256
 _HEAD = 64  # width of an attention head
 _START, _END = 49406, 49407  # tokens; CLIP's last
@@ -42,7 +42,7 @@ _VOCABULARY = 49408
 
 
 def load_sdxl(path: Path, dtype: torch.dtype) -> Any:
-    """diffusers' StableDiffusionXLPipeline of a checkpoint in the names of SDXL's own code.
+    """Loads a checkpoint with SDXL's own names as diffusers' StableDiffusionXLPipeline.
 
     Raises:
         MissingWeightsError, WrongWeightsError.
@@ -51,10 +51,10 @@ def load_sdxl(path: Path, dtype: torch.dtype) -> Any:
 
     shapes = read_header(path) or {name: tuple(tensor.shape) for name, tensor in read_state_dict(path).items()}
     if lacking := [part for part, name in _PARTS.items() if name not in shapes]:
-        raise WrongWeightsError(f"{path.name} is not a whole SDXL checkpoint; it lacks {', '.join(lacking)}.")
+        raise WrongWeightsError(f"{path.name} is not a complete SDXL checkpoint; it lacks {', '.join(lacking)}.")
     channels = shapes[_PARTS["the UNet"]][1]
     if channels != 4:
-        raise WrongWeightsError(f"{path.name} is for inpainting ({channels} channels); choose one that makes images.")
+        raise WrongWeightsError(f"{path.name} is for inpainting ({channels} channels). Use a text-to-image checkpoint.")
     with TemporaryDirectory(prefix="pulid-config-") as folder, _quiet():
         write_configuration(Path(folder), shapes)
         return diffusers.StableDiffusionXLPipeline.from_single_file(
@@ -64,7 +64,7 @@ def load_sdxl(path: Path, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a bar for the seven parts of a pipeline."""
+    """Hides diffusers' progress bar of loading a pipeline."""
     from diffusers.utils import logging
 
     was_shown = logging.is_progress_bar_enabled()
@@ -77,7 +77,7 @@ def _quiet() -> Iterator[None]:
 
 
 def write_configuration(folder: Path, shapes: Shapes) -> None:
-    """Writes what diffusers reads beside a checkpoint of these shapes."""
+    """Writes the configuration that diffusers reads beside a checkpoint of these shapes."""
     for name, config in configuration(shapes).items():
         _write_json(folder / name / "config.json", config)
     scheduler = folder / "scheduler"
@@ -97,7 +97,7 @@ _TRANSFORMERS |= {"tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer"}
 
 
 def configuration(shapes: Shapes) -> dict[str, Config]:
-    """diffusers' configuration of each part of an SDXL checkpoint."""
+    """Returns diffusers' configuration of each part of an SDXL checkpoint."""
     return {
         "unet": _unet(_under(shapes, _UNET)),
         "vae": _vae(_under(shapes, _VAE)),
@@ -133,7 +133,7 @@ def _unet(shapes: Shapes) -> Config:
 
 
 def _levels(shapes: Shapes) -> Iterator[tuple[int, int, int]]:
-    """Of each resolution, from the finest: width, transformer layers of an attention, residual blocks."""
+    """Yields, for each resolution from the finest: width, transformer layers per attention, residual blocks."""
     number, width, depth, blocks = 1, 0, 0, 0
     while f"input_blocks.{number}.0.op.weight" in shapes or f"input_blocks.{number}.0.in_layers.0.weight" in shapes:
         if f"input_blocks.{number}.0.op.weight" in shapes:
@@ -164,7 +164,7 @@ def _vae(shapes: Shapes) -> Config:
 
 
 def _scheduler(shapes: Shapes) -> Config:
-    """Empty tensors in a checkpoint say that it predicts v (v_pred), on a schedule that ends in pure noise (ztsnr)."""
+    """Returns the scheduler's configuration. The tensors v_pred and ztsnr mark v prediction and zero terminal SNR."""
     pure_noise = "ztsnr" in shapes
     return {
         "_class_name": _DIFFUSERS["scheduler"],
@@ -213,7 +213,7 @@ def _heads(width: int) -> int:
 
 
 def _groups(width: int, at_least: int) -> int:
-    """Groups of a normalization: 32, but so many channels in each at least; no shape tells."""
+    """Returns a normalization's number of groups: 32, or fewer for narrow layers; no shape tells."""
     return max(1, min(32, width // at_least))
 
 
@@ -222,7 +222,7 @@ def _under(shapes: Shapes, prefix: str) -> Shapes:
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    """How many different numbers follow the prefix."""
+    """Counts the different numbers after a prefix."""
     return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
@@ -230,10 +230,10 @@ def _count(shapes: Shapes, prefix: str) -> int:
 
 
 def merge_table() -> list[str]:
-    """CLIP's merges, "a b" each in their order, from the open_clip package or what diffusers once downloaded.
+    """Reads CLIP's merges, "a b" each, in order, from the open_clip package or the hub's cache.
 
     Raises:
-        MissingWeightsError: it is in neither.
+        MissingWeightsError: they are in neither.
     """
     spec = find_spec("open_clip")
     for folder in spec.submodule_search_locations or () if spec else ():
@@ -253,7 +253,7 @@ def merge_table() -> list[str]:
 
 
 def read_merges(path: Path) -> list[str]:
-    """The merges in open_clip's bpe_simple_vocab_16e6.txt.gz."""
+    """Reads the merges from open_clip's bpe_simple_vocab_16e6.txt.gz."""
     return gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 1 + _VOCABULARY - 2 * 256 - 2]
 
 
@@ -273,7 +273,7 @@ def write_tokenizer(folder: Path, merges: list[str], padding: str) -> None:
 
 
 def _byte_symbols() -> Iterator[str]:
-    """CLIP's byte alphabet: printable Latin-1 bytes stand for themselves, the others for code points from 256 on."""
+    """Yields CLIP's byte alphabet: printable Latin-1 bytes map to themselves, the others to code points from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     yield from map(chr, printable)
     yield from map(chr, range(256, 512 - len(printable)))

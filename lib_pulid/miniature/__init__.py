@@ -1,7 +1,7 @@
-"""PuLID in miniature: a small SDXL, its PuLID file and the models that read faces, trained on drawn people.
+"""Loads the miniature: a small SDXL, its PuLID file and its face models, trained on drawn people.
 
-The weights beside this file are in the formats of the real ones and are read by the same code. They know the drawn
-world (`training.world`) and nothing else. `lib_pulid/training` made them and can make them again.
+The weights beside this file have the formats of the real ones and are read by the same code. They know the drawn world
+(`training.world`) and nothing else. `lib_pulid/training` made them and can make them again.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 MODELS = {"miniature": "sdxl"}  # name on the command line -> family
-SIZE, STEPS, GUIDANCE = 128, 12, 2.0  # what its images come out best with
+SIZE, STEPS, GUIDANCE = 128, 12, 2.0  # the settings for its best images
 ENCODERS = ("detector.onnx", "recogniser.onnx", "parser.onnx", "tower.safetensors")
 LIMITS = (
-    "The miniature knows drawn people only; for photographs get the real weights with "
-    "`python -m lib_pulid models download sdxl` and give a checkpoint of yours with --model."
+    "The miniature knows only drawn people. For photos, get the real weights with "
+    "`python -m lib_pulid models download sdxl`, and give a checkpoint with --model."
 )
-AGAIN = "It comes with the program: install that again, or in a git checkout: git checkout -- lib_pulid/miniature"
+AGAIN = "Reinstall sd-webui-pulid; in a git checkout, run: git checkout -- lib_pulid/miniature"
 REFERENCE_SIZE = 256  # pixels of a drawn reference
 
 
 def checkpoint(family: str) -> Path:
-    """The base model."""
+    """Returns the path of the base model."""
     return _path(f"{family}.safetensors")
 
 
 def adapter(family: str) -> Path:
-    """The PuLID file."""
+    """Returns the path of the PuLID file."""
     return _path(f"pulid_{family}.safetensors")
 
 
 def face_models() -> FaceModels:
-    """Detector, recogniser and parser, the last two trained for faces that are drawn."""
+    """Loads detector, recognizer and parser, the last two trained on drawn faces."""
     from lib_pulid.face_models import FaceFiles, load_face_models
 
     detector, recogniser, parser = map(_path, ENCODERS[:3])
@@ -61,7 +61,7 @@ def face_models() -> FaceModels:
 
 
 def encoders() -> Encoders:
-    """Face models and vision tower: all that turns a drawing into an identity."""
+    """Loads the face models and the vision tower."""
     from lib_pulid.photos import Encoders
     from lib_pulid.vision import load_vision_tower
 
@@ -69,19 +69,19 @@ def encoders() -> Encoders:
 
 
 def encoder_files() -> list[Path]:
-    """What `encoders` reads."""
+    """Returns the files that `encoders` loads."""
     return [_path(name) for name in ENCODERS]
 
 
 def judge() -> Judge:
-    """Another reader of faces, which had no part in training the adapter: it says how much two faces are alike."""
+    """Loads a judge of faces that was not used in training the adapter: it says how alike two faces are."""
     from lib_pulid.judge import Judge
 
     return Judge(_path("judge.onnx"))
 
 
 def scene_judge() -> Judge:
-    """A reader of whole images: it names what of a prompt they show."""
+    """Loads a judge of whole images: it says which attributes of a prompt they show."""
     from lib_pulid.judge import Judge
 
     return Judge(_path("scene_judge.onnx"))
@@ -92,12 +92,12 @@ def _path(name: str) -> Path:
     if not path.is_file() and (packed := FOLDER / f"{name}.xz").is_file():
         return _unpacked(packed)
     if not path.is_file():
-        raise MissingWeightsError(f"{name}, a part of the miniature, is not in {FOLDER}. {AGAIN}")
+        raise MissingWeightsError(f"{name}, a part of the miniature, is missing in {FOLDER}. {AGAIN}")
     return path
 
 
 def _unpacked(packed: Path) -> Path:
-    """A file of which NAME.xz is shipped: unpacked beside it once; each time where nobody may write."""
+    """Unpacks a file shipped as NAME.xz, once, beside it; to a temporary folder if that is not writable."""
     content = packed.read_bytes()
     path = FOLDER / "unpacked" / hashlib.sha256(content).hexdigest()[:16] / packed.stem
     if path.is_file():
@@ -119,35 +119,35 @@ def _unpacked(packed: Path) -> Path:
 
 @lru_cache(1)
 def vocabulary() -> frozenset[str]:
-    """The words it was trained on, in lowercase."""
+    """Returns the words it was trained on, in lowercase."""
     return world.vocabulary()
 
 
 def check_prompt(prompt: str) -> list[str]:
-    """Says which words of a prompt it does not know; empty if it knows them all."""
+    """Returns a note on the words of a prompt that it does not know; empty if it knows them all."""
     words = re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", prompt.lower())
     unknown = [word for word in dict.fromkeys(words) if word not in vocabulary()]
     if not unknown:
         return []
     example = world.describe(world.Scene((world.Placement(expression="smiling"),), "dots", "green"))
-    return [f"the miniature does not know the words {', '.join(unknown)}; a prompt that it knows: {example}"]
+    return [f"the miniature does not know the words {', '.join(unknown)}. Example of a prompt it knows: {example}"]
 
 
 # ---------------------------------------------------------------- people to show
 
 
 def person(number: int) -> world.Person:
-    """Somebody whom no training saw; the same for the same number."""
+    """Returns a person not seen in training, the same for the same number."""
     return Drawn(FOLDER, number + 1, HELD_OUT).person(number)
 
 
 def portrait(number: int, scene: world.Scene | None = None, size: int = REFERENCE_SIZE) -> np.ndarray:
-    """A drawing of `person(number)`, uint8 RGB [size, size, 3]; without a scene plain and seen from the front."""
+    """Draws `person(number)`, uint8 RGB [size, size, 3]; without a scene, plain and from the front."""
     return world.draw([person(number)], scene or world.Scene(), size)
 
 
 def group(numbers: Sequence[int], size: int = 2 * REFERENCE_SIZE) -> np.ndarray:
-    """A drawing of up to three people, from left to right, uint8 RGB [size, size, 3]."""
+    """Draws up to three people, from left to right, uint8 RGB [size, size, 3]."""
     scene = world.sample_scene(np.random.default_rng(len(numbers)), len(numbers))
     level = tuple(replace(placement, tilt=0.0, turn=0.0) for placement in scene.placements)
     return world.draw([person(n) for n in numbers], replace(scene, placements=level, light="even", style="flat"), size)

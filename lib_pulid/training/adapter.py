@@ -74,7 +74,7 @@ class Trainer:
     # ------------------------------------------------------------ the standard branch
 
     def diffusion(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
-        """L_diff on other images of the people in the photos; every sixth batch shows two people, each in a half."""
+        """Computes L_diff on other images of the people in the photos; every sixth has two people, each in a half."""
         pair = step % 6 == 5
         index, rows_of_people = self._draw(batch, pair, rng)
         clean = torch.from_numpy(self.latents[index]).float()
@@ -96,7 +96,7 @@ class Trainer:
 
     @cached_property
     def _pools(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Images of one person and of two, all of whom have photos, and the rows of these: [N] and [N, 1 or 2]."""
+        """Returns images of one person and of two, all with photos, and the rows of these: [N] and [N, 1 or 2]."""
         photos, pools = set(self.photos.image.tolist()), ([], [])  # type: ignore[var-annotated]
         for index in range(len(self.data)):
             numbers = self.data.numbers(index)
@@ -118,14 +118,14 @@ class Trainer:
         return RowIdentities(tokens, None if half is None else _half(half), num_zero=20)
 
     def nobody(self) -> Tensor:
-        """The uncond identity, [1, N, D]: the encoder run on zeros."""
+        """Computes the uncond identity, [1, N, D]: the encoder run on zeros."""
         width = self.photos.hidden.shape[-1]
         return self.adapter.encoder(torch.zeros(1, 1280), [torch.zeros(1, 2, width)] * SCALES)
 
     # ------------------------------------------------------------ the contrastive, few-step branch
 
     def lightning(self, step: int, batch: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """L_align and L_id: from pure noise under a new prompt, with and without the identity."""
+        """Computes L_align and L_id from pure noise under a new prompt, with and without the identity."""
         who = rng.choice(len(self.photos), batch, replace=False)
         scenes = [world.sample_scene(rng) for _ in who]
         noise = torch.randn((batch, *self.latents.shape[1:]), generator=torch.Generator().manual_seed(10**6 + step))
@@ -140,7 +140,7 @@ class Trainer:
         return found
 
     def _alignment(self, noise: Tensor, text: tuple, rows: list, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The pair at one step of the way that sampling without an identity takes."""
+        """Computes the pair of losses at one step of a sampling without the identity."""
         with torch.no_grad():
             t = torch.full((len(noise),), int(rng.integers(200, 1000)))
             clean = self._sample(noise, text, None, steps=4, gradient_steps=0)
@@ -175,7 +175,7 @@ class Trainer:
 
 
 def template() -> Tensor:
-    """ArcFace's five landmarks in its 112 x 112 crop, [5, 2] (insightface `utils/face_align.py`)."""
+    """Returns ArcFace's five landmarks in its 112 x 112 crop, [5, 2] (insightface `utils/face_align.py`)."""
     from insightface.utils.face_align import arcface_dst
 
     return torch.from_numpy(np.asarray(arcface_dst)).float()
@@ -192,7 +192,7 @@ def _some(rng: np.random.Generator) -> set[str]:
 
 
 def fresh_adapter(base: Base | FluxBase, vit_width: int, seed: int) -> SDXLAdapter | FluxAdapter:
-    """An untrained adapter; on SDXL its keys start as the text's own, and its values at .3 of them."""
+    """Builds an untrained adapter; on SDXL its keys start as the text's own, and its values at .3 of them."""
     found = find_sites(base.denoiser)
     widths, encoder = [site.width for site in found.sites], id_former(vit_width=vit_width, seed=seed)
     if found.family == "flux":
@@ -205,7 +205,7 @@ def fresh_adapter(base: Base | FluxBase, vit_width: int, seed: int) -> SDXLAdapt
 
 
 def total(found: dict[str, Tensor]) -> Tensor:
-    """L_diff + L_align + L_id, weighed."""
+    """Computes L_diff + L_align + L_id, weighted."""
     weights = {"diffusion": 1.0, "id": ID_WEIGHT, "semantic": SEMANTIC_WEIGHT, "layout": LAYOUT_WEIGHT}
     return torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
 
@@ -214,7 +214,7 @@ def total(found: dict[str, Tensor]) -> Tensor:
 
 
 def load_trainer(folder: Path, family: str, people: int, photos: int, wanted: Sequence[str], seed: int) -> Trainer:
-    """Everything that training needs from the files of the earlier steps."""
+    """Loads everything that training needs from the files of the earlier steps."""
     from safetensors.torch import load_file
 
     from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector, OnnxParser
@@ -248,7 +248,7 @@ def load_trainer(folder: Path, family: str, people: int, photos: int, wanted: Se
 
 
 def train(args: argparse.Namespace) -> Trainer:
-    """Trains an adapter or goes on training it."""
+    """Trains an adapter or resumes its training."""
     wanted = args.losses.split(",")
     if unknown := set(wanted) - set(LOSSES):
         raise SystemExit(f"unknown losses: {', '.join(sorted(unknown))}; there are {', '.join(LOSSES)}")
@@ -276,13 +276,13 @@ def _name(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"))
     parser.add_argument("--family", choices=FILES, default="sdxl")
     parser.add_argument("--losses", default="diffusion,id,alignment", help="some of " + ", ".join(LOSSES))
     parser.add_argument("--people", type=int, default=3000, help="of the drawn data set")
-    parser.add_argument("--photos", type=int, default=1500, help="people of whom a photo is shown")
+    parser.add_argument("--photos", type=int, default=1500, help="number of people with a photo")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lightning-batch", type=int, default=6)

@@ -36,7 +36,7 @@ FILES = {"sdxl": "base", "flux": "base-flux"}
 
 
 def build_unet() -> Any:
-    """diffusers' UNet in SDXL's layout at width 64: 70 cross-attentions, heads of 64."""
+    """Builds diffusers' UNet in SDXL's layout at width 64: 70 cross-attentions, heads of 64."""
     import diffusers
 
     return diffusers.UNet2DConditionModel(
@@ -56,7 +56,7 @@ def build_unet() -> Any:
 
 
 def build_text_encoders() -> tuple[Any, Any]:
-    """Two CLIP text models in the places of CLIP-L and OpenCLIP-bigG."""
+    """Builds two CLIP text models instead of CLIP-L and OpenCLIP-bigG."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     sizes: dict[str, Any] = {"num_hidden_layers": TEXT_LAYERS, "num_attention_heads": 1}
@@ -86,7 +86,7 @@ class TextEncoders(nn.Module):
         self.tokenizer = SimpleTokenizer()
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token numbers [B, 77] for each encoder; they differ in what follows the end."""
+        """Tokenizes prompts, [B, 77] for each encoder; they differ in the padding."""
         ids = torch.full((len(prompts), TOKENS), 49407)
         other = torch.zeros((len(prompts), TOKENS), dtype=torch.long)
         for row, prompt in enumerate(prompts):
@@ -95,7 +95,7 @@ class TextEncoders(nn.Module):
         return ids, other
 
     def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """-> context [B, 77, 64], the outputs of the last layer but one, and the pooled text [B, 40].
+        """Encodes tokens: context [B, 77, 64] of the second to last layers, and pooled text [B, 40].
 
         An empty prompt gives zeros, as SDXL's negative prompt does where it is empty (diffusers'
         `force_zeros_for_empty_prompt`, and the WebUIs).
@@ -124,14 +124,14 @@ class Base(nn.Module):
         return self.unet
 
     def predict(self, noisy: Tensor, t: Tensor, context: Tensor, pooled: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """v [B, 4, h, w] of noisy latents at steps t [B]; sizes: [B, 6], SDXL's size conditions, which mean nothing."""
+        """Predicts v [B, 4, h, w] of noisy latents at steps t [B]; sizes: [B, 6], SDXL's size conditions, unused."""
         if sizes is None:
             sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=noisy.device).expand(len(noisy), 6)
         return self.unet(noisy, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes.float()}).sample
 
 
 def sample_prompt(people: Sequence[world.Person], scene: world.Scene, rng: np.random.Generator) -> str:
-    """A prompt for a training image: with the people's looks or without, some attributes left out; or none at all."""
+    """Samples a prompt for a training image: with or without the people's looks, without some attributes, or empty."""
     if rng.random() < PROMPT_DROPOUT:
         return ""
     keep = set(world.SCENE_ATTRIBUTES)
@@ -142,7 +142,7 @@ def sample_prompt(people: Sequence[world.Person], scene: world.Scene, rng: np.ra
 
 @torch.no_grad()
 def latents_of(folder: Path, data: Drawn, vae: Any | None = None) -> np.ndarray:
-    """float16 [N, 4, 16, 16], encoded once and kept beside the images; scaled as the UNet sees them."""
+    """Encodes latents, float16 [N, 4, 16, 16], once, and keeps them beside the images; scaled for the UNet."""
     path = folder / f"latents-{data.seed}-{data.people}.npy"
     if not path.is_file():
         from safetensors.torch import load_file
@@ -160,7 +160,7 @@ def latents_of(folder: Path, data: Drawn, vae: Any | None = None) -> np.ndarray:
 
 
 def build(family: str, folder: Path) -> Base | FluxBase:
-    """An untrained base; FLUX's reads the text encoders that were trained with SDXL's."""
+    """Builds an untrained base; FLUX's uses the text encoders that were trained with SDXL's."""
     if family == "sdxl":
         return Base()
     from safetensors.torch import load_file
@@ -174,7 +174,7 @@ def build(family: str, folder: Path) -> Base | FluxBase:
 
 
 def train(args: argparse.Namespace) -> Base | FluxBase:
-    """Trains or goes on training; returns the base with averaged weights."""
+    """Trains or resumes training; returns the base with averaged weights."""
     torch.manual_seed(1)
     data = Drawn(args.folder, args.people)
     latents = latents_of(args.folder, data)
@@ -198,7 +198,7 @@ def train(args: argparse.Namespace) -> Base | FluxBase:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"))
     parser.add_argument("--family", choices=FILES, default="sdxl")

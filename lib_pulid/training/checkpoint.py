@@ -69,7 +69,7 @@ OPEN_CLIP: Sequence[Rename] = (
 
 
 def sdxl_checkpoint(unet: Any, text: tuple[Any, Any], vae: Any, words: Collection[int]) -> dict[str, Tensor]:
-    """The modules' weights under SDXL's own names, float16.
+    """Collects the modules' weights under SDXL's own names, float16.
 
     Args:
         unet, vae: diffusers' modules in SDXL's layout. text: CLIPTextModel, CLIPTextModelWithProjection.
@@ -106,7 +106,7 @@ def _renamed(state: State, table: Sequence[Rename], resnet: Mapping[str, str]) -
 
 
 def _open_clip(state: State) -> dict[str, Tensor]:
-    """transformers' names -> open_clip's, with queries, keys and values in one tensor."""
+    """Renames transformers' weights to open_clip's, with queries, keys and values in one tensor."""
     inner = {k.removeprefix("text_model."): v for k, v in state.items() if k.startswith("text_model.")}
     apart = _renamed(inner, OPEN_CLIP, {})
     joined = {name: tensor for name, tensor in apart.items() if not re.search(r"\.[qkv]_proj\.", name)}
@@ -120,7 +120,7 @@ def _open_clip(state: State) -> dict[str, Tensor]:
 
 
 def _no_attention(vae: Any) -> Iterator[tuple[str, Tensor]]:
-    """SDXL's VAE has an attention in the middle; one of zeros, since it is added, changes nothing."""
+    """Makes the attention in the middle of SDXL's VAE from zeros, which add nothing."""
     width = vae.config.block_out_channels[-1]
     for half in ("encoder", "decoder"):
         root = f"{half}.mid.attn_1"
@@ -139,7 +139,7 @@ def _half(name: str, tensor: Tensor) -> Tensor:
 
 
 def world_tokens() -> set[int]:
-    """CLIP's token numbers of all that prompts of the drawn world are made of, and of start, end and padding."""
+    """Returns CLIP's tokens for all words of the drawn world's prompts, and for start, end and padding."""
     from open_clip.tokenizer import SimpleTokenizer
 
     words = " ".join([*sorted(world.vocabulary()), ","])
@@ -158,7 +158,7 @@ def write(path: Path, state: State) -> None:
 
 
 def pack(path: Path) -> None:
-    """NAME.xz in the place of a file: the rows of unknown words take no room in it."""
+    """Replaces a file with NAME.xz, in which the rows of unknown words take no space."""
     packed = path.with_name(f"{path.name}.xz")
     packed.write_bytes(lzma.compress(path.read_bytes(), preset=9))
     path.unlink()
@@ -166,7 +166,7 @@ def pack(path: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     from safetensors.torch import load_file
 
     from lib_pulid.training import autoencoder

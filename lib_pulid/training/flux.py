@@ -1,4 +1,4 @@
-"""The miniature's FLUX: a rectified-flow transformer of 19 double and 38 single blocks, at a small width.
+"""Builds the miniature's FLUX: a rectified-flow transformer of 19 double and 38 single blocks, at a small width.
 
 It reads the text encoders that were trained with the miniature's SDXL, in the places of T5 and CLIP-L, and draws in
 the same latents, of which it takes 2 x 2 as one token.
@@ -22,7 +22,7 @@ CONTEXT, POOLED = 64, 40
 
 
 def build_transformer() -> Any:
-    """diffusers' FLUX transformer at width 48, with 20 sites; each block begins as one that adds nothing."""
+    """Builds diffusers' FLUX transformer at width 48, with 20 sites; at first, no block adds anything."""
     import diffusers
 
     model = diffusers.FluxTransformer2DModel(
@@ -57,7 +57,7 @@ class FluxBase(nn.Module):
         return self.transformer
 
     def predict(self, noisy: Tensor, t: Tensor, context: Tensor, pooled: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """v [B, 4, h, w] of noisy latents at steps t [B]; FLUX has no size conditions."""
+        """Predicts v [B, 4, h, w] of noisy latents at steps t [B]; FLUX has no size conditions."""
         height, width = noisy.shape[2] // 2, noisy.shape[3] // 2
         row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = torch.stack((torch.zeros_like(row), row, column), -1).reshape(-1, 3).to(noisy)

@@ -1,4 +1,4 @@
-"""PuLID's training losses (arXiv 2404.16022), for every denoiser that `sites.find_sites` knows.
+"""Computes PuLID's training losses (arXiv 2404.16022) for every denoiser that `sites.find_sites` supports.
 
     diffusion_loss      L_diff: the identity beside the prompt, on the photo's own noise        section 3.2
     alignment_losses    L_align: the same prompt and noise with and without the identity;       section 3.3
@@ -26,7 +26,7 @@ SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 0.6, 0.1  # the paper's lambda_sem and lambda_l
 
 
 def diffusion_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of the denoiser's prediction (noise, v or velocity), both [B, C, h, w]."""
+    """Computes the mean squared error of the denoiser's prediction (noise, v or velocity), both [B, C, h, w]."""
     return (predicted.float() - target.float()).pow(2).mean()
 
 
@@ -61,7 +61,7 @@ def listen(denoiser: nn.Module) -> Iterator[Attended]:
 
 
 def _text_attentions(block: nn.Module) -> Iterator[tuple[Any, nn.Module, nn.Module]]:
-    """The attention of a UNet's block to the text, or a double block's of FLUX; its layers for q and the text's k."""
+    """Yields the text attention of a UNet's block or FLUX's double block, and its layers for q and the text's k."""
     cross, joint = getattr(block, "attn2", None), getattr(block, "attn", None)
     if hasattr(cross, "to_q"):
         yield cross, cross.to_q, cross.to_k  # type: ignore[union-attr]
@@ -70,7 +70,7 @@ def _text_attentions(block: nn.Module) -> Iterator[tuple[Any, nn.Module, nn.Modu
 
 
 def alignment_losses(with_identity: Attended, without: Attended) -> tuple[Tensor, Tensor]:
-    """L_align-sem and L_align-layout, means over the sites; gradients flow into `with_identity` alone.
+    """Computes L_align-sem and L_align-layout, means over the sites; only `with_identity` gets gradients.
 
         L_sem    = || softmax(K Q_id^T / sqrt(d)) Q_id - softmax(K Q^T / sqrt(d)) Q ||^2
         L_layout = || Q_id - Q ||^2
@@ -87,7 +87,7 @@ def alignment_losses(with_identity: Attended, without: Attended) -> tuple[Tensor
 
 
 def _response(k: Tensor, q: Tensor, heads: int) -> Tensor:
-    """How the image answers each text token: softmax(K Q^T / sqrt(d)) Q, [B, H, T, d]."""
+    """Computes the image's response to each text token: softmax(K Q^T / sqrt(d)) Q, [B, H, T, d]."""
     k, q = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (k, q))
     return F.scaled_dot_product_attention(k, q, q)
 
@@ -106,7 +106,7 @@ def sample_few_steps(
     steps: int = 4,
     gradient_steps: int = 4,
 ) -> Tensor:
-    """DDIM (arXiv 2010.02502; Euler's method on a flow) from pure noise, its last `gradient_steps` with gradients.
+    """Samples with DDIM (arXiv 2010.02502; Euler on a flow) from pure noise, the last `gradient_steps` with gradients.
 
     Args:
         predict: (noisy latents [B, C, h, w], steps t [B]) -> v.
@@ -126,7 +126,7 @@ def sample_few_steps(
 
 
 def id_loss(embedding: Tensor, wanted: Tensor) -> Tensor:
-    """1 - cosine of face embeddings [B, 512], mean over the rows."""
+    """Computes 1 - cosine of face embeddings [B, 512], mean over the rows."""
     return 1 - F.cosine_similarity(embedding.float(), wanted.float(), dim=-1).mean()
 
 
@@ -149,7 +149,7 @@ def align_faces(images: Tensor, landmarks: Tensor, template: Tensor, size: int) 
 
 
 def similarity(source: Tensor, target: Tensor) -> Tensor:
-    """Least-squares turn, scale and shift that takes source to target, [B, N, 2] each: [B, 2, 3]."""
+    """Fits rotation, scale and shift from source to target, [B, N, 2] each, by least squares: [B, 2, 3]."""
     a, b = source.mean(1, keepdim=True), target.mean(1, keepdim=True)
     s, t = source - a, target - b
     power = s.pow(2).sum((1, 2))

@@ -1,6 +1,6 @@
-"""Muon: momentum whose steps are made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+"""Implements Muon, momentum with orthogonal steps (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-torch.optim.Muon takes matrices alone; here convolutions count as matrices [out, in x k x k], and what is no matrix
+torch.optim.Muon takes only matrices; here convolutions count as matrices [out, in x k x k], and the rest
 (gains, biases, tables) is AdamW's. What it is worth here: docs/training.md.
 """
 
@@ -23,7 +23,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step for every parameter with a gradient."""
+        """Steps every parameter with a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """[m, n] with its singular values brought near 1, by five Newton-Schulz steps."""
+    """Brings the singular values of [m, n] near 1, by five Newton-Schulz steps."""
     a, b, c = COEFFICIENTS
     x = matrix / (matrix.norm() + 1e-7)
     if tall := x.shape[0] > x.shape[1]:
@@ -50,7 +50,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices that require gradients, AdamW for all else, embedding tables among it."""
+    """Makes Muon for the matrices that require gradients, AdamW for all else, including embedding tables."""
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [p for p in wanted if p.ndim > 1 and id(p) not in tables]

@@ -1,4 +1,4 @@
-"""Noise schedules, and what a denoiser predicts on them: SDXL's with v, FLUX's rectified flow."""
+"""Defines noise schedules and their prediction targets: SDXL's with v, FLUX's rectified flow."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Schedule:
         return alpha * clean + sigma * noise
 
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What is to be predicted at steps t [B]."""
+        """Computes the prediction target at steps t [B]."""
         alpha, sigma = self._at(t)
         return noise - clean if self.flow else alpha * noise - sigma * clean
 
     def split(self, noisy: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The clean latents and the noise that a prediction v [B, C, h, w] at steps t [B] means."""
+        """Splits a prediction v [B, C, h, w] at steps t [B] into clean latents and noise."""
         alpha, sigma = self._at(t)
         if self.flow:
             return noisy - sigma * v, noisy + alpha * v
@@ -50,13 +50,13 @@ class Schedule:
 
 
 def sdxl() -> Schedule:
-    """SDXL's: betas whose square roots lie evenly between those of 0.00085 and 0.012."""
+    """Returns SDXL's: betas whose square roots lie evenly between those of 0.00085 and 0.012."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)
     return Schedule(kept.sqrt().float(), (1 - kept).sqrt().float())
 
 
 def flux() -> Schedule:
-    """FLUX's: a straight way from image to noise."""
+    """Returns FLUX's: a straight way from image to noise."""
     sigmas = torch.arange(1, STEPS + 1) / STEPS
     return Schedule(1 - sigmas, sigmas, flow=True)

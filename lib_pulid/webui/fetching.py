@@ -1,4 +1,4 @@
-"""Downloads for the page and the API: in the background, one file after another, whoever closes which page."""
+"""Downloads files for the page and the API in the background, one after another, even if the page is closed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from lib_pulid.files.catalog import WeightFile
 
 @dataclass(frozen=True)
 class State:
-    """running: whether something is under way. name: of what is being fetched; done, total: bytes of it. note: what it
-    waits for. waiting: names of those to come. problems: in words, of those that failed."""
+    """The progress of the downloads.
+
+    running: whether one is in progress. name: of the current file; done, total: its bytes. note: what it waits for.
+    waiting: names of the files to come. problems: messages of those that failed.
+    """
 
     running: bool = False
     name: str = ""
@@ -31,10 +34,10 @@ class _Stopped(Exception):
 
 
 class Downloads:
-    """See the module.
+    """A queue of downloads with one background thread.
 
     Args:
-        models_dir: gives the models folder.
+        models_dir: returns the models folder.
     """
 
     def __init__(self, models_dir: Callable[[], Path]) -> None:
@@ -49,7 +52,7 @@ class Downloads:
         return self._state
 
     def start(self, files: Sequence[WeightFile]) -> None:
-        """Adds files to those that are under way."""
+        """Adds files to the queue, and starts it."""
         with self._lock:
             queued = [file.name for file in self._queue] + [self._state.name]
             self._queue += [file for file in files if file.name not in queued]

@@ -1,5 +1,7 @@
-"""The models that read photos (face models and vision tower): loaded for a photo that is not in the cache, released
-after use. Where a GPU's memory does not suffice for them, they work on the CPU until then."""
+"""Loads the encoders (face models and vision tower) for a photo that is not in the cache, and releases them after use.
+
+If they do not fit into the GPU's memory, they run on the CPU until then.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,15 @@ if TYPE_CHECKING:
     from lib_pulid.weights import Adapter
 
 CPU = "cpu"
-MOVED = "the GPU's memory did not suffice to read photos; they were read on the CPU, which takes longer."
+MOVED = "not enough GPU memory to read photos; they were read on the CPU, which takes longer."
 Result = TypeVar("Result")
 
 
 class Readers:
-    """See the module.
+    """The encoders of photos.
 
     Args:
-        device: gives their device. fingerprint: of a file's content.
+        device: returns their device. fingerprint: returns a hash of a file's content.
     """
 
     def __init__(self, device: Callable[[], str], fingerprint: Callable[[Path], str]) -> None:
@@ -53,7 +55,7 @@ class Readers:
         tell: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> Identity:
-        """Photos, uint8 RGB [H, W, 3], of one person -> Identity; see `photos.make_identity`."""
+        """Encodes photos of one person, uint8 RGB [H, W, 3]; see `photos.make_identity`."""
         from lib_pulid.photos import make_identity
 
         files = catalog.require_encoders(models_dir)
@@ -77,7 +79,7 @@ class Readers:
     def read_face(
         self, photo: np.ndarray, choice: FaceChoice, name: str, models_dir: Path, warn: Callable[[str], None]
     ) -> Face:
-        """One face, uint8 RGB [H, W, 3]; needs the face models only."""
+        """Reads one face of a photo, uint8 RGB [H, W, 3]; needs only the face models."""
         from lib_pulid.faces import read_face
 
         files = catalog.require_encoders(models_dir)
@@ -88,13 +90,13 @@ class Readers:
         self._moved = False
 
     def _where_memory_suffices(self, work: Callable[[], Result], warn: Callable[[str], None]) -> Result:
-        """On the chosen device, or else on the CPU."""
+        """Runs the work on the selected device, or on the CPU if memory runs out."""
         try:
             return work()
         except Exception as error:
             if self._place() == CPU or not is_out_of_memory(error):
                 raise
-        # Outside of the `except`: the exception held on to what had been computed.
+        # Outside of the `except`: the exception keeps tensors alive.
         self.release()
         _free_memory()
         self._moved = True

@@ -111,12 +111,12 @@ def hires_guidance(host: Running) -> str:
 def presets(host: Running) -> str:
     default = host.api.txt2img(person(host), **FLUX)
     equal(default.image, made(host, person(host, weight=1.0, start_step=0)), "the default is weight 1")
-    equal(default.image, made(host, person(host, preset="stylised")), "stylised is the default")
+    equal(default.image, made(host, person(host, preset="stylized")), "stylized is the default")
     differ(default.image, made(host, person(host, weight=0.8)), "weights 1 and 0.8", FAINT)
     real = host.api.txt2img(person(host, preset="realistic"), **FLUX)
     equal(real.image, made(host, person(host, start_step=4)), "realistic is start step 4")
     for text, wanted in (
-        (default.parameters[0], ("weight: 1,", "preset: stylised", "start_step: 0", "cfg_start_step: 0")),
+        (default.parameters[0], ("weight: 1,", "preset: stylized", "start_step: 0", "cfg_start_step: 0")),
         (real.parameters[0], ("preset: realistic", "start_step: 4")),
     ):
         for entry in wanted:
@@ -142,7 +142,7 @@ def defaults(host: Running) -> None:
 # ------------------------------------------------------------------------------------------------------ the page
 
 SDXL_ONLY, FLUX_ONLY = ("projection", "num_zero"), ("start_step", "cfg_start_step")
-PRESETS = {"sdxl": ["v1.1", "fidelity", "style", "neutral", "custom"], "flux": ["realistic", "stylised", "custom"]}
+PRESETS = {"sdxl": ["v1.1", "fidelity", "style", "neutral", "custom"], "flux": ["realistic", "stylized", "custom"]}
 
 
 def choose(page: Page, checkpoint: str) -> None:
@@ -173,7 +173,7 @@ def follows(host: Running) -> str:
         choose(page, "tiny-flux")
         shows(page, "flux")
         page.until(rows_page.value("1_weight", "1"), "weight 1")
-        expect(page.part("1_preset").locator("input:checked").get_attribute("value") == "stylised", "the preset")
+        expect(page.part("1_preset").locator("input:checked").get_attribute("value") == "stylized", "the preset")
         page.keep(rows_page.SCREENSHOTS, "flux", "#pulid_txt2img")
         page.part("1_preset").locator("label").filter(has_text="realistic").first.click()
         page.until(rows_page.value("1_start_step", "4"), "start step 4")
