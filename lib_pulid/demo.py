@@ -179,9 +179,9 @@ def _drawings(workshop: Workshop, photo: Path | None) -> Image.Image:
     show = _Show(workshop, encoders.faces.detector, miniature.judge())  # type: ignore[arg-type]
     threads = torch.get_num_threads()
     torch.set_num_threads(min(2, threads))  # small models are slower on more
-    references = [load_image(photo, photo.name)] if photo else [miniature.portrait(n) for n in PEOPLE]
+    sources: list[ImageSource] = [photo] if photo else [miniature.portrait(n) for n in PEOPLE]
     try:
-        rows = [_row(show, reference) for reference in references]
+        rows = [_row(show, source) for source in sources]
         together = _together(show)
     finally:
         torch.set_num_threads(threads)
@@ -194,8 +194,8 @@ def _drawings(workshop: Workshop, photo: Path | None) -> Image.Image:
     return contact_sheet("The person stays, the rest follows the prompt", text, sections)
 
 
-def _row(show: _Show, reference: np.ndarray) -> list[Tile]:
-    identity = _identity(show.workshop, reference)
+def _row(show: _Show, source: ImageSource) -> list[Tile]:
+    identity, reference = _identity(show.workshop, source), load_image(source)
     plain = show.plain
     images = [show.paint([_compiled(show.workshop, identity, weight=w)], ONE) for w in STRENGTHS]
     whole = _compiled(show.workshop, identity, weight=1.0)

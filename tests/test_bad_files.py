@@ -283,7 +283,7 @@ def test_an_embedding_that_is_no_number_makes_no_identity(tmp_path):
     no_embedding = FaceFeatures(photo.id_cond * float("nan"), photo.vit_hidden)
     no_tower = FaceFeatures(photo.id_cond, (photo.vit_hidden[0] * float("inf"), *photo.vit_hidden[1:]))
     for broken in (no_embedding, no_tower):
-        with pytest.raises(WrongWeightsError, match="its file is damaged .*download it again"):
+        with pytest.raises(WrongWeightsError, match="its file is damaged.* Delete it and download it again"):
             encode_identity([broken], adapter)
 
 

@@ -6,15 +6,12 @@ the same latents, of which it takes 2 x 2 as one token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lib_pulid.training import schedule
-
-if TYPE_CHECKING:
-    from lib_pulid.training.base import TextEncoders
 
 HEADS, HEAD_WIDTH = 2, 24
 CHANNELS = 4
@@ -43,11 +40,11 @@ def build_transformer() -> Any:
 
 
 class FluxBase(nn.Module):
-    """FLUX: the transformer; text: trained before, and left as it is."""
+    """FLUX: the transformer; text: `base.TextEncoders`, trained before and left as they are."""
 
     schedule = schedule.flux()
 
-    def __init__(self, text: TextEncoders) -> None:
+    def __init__(self, text: nn.Module) -> None:
         super().__init__()
         self.transformer, self.text = build_transformer(), text
 
