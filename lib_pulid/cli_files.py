@@ -91,7 +91,7 @@ def _chosen(names: Sequence[str], models_dir: Path) -> list[WeightFile]:
 def _ask_license(file: WeightFile) -> None:
     question = f"{file.name} ({file.purpose}) may be used under this license: {file.licence}. Accept? [y/N] "
     if not sys.stdin.isatty():
-        raise MissingWeightsError(f"{file.name} needs its license accepted ({file.licence}): --accept-licence.")
+        raise MissingWeightsError(f"{file.name} needs its license accepted ({file.licence}): --accept-license.")
     if input(question).strip().lower() not in ("y", "yes"):
         raise MissingWeightsError(f"{file.name} was not downloaded: its license was not accepted.")
 

@@ -435,7 +435,7 @@ def test_a_licence_that_was_not_accepted(run, hub, tmp_path, name):
     said = run("models", "download", name, models=tmp_path / "m")
     assert said.status == 1
     assert f"MissingWeightsError: {name} needs its license accepted (InsightFace model license: non-comm" in said.err
-    assert "--accept-licence" in said.err
+    assert "--accept-license" in said.err
     assert hub == {}
     assert not list(tmp_path.rglob(name))
 
