@@ -43,6 +43,21 @@ def draw_face(
         image[y - 5 : y + 5, x - 5 : x + 5] = (128 + step, 0, 255)
 
 
+def photo(*faces: tuple[int, int], shade: int = 3) -> np.ndarray:
+    """A photo of people. faces: centre x and side of each."""
+    image = blank(640, 480)
+    for x, side in faces:
+        draw_face(image, (x, 240), side, shade=shade)
+    return image
+
+
+def packed(image: np.ndarray) -> str:
+    """As the page sends it."""
+    from lib_pulid.webui.pictures import encode
+
+    return encode(image)
+
+
 def write_face_files(folder: Path, seed: int = 0) -> FaceFiles:
     """All four files, under the real names, in the layout FaceAnalysis(name="antelopev2", root=folder) wants."""
     folder = Path(folder)

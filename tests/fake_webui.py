@@ -202,7 +202,9 @@ class WebUI:
         self.modules, self.swallowed = modules, []
 
     def door(self) -> ModuleType:
-        """scripts/pulid.py, run again as by Reload UI."""
+        """scripts/pulid.py, run again as by Reload UI, which lets go of all callbacks and scripts first."""
+        self.modules.script_callbacks.clear_callbacks()
+        self.modules.scripts.scripts_data[:] = [_xyz()]
         spec = importlib.util.spec_from_file_location("pulid.py", ROOT / "scripts" / "pulid.py")
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         spec.loader.exec_module(module)  # type: ignore[union-attr]

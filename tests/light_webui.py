@@ -53,6 +53,15 @@ PHOTOS = {"anna": _photo((200, 80, 60)), "ben": _photo((60, 120, 200)), "cleo": 
 PHOTOS["nobody"] = _photo((0, 0, 0))
 
 
+def unit(name: str, **settings: Any) -> dict[str, Any]:
+    """A person, as the API takes it."""
+    return {"images": [PHOTOS[name]], **settings}
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
 class Detector:
     """Sees one face in every picture that is not black."""
 
@@ -155,6 +164,7 @@ class Host:
     def start_anew(self) -> None:
         """As if the program had been started again: a library that knows nothing, and nothing written."""
         self.script = self.ui.script()
+        self.ui.swallowed.clear()
         for path in self.written():
             path.unlink()
 

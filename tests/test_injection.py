@@ -31,26 +31,6 @@ def _no_grad():
         yield
 
 
-@pytest.fixture(scope="module")
-def unet() -> nn.Module:
-    return layouts.unet()
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, unet):
-    return layouts.unet_adapter(tmp_path_factory.mktemp("sdxl") / "v1.bin", unet)
-
-
-@pytest.fixture(scope="module")
-def flux() -> nn.Module:
-    return layouts.diffusers_flux()
-
-
-@pytest.fixture(scope="module")
-def flux_adapter(tmp_path_factory):
-    return layouts.flux_adapter(tmp_path_factory.mktemp("flux") / "flux.safetensors")
-
-
 def person(seed: int = 77, width: int = TOKENS) -> Identity:
     return Identity(*cases.tokens(seed, width=width))
 

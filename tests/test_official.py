@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib_pulid import attention, sites
 from lib_pulid.encoders import IDEncoder, IDFormer
@@ -106,20 +106,10 @@ def test_image_stream_layer():
 # ---------------------------------------------------------------- whole denoisers
 
 
-@pytest.fixture(scope="module")
-def unet() -> nn.Module:
-    return layouts.unet()
-
-
-@pytest.fixture(scope="module")
-def unet_adapter(tmp_path_factory, unet):
-    return layouts.unet_adapter(tmp_path_factory.mktemp("unet") / "v1.bin", unet)
-
-
 @pytest.mark.parametrize(("projection", "num_zero"), cases.SETTINGS)
-def test_whole_unet(unet, unet_adapter, projection, num_zero):
+def test_whole_unet(unet, adapter, projection, num_zero):
     identity = Identity(*cases.tokens(77, width=cases.UNET["cross_attention_dim"]))
-    injection = compile_injection(unet_adapter, identity, weight=0.8, projection=projection, num_zero=num_zero)
+    injection = compile_injection(adapter, identity, weight=0.8, projection=projection, num_zero=num_zero)
     with inject(unet, [injection], DenoiseStep(0.0, [False, True], (16, 16))):
         ours = layouts.run_unet(unet)
     off, official = REFERENCE["unet_off"], REFERENCE[f"unet_{projection}_{num_zero}"]

@@ -20,7 +20,7 @@ from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, Pulid
 from lib_pulid.fields import FIELDS, MOST_PHOTOS, PRESETS
 from lib_pulid.units import PulidUnit, default_args
 from tests import small_models
-from tests.face_standins import blank, draw_face, write_face_files
+from tests.face_standins import packed, photo
 from tests.fake_modules.models import SD1_BLOCKS, WIDTH, UNet
 from tests.fake_webui import AxisOption, Generation, webui
 from tests.layouts import count_hooks
@@ -28,60 +28,6 @@ from tests.layouts import count_hooks
 pytest.importorskip("insightface")
 pytest.importorskip("facexlib")
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    """A models folder with stand-ins for everything."""
-    folder = tmp_path_factory.mktemp("models")
-    files = small_models.write_files(folder / "pulid", [WIDTH] * 70, 64)
-    files.tower.rename(folder / "pulid" / "EVA02_CLIP_L_336_psz14_s6B.pt")
-    faces = write_face_files(folder / "insightface")
-    (folder / "facexlib").mkdir()
-    for path in (faces.landmarker, faces.parser):
-        path.rename(folder / "facexlib" / path.name)
-    return folder
-
-
-@pytest.fixture
-def ui(weights):
-    with webui("a1111", weights) as made:
-        yield made
-        hosts.current().stop()
-
-
-@pytest.fixture
-def script(ui):
-    return ui.script()
-
-
-def photo(*faces: tuple[int, int], shade: int = 3) -> np.ndarray:
-    """faces: centre x and side."""
-    image = blank(640, 480)
-    for x, side in faces:
-        draw_face(image, (x, 240), side, shade=shade)
-    return image
-
-
-def packed(image: np.ndarray) -> str:
-    from lib_pulid.webui.pictures import encode
-
-    return encode(image)
-
-
-@pytest.fixture(scope="module")
-def one() -> str:
-    return packed(photo((320, 200)))
-
-
-@pytest.fixture(scope="module")
-def two() -> str:
-    return packed(photo((200, 200), (480, 100)))
-
-
-@pytest.fixture(scope="module")
-def nobody() -> str:
-    return packed(blank(640, 480))
 
 
 def same(a, b) -> bool:
@@ -377,11 +323,6 @@ class TestPlan:
             self.plan(library, one, {"start_step": 4, "hires": "second"}).check_steps(model, 2, hires=True)
         self.plan(library, one, {"start_step": 4, "weight": 0}).check_steps(model, 2, hires=False)
         self.plan(library, one, {"start_step": 4}).check_steps(replace(model, family="sdxl"), 2, hires=False)
-
-
-@pytest.fixture
-def library(ui, script):
-    return script.library
 
 
 class TestInfotext:

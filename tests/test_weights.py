@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -310,34 +309,6 @@ def test_a_missing_file(tmp_path):
         load_adapter(tmp_path / "pulid_v1.bin")
     with pytest.raises(MissingWeightsError):  # a folder is no file
         load_adapter(tmp_path)
-
-
-class Hostile:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
-@pytest.mark.parametrize("name", ["pulid_v1.bin", "pulid_v1.safetensors"])
-def test_a_hostile_pickle_is_not_executed(write, tmp_path, name, form):
-    trap = tmp_path / "executed"
-    state = {**v1_state(), "z": Hostile(trap)}
-    if form == "bare":
-        content = pickle.dumps({"z": Hostile(trap)})
-        pickle.loads(content)  # the trap works
-        assert trap.exists()
-        trap.unlink()
-    else:
-        content = pickled(state, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(WrongWeightsError, match="refused for safety"):
-        load_adapter(write(name, content))
-    assert not trap.exists()
-    with pytest.raises(WrongWeightsError):
-        load_vision_tower(write(name, content))
-    assert not trap.exists()
 
 
 # ---------------------------------------------------------------- PuLID files with something wrong
