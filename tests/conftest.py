@@ -50,6 +50,14 @@ def host(program) -> Any:
     return program
 
 
+@pytest.fixture
+def small_sdxl(monkeypatch) -> None:
+    """The hosts take `small_unet` for an SDXL."""
+    from tests.fake_modules.models import SMALL_SITES
+
+    monkeypatch.setattr("lib_pulid.hosts.webui.SDXL_SITES", SMALL_SITES)
+
+
 # ---------------------------------------------------------------- a WebUI with the real face models' code
 
 

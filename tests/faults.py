@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lib_pulid import hosts
-from tests.light_webui import SITES, STEPS, Host
+from tests.fake_modules.models import SMALL_SITES
+from tests.light_webui import STEPS, Host
 
 # ---------------------------------------------------------------- stages
 
@@ -97,8 +98,8 @@ STAGES = [
     Stage("first call", CALL),
     Stage("first call, done", CALL, after=True),
     Stage("middle call", CALL, number=2),
-    Stage("middle call, inside", INSIDE, number=SITES + 2),
-    Stage("last call, inside", INSIDE, number=SITES * STEPS),
+    Stage("middle call, inside", INSIDE, number=SMALL_SITES + 2),
+    Stage("last call, inside", INSIDE, number=SMALL_SITES * STEPS),
     Stage("last call, done", CALL, number=STEPS, after=True),
     Stage("first call of the second batch", CALL, number=STEPS + 1),
     Stage("after a call", of_host("leave")),

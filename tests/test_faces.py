@@ -467,6 +467,7 @@ def test_onnxruntime_without_its_cuda_libraries(files, monkeypatch, raises):
     monkeypatch.setattr(insightface.model_zoo, "get_model", get_model)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(both))
     monkeypatch.setattr(face_models, "onnx_providers", lambda device: both)
+    files = replace(files, landmarker=None)  # the slowest, and none of onnxruntime's
     models = load_face_models(files)
     assert models.notes == (face_models.ON_THE_CPU,)
     assert face_models.ON_THE_CPU in read_face(single(), models).notes
