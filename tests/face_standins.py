@@ -8,7 +8,10 @@ or none of them finds.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +59,25 @@ def packed(image: np.ndarray) -> str:
     from lib_pulid.webui.pictures import encode
 
     return encode(image)
+
+
+class Remembering:
+    """A face model that answers at once when it is asked the same again: the networks take most of the tests' time."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._seen = model, {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("detect", "embed", "embed_crop", "labels"):
+            return getattr(self._model, name)
+
+        def answer(*args: Any) -> Any:
+            key = pickle.dumps((name, args))
+            if key not in self._seen:
+                self._seen[key] = getattr(self._model, name)(*args)
+            return copy.copy(self._seen[key])
+
+        return answer
 
 
 def write_face_files(folder: Path, seed: int = 0) -> FaceFiles:

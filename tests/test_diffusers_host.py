@@ -22,8 +22,7 @@ from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, Injection, compile_injection
 from lib_pulid.sites import find_sites
 from lib_pulid.weights import Adapter
-from tests.fake_modules.models import UNet
-from tests.layouts import count_hooks
+from tests.fake_modules.models import UNet, count_hooks
 from tests.small_models import TOKEN_WIDTH
 from tests.small_models.bases import POOLED_WIDTH, TEXT_WIDTH, small_base, small_parts
 

@@ -17,6 +17,7 @@ from lib_pulid.injection import DenoiseStep, compile_injection, inject, token_gr
 from lib_pulid.sites import cross_attention_site, find_sites
 from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights
 from tests import layouts
+from tests.fake_modules.models import count_hooks
 from tests.reference import cases
 from tests.small_models import image_stream
 
@@ -55,7 +56,7 @@ def test_inactive_is_bit_identical_and_hooks_nothing(unet, adapter, settings, pr
     plain = layouts.run_unet(unet)
     injection = compile_injection(adapter, person(), **settings)
     with inject(unet, [injection], DenoiseStep(progress, [False, True], (16, 16))):
-        assert layouts.count_hooks(unet) == 0
+        assert count_hooks(unet) == 0
         assert torch.equal(layouts.run_unet(unet), plain)
 
 
@@ -119,13 +120,13 @@ def test_no_hook_is_left(unet, adapter):
     for failure in (None, RuntimeError, KeyboardInterrupt):
         try:
             with inject(unet, [injection], BOTH):
-                assert layouts.count_hooks(unet) == 140  # two at each of 70 sites
+                assert count_hooks(unet) == 140  # two at each of 70 sites
                 layouts.run_unet(unet)
                 if failure:
                     raise failure
         except (RuntimeError, KeyboardInterrupt):
             assert failure is not None
-        assert layouts.count_hooks(unet) == 0
+        assert count_hooks(unet) == 0
         assert torch.equal(layouts.run_unet(unet), plain)
 
 
@@ -135,7 +136,7 @@ def test_no_hook_is_left_when_a_layer_fails(unet, adapter):
     with pytest.raises(ZeroDivisionError):
         run(unet, [compile_injection(adapter, person())])
     handle.remove()
-    assert layouts.count_hooks(unet) == 0
+    assert count_hooks(unet) == 0
 
 
 # ---------------------------------------------------------------- rows
@@ -319,7 +320,7 @@ def test_other_models_are_refused(unet, adapter):
     for model, message in ((smaller, "places for an identity"), (wider, "wide"), (nn.Linear(2, 2), "neither")):
         with pytest.raises(UnsupportedModelError, match=message):
             run(model, [injection])
-        assert layouts.count_hooks(model) == 0
+        assert count_hooks(model) == 0
     for mark, name in (("distilled_guidance_layer", "Chroma"), ("double_stream_modulation_img", "FLUX.2")):
         relative = nn.Module()
         relative.add_module(mark, nn.Identity())

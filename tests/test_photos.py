@@ -26,16 +26,8 @@ from lib_pulid.images import thumbnail
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, identity_key, make_identity
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.weights import load_adapter
-from tests.face_standins import blank, draw_face, write_face_files
-from tests.small_models import (
-    TOKEN_WIDTH,
-    TOWER_WIDTH,
-    cross_attention_pair,
-    id_encoder,
-    random_weights,
-    sdxl_file,
-    tower_shapes,
-)
+from tests.face_standins import Remembering, blank, draw_face, write_face_files
+from tests.small_models import TOKEN_WIDTH, TOWER_WIDTH, pulid_files, random_weights, tower_shapes
 
 pytest.importorskip("insightface")
 pytest.importorskip("facexlib")
@@ -55,26 +47,24 @@ def models(folder) -> Encoders:
     tower = random_weights(tower_shapes(TOWER_WIDTH, 768), seed=4)
     torch.save({f"visual.{key}": value for key, value in tower.items()}, folder / "eva.pt")
     faces = load_face_models(write_face_files(folder))
-    faces = replace(faces, landmarker=Remembering(faces.landmarker))
-    return Encoders(faces, load_vision_tower(folder / "eva.pt"))
+    parts = {name: Remembering(getattr(faces, name)) for name in ("detector", "recogniser", "landmarker", "parser")}
+    return Encoders(replace(faces, **parts), RememberingTower(load_vision_tower(folder / "eva.pt")))
 
 
-class Remembering:
-    """A detector that looks at the same image only once: RetinaFace takes most of these tests' time."""
+class RememberingTower(nn.Module):
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower, self.seen = tower, {}
 
-    def __init__(self, detector) -> None:
-        self._detector, self._seen = detector, {}
-
-    def detect(self, image: np.ndarray) -> list:
-        key = (image.shape, image.tobytes())
-        if key not in self._seen:
-            self._seen[key] = self._detector.detect(image)
-        return list(self._seen[key])
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        key = images.numpy().tobytes()
+        if key not in self.seen:
+            self.seen[key] = self.tower(images)
+        return self.seen[key]
 
 
 def write_adapter(path: Path, seed: int) -> Path:
-    pair = random_weights(nn.ModuleList([cross_attention_pair(8, TOKEN_WIDTH)]).state_dict(), 2)
-    save_file(sdxl_file(random_weights(id_encoder().state_dict(), seed), pair), path)
+    save_file(pulid_files((8,), 24, 1, seed)["v1"], path)
     return path
 
 

@@ -21,9 +21,8 @@ from lib_pulid.fields import FIELDS, MOST_PHOTOS, PRESETS
 from lib_pulid.units import PulidUnit, default_args
 from tests import small_models
 from tests.face_standins import packed, photo
-from tests.fake_modules.models import SD1_BLOCKS, WIDTH, UNet
+from tests.fake_modules.models import SD1_BLOCKS, WIDTH, UNet, count_hooks
 from tests.fake_webui import AxisOption, Generation, webui
-from tests.layouts import count_hooks
 
 pytest.importorskip("insightface")
 pytest.importorskip("facexlib")

@@ -9,39 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.weight_files import read_state_dict
 from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights, load_adapter
-from tests.small_models import (
-    cross_attention_pair,
-    flux_file,
-    id_encoder,
-    id_former,
-    image_stream,
-    random_weights,
-    sdxl_file,
-    tower_shapes,
-)
+from tests.small_models import flux_file, id_encoder, pulid_files, random_weights, tower_shapes
 
 SITES = 12  # i goes to 23: as text, "11" comes before "3"
-WIDTHS = [8 + 4 * n for n in range(SITES)]  # all different, so that a wrong order shows
+WIDTHS = tuple(8 + 4 * n for n in range(SITES))  # all different, so that a wrong order shows
 STREAM_WIDTH, TOKEN = 24, 64
 
 
 def v1_state(seed: int = 1) -> dict[str, Tensor]:
-    return sdxl_file(random_weights(id_encoder().state_dict(), seed), pairs())
+    return dict(pulid_files(WIDTHS, STREAM_WIDTH, SITES, seed)["v1"])
 
 
 def v11_state(seed: int = 1) -> dict[str, Tensor]:
-    return sdxl_file(random_weights(id_former().state_dict(), seed), pairs())
+    return dict(pulid_files(WIDTHS, STREAM_WIDTH, SITES, seed)["v1.1"])
 
 
-def pairs() -> dict[str, Tensor]:
-    return random_weights(nn.ModuleList(cross_attention_pair(w, TOKEN) for w in WIDTHS).state_dict(), 2)
+def flux_state(seed: int = 1) -> dict[str, Tensor]:
+    return dict(pulid_files(WIDTHS, STREAM_WIDTH, SITES, seed)["flux"])
 
 
 def converted_state(seed: int = 1) -> dict[str, Tensor]:
@@ -59,11 +50,6 @@ def nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         first, rest = key.split(".", 1)
         tree[first][rest] = value
     return tree
-
-
-def flux_state(seed: int = 1) -> dict[str, Tensor]:
-    modules = nn.ModuleList(image_stream(STREAM_WIDTH, TOKEN) for _ in range(SITES))
-    return flux_file(random_weights(id_former().state_dict(), seed), random_weights(modules.state_dict(), 3))
 
 
 def pickled(state: Mapping, **options: object) -> bytes:
@@ -145,8 +131,8 @@ def test_sdxl_sites_in_numeric_order(write, layout):
     assert [site.to_k.shape for site in sites] == [(width, TOKEN) for width in WIDTHS]
     for n, site in enumerate(sites):
         assert isinstance(site, CrossAttentionWeights)
-        for ours, name in ((site.to_k, "id_to_k"), (site.to_v, "id_to_v")):
-            assert torch.equal(ours, pairs()[f"{n}.{name}.weight"].to(ours.dtype))
+        for ours, name in ((site.to_k, "k"), (site.to_v, "v")):
+            assert torch.equal(ours, v1_state()[LAYER.format(2 * n + 1, name)].to(ours.dtype))
 
 
 def test_flux_sites_in_numeric_order(write):
