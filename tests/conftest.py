@@ -68,10 +68,10 @@ def weights(tmp_path_factory) -> Path:
     pytest.importorskip("facexlib")
     from tests import small_models
     from tests.face_standins import write_face_files
-    from tests.fake_modules.models import WIDTH
+    from tests.fake_modules.models import SMALL_SITES, WIDTH
 
     folder = tmp_path_factory.mktemp("models")
-    files = small_models.write_files(folder / "pulid", [WIDTH] * 70, 64)
+    files = small_models.write_files(folder / "pulid", [WIDTH] * SMALL_SITES, 64)
     files.tower.rename(folder / "pulid" / "EVA02_CLIP_L_336_psz14_s6B.pt")
     faces = write_face_files(folder / "insightface")
     (folder / "facexlib").mkdir()

@@ -214,7 +214,6 @@ class Light:
 
     def __init__(self, kind: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kind, self.models = kind, models
-        monkeypatch.setattr("lib_pulid.hosts.webui.SDXL_SITES", SMALL_SITES)
         monkeypatch.setattr("lib_pulid.face_models.load_face_models", lambda files, device: face_models())
         monkeypatch.setattr("lib_pulid.vision.load_vision_tower", lambda path: Tower())
 

@@ -41,14 +41,19 @@ def models_dir(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-load_base = functools.lru_cache(standalone.load_base)  # the same few pipelines for all tests; errors are not kept
+# The same few models for all tests; errors are not kept.
+LOADED = [
+    (owner, name, functools.lru_cache(getattr(owner, name)))
+    for owner, name in ((standalone, "load_base"), (standalone, "load_adapter"), (miniature, "encoders"))
+]
 
 
 @pytest.fixture
 def run(capsys, models_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    monkeypatch.setattr(standalone, "load_base", load_base)
+    for owner, name, load in LOADED:
+        monkeypatch.setattr(owner, name, load)
     monkeypatch.setattr(standalone, "open_workshop", open_small_workshop(standalone.open_workshop))
     real = cli_checks.family_of
     monkeypatch.setattr(cli_checks, "family_of", lambda model: "flux" if model == "tiny-flux" else real(model))

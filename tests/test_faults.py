@@ -24,7 +24,6 @@ from torch import nn
 from lib_pulid import hosts
 from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
 from lib_pulid.identity import Identity
-from lib_pulid.photos import IdentityCache
 from tests import light_webui
 from tests.faults import FAULTS, STAGES, TABLE, Stage, faulty
 from tests.light_webui import PHOTOS, Host, equal, unit
@@ -207,17 +206,6 @@ def made_identity(host: Host) -> Identity:
 
     adapter = host.library.adapter("auto", "sdxl")
     return host.library.encode([decode(PHOTOS["anna"], "photo")], adapter, LARGEST, "official")
-
-
-def test_of_a_file_that_was_cut_off_nothing_is_believed(tmp_path, host):
-    identity = made_identity(host)
-    path = identity.save(tmp_path / "key.safetensors")
-    whole = path.read_bytes()
-    for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        assert IdentityCache(tmp_path).get("key") is None
-    path.write_bytes(whole)
-    assert torch.equal(IdentityCache(tmp_path).get("key").cond, identity.cond)
 
 
 # ---------------------------------------------------------------- memory that does not suffice

@@ -63,14 +63,14 @@ def test_detect_says_what_is_wrong(library, two, body, kind, words):
     ("error", "status"),
     [(NoFaceError("who?"), 422), (MissingWeightsError("x.bin"), 500), (OutOfMemoryError("help"), 500)],
 )
-def test_an_error_that_ends_a_request(self, client, error, status):
+def test_an_error_that_ends_a_request(client, error, status):
     answer = client(error=error).get("/fails")
     assert answer.status_code == status
     assert answer.json()["detail"] == str(error)
     assert answer.json()["error"] == type(error).__name__
 
 
-def test_a_saved_identity_as_a_file(self, client, library):
+def test_a_saved_identity_as_a_file(client, library):
     values = torch.arange(32 * 64, dtype=torch.float32).reshape(1, 32, 64) / 16
     paths = [
         Identity(values, info={"adapter": f"PuLID for {family}"}).save(library.identities_dir / f"{name}.safetensors")
