@@ -508,8 +508,9 @@ def test_a_variant_that_cannot_be(text, words):
 def clip_folder(tmp_path_factory) -> Path:
     """A small CLIP with random weights in transformers' layout."""
     import torch
-    from lib_pulid.hosts.single_file import merge_table, write_tokenizer
     from transformers import CLIPConfig, CLIPModel
+
+    from lib_pulid.hosts.diffusers_checkpoint import merge_table, write_tokenizer
 
     folder = tmp_path_factory.mktemp("clip")
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

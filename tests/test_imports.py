@@ -139,7 +139,7 @@ def test_hosts_do_not_know_each_other():
     modules = sources(ROOT)
     shared = {"lib_pulid.hosts", "lib_pulid.hosts.webui", "lib_pulid.hosts.frame"}
     own = {
-        "lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers"},
+        "lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers", "lib_pulid.hosts.diffusers_checkpoint"},
         "lib_pulid.hosts.webui": {"lib_pulid.hosts.frame"},
     }
     for name, path in modules.items():
