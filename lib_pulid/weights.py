@@ -176,12 +176,12 @@ def _build_flux(state: Mapping[str, Tensor], path: Path) -> Adapter:
     modules = _under(state, "pulid_ca.")
     numbers = [int(match[0]) for key in modules if (match := re.match(r"\d{1,4}(?=\.)", key))]
     count = 1 + max(numbers, default=-1)
-    expected = {f"{n}.{key}" for n in range(count) for key in _IMAGE_STREAM_KEYS}
+    expected = {f"{n}.{key}" for n in range(count) for key in IMAGE_STREAM_KEYS}
     stray = sorted((set(modules) ^ expected) | {k for k in state if not k.startswith(("pulid_encoder.", "pulid_ca."))})
     if stray:
         raise WrongWeightsError(f"{path.name} is PuLID for FLUX, but is not complete or not pure: see {stray[0]!r}.")
     sites = tuple(
-        ImageStreamWeights(**{name: modules[f"{n}.{key}"] for key, name in _IMAGE_STREAM_KEYS.items()})
+        ImageStreamWeights(**{name: modules[f"{n}.{key}"] for key, name in IMAGE_STREAM_KEYS.items()})
         for n in range(count)
     )
     for n, site in enumerate(sites):
@@ -189,7 +189,7 @@ def _build_flux(state: Mapping[str, Tensor], path: Path) -> Adapter:
     return Adapter("flux", "v0.9", encoder, sites, path)
 
 
-_IMAGE_STREAM_KEYS = {
+IMAGE_STREAM_KEYS = {
     "norm1.weight": "norm_id_weight",
     "norm1.bias": "norm_id_bias",
     "norm2.weight": "norm_image_weight",

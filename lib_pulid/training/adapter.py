@@ -1,8 +1,9 @@
-"""Trains the miniature's PuLID file: IDFormer and 70 pairs, by the paper's losses, beside the frozen base.
+"""Trains the miniature's PuLID files: IDFormer and the layers of 70 (FLUX: 20) sites, beside the frozen base.
 
     python -m lib_pulid.training.adapter --folder .training --losses diffusion            the base of the ablation
     python -m lib_pulid.training.adapter --folder .training --losses diffusion,id
     python -m lib_pulid.training.adapter --folder .training --losses diffusion,id,alignment
+    python -m lib_pulid.training.adapter --folder .training --family flux
 
 Each step shows one photo of a person to the encoders and asks for another image of the same person, whose prompt says
 nothing of the looks and only half of the scene. Identity and alignment losses come in after the first third.
@@ -26,9 +27,11 @@ from lib_pulid.sites import Sites, find_sites
 from lib_pulid.training import losses, world
 from lib_pulid.training.autoencoder import SCALE
 from lib_pulid.training.autoencoder import build as build_autoencoder
-from lib_pulid.training.base import Base, latents_of
+from lib_pulid.training.base import FILES, Base, latents_of
+from lib_pulid.training.base import build as build_base
 from lib_pulid.training.dataset import SIZE, Drawn
-from lib_pulid.training.injection import RowIdentities, SDXLAdapter, id_former, inject_rows
+from lib_pulid.training.flux import FluxBase
+from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run
 from lib_pulid.training.photos import Photos, photos_of
 
@@ -50,9 +53,9 @@ class Trainer:
         find_faces: images uint8 [B, H, W, 3] -> landmarks of each one's largest face [5, 2], or None.
     """
 
-    base: Base
+    base: Base | FluxBase
     vae: Any
-    adapter: SDXLAdapter
+    adapter: SDXLAdapter | FluxAdapter
     photos: Photos
     data: Drawn
     latents: np.ndarray
@@ -62,7 +65,7 @@ class Trainer:
 
     @cached_property
     def sites(self) -> Sites:
-        return find_sites(self.base.unet)
+        return find_sites(self.base.denoiser)
 
     @cached_property
     def weights(self) -> list[Any]:
@@ -77,14 +80,13 @@ class Trainer:
         clean = torch.from_numpy(self.latents[index]).float()
         prompts = [self._prompt(i, rng) for i in index]
         t = torch.from_numpy(rng.integers(0, 1000, batch))
-        alpha, sigma = self.base.levels(t)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step))
         with torch.no_grad():
             text = self.base.text(prompts)
         rows = [self._identities(who, rng, half if pair else None) for half, who in enumerate(rows_of_people)]
         with inject_rows(self.sites, self.weights, rows):
-            v = self.base.predict(alpha * clean + sigma * noise, t, *text)
-        return losses.diffusion_loss(v, alpha * noise - sigma * clean)
+            v = self.base.predict(self.base.schedule.noisy(clean, noise, t), t, *text)
+        return losses.diffusion_loss(v, self.base.schedule.target(clean, noise, t))
 
     def _draw(self, batch: int, pair: bool, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
         """Images [B], and for each person in them the rows of `photos` [B]; the photos themselves are left out."""
@@ -142,11 +144,10 @@ class Trainer:
         with torch.no_grad():
             t = torch.full((len(noise),), int(rng.integers(200, 1000)))
             clean = self._sample(noise, text, None, steps=4, gradient_steps=0)
-            alpha, sigma = self.base.levels(t)
-            noisy = alpha * clean + sigma * noise
-            with losses.listen(self.base.unet) as without:
+            noisy = self.base.schedule.noisy(clean, noise, t)
+            with losses.listen(self.base.denoiser) as without:
                 self.base.predict(noisy, t, *text)
-        with losses.listen(self.base.unet) as seen, inject_rows(self.sites, self.weights, rows):
+        with losses.listen(self.base.denoiser) as seen, inject_rows(self.sites, self.weights, rows):
             self.base.predict(noisy, t, *text)
         semantic, layout = losses.alignment_losses(seen, without)
         return {"semantic": semantic, "layout": layout}
@@ -158,7 +159,7 @@ class Trainer:
             with inject_rows(self.sites, self.weights, rows):
                 return self.base.predict(x, t, *text)
 
-        return losses.sample_few_steps(predict, noise, self.base.alphas, self.base.sigmas, steps, gradient_steps)
+        return losses.sample_few_steps(predict, noise, self.base.schedule, steps, gradient_steps)
 
     def _id(self, noise: Tensor, text: tuple, rows: list, who: np.ndarray) -> Tensor:
         clean = self._sample(noise, text, rows, steps=4, gradient_steps=2)
@@ -190,14 +191,17 @@ def _some(rng: np.random.Generator) -> set[str]:
     return {name for name in world.SCENE_ATTRIBUTES if rng.random() < 0.5}
 
 
-def start_from_base(adapter: SDXLAdapter, base: Base) -> None:
-    """Starts keys as the text's own and values at .3 of them, where widths allow."""
-    text = dict(base.unet.named_parameters())
-    for site, weights in zip(find_sites(base.unet).sites, adapter.weights()):
-        k, v = (text[f"{site.name}.to_{x}.weight"].data for x in "kv")
-        if k.shape == weights.to_k.shape:
-            weights.to_k.data.copy_(k)
-            weights.to_v.data.copy_(0.3 * v)
+def fresh_adapter(base: Base | FluxBase, vit_width: int, seed: int) -> SDXLAdapter | FluxAdapter:
+    """An untrained adapter; on SDXL its keys start as the text's own, and its values at .3 of them."""
+    found = find_sites(base.denoiser)
+    widths, encoder = [site.width for site in found.sites], id_former(vit_width=vit_width, seed=seed)
+    if found.family == "flux":
+        return FluxAdapter(encoder, widths)
+    adapter, text = SDXLAdapter(encoder, widths), dict(base.denoiser.named_parameters())
+    for site, weights in zip(found.sites, adapter.weights()):
+        weights.to_k.data.copy_(text[f"{site.name}.to_k.weight"].data)
+        weights.to_v.data.copy_(0.3 * text[f"{site.name}.to_v.weight"].data)
+    return adapter
 
 
 def total(found: dict[str, Tensor]) -> Tensor:
@@ -209,7 +213,7 @@ def total(found: dict[str, Tensor]) -> Tensor:
 # ---------------------------------------------------------------- the run
 
 
-def load_trainer(folder: Path, people: int, photos: int, wanted: Sequence[str], seed: int) -> Trainer:
+def load_trainer(folder: Path, family: str, people: int, photos: int, wanted: Sequence[str], seed: int) -> Trainer:
     """Everything that training needs from the files of the earlier steps."""
     from safetensors.torch import load_file
 
@@ -218,8 +222,8 @@ def load_trainer(folder: Path, people: int, photos: int, wanted: Sequence[str], 
     from lib_pulid.training.readers import load_recogniser
     from lib_pulid.vision import load_vision_tower
 
-    base, vae, made = Base(), build_autoencoder(), folder / "miniature"
-    base.load_state_dict(load_file(folder / "base.safetensors"))
+    base, vae, made = build_base(family, folder), build_autoencoder(), folder / "miniature"
+    base.load_state_dict(load_file(folder / f"{FILES[family]}.safetensors"))
     vae.load_state_dict({k: v.float() for k, v in load_file(folder / "autoencoder.safetensors").items()})
     for module in (base, vae):
         module.eval().requires_grad_(False)
@@ -232,9 +236,7 @@ def load_trainer(folder: Path, people: int, photos: int, wanted: Sequence[str], 
         parser=OnnxParser(made / "parser.onnx"),
     )
     tower = load_vision_tower(next(made.glob("tower.*")))
-    width = tower.trunk.embed_dim  # type: ignore[union-attr]
-    adapter = SDXLAdapter(id_former(vit_width=width, seed=seed), [site.width for site in find_sites(base.unet).sites])
-    start_from_base(adapter, base)
+    adapter = fresh_adapter(base, tower.trunk.embed_dim, seed)  # type: ignore[arg-type]
 
     def find_face(image: np.ndarray) -> np.ndarray | None:
         found = detector.detect(np.ascontiguousarray(image[:, :, ::-1]))
@@ -251,9 +253,10 @@ def train(args: argparse.Namespace) -> Trainer:
     if unknown := set(wanted) - set(LOSSES):
         raise SystemExit(f"unknown losses: {', '.join(sorted(unknown))}; there are {', '.join(LOSSES)}")
     torch.manual_seed(args.seed)
-    trainer = load_trainer(args.folder, args.people, args.photos, wanted, args.seed)
-    name = f"adapter-{'-'.join(wanted)}-{args.seed}"
-    run = Run(args.folder / name, trainer.adapter.train(), args.steps, args.rate, minutes=args.minutes)
+    trainer = load_trainer(args.folder, args.family, args.people, args.photos, wanted, args.seed)
+    run = Run(
+        args.folder / f"adapter-{_name(args)}", trainer.adapter.train(), args.steps, args.rate, minutes=args.minutes
+    )
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([7, args.seed, step])
@@ -267,10 +270,16 @@ def train(args: argparse.Namespace) -> Trainer:
     return trainer
 
 
+def _name(args: argparse.Namespace) -> str:
+    parts = [args.losses.replace(",", "-"), str(args.seed)]
+    return "-".join(parts if args.family == "sdxl" else [args.family, *parts])
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"))
+    parser.add_argument("--family", choices=FILES, default="sdxl")
     parser.add_argument("--losses", default="diffusion,id,alignment", help="some of " + ", ".join(LOSSES))
     parser.add_argument("--people", type=int, default=3000, help="of the drawn data set")
     parser.add_argument("--photos", type=int, default=1500, help="people of whom a photo is shown")
@@ -285,7 +294,7 @@ def main() -> None:
     from safetensors.torch import save_file
 
     state = {key: value.half().contiguous() for key, value in trainer.adapter.state().items()}
-    save_file(state, args.folder / f"pulid-{args.losses.replace(',', '-')}-{args.seed}.safetensors")
+    save_file(state, args.folder / f"pulid-{_name(args)}.safetensors")
 
 
 if __name__ == "__main__":

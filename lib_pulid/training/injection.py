@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from lib_pulid.attention import SiteIdentity, add_cross_attention, add_image_stream, prepare_site
 from lib_pulid.encoders import IDFormer
 from lib_pulid.sites import Site, Sites, find_sites
-from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights
+from lib_pulid.weights import (
+    IMAGE_STREAM_HEAD_DIM,
+    IMAGE_STREAM_KEYS,
+    CrossAttentionWeights,
+    ImageStreamWeights,
+)
 
 
 class SDXLAdapter(nn.Module):
@@ -48,6 +53,45 @@ class SDXLAdapter(nn.Module):
         for n, site in enumerate(self.weights()):
             state[f"id_adapter_attn_layers.{2 * n + 1}.id_to_k.weight"] = site.to_k
             state[f"id_adapter_attn_layers.{2 * n + 1}.id_to_v.weight"] = site.to_v
+        return state
+
+
+class FluxAdapter(nn.Module):
+    """IDFormer and a PerceiverAttentionCA for each site of FLUX, in training; each begins as one that adds little.
+
+    Args:
+        encoder: makes the identity tokens. widths: of the sites, see `sites.find_sites`.
+    """
+
+    def __init__(self, encoder: IDFormer, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        inner, tokens = IMAGE_STREAM_HEAD_DIM, encoder.output_dim
+        self.sites = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm1": nn.LayerNorm(tokens),
+                    "norm2": nn.LayerNorm(width),
+                    "to_q": nn.Linear(width, inner, bias=False),
+                    "to_kv": nn.Linear(tokens, 2 * inner, bias=False),
+                    "to_out": nn.Linear(inner, width, bias=False),
+                }
+            )
+            for width in widths
+        )
+        for site in self.sites:
+            nn.init.normal_(site["to_out"].weight, std=1e-3)  # type: ignore[index]
+
+    def weights(self) -> list[ImageStreamWeights]:
+        """Of each site, as `weights.load_adapter` reads them from a file."""
+        names = IMAGE_STREAM_KEYS.items()
+        return [ImageStreamWeights(**{name: site.get_parameter(key) for key, name in names}) for site in self.sites]
+
+    def state(self) -> dict[str, Tensor]:
+        """In the layout of pulid_flux_v0.9.1.safetensors."""
+        state = {f"pulid_encoder.{key}": value for key, value in self.encoder.state_dict().items()}
+        for n, site in enumerate(self.sites):
+            state |= {f"pulid_ca.{n}.{key}": site.get_parameter(key) for key in IMAGE_STREAM_KEYS}
         return state
 
 

@@ -14,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lib_pulid.training.schedule import Schedule
 
 SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 0.6, 0.1  # the paper's lambda_sem and lambda_layout
 
@@ -44,19 +47,26 @@ class Attended:
 
 
 @contextmanager
-def listen(unet: nn.Module) -> Iterator[Attended]:
-    """Keeps queries and text keys of every cross-attention for the calls inside."""
+def listen(denoiser: nn.Module) -> Iterator[Attended]:
+    """Keeps the image's queries and the text's keys of diffusers' UNet or FLUX transformer, for the calls inside."""
     seen = Attended()
     with ExitStack() as hooks:
-        for module in unet.modules():
-            attention = getattr(module, "attn2", None)
-            if attention is None or not hasattr(attention, "to_q"):
-                continue
-            seen.heads.append(attention.heads)
-            for layer, kept in ((attention.to_q, seen.queries), (attention.to_k, seen.keys)):
-                handle = layer.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
-                hooks.callback(handle.remove)
+        for module in denoiser.modules():
+            for attention, q, k in _text_attentions(module):
+                seen.heads.append(attention.heads)
+                for layer, kept in ((q, seen.queries), (k, seen.keys)):
+                    handle = layer.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
+                    hooks.callback(handle.remove)
         yield seen
+
+
+def _text_attentions(block: nn.Module) -> Iterator[tuple[Any, nn.Module, nn.Module]]:
+    """The attention of a UNet's block to the text, or a double block's of FLUX; its layers for q and the text's k."""
+    cross, joint = getattr(block, "attn2", None), getattr(block, "attn", None)
+    if hasattr(cross, "to_q"):
+        yield cross, cross.to_q, cross.to_k  # type: ignore[union-attr]
+    if getattr(joint, "add_k_proj", None) is not None:
+        yield joint, joint.to_q, joint.add_k_proj  # type: ignore[union-attr]
 
 
 def alignment_losses(with_identity: Attended, without: Attended) -> tuple[Tensor, Tensor]:
@@ -90,31 +100,28 @@ def _relative(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sample_few_steps(
-    predict_v: Callable[[Tensor, Tensor], Tensor],
+    predict: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
-    alphas: Tensor,
-    sigmas: Tensor,
+    schedule: Schedule,
     steps: int = 4,
     gradient_steps: int = 4,
 ) -> Tensor:
-    """DDIM (arXiv 2010.02502) from pure noise, the last `gradient_steps` of its steps with gradients.
+    """DDIM (arXiv 2010.02502; Euler's method on a flow) from pure noise, its last `gradient_steps` with gradients.
 
     Args:
-        predict_v: (noisy latents [B, C, h, w], steps t [B]) -> v.
-        alphas, sigmas: [T], of the noise schedule.
+        predict: (noisy latents [B, C, h, w], steps t [B]) -> v.
 
     Returns:
         Clean latents [B, C, h, w].
     """
-    last = len(alphas) - 1
-    times = [round(last * (steps - i) / steps) for i in range(steps + 1)]  # the last one is 0
+    last = len(schedule) - 1
+    times = [round(last * (steps - i) / steps) for i in range(steps)]
     x = noise
-    for i, (t, following) in enumerate(zip(times, times[1:])):
+    for i, time in enumerate(times):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= steps - gradient_steps):
-            v = predict_v(x, torch.full((len(x),), t, device=x.device))
-            clean = alphas[t] * x - sigmas[t] * v
-            direction = sigmas[t] * x + alphas[t] * v
-            x = clean if i == steps - 1 else alphas[following] * clean + sigmas[following] * direction
+            t = torch.full((len(x),), time, device=x.device)
+            clean, seen = schedule.split(x, predict(x, t), t)
+            x = clean if i == steps - 1 else schedule.noisy(clean, seen, torch.full_like(t, times[i + 1]))
     return x
 
 

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,12 @@ class Api:
 
     def options(self, **changes: Any) -> None:
         self.post("/sdapi/v1/options", changes)
+
+    @cached_property
+    def upscaler(self) -> str:
+        """For hires passes: of the latents, or of the image in hosts that have none for latents (Forge Neo)."""
+        latent = [mode["name"] for mode in self.get("/sdapi/v1/latent-upscale-modes")]
+        return "Latent" if "Latent" in latent else "Lanczos"
 
     def state(self) -> dict[str, Any]:
         return self.get("/host-test/state")

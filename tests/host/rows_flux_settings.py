@@ -89,8 +89,13 @@ def cfg_start_step(host: Running) -> str:
 @rows.row("FLUX: hires fix with a CFG of its own: 1 and 3, 3 and 1", FORGES)
 def hires_guidance(host: Running) -> str:
     """At CFG 1 nothing is compiled for negative rows; the other pass has to get it."""
-    asked = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7, "steps": 4}
-    asked |= {"hr_second_pass_steps": 4, "hr_additional_modules": ["Use same choices"], "hr_scheduler": "Simple"}
+    asked: dict[str, Any] = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": host.api.upscaler, "steps": 4}
+    asked |= {
+        "denoising_strength": 0.7,
+        "hr_second_pass_steps": 4,
+        "hr_additional_modules": ["Use same choices"],
+        "hr_scheduler": "Simple",
+    }
     seen = []
     for first, second in ((1.0, 3.0), (3.0, 1.0)):
         scales = {"cfg_scale": first, "hr_cfg": second, "negative_prompt": "blurry"}

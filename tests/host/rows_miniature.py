@@ -180,7 +180,8 @@ def without(host: Running) -> str:
 
 @rows.row("Miniature: the likeness after hires fix is that of diffusers")
 def hires(host: Running) -> str:
-    asked = BODY | {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": STRENGTH}
+    asked = BODY | {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": host.api.upscaler}
+    asked["denoising_strength"] = STRENGTH
     return compare(lambda number, seed: host.api.txt2img(unit(number), **asked, seed=seed).image, high_resolution)
 
 
