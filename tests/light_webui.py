@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from lib_pulid import catalog, hosts
 from lib_pulid.encoders import IDFormer
-from lib_pulid.faces import CROP_LANDMARKS, Detection, FaceModels
+from lib_pulid.faces import CROP_LANDMARKS, LARGEST, Detection, FaceModels
+from lib_pulid.identity import Identity
 from tests import small_models
 from tests.fake_modules.models import SMALL_SITES, Flux, UNet, count_hooks, small_unet
 from tests.fake_webui import ForgeGeneration, Generation, webui
@@ -161,6 +162,13 @@ class Host:
         """The pictures of one request; raises what ends it."""
         self.state.interrupted = self.state.skipped = False  # as the hosts do when a job begins
         return self.ui.generate(self.script, p or self.processing(checkpoint, **how), args)
+
+    def encode(self, name: str, file: str = "auto") -> Identity:
+        """A person's identity for an SDXL file."""
+        from lib_pulid.webui.pictures import decode
+
+        adapter = self.library.adapter(file, "sdxl")
+        return self.library.encode([decode(PHOTOS[name], "photo")], adapter, LARGEST, "official")
 
     def start_anew(self) -> None:
         """As if the program had been started again: a library that knows nothing, and nothing written."""

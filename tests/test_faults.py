@@ -159,7 +159,7 @@ KILLS = {
 class TestKill:
     @pytest.mark.parametrize("moment", KILLS)
     def test_while_an_identity_is_saved(self, host, moment):
-        identity = made_identity(host)
+        identity = host.encode("anna")
         places, act = KILLS[moment]
 
         def save() -> None:
@@ -198,14 +198,6 @@ class TestKill:
         killed_in_a_child(generate)
         assert len([Identity.load(path) for path in host.written()]) == 2
         assert equal(host.generate(TWO), faced[:1])
-
-
-def made_identity(host: Host) -> Identity:
-    from lib_pulid.faces import LARGEST
-    from lib_pulid.webui.pictures import decode
-
-    adapter = host.library.adapter("auto", "sdxl")
-    return host.library.encode([decode(PHOTOS["anna"], "photo")], adapter, LARGEST, "official")
 
 
 # ---------------------------------------------------------------- memory that does not suffice
