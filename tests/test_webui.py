@@ -345,10 +345,6 @@ class TestInfotext:
         assert pasted.pop("PuLID on") is False
         assert set(pasted.values()) == {None}
 
-    @pytest.mark.parametrize("text", ["", "x", "weight: heavy", "weight", ": , :"])
-    def test_damaged_entries_do_no_harm(self, library, text):
-        assert self.pasted(library, {"PuLID 1": text})["PuLID 1 weight"] is None
-
     def test_an_identity_is_found_by_its_hash(self, ui, script, one, library):
         p = Generation()
         ui.hook("process", script, p, {"images": [one]})
