@@ -172,30 +172,11 @@ def test_both_detectors_and_the_parser_matter(make, models):
         assert other.short_hash != plain.short_hash, part
 
 
-def test_the_choice_of_face_makes_another_person(make, models):
-    largest = make([two_faces()], IdentityCache())
-    right = make([two_faces()], IdentityCache(), choice=FaceChoice("right-to-left"))
-    second = make([two_faces()], IdentityCache(), choice=FaceChoice("largest", 1))
-    assert right.short_hash == second.short_hash != largest.short_hash
-
-
 # ---------------------------------------------------------------- the cache
 
 
 def fail() -> Encoders:
     raise AssertionError("an encoder was loaded")
-
-
-@pytest.mark.parametrize("on_disk", [True, False])
-def test_the_second_use_runs_no_encoder(make, encoders, tmp_path, on_disk):
-    cache = IdentityCache(tmp_path / "cache" if on_disk else None)
-    first = make([two_faces()], cache)
-    told = []
-    again = make([two_faces()], cache, encoders=fail, on_face=lambda *face: told.append(face))
-    assert encoders.calls == 1
-    assert told == []
-    assert torch.equal(again.cond, first.cond)
-    assert (tmp_path / "cache").exists() == on_disk
 
 
 def test_the_cache_holds_the_last_ones_in_memory_and_all_on_disk(make, tmp_path, monkeypatch):
@@ -217,17 +198,6 @@ def test_what_a_killed_process_has_left_goes_with_a_later_write(make, tmp_path):
     os.utime(old, (hours_ago, hours_ago))
     identity.save(tmp_path / "other.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "other.safetensors"]
-
-
-def test_a_new_cache_with_the_same_folder(make, tmp_path):
-    first = make([two_faces()], IdentityCache(tmp_path / "cache"))
-    again = make([two_faces()], IdentityCache(str(tmp_path / "cache")), encoders=fail)
-    assert torch.equal(again.cond, first.cond)
-    assert torch.equal(again.uncond, first.uncond)
-    assert again.info == first.info
-    assert np.array_equal(again.thumbnail, first.thumbnail)
-    with pytest.raises(AssertionError, match="encoder was loaded"):  # memory alone is not enough
-        make([two_faces()], IdentityCache(), encoders=fail)
 
 
 IN_A_NEW_PROCESS = """
