@@ -81,10 +81,12 @@ def weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def ui(weights) -> Iterator[Any]:
+def ui(weights, monkeypatch) -> Iterator[Any]:
     from lib_pulid import hosts
+    from tests.face_standins import remembering_models
     from tests.fake_webui import webui
 
+    monkeypatch.setattr("lib_pulid.face_models.load_face_models", remembering_models)
     with webui("a1111", weights) as made:
         yield made
         hosts.current().stop()

@@ -9,13 +9,16 @@ or none of them finds.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lib_pulid.face_models import FaceFiles
+from lib_pulid.face_models import FaceFiles, load_face_models
+from lib_pulid.faces import FaceModels
 
 SMALLEST, LARGEST_RATIO, STEPS = 32.0, 16.0, 64  # nose colours: 64 steps from 32 to 512 pixels of face
 NOSE_BLUE_OFFSET = 20
@@ -78,6 +81,14 @@ class Remembering:
             return copy.copy(self._seen[key])
 
         return answer
+
+
+@functools.cache
+def remembering_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
+    """`load_face_models`, once for the same files."""
+    models = load_face_models(files, device)
+    parts = {name: Remembering(getattr(models, name)) for name in ("detector", "recogniser", "landmarker", "parser")}
+    return dataclasses.replace(models, **parts)
 
 
 def write_face_files(folder: Path, seed: int = 0) -> FaceFiles:

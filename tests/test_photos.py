@@ -26,7 +26,7 @@ from lib_pulid.images import thumbnail
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, identity_key, make_identity
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.weights import load_adapter
-from tests.face_standins import Remembering, blank, draw_face, write_face_files
+from tests.face_standins import blank, draw_face, remembering_models, write_face_files
 from tests.small_models import TOKEN_WIDTH, TOWER_WIDTH, pulid_files, random_weights, tower_shapes
 
 pytest.importorskip("insightface")
@@ -42,13 +42,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(folder) -> Encoders:
-    from lib_pulid.face_models import load_face_models
-
     tower = random_weights(tower_shapes(TOWER_WIDTH, 768), seed=4)
     torch.save({f"visual.{key}": value for key, value in tower.items()}, folder / "eva.pt")
-    faces = load_face_models(write_face_files(folder))
-    parts = {name: Remembering(getattr(faces, name)) for name in ("detector", "recogniser", "landmarker", "parser")}
-    return Encoders(replace(faces, **parts), RememberingTower(load_vision_tower(folder / "eva.pt")))
+    faces = remembering_models(write_face_files(folder))
+    return Encoders(faces, RememberingTower(load_vision_tower(folder / "eva.pt")))
 
 
 class RememberingTower(nn.Module):
