@@ -285,7 +285,3 @@ class BflFlux(nn.Module):
             block.text = txt.shape[1]
             x = block(x, vec=vec, pe=pe)
         return model.proj_out(model.norm_out(x[:, txt.shape[1] :], vec))
-
-
-def count_hooks(module: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())

@@ -10,6 +10,7 @@ What is small: the denoisers, PuLID files and models that read photos. What is n
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
@@ -28,14 +29,13 @@ from torch import Tensor, nn
 
 from lib_pulid import hosts
 from lib_pulid.encoders import IDFormer
-from lib_pulid.faces import CROP_LANDMARKS, Detection, FaceModels
+from lib_pulid.faces import CROP_LANDMARKS, LARGEST, Detection, FaceModels
 from lib_pulid.files import catalog
+from lib_pulid.identity import Identity
 from tests import small_models
-from tests.fake_modules.models import Flux, UNet, count_hooks
+from tests.fake_modules.models import SMALL_SITES, Flux, UNet, count_hooks, small_unet
 from tests.fake_webui import ForgeGeneration, Generation, webui
 
-BLOCKS = (2, 1, 2)
-SITES = sum(BLOCKS)
 FILES = ("pulid_v1.safetensors", "pulid_v1_other.safetensors", "pulid_flux_v0.9.1.safetensors")
 STEPS = 3
 SLOT = "model_function_wrapper"
@@ -52,6 +52,15 @@ def _photo(colour: tuple[int, int, int]) -> str:
 
 PHOTOS = {"anna": _photo((200, 80, 60)), "ben": _photo((60, 120, 200)), "cleo": _photo((90, 200, 90))}
 PHOTOS["nobody"] = _photo((0, 0, 0))
+
+
+def unit(name: str, **settings: Any) -> dict[str, Any]:
+    """A person, as the API takes it."""
+    return {"images": [PHOTOS[name]], **settings}
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 class Detector:
@@ -97,7 +106,9 @@ def write_models(folder: Path) -> None:
     """A models folder: two PuLID files for SDXL, one for FLUX, and empty files in the place of the encoders."""
     (folder / "pulid").mkdir(parents=True)
     for seed, name in enumerate(FILES[:2], 1):
-        pairs = nn.ModuleList(small_models.cross_attention_pair(8, small_models.TOKEN_WIDTH) for _ in range(SITES))
+        pairs = nn.ModuleList(
+            small_models.cross_attention_pair(8, small_models.TOKEN_WIDTH) for _ in range(SMALL_SITES)
+        )
         weights = small_models.random_weights(pairs.state_dict(), seed, gain=3.0)
         encoder = small_models.random_weights(small_models.id_encoder(hidden=64).state_dict(), 10 * seed)
         save_file(small_models.sdxl_file(encoder, weights), folder / "pulid" / name)
@@ -133,7 +144,7 @@ class Host:
 
     @cached_property
     def unets(self) -> dict[str, nn.Module]:
-        made = {"sdxl": UNet(blocks=BLOCKS), "sdxl-b": UNet(blocks=BLOCKS, seed=5), "sd15": UNet(768, (1, 0, 1))}
+        made = {"sdxl": small_unet(), "sdxl-b": small_unet(seed=5), "sd15": UNet(768, (1, 0, 1))}
         return made | ({"flux": Flux()} if self.kind == "forge" else {})
 
     @property
@@ -153,9 +164,18 @@ class Host:
         self.state.interrupted = self.state.skipped = False  # as the hosts do when a job begins
         return self.ui.generate(self.script, p or self.processing(checkpoint, **how), args)
 
+    def encode(self, name: str, file: str = "auto") -> Identity:
+        """A person's identity for an SDXL file."""
+        from lib_pulid.webui.pictures import decode
+
+        adapter = self.library.adapter(file, "sdxl")
+        return self.library.encode([decode(PHOTOS[name], "photo")], adapter, LARGEST, "official")
+
     def start_anew(self) -> None:
         """As if the program had been started again: a library that knows nothing, and nothing written."""
         self.script = self.ui.script()
+        self.ui.swallowed.clear()
+        gc.collect()  # models lie in circles, and there are hundreds of starts
         for path in self.written():
             path.unlink()
 
@@ -203,7 +223,6 @@ class Light:
 
     def __init__(self, kind: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kind, self.models = kind, models
-        monkeypatch.setattr("lib_pulid.hosts.webui.SDXL_SITES", SITES)
         monkeypatch.setattr("lib_pulid.face_models.load_face_models", lambda files, device: face_models())
         monkeypatch.setattr("lib_pulid.vision.load_vision_tower", lambda path: Tower())
 
@@ -211,9 +230,11 @@ class Light:
     def running(self) -> Iterator[Host]:
         with webui(self.kind, self.models) as ui:
             host = Host(self.kind, ui, self.models, ui.script())
+            gc.freeze()  # so that a collection looks at the program only
             host.start_anew()
             try:
                 yield host
             finally:
+                gc.unfreeze()
                 while hosts.current()._running:
                     hosts.current()._running.pop().end()

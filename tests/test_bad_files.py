@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import struct
+import sys
 import tarfile
 import time
 import zipfile
@@ -92,9 +93,12 @@ LOADERS = {
 ERRORS = (WrongWeightsError, IdentityMismatchError)
 
 
-@pytest.mark.parametrize("call", CODE)
-@pytest.mark.parametrize("form", ["zip", "legacy", "nested", "as a key", "bare", "tar"])
-@pytest.mark.parametrize("name", LOADERS)
+FORMS = ("zip", "legacy", "nested", "as a key", "bare", "tar")
+HOSTILE = [(name, form, "os.system") for name in LOADERS for form in FORMS]
+HOSTILE += [("pulid_v1.bin", form, call) for form in FORMS for call in ("eval", "exec")]
+
+
+@pytest.mark.parametrize(("name", "form", "call"), HOSTILE)
 def test_no_pickle_is_executed(tmp_path, name, form, call):
     trap, path = tmp_path / "executed", tmp_path / name
     path.write_bytes(hostile(form, call, trap))
@@ -119,13 +123,14 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # MB on Linux
 
 
-def test_an_archive_that_unpacks_to_gigabytes(tmp_path):
-    plain = io.BytesIO(pickled({"a": torch.zeros(500_000_000 // 4)}))
+def test_an_archive_that_unpacks_to_much_more(tmp_path, monkeypatch):
+    """In small; the limit is half a gigabyte."""
+    monkeypatch.setattr(sys.modules[read_state_dict.__module__], "HARMLESS", 1_000_000)
+    plain = io.BytesIO(pickled({"a": torch.zeros(500_000)}))
     with zipfile.ZipFile(plain) as source, zipfile.ZipFile(tmp_path / "x.bin", "w", zipfile.ZIP_DEFLATED) as target:
         for entry in source.infolist():
             target.writestr(entry.filename, source.read(entry))
-    del plain
-    assert (tmp_path / "x.bin").stat().st_size < 2_000_000
+    assert (tmp_path / "x.bin").stat().st_size < 20_000
     with pytest.raises(WrongWeightsError, match=r"x\.bin is refused for safety: unpacked"):
         read_state_dict(tmp_path / "x.bin")
 
@@ -241,8 +246,10 @@ def test_a_lying_head_is_refused_by_every_reader(tmp_path, what):
 # ---------------------------------------------------------------- numbers that are none
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("layout", STATES)
+@pytest.mark.parametrize(
+    ("layout", "value"),
+    [*((layout, float("nan")) for layout in STATES), ("v1.1", float("inf")), ("flux", -float("inf"))],
+)
 def test_weights_that_are_no_numbers(tmp_path, layout, value):
     for key in (min(STATES[layout]()), max(STATES[layout]())):  # of the encoder, of a layer
         state = {name: tensor.clone() for name, tensor in STATES[layout]().items()}

@@ -19,16 +19,11 @@ from lib_pulid import cli
 from lib_pulid.errors import ImageError
 from lib_pulid.images import FORMATS, LONGEST_REGION, MAX_PIXELS, load_image, load_region
 from lib_pulid.webui.pictures import decode, photo, region
+from tests.test_images import chunk, encoded, png
 
 ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(5)
 NOISE = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def text(data: bytes) -> str:
@@ -39,13 +34,7 @@ def text(data: bytes) -> str:
 
 
 def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
+    return png(8, 2, bytes(1000), size=(width, height))
 
 
 def gif_header(width: int, height: int) -> bytes:
@@ -123,11 +112,10 @@ def test_such_headers_take_no_memory():
 def test_a_text_chunk_that_unpacks_to_gigabytes():
     bomb = zlib.compress(bytes(200_000_000), 9)
     data = b"Comment\x00\x00" + bomb
-    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
     whole = encoded(Image.fromarray(NOISE))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ImageError, match="photo: "):
-        load_image(whole[:33] + chunk + whole[33:], "photo")
+        load_image(whole[:33] + chunk(b"zTXt", data) + whole[33:], "photo")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
 
 
@@ -171,13 +159,7 @@ def test_no_pixels_and_one_pixel():
 
 def test_a_16_bit_colour_png_keeps_its_high_bytes():
     rows = b"".join(b"\0" + struct.pack(">6H", 0, 0x1234, 0xFFFF, 0x8000, 0x00FF, 0xFE01) for _ in range(2))
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0))
-    data = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    image = load_image(data)
+    image = load_image(png(16, 2, rows, size=(2, 2)))
     np.testing.assert_allclose(image[0], [[0, 0x12, 0xFF], [0x80, 0, 0xFE]], atol=1)
 
 

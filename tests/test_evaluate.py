@@ -509,8 +509,9 @@ def test_a_variant_that_cannot_be(text, words):
 def clip_folder(tmp_path_factory) -> Path:
     """A small CLIP with random weights in transformers' layout."""
     import torch
-    from lib_pulid.hosts.single_file import merge_table, write_tokenizer
     from transformers import CLIPConfig, CLIPModel
+
+    from lib_pulid.hosts.diffusers_checkpoint import merge_table, write_tokenizer
 
     folder = tmp_path_factory.mktemp("clip")
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -591,22 +592,15 @@ def test_a_clip_that_cannot_be_opened(tmp_path, source, error, words):
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def workshop():
     """A small SDXL with random weights, a PuLID file and a tower that fit it; faces are those of Seer."""
-    from lib_pulid.hosts.diffusers import denoiser_of
     from lib_pulid.photos import Encoders, IdentityCache
-    from lib_pulid.sites import find_sites
     from lib_pulid.standalone import Workshop
-    from lib_pulid.vision import load_vision_tower
-    from lib_pulid.weights import load_adapter
-    from tests.small_models import write_files
-    from tests.small_models.bases import small_base
+    from tests.small_models.bases import small_parts
 
-    base = small_base("sdxl")
-    widths = [site.width for site in find_sites(denoiser_of(base.pipeline)).sites]
-    files = write_files(tmp_path_factory.mktemp("files"), widths, 64)
-    encoders = Encoders(FaceModels(Seer(), Seer(), None, Seer()), load_vision_tower(files.tower))
-    return Workshop(base, load_adapter(files.sdxl), lambda: encoders, "small", IdentityCache())
+    base, adapter, tower = small_parts("sdxl")
+    encoders = Encoders(FaceModels(Seer(), Seer(), None, Seer()), tower)
+    return Workshop(base, adapter, lambda: encoders, "small", IdentityCache())
 
 
 @pytest.fixture

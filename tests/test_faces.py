@@ -24,7 +24,7 @@ from lib_pulid.face_models import (
 )
 from lib_pulid.faces import Detection, FaceChoice, face_features, read_face, vision_input
 from lib_pulid.images import resize_long_edge
-from tests.face_standins import FACE_POINTS, blank, draw_face, write_arcface, write_face_files, write_scrfd
+from tests.face_standins import FACE_POINTS, Remembering, blank, draw_face, write_arcface, write_face_files, write_scrfd
 
 insightface = pytest.importorskip("insightface")
 pytest.importorskip("facexlib")
@@ -45,19 +45,6 @@ def files(folder):
 @pytest.fixture(scope="module")
 def real_models(files):
     return load_face_models(files)
-
-
-class Remembering:
-    """A detector that looks at the same image only once: the networks take most of these tests' time."""
-
-    def __init__(self, detector):
-        self.detector, self.seen = detector, {}
-
-    def detect(self, image):
-        key = (image.shape, image.tobytes())
-        if key not in self.seen:
-            self.seen[key] = self.detector.detect(image)
-        return list(self.seen[key])
 
 
 class EllipseParser:
@@ -467,6 +454,7 @@ def test_onnxruntime_without_its_cuda_libraries(files, monkeypatch, raises):
     monkeypatch.setattr(insightface.model_zoo, "get_model", get_model)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(both))
     monkeypatch.setattr(face_models, "onnx_providers", lambda device: both)
+    files = replace(files, landmarker=None)  # the slowest, and none of onnxruntime's
     models = load_face_models(files)
     assert models.notes == (face_models.ON_THE_CPU,)
     assert face_models.ON_THE_CPU in read_face(single(), models).notes

@@ -32,15 +32,7 @@ from lib_pulid.vision import load_vision_tower
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
 from tests.face_standins import write_arcface, write_scrfd
-from tests.small_models import (
-    cross_attention_pair,
-    flux_file,
-    id_encoder,
-    id_former,
-    image_stream,
-    random_weights,
-    sdxl_file,
-)
+from tests.small_models import pulid_files
 from tests.test_bad_files import hostile
 from tests.test_identity import an_identity
 from tests.test_weights import tower_state
@@ -161,11 +153,7 @@ def test_damaged_images(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- weights
 
 
-def weights() -> dict[str, dict[str, torch.Tensor]]:
-    pairs = random_weights(torch.nn.ModuleList(cross_attention_pair(8, 64) for _ in range(2)).state_dict(), 2)
-    modules = random_weights(torch.nn.ModuleList(image_stream(24, 64) for _ in range(2)).state_dict(), 3)
-    v1, v11 = (random_weights(encoder.state_dict(), 1) for encoder in (id_encoder(), id_former()))
-    return {"v1": sdxl_file(v1, pairs), "v11": sdxl_file(v11, pairs), "flux": flux_file(v11, modules)}
+WEIGHTS = pulid_files((8, 8), 24, 2)
 
 
 def read_adapter(path: Path) -> None:
@@ -183,13 +171,13 @@ def test_damaged_safetensors(tmp_path):
         library.adapters()
         read_adapter(path)
 
-    corpus = [(f"{name}.safetensors", save(state)) for name, state in weights().items()]
+    corpus = [(f"{name}.safetensors", save(state)) for name, state in WEIGHTS.items()]
     assert fuzz(corpus, read, folder, 60, seed=2) > 30
 
 
 def test_damaged_pickles(tmp_path):
     trap, corpus = tmp_path / "executed", []
-    for name, state in {**weights(), "eva": tower_state()}.items():
+    for name, state in {**WEIGHTS, "eva": tower_state()}.items():
         for legacy in (False, True):
             buffer = io.BytesIO()
             torch.save(state, buffer, _use_new_zipfile_serialization=not legacy)

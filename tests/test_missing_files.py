@@ -13,7 +13,7 @@ from lib_pulid.errors import SettingError
 from lib_pulid.files import catalog
 from lib_pulid.files.catalog import WeightFile
 from tests import small_models
-from tests.fake_modules.models import WIDTH
+from tests.fake_modules.models import SMALL_SITES, WIDTH
 from tests.fake_webui import webui
 from tests.file_server import FOREVER, held, serving, slowly, stall, status, until
 
@@ -180,13 +180,13 @@ def test_a_fault_of_ours_is_told_too(library, monkeypatch):
 
 
 def test_a_pulid_file_of_any_name_will_do(library, tmp_path):
-    small_models.write_files(tmp_path / "pulid", [WIDTH] * 70, 64)
+    small_models.write_files(tmp_path / "pulid", [WIDTH] * SMALL_SITES, 64)
     assert [file.name for file in Panel(library).made.files()] == ["tower.pt", "faces.onnx"]
     assert [file.name for file in Panel(library, "").made.files()] == ["tower.pt", "faces.onnx"]
 
 
 def test_a_pulid_file_elsewhere_can_be_chosen(library, tmp_path):
-    files = small_models.write_files(tmp_path / "made", [WIDTH] * 70, 64)
+    files = small_models.write_files(tmp_path / "made", [WIDTH] * SMALL_SITES, 64)
     (tmp_path / "ControlNet").mkdir()
     files.sdxl.rename(tmp_path / "ControlNet" / "pulid.safetensors")
     assert [(file.name, file.family) for file in library.adapters()] == [("pulid.safetensors", "sdxl")]

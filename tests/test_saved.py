@@ -41,7 +41,7 @@ def library(tmp_path) -> Library:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> small_models.StandInFiles:
+def files(tmp_path_factory) -> small_models.SmallFiles:
     return small_models.write_files(tmp_path_factory.mktemp("files"), [8] * 3, 64)
 
 

@@ -21,11 +21,6 @@ from tests.reference import cases
 
 
 @pytest.fixture(scope="module")
-def unet() -> nn.Module:
-    return layouts.unet()
-
-
-@pytest.fixture(scope="module")
 def adapter(unet) -> SDXLAdapter:
     return SDXLAdapter(id_former(seed=3), [site.width for site in find_sites(unet).sites])
 

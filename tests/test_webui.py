@@ -20,68 +20,13 @@ from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, Pulid
 from lib_pulid.fields import FIELDS, MOST_PHOTOS, PRESETS
 from lib_pulid.units import PulidUnit, default_args
 from tests import small_models
-from tests.face_standins import blank, draw_face, write_face_files
-from tests.fake_modules.models import SD1_BLOCKS, WIDTH, UNet
+from tests.face_standins import packed, photo
+from tests.fake_modules.models import SD1_BLOCKS, SMALL_SITES, WIDTH, UNet, count_hooks, small_unet
 from tests.fake_webui import AxisOption, Generation, webui
-from tests.layouts import count_hooks
 
 pytest.importorskip("insightface")
 pytest.importorskip("facexlib")
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    """A models folder with stand-ins for everything."""
-    folder = tmp_path_factory.mktemp("models")
-    files = small_models.write_files(folder / "pulid", [WIDTH] * 70, 64)
-    files.tower.rename(folder / "pulid" / "EVA02_CLIP_L_336_psz14_s6B.pt")
-    faces = write_face_files(folder / "insightface")
-    (folder / "facexlib").mkdir()
-    for path in (faces.landmarker, faces.parser):
-        path.rename(folder / "facexlib" / path.name)
-    return folder
-
-
-@pytest.fixture
-def ui(weights):
-    with webui("a1111", weights) as made:
-        yield made
-        hosts.current().stop()
-
-
-@pytest.fixture
-def script(ui):
-    return ui.script()
-
-
-def photo(*faces: tuple[int, int], shade: int = 3) -> np.ndarray:
-    """faces: centre x and side."""
-    image = blank(640, 480)
-    for x, side in faces:
-        draw_face(image, (x, 240), side, shade=shade)
-    return image
-
-
-def packed(image: np.ndarray) -> str:
-    from lib_pulid.webui.pictures import encode
-
-    return encode(image)
-
-
-@pytest.fixture(scope="module")
-def one() -> str:
-    return packed(photo((320, 200)))
-
-
-@pytest.fixture(scope="module")
-def two() -> str:
-    return packed(photo((200, 200), (480, 100)))
-
-
-@pytest.fixture(scope="module")
-def nobody() -> str:
-    return packed(blank(640, 480))
 
 
 def same(a, b) -> bool:
@@ -90,7 +35,7 @@ def same(a, b) -> bool:
 
 class TestAGeneration:
     def test_with_a_face_it_differs_without_it_does_not(self, ui, script, one):
-        unet = UNet()
+        unet = small_unet()
         plain = ui.generate(script, Generation(unet), default_args(3))
         faced = ui.generate(script, Generation(unet), [{"images": [one]}])
         weightless = ui.generate(script, Generation(unet), [{"images": [one], "weight": 0}])
@@ -100,18 +45,6 @@ class TestAGeneration:
         assert same(plain, after)
         assert count_hooks(unet) == 0
         assert ui.swallowed == []
-
-    def test_every_batch_has_the_face_whatever_runs_between(self, ui, script, one):
-        """A detailer generates inside, through our own script, and stops us."""
-        unet, inner = UNet(), default_args(3)
-        plain = ui.generate(script, Generation(unet), inner)
-
-        def detail(batch: int) -> None:
-            assert same(ui.generate(script, Generation(unet), inner), plain)
-
-        faced = ui.generate(script, Generation(unet, batches=3), [{"images": [one]}], between=detail)
-        assert same([faced[0]] * 3, faced)
-        assert not same([faced[0]], plain)
 
     def test_parameters_are_written_and_removed(self, ui, script, one):
         p = Generation()
@@ -141,10 +74,6 @@ class TestAGeneration:
         assert "PuLID: unit 1, loading the face models" in state.told
         assert "PuLID: unit 1, photo 1 read" in state.told
         assert state.textinfo is None
-
-    def test_encoders_are_let_go(self, ui, script, one):
-        ui.generate(script, Generation(), [{"images": [one]}])
-        assert not script.library._readers.loaded
 
 
 BROKEN = [
@@ -194,20 +123,15 @@ class TestNeverAStranger:
         with pytest.raises(NoFaceError):
             ui.generate(script, p, [{"images": [nobody]}])
 
-    def test_a_fault_of_ours_ends_it_too(self, ui, script, one, monkeypatch):
-        monkeypatch.setattr(script.library, "encode", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            ui.generate(script, Generation(), [{"images": [one]}])
-
     def test_the_same_request_works_after_an_error(self, ui, script, one, nobody):
-        p, unet = Generation(UNet()), UNet()
+        p, unet = Generation(small_unet()), small_unet()
         with pytest.raises(NoFaceError):
             ui.generate(script, p, [{"images": [nobody]}])
         p.load(unet)
         assert not same(ui.generate(script, p, [{"images": [one]}]), ui.generate(script, p, default_args(3)))
 
     def test_another_model_in_the_middle(self, ui, script, one):
-        p = Generation(UNet(), batches=2)
+        p = Generation(small_unet(), batches=2)
         with pytest.raises(PulidError, match="Stable Diffusion 1"):
             ui.generate(script, p, [{"images": [one]}], between=lambda batch: p.load(UNet(768, SD1_BLOCKS)))
 
@@ -219,7 +143,7 @@ class TestNeverAStranger:
                 MissingWeightsError, match=r"no PuLID file for SDXL in .*\s+pulid_v1.1.safetensors .*pulid "
             ):
                 ui.generate(script, Generation(), [{"images": [one]}])
-            small_models.write_files(tmp_path / "pulid", [WIDTH] * 70, 64)
+            small_models.write_files(tmp_path / "pulid", [WIDTH] * SMALL_SITES, 64)
             with pytest.raises(MissingWeightsError, match="scrfd_10g_bnkps.onnx .*antelopev2"):
                 ui.generate(script, Generation(), [{"images": [one]}])
 
@@ -379,11 +303,6 @@ class TestPlan:
         self.plan(library, one, {"start_step": 4}).check_steps(replace(model, family="sdxl"), 2, hires=False)
 
 
-@pytest.fixture
-def library(ui, script):
-    return script.library
-
-
 class TestInfotext:
     def pasted(self, library, parameters: dict) -> dict:
         from lib_pulid.webui.infotext import PastedField
@@ -426,10 +345,6 @@ class TestInfotext:
         assert pasted.pop("PuLID on") is False
         assert set(pasted.values()) == {None}
 
-    @pytest.mark.parametrize("text", ["", "x", "weight: heavy", "weight", ": , :"])
-    def test_damaged_entries_do_no_harm(self, library, text):
-        assert self.pasted(library, {"PuLID 1": text})["PuLID 1 weight"] is None
-
     def test_an_identity_is_found_by_its_hash(self, ui, script, one, library):
         p = Generation()
         ui.hook("process", script, p, {"images": [one]})
@@ -441,7 +356,7 @@ class TestInfotext:
         saved = library.save("Found again", library.saved(short_hash))
         try:
             assert self.pasted(library, parameters)["PuLID 1 identity"] == "Found again"
-            unet = UNet()
+            unet = small_unet()
             by_name = ui.generate(script, Generation(unet), [{"identity": "Found again"}])
             by_hash = ui.generate(script, Generation(unet), [{"identity": short_hash}])
             assert same(by_name, by_hash)
@@ -475,7 +390,7 @@ class TestXYZ:
         monkeypatch.setattr(readers, "_encoders", lambda *args: (calls.append(1), read(*args))[1])
         path = tmp_path / "photo.png"
         Image.fromarray(photo((330, 210), shade=5)).save(path)
-        p, pictures = Generation(UNet()), {}
+        p, pictures = Generation(small_unet()), {}
         for weight in (0.0, 0.5, 1.0):
             for preset in PRESETS["sdxl"]:
                 cell = copy(p)
@@ -602,9 +517,8 @@ class TestActions:
             for path in saved:
                 path.unlink(missing_ok=True)
 
-    @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "0123456789", "x" * 90, "a:b"])
-    def test_names_that_cannot_be(self, actions, one, name):
-        assert "pulid-bad" in actions.save(name, json.dumps([one]), "auto", "largest", 0, "official")[2]
+    def test_a_name_that_cannot_be(self, actions, one):
+        assert "pulid-bad" in actions.save("../x", json.dumps([one]), "auto", "largest", 0, "official")[2]
 
     def test_presets_and_sliders(self, actions):
         assert [update.get("value") for update in actions.apply_preset("style")] == ["ortho", 16, None]

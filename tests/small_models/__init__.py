@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -48,6 +49,17 @@ def write_files(folder: str | Path, sdxl_widths: Sequence[int], flux_width: int,
     tower = random_weights(tower_shapes(TOWER_WIDTH, 768), seed=4)
     torch.save({f"visual.{key}": value for key, value in tower.items()}, files.tower)
     return files
+
+
+@cache
+def pulid_files(widths: tuple[int, ...], stream_width: int, sites: int, seed: int = 1) -> dict[str, dict[str, Tensor]]:
+    """The contents of a PuLID file of each layout, "v1", "v1.1" and "flux"; sizes as in `write_files`."""
+    pairs = nn.ModuleList(cross_attention_pair(width, TOKEN_WIDTH) for width in widths).state_dict()
+    modules = nn.ModuleList(image_stream(stream_width, TOKEN_WIDTH) for _ in range(sites)).state_dict()
+    v1, v11 = (random_weights(encoder.state_dict(), seed) for encoder in (id_encoder(), id_former()))
+    layers = random_weights(pairs, 2)
+    flux = flux_file(v11, random_weights(modules, 3))
+    return {"v1": sdxl_file(v1, layers), "v1.1": sdxl_file(v11, layers), "flux": flux}
 
 
 def random_weights(shapes: Mapping[str, Tensor | tuple[int, ...]], seed: int, gain: float = 1.0) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""diffusers pipelines around small UNets and transformers with the real number of blocks (70 and 20 sites).
+"""diffusers pipelines around a small UNet, with 7 sites, and a transformer with the real number of blocks, 20 sites.
 
 They have no text encoder: a prompt becomes seeded noise.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib_pulid import miniature
 from lib_pulid.hosts.diffusers import denoiser_of
@@ -22,9 +23,10 @@ from lib_pulid.photos import Encoders, IdentityCache
 from lib_pulid.sites import find_sites
 from lib_pulid.standalone import Workshop
 from lib_pulid.vision import load_vision_tower
-from lib_pulid.weights import load_adapter
+from lib_pulid.weights import Adapter, load_adapter
 from tests.small_models import random_weights, write_files
 
+_folder = TemporaryDirectory(prefix="pulid-small-")  # goes with the process
 TEXT_WIDTH = 32
 POOLED_WIDTH = 16
 
@@ -37,17 +39,22 @@ def small_base(family: str) -> Base:
     return Base(pipeline, family, lambda prompt: _text(family, prompt), size=64, steps=2, guidance=guidance)
 
 
+@cache
+def small_parts(family: str) -> tuple[Base, Adapter, nn.Module]:
+    """A base, a PuLID file and a vision tower that fit each other."""
+    base = small_base(family)
+    widths = [site.width for site in find_sites(denoiser_of(base.pipeline)).sites]
+    files = write_files(Path(_folder.name, family), widths, widths[0])
+    return base, load_adapter(getattr(files, family)), load_vision_tower(files.tower)
+
+
 def open_small_workshop(real: Callable[..., Workshop]) -> Callable[..., Workshop]:
-    """`standalone.open_workshop` that also knows tiny-sdxl and tiny-flux: small_base with a PuLID file to it."""
+    """`standalone.open_workshop` that also knows tiny-sdxl and tiny-flux: `small_parts`."""
 
     def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, device: str = "cpu") -> Workshop:
         if not model.startswith("tiny-"):
             return real(model, models_dir, pulid, device)
-        base = small_base(model[5:])
-        widths = [site.width for site in find_sites(denoiser_of(base.pipeline)).sites]
-        with TemporaryDirectory() as folder:
-            files = write_files(folder, widths, widths[0])
-            adapter, tower = load_adapter(pulid or getattr(files, base.family)), load_vision_tower(files.tower)
+        base, adapter, tower = small_parts(model[5:])
 
         def encoders() -> Encoders:
             return Encoders(miniature.face_models(), tower)
@@ -63,7 +70,8 @@ def _sdxl() -> Any:
         norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
+        layers_per_block=1,
+        transformer_layers_per_block=1,
         attention_head_dim=(2, 2, 2),
         cross_attention_dim=TEXT_WIDTH,
         use_linear_projection=True,
