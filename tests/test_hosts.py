@@ -159,7 +159,7 @@ def test_sdxls_own_refiner_where_no_face_is_to_act(kind, p):
 
 
 def test_sdxls_own_refiner_before_the_face_is_refused_with_the_reason(kind, p):
-    with pytest.raises(SettingError, match="Field start: SDXL's refiner takes over before the face begins"):
+    with pytest.raises(SettingError, match="Field start: SDXL's refiner takes over before PuLID starts"):
         kind.run(p, RandomPlan(start=0.5), before_step=switch(p, refiner_unet(), "sd_xl_refiner"))
 
 

@@ -82,7 +82,7 @@ def test_a_saved_identity_as_a_file(client, library):
         assert "filename*=UTF-8''Zo%C3%AB%20file.safetensors" in own.headers["content-disposition"]
         assert torch.equal(torch.from_numpy(pulidembd.unpack(embedding.content))[None], values)
         for name, words in (
-            ("nobody", "is not saved"),
+            ("nobody", "is not in"),
             ("Sdxl file.pulidembd", "is for FLUX"),
             ("..%2F..%2Fx", ""),
         ):
