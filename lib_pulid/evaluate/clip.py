@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
 from lib_pulid.faces import CLIP_MEAN, CLIP_STD, normalise, to_tensor
 
@@ -35,9 +36,9 @@ def open_clip_model(source: str, device: str = "cpu") -> Clip:
     """
     architecture, _, file = source.partition("=")
     path = Path(file or source)
-    if not path.exists():
+    if not (disk.is_file(path) or disk.is_folder(path)):
         raise MissingWeightsError(f"--clip: nothing found at {path}. Give a folder of transformers, or ViT-L-14=FILE.")
-    if path.is_dir() == bool(file):
+    if disk.is_folder(path) == bool(file):
         raise SettingError(
             f"--clip is {source}; give a transformers folder, or open_clip's architecture and file: ViT-L-14=FILE."
         )

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
 from lib_pulid.face_models import ArcFaceRecogniser, onnx_providers
 from lib_pulid.faces import Detection, FaceModels, Recogniser
@@ -70,7 +71,7 @@ class FacenetJudge:
                 f"--judge facenet needs facenet-pytorch, which cannot be imported ({error}): "
                 "pip install --no-deps facenet-pytorch"
             ) from error
-        if not path.is_file():
+        if not disk.is_file(path):
             raise MissingWeightsError(f"{path.name} (a judge of faces) was not found in {path.parent}.")
         state = {key: value for key, value in read_state_dict(path).items() if not key.startswith("logits.")}
         network = InceptionResnetV1(pretrained=None, classify=False)
@@ -124,7 +125,7 @@ def _open(name: str, own: Path | None, models_dir: Path, device: str) -> FaceJud
             raise MissingWeightsError(f"{FACENET} was not found in any of its usual folders. {HOW_TO_GET}")
         return FacenetJudge(path, device)
     path = Path(name)
-    if not path.is_file():
+    if not disk.is_file(path):
         raise MissingWeightsError(f"No judge at {path}. {HOW_TO_GET}")
     if own is not None and fingerprint_files([path]) == fingerprint_files([own]):
         raise SettingError(
@@ -135,16 +136,16 @@ def _open(name: str, own: Path | None, models_dir: Path, device: str) -> FaceJud
 
 
 def _find(name: str, models_dir: Path) -> Path | None:
-    return next((folder / name for folder in _folders(models_dir) if (folder / name).is_file()), None)
+    return next((folder / name for folder in _folders(models_dir) if disk.is_file(folder / name)), None)
 
 
 def _folders(models_dir: Path) -> Iterator[Path]:
     pack = Path("models") / "buffalo_l"
     yield models_dir
-    for root in (models_dir / "insightface", Path.home() / ".insightface"):
+    for root in (models_dir / "insightface", disk.user_path("~/.insightface")):
         yield from (root, root / pack, root / pack / "buffalo_l")
     home = os.environ.get("TORCH_HOME", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch")
-    yield from (Path(home).expanduser() / deeper for deeper in ("checkpoints", "hub/checkpoints"))
+    yield from (disk.user_path(home) / deeper for deeper in ("checkpoints", "hub/checkpoints"))
 
 
 def _importable(name: str) -> bool:

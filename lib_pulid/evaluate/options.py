@@ -7,6 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from lib_pulid import disk
 from lib_pulid.errors import SettingError
 
 OF_A_METHOD = ("preset", "projection", "num_zero", "start", "end", "start_step")
@@ -65,7 +66,7 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> list[float]:
     """Checks the arguments. Returns the weights in order."""
-    from lib_pulid import fields
+    from lib_pulid import disk, fields
 
     for name, least in (("people", 1), ("each", 1), ("seeds", 1), ("steps", 1)):
         value = getattr(arguments, name)
@@ -73,7 +74,7 @@ def check(arguments: argparse.Namespace) -> list[float]:
             raise SettingError(f"--{name} is {value}; it has to be {least} or more.")
     if arguments.size is not None and (arguments.size < 64 or arguments.size % 16):
         raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16, 64 or more.")
-    if arguments.out.exists() and not arguments.out.is_dir():
+    if disk.is_file(arguments.out):
         raise SettingError(f"--out is {arguments.out}, which is a file; give a folder.")
     try:
         weights = [float(text) for text in arguments.weights.split(",")]
@@ -87,7 +88,7 @@ def check(arguments: argparse.Namespace) -> list[float]:
 def named_file(text: str) -> tuple[str, Path]:
     """Parses NAME=FILE or FILE."""
     name, equals, file = text.partition("=")
-    return (name, Path(file)) if equals and not Path(text).exists() else (Path(text).stem, Path(text))
+    return (name, Path(file)) if equals and not disk.is_file(text) else (Path(text).stem, Path(text))
 
 
 def variant(text: str) -> tuple[str, dict[str, Any]]:

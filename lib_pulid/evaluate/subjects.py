@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lib_pulid import disk
 from lib_pulid.errors import ImageError, NoFaceError, SettingError
 from lib_pulid.images import FORMATS, load_image
 
@@ -74,15 +75,15 @@ def read_folder(folder: Path, prompts: Sequence[Prompt], each: int) -> list[Subj
 
 
 def _photos(folder: Path) -> dict[str, list[Path]]:
-    if not folder.is_dir():
+    if not disk.is_folder(folder):
         raise SettingError(f"--faces is {folder}; it has to be a folder with one photo or subfolder per person.")
     found: dict[str, list[Path]] = {}
     seen: dict[str, str] = {}
-    for entry in sorted(folder.iterdir(), key=_natural):
-        if entry.name.startswith(".") or not (entry.is_dir() or _is_photo(entry)):
+    for entry in sorted(disk.listed(folder), key=_natural):
+        if entry.name.startswith(".") or not (disk.is_folder(entry) or _is_photo(entry)):
             continue
-        paths = sorted(filter(_is_photo, entry.iterdir()), key=_natural) if entry.is_dir() else [entry]
-        name = entry.name if entry.is_dir() else entry.stem
+        paths = sorted(filter(_is_photo, disk.listed(entry)), key=_natural) if disk.is_folder(entry) else [entry]
+        name = entry.name if disk.is_folder(entry) else entry.stem
         if not paths:
             raise SettingError(f"{entry} has no photos. Add one, or remove the folder.")
         if other := seen.get(name.casefold()):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
 from lib_pulid.files.checkpoint_header import read_header
 from lib_pulid.files.state_dict import read_state_dict
@@ -238,7 +239,7 @@ def merge_table() -> list[str]:
     spec = find_spec("open_clip")
     for folder in spec.submodule_search_locations or () if spec else ():
         path = Path(folder, "bpe_simple_vocab_16e6.txt.gz")
-        if path.is_file():
+        if disk.is_file(path):
             return read_merges(path)
     from huggingface_hub import try_to_load_from_cache
 

@@ -89,9 +89,9 @@ def scene_judge() -> Judge:
 
 def _path(name: str) -> Path:
     path = FOLDER / name
-    if not path.is_file() and (packed := FOLDER / f"{name}.xz").is_file():
+    if not disk.is_file(path) and disk.is_file(packed := FOLDER / f"{name}.xz"):
         return _unpacked(packed)
-    if not path.is_file():
+    if not disk.is_file(path):
         raise MissingWeightsError(f"{name}, a part of the miniature, is missing in {FOLDER}. {AGAIN}")
     return path
 
@@ -100,7 +100,7 @@ def _unpacked(packed: Path) -> Path:
     """Unpacks a file shipped as NAME.xz, once, beside it; to a temporary folder if that is not writable."""
     content = packed.read_bytes()
     path = FOLDER / "unpacked" / hashlib.sha256(content).hexdigest()[:16] / packed.stem
-    if path.is_file():
+    if disk.is_file(path):
         return path
     try:
         whole = lzma.decompress(content)
