@@ -29,7 +29,7 @@ from lib_pulid.sites import find_sites
 from lib_pulid.standalone import Workshop, has_real_weights, open_workshop, real_model
 from lib_pulid.training.world import Placement, Scene, describe
 
-SEED = 42
+SEED = 5
 
 # With real weights
 WEIGHTS = {"sdxl": (0.4, 0.8, 1.2), "flux": (0.5, 1.0, 1.5)}
@@ -38,8 +38,8 @@ PROMPT = "portrait, color, cinematic, in a garden, soft light, detailed face"
 # In miniature
 STRENGTHS = (0.4, 0.8, 1.0, 1.2)
 PEOPLE = (0, 1, 2, 3)  # numbers of the people shown
-STRIPES = Placement(expression="smiling", clothes="striped shirt", clothes_color="red")
-HOODIE = Placement(expression="surprised", clothes="hoodie", clothes_color="green")
+STRIPES = Placement(y=0.45, scale=0.74, expression="smiling", clothes="striped shirt", clothes_color="red")
+HOODIE = Placement(y=0.45, scale=0.74, expression="surprised", clothes="hoodie", clothes_color="green")
 ONE = Scene((STRIPES,), "dots", "yellow")
 OTHER = Scene((HOODIE,), "hills", "teal", style="pencil")
 TWO = Scene((replace(STRIPES, x=0.25, scale=0.4), replace(HOODIE, x=0.75, scale=0.4)), "rays", "orange")

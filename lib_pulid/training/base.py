@@ -190,7 +190,8 @@ def train(args: argparse.Namespace) -> Base | FluxBase:
         t = torch.from_numpy(rng.permutation(batch) * 1000 // batch + rng.integers(0, 1000 // batch, batch)).to(device)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step)).to(device)
         sizes = torch.from_numpy(rng.integers(0, 2 * SIZE, (batch, 6))).to(device)
-        v = base.predict(base.schedule.noisy(clean, noise, t), t, *base.text(prompts), sizes)
+        context, pooled = base.text(prompts)
+        v = base.predict(base.schedule.noisy(clean, noise, t), t, context, pooled, sizes)
         return diffusion_loss(v, base.schedule.target(clean, noise, t)), {}
 
     run.train(loss_of)

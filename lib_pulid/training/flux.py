@@ -22,7 +22,7 @@ def build_transformer() -> Any:
     """Builds diffusers' FLUX transformer at width 48, with 20 sites; at first, no block adds anything."""
     import diffusers
 
-    model = diffusers.FluxTransformer2DModel(
+    model: Any = diffusers.FluxTransformer2DModel(
         in_channels=4 * CHANNELS,
         num_layers=19,
         num_single_layers=38,
