@@ -192,7 +192,7 @@ def test_a_checkpoint_that_is_not_whole(tmp_path, path, prefix, said):
 
 def test_a_checkpoint_that_is_cut_off(tmp_path, path):
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(WrongWeightsError, match=r"cut\.safetensors could not be opened"):
+    with pytest.raises(WrongWeightsError, match=r"cut\.safetensors cannot be opened"):
         load_base(tmp_path / "cut.safetensors")
 
 
