@@ -1,6 +1,6 @@
-# make demo    a photo in, contact sheets out (FACE=path for your own photo)
+# make demo    contact sheets of people who are kept (FACE=path for your own photo)
 # make test    everything that can be tested without a WebUI
-# make test-long    more random sequences and damaged files, which take long
+# make test-long    more random sequences and damaged files, every fault at every stage, which take long
 # make bench   what a face costs, beside the official formulas: counted as on a GPU, timed, kept in memory
 # make bench-gpu    the times of sites and whole steps on a GPU, in both 16-bit formats; a few minutes
 # make lint    ruff and mypy
@@ -28,7 +28,8 @@ test: .venv/test
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-long: .venv/test
-	PULID_SEQUENCES=500 PULID_FUZZ=60 $(BIN)/python -m pytest tests/test_sequences.py tests/test_fuzz.py
+	PULID_SEQUENCES=500 PULID_FUZZ=60 PULID_FAULTS=all \
+		$(BIN)/python -m pytest -n auto --dist loadfile tests/test_sequences.py tests/test_fuzz.py tests/test_faults.py
 
 bench: .venv/test
 	$(BIN)/python -m lib_pulid bench
@@ -62,7 +63,7 @@ $(BIN)/python:
 .venv/standalone: requirements-standalone.txt | $(BIN)/python
 	@echo 'Installing packages into .venv (about 6 GB, most of it torch); a few minutes ...'
 	$(QUIET) $(BIN)/python -m pip install -q -r requirements-standalone.txt
-	$(QUIET) $(BIN)/python -m pip install -q --no-deps --force-reinstall 'opencv-python-headless>=4.8,<5'
+	$(QUIET) $(BIN)/python -m pip install -q --no-deps --force-reinstall 'opencv-python-headless>=4.8'
 	@touch $@
 
 .venv/host: requirements-host.txt .venv/test

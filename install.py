@@ -21,8 +21,9 @@ WITH_DEPENDENCIES = {
     "cv2": "opencv-python-headless>=4.8",
     "skimage": "scikit-image",
     "safetensors": "safetensors",
+    "requests": "requests",
 }
-# What these import, the table above and the hosts bring (torch, torchvision, Pillow, scipy, tqdm, requests, ...). Old
+# What these import, the table above and the hosts bring (torch, torchvision, Pillow, scipy, tqdm, ...). Old
 # versions of insightface have no wheel and are built for minutes.
 ALONE = {"insightface": "insightface>=1.0,<3", "facexlib": "facexlib==0.3.0", "timm": "timm>=1.0.8,<1.1"}
 OLDEST_TIMM = (1, 0, 8)  # the first with all of forward_intermediates

@@ -1,4 +1,4 @@
-"""Command line flags, read before the WebUI starts."""
+"""Adds the command line flags, before the WebUI starts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ def preload(parser: argparse.ArgumentParser) -> None:
         type=str,
         default=None,
         metavar="FOLDER",
-        help="models folder of PuLID, with pulid, insightface/models/antelopev2 and facexlib in it "
+        help="PuLID's models folder, with pulid, insightface/models/antelopev2 and facexlib in it "
         "(default: the WebUI's models folder)",
     )

@@ -15,7 +15,7 @@ class Pulid {
         return this.element("");
     }
 
-    /** Once per page; gradio builds the accordion late, so this is tried again until it is there. */
+    /** Adds the listeners, once per page; called again until gradio has built the accordion. */
     connect() {
         if (!this.accordion || this.accordion.dataset.pulid) return;
         this.accordion.dataset.pulid = "connected";
@@ -29,7 +29,7 @@ class Pulid {
         this.accordion.addEventListener("drop", (event) => this.drop(event), true);
     }
 
-    /** gradio 3's accordions open by mouse only: their titles are no buttons. */
+    /** Opens an accordion by key: in gradio 3 the titles are not buttons. */
     static openByKey(event) {
         const title = event.target;
         if (!title.matches("div.label-wrap") || !["Enter", " "].includes(event.key)) return;
@@ -54,7 +54,7 @@ class Pulid {
             badge.className = "pulid-badge";
             label.insertBefore(badge, label.children[1] ?? null);
         }
-        const text = this.isOn() ? this.units().map((unit) => unit.text).join(" · ") || "on, nobody chosen" : "";
+        const text = this.isOn() ? this.units().map((unit) => unit.text).join(" · ") || "on, no person selected" : "";
         if (badge.textContent !== text) badge.textContent = text;
         badge.classList.toggle("pulid-missing", this.isOn() && !this.units().every((unit) => unit.ready));
     }
@@ -64,7 +64,7 @@ class Pulid {
         return box ? box.checked : this.accordion.querySelector(".label-wrap").classList.contains("open");
     }
 
-    /** The units that are on: what the badge says of each. */
+    /** Returns the units that are on, with the badge's text for each. */
     units() {
         const units = [];
         for (let n = 1; this.element(`${n}_enabled`); n++) {
@@ -81,25 +81,25 @@ class Pulid {
 
     // ---------------------------------------------------------------- checkpoint
 
-    /** What is chosen as the checkpoint; "" where the page does not show it. */
+    /** Returns the selected checkpoint; "" if the page does not show it. */
     static checkpoint() {
         const field = gradioApp().querySelector("#setting_sd_model_checkpoint input, .model_selection input");
         return field?.value ?? "";
     }
 
-    /** When another checkpoint is chosen, and once at the start: lets the server show what its family has. */
+    /** Lets the server show the settings of the checkpoint's family when another one is selected, and at the start. */
     followCheckpoint() {
         if (Pulid.followed[this.tab] !== Pulid.checkpoint()) this.element("checkpoint")?.click();
     }
 
     static followed = {};
 
-    /** The button's answer: the checkpoint's name for the server. A click that came before gradio listened has none. */
+    /** Returns the checkpoint's name for the server. A click before gradio listens does not get here. */
     static follow(tab) {
         return Pulid.followed[tab] = Pulid.checkpoint();
     }
 
-    /** Which files are missing: until the server has told once, and as long as it downloads some. */
+    /** Asks which files are missing: until the server has answered once, and during a download. */
     lookForFiles() {
         if (Pulid.looked[this.tab] && !this.element("missing")?.querySelector("progress")) return;
         this.element("missing_look")?.click();
@@ -107,14 +107,14 @@ class Pulid {
 
     static looked = {};
 
-    /** Called when gradio hears the click; see above. */
+    /** Called when gradio handles the click; see above. */
     static look(tab) {
         Pulid.looked[tab] = true;
     }
 
     // ---------------------------------------------------------------- photos
 
-    /** The drop zone that a place in the accordion belongs to. */
+    /** Returns the drop zone that an element of the accordion belongs to. */
     zone(target) {
         for (let n = 1; this.element(`${n}`); n++) {
             const row = this.element(`${n}_drop`)?.closest(".pulid-photos");
@@ -123,7 +123,7 @@ class Pulid {
         return null;
     }
 
-    /** The drop zone of the tab that is shown, for a paste. */
+    /** Returns the drop zone of the visible tab, for a paste. */
     visibleZone() {
         for (let n = 1; this.element(`${n}`); n++) {
             const zone = this.element(`${n}_drop`);
@@ -150,7 +150,7 @@ class Pulid {
         Pulid.give(zone, files);
     }
 
-    /** Returns whether the pasted pictures found their place. */
+    /** Returns whether pasted images were added. */
     paste(event) {
         const zone = this.accordion && this.isOn() && this.visibleZone();
         const files = Pulid.pictures(event.clipboardData);
@@ -164,7 +164,7 @@ class Pulid {
         return [...(transfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));
     }
 
-    /** Hands files to gradio's own file input, as if they had been chosen there. */
+    /** Passes files to gradio's own file input, as if they had been chosen there. */
     static give(zone, files) {
         const input = zone.querySelector("input[type=file]");
         if (!input) return;
@@ -192,7 +192,7 @@ class Pulid {
         return tabs;
     }
 
-    /** Width and height that the picture will have, for an empty region. */
+    /** Returns the width and height of the image to generate, for a blank mask. */
     pictureSize(tab) {
         const value = (side) => Number(gradioApp().querySelector(`#${tab}_${side} input[type=number]`)?.value) || 512;
         return [value("width"), value("height")];

@@ -1,7 +1,6 @@
-"""PuLID (arXiv 2404.16022) for SDXL and FLUX: one photo in, pictures of that person out.
+"""PuLID (arXiv 2404.16022) for SDXL and FLUX: images of a person from a single photo.
 
-Nothing is imported here, so that `import lib_pulid` costs nothing inside a WebUI.
-Where to look: docs/architecture.md.
+Imports nothing, so that `import lib_pulid` costs nothing inside a WebUI. See docs/architecture.md.
 """
 
 __version__ = "0.1.0"

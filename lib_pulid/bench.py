@@ -1,7 +1,7 @@
-"""`python -m lib_pulid bench`: what a face costs. Counted as on a GPU, timed per site and per step, and kept in memory.
+"""Measures what a face costs (`python -m lib_pulid bench`): GPU kernels and bytes, time per site and step, memory.
 
-Times are medians of runs taken in turn: on a GPU by its own events, on a CPU the process's CPU time, which other
-programs change little.
+Times are medians of interleaved runs: on a GPU by its own events, on a CPU the process's CPU time, which other
+programs hardly affect.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PARTS = ("counts", "kept", "sites", "steps", "photos")
 
 
 def counts(dtype: torch.dtype = torch.float16, modules: Any = None) -> list[Row]:
-    """Kernels, stalls and bytes of a site, in the real sizes, and of all sites in one call. modules: the official."""
+    """Counts kernels, stalls and bytes of each kind of site at its real size. modules: the official ones."""
     kinds = [partial(cases.sdxl_case, *kind, "cuda", dtype, modules=modules) for kind in cases.SDXL_LAYERS]
     kinds += [partial(kinds[0], persons=2), partial(kinds[0], persons=2, mask=True)]
     flux = partial(cases.flux_case, cases.FLUX_TOKENS, "cuda", dtype, modules=modules)
@@ -66,7 +66,7 @@ def _two(ours: Any, official: Any) -> Sequence[tuple[str, Any]]:
 
 
 def kept() -> list[Row]:
-    """Bytes on the device while sampling, in 16 bit, for a person and a set of rows (cond; the same for uncond)."""
+    """Computes the bytes kept on the device, in 16 bit, for a person and a set of rows (cond; the same for uncond)."""
     widths = [width for (_, width), layers in cases.SDXL_LAYERS.items() for _ in range(layers)]
     with fake_gpu():
         sdxl = cases.sdxl_person(widths, "cuda", torch.float16)
@@ -79,7 +79,7 @@ def kept() -> list[Row]:
 
 
 def medians(device: str, runs: int, functions: Sequence[Callable[[], object]]) -> list[float]:
-    """Milliseconds of each function, taken in turn; a first run warms up."""
+    """Times functions in milliseconds, interleaved, after a warm-up run."""
     times: list[list[float]] = [[] for _ in functions]
     for run in range(runs + 1):
         for function, taken in zip(functions, times):
@@ -103,7 +103,7 @@ def _timed(device: str, function: Callable[[], object]) -> float:
 
 
 def sites(device: str, dtype: torch.dtype, runs: int) -> list[Row]:
-    """One site of each kind at a size that the device is for: 1024 x 1024 pixels on a GPU, 512 x 512 on a CPU."""
+    """Times one site of each kind, for 1024 x 1024 pixels on a GPU and 512 x 512 on a CPU."""
     smaller = 1 if device.startswith("cuda") else 4
     kinds = [
         partial(cases.sdxl_case, tokens // smaller, width, device, dtype, persons=persons)
@@ -128,11 +128,11 @@ def _error(made: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
-    """Whole calls of a UNet, and FLUX's blocks, with random weights: without, with one and two persons, official.
+    """Times whole calls of a UNet, and FLUX's blocks, with random weights: without, with one and two people, official.
 
     small: narrow stand-ins with all their sites, to try it out.
     """
-    from lib_pulid.hosts.diffusers_base import bench_call
+    from lib_pulid.hosts.diffusers_bench import bench_call
 
     rows = []
     for family in ("sdxl", "flux"):
@@ -156,7 +156,7 @@ def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
 
 
 def _peak(work: Callable[[], object]) -> int:
-    """The most of a GPU's memory that is in use while it runs."""
+    """Measures the peak of a GPU's memory."""
     torch.cuda.reset_peak_memory_stats()
     work()
     return torch.cuda.max_memory_allocated()
@@ -166,7 +166,7 @@ def _peak(work: Callable[[], object]) -> int:
 
 
 def photos(models_dir: Path, photo: Path | None, device: str, runs: int) -> list[Row]:
-    """From a photo to an identity, with the weights that are there or stand-ins. Wall time, seconds."""
+    """Times the way from a photo to an identity, with the available weights. Wall time, seconds."""
     from lib_pulid.demo import sample_photo
     from lib_pulid.images import load_image
     from lib_pulid.photos import IdentityCache, make_identity
@@ -189,7 +189,7 @@ def photos(models_dir: Path, photo: Path | None, device: str, runs: int) -> list
     warm, known = statistics.median(taken[2::2]), statistics.median(taken[3::2])
     row = {"name": "photo to identity, seconds", "loading": loading, "first": taken[0], "warm": warm, "known": known}
     stages = {"name": "its stages, milliseconds", **_stages(image, encoders, workshop.adapter, device, runs)}
-    return [{**row, "of": "; ".join(workshop.notes)}, stages]
+    return [{**row, "of": workshop.label}, stages]
 
 
 def _stages(image: np.ndarray, encoders: Encoders, adapter: Adapter, device: str, runs: int) -> dict[str, float]:
@@ -209,12 +209,12 @@ def _stages(image: np.ndarray, encoders: Encoders, adapter: Adapter, device: str
     return dict(zip(work, medians(device, runs, list(work.values()))))
 
 
-# ---------------------------------------------------------------- told
+# ---------------------------------------------------------------- command
 
 
 @torch.no_grad()
 def run(arguments: Any) -> int:
-    """The command; see `cli`."""
+    """Runs the command; see `cli`."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""One site of each kind in the real sizes: the layer without a face, ours with its hooks, and the official code.
+"""Builds one site of each kind at its real size: the layer without a face, with our hooks, and with the official code.
 
 The official formulas are written out (commit 1aa2fc7): at each step keys and values of identity and zero tokens,
 attention, the projection in float32; for FLUX the five matrices of PerceiverAttentionCA. `official_modules` takes the
@@ -84,7 +84,7 @@ class Layer(nn.Module):
 
 
 def sdxl_person(widths: Sequence[int], device: str, dtype: torch.dtype) -> Person:
-    """For sites of these widths; those of one width have the same weights."""
+    """Makes a person for sites of these widths; sites of equal width share weights."""
     weights = {
         width: CrossAttentionWeights(*(_random(width, TOKEN_WIDTH, device=device).to(dtype) for _ in "kv"))
         for width in set(widths)
@@ -99,7 +99,7 @@ def sdxl_person(widths: Sequence[int], device: str, dtype: torch.dtype) -> Perso
 def sdxl_case(
     tokens: int, width: int, device: str, dtype: torch.dtype, persons: int = 1, mask: bool = False, modules: Any = None
 ) -> Case:
-    """A cross-attention with a row for each of negative prompt and prompt, ortho_v2. modules: `official_modules`."""
+    """Builds a cross-attention with one negative and one prompt row, ortho_v2. modules: `official_modules`."""
     person = sdxl_person([width], device, dtype)
     side = int(tokens**0.5)
     injection = replace(person.injection, mask=torch.ones(side, side, device=device) if mask else None)
@@ -130,7 +130,7 @@ def sdxl_case(
 
 
 def sdxl_official(q: Tensor, h: Tensor, identity: Tensor, weights: CrossAttentionWeights, *, heads: int) -> Tensor:
-    """What the official `IDAttnProcessor2_0` makes of h, ortho_v2, with the identity tokens [B, N, D] of each row."""
+    """Computes the official `IDAttnProcessor2_0`'s output for h, ortho_v2, with identity tokens [B, N, D]."""
     wide = torch.promote_types(h.dtype, torch.float32)
     tokens = torch.cat((identity, torch.zeros_like(identity[:, :1]).expand(-1, NUM_ZERO, -1)), dim=1)
     key, value = F.linear(tokens, weights.to_k), F.linear(tokens, weights.to_v)
@@ -153,7 +153,7 @@ class Block(nn.Module):
 
 
 def flux_person(sites: int, width: int, device: str, dtype: torch.dtype) -> Person:
-    """For so many sites, which all have the same weights."""
+    """Makes a person for so many sites, which share weights."""
     shapes: dict[str, tuple[int, ...]] = {"norm_id_weight": (TOKEN_WIDTH,), "norm_id_bias": (TOKEN_WIDTH,)}
     shapes |= {"norm_image_weight": (width,), "norm_image_bias": (width,), "to_q": (FLUX_INNER, width)}
     shapes |= {"to_kv": (2 * FLUX_INNER, TOKEN_WIDTH), "to_out": (width, FLUX_INNER)}
@@ -165,7 +165,7 @@ def flux_person(sites: int, width: int, device: str, dtype: torch.dtype) -> Pers
 
 
 def flux_case(tokens: int, device: str, dtype: torch.dtype, persons: int = 1, modules: Any = None) -> Case:
-    """An image stream of one row. modules: `official_modules`."""
+    """Builds an image stream of one row. modules: `official_modules`."""
     person = flux_person(1, FLUX_WIDTH, device, dtype)
     weights, cond = person.weights[FLUX_WIDTH], person.tokens[1:]
     block, step = Block(), DenoiseStep(0.0, True)
@@ -194,7 +194,7 @@ def flux_case(tokens: int, device: str, dtype: torch.dtype, persons: int = 1, mo
 
 
 def flux_official(image: Tensor, identity: Tensor, weights: ImageStreamWeights, heads: int = 16) -> Tensor:
-    """What the official `PerceiverAttentionCA` returns for image [B, L, W] and identity tokens [B, N, D]."""
+    """Computes the official `PerceiverAttentionCA` for image [B, L, W] and identity tokens [B, N, D]."""
     x = F.layer_norm(identity, identity.shape[-1:], weights.norm_id_weight, weights.norm_id_bias)
     latents = F.layer_norm(image, image.shape[-1:], weights.norm_image_weight, weights.norm_image_bias)
     q, (k, v) = F.linear(latents, weights.to_q), F.linear(x, weights.to_kv).chunk(2, dim=-1)
@@ -237,7 +237,7 @@ def _random(*shape: int, device: str) -> Tensor:
 
 
 def _double(*values: Any) -> list[Any]:
-    """Tensors, and the tensors of weights, in float64."""
+    """Converts tensors, and tensors in weights, to float64."""
     return [
         value.double() if isinstance(value, Tensor) else type(value)(*(x.double() for x in vars(value).values()))
         for value in values
@@ -248,7 +248,7 @@ def _double(*values: Any) -> list[Any]:
 
 
 def official_modules(checkout: Path) -> SimpleNamespace:
-    """The official modules of a checkout of ToTheBeginning/PuLID, as `cross_attention` and `image_stream`."""
+    """Loads the official modules from a checkout of ToTheBeginning/PuLID, as `cross_attention` and `image_stream`."""
     processors = _load(checkout / "pulid" / "attention_processor.py")
     encoders = _load(checkout / "pulid" / "encoders_transformer.py")
     processors.NUM_ZERO, processors.ORTHO, processors.ORTHO_v2 = NUM_ZERO, False, True  # type: ignore[attr-defined]
@@ -280,7 +280,7 @@ def _load(path: Path) -> ModuleType:
 
 
 def _layer_for(h: Tensor) -> SimpleNamespace:
-    """What the processor asks of its layer; the query is what it is given, and the text attention gives h."""
+    """Makes a layer for the processor, with its input as the query and h as the text attention's output."""
     same: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
     return SimpleNamespace(
         spatial_norm=None, group_norm=None, norm_cross=None, residual_connection=False, rescale_output_factor=1.0,

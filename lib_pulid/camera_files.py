@@ -1,9 +1,8 @@
-"""Pictures inside of files: the previews of cameras' raw files, the page of a TIFF that is no thumbnail; and JPEGs
-that lack nothing but their end mark.
+"""Extracts previews from cameras' raw files and full pages from TIFF files, and completes JPEGs without an end marker.
 
-A raw file (DNG, NEF, CR2, CR3, ARW, PEF, ORF, RW2, RAF ...) holds what the sensor saw, which needs a developer's
-program, and JPEGs of it, often in full size. Most are TIFF files whose first page is a thumbnail: read as a photo, it
-would be the wrong picture. TIFF 6.0, TIFF/EP and DNG 1.7 name the tags.
+A raw file (DNG, NEF, CR2, CR3, ARW, PEF, ORF, RW2, RAF ...) has the sensor's data, which only a raw converter can read,
+and JPEG previews, often in full size. Most are TIFF files whose first page is a thumbnail, the wrong image to read as a
+photo. The tags are those of TIFF 6.0, TIFF/EP and DNG 1.7.
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-LONGEST_SIDE = 1000  # pixels: a preview of this size is as good as the photo, which is reduced to 1024 anyway
-SHORTEST_SIDE = 512  # of a preview, where the photo's own size is not known
+LONGEST_SIDE = 1000  # pixels: a preview of this size is as good as the photo, which is shrunk to 1024 anyway
+SHORTEST_SIDE = 512  # of a preview, if the photo's size is not known
 _MOST_PAGES, _MOST_STREAMS, _TRIED = 64, 4096, 3
 
 # Tags. 254: kind of page (1: reduced), 262: photometric, 330: further pages, 50706: DNG's version.
 _REDUCED, _WIDTH, _HEIGHT, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _PAGES, _DNG = (
     254, 256, 257, 259, 262, 274, 330, 50706,
 )  # fmt: skip
-_SENSOR = (32803, 34892)  # photometric: what the sensor saw
+_SENSOR = (32803, 34892)  # photometric: sensor data
 _RAW_COMPRESSIONS = (32767, 32769, 32770, 32867, 34713, 34892, 52546, 65000, 65535)  # Sony's, Nikon's, Pentax's ...
 _SHOWN = (2, 6)  # photometric: RGB, YCbCr
-_READABLE = (1, 5, 8, 32773)  # compression, besides JPEG: a JPEG is found by its own mark
+_READABLE = (1, 5, 8, 32773)  # compression, besides JPEG: a JPEG is found by its own marker
 _TIFF_MAGICS = (42, 0x4F52, 0x5352, 0x55)  # TIFF, Olympus (two), Panasonic
 _FORMATS = {1: "B", 3: "H", 4: "I", 13: "I"}  # whole numbers
 _RAW_HEADS = (b"FUJIFILMCCD-RAW", b"FOVb")
-_LOSSLESS = 0xC3  # JPEG's marker of a frame that holds a sensor's numbers
+_LOSSLESS = 0xC3  # JPEG's marker of a frame with sensor data
 
 
 class Content(Protocol):
@@ -42,8 +41,8 @@ class Content(Protocol):
 
 @dataclass(frozen=True)
 class Inner:
-    """A picture in a file. content: a file of its own. orientation: Exif's number of the outer file; it holds where
-    the picture has none of its own."""
+    """An image in a file. content: a complete file. orientation: Exif's number in the outer file, used if the image has
+    none."""
 
     content: bytes
     orientation: int = 1
@@ -51,15 +50,15 @@ class Inner:
 
 @dataclass(frozen=True)
 class CameraFile:
-    """Pictures in it that are large enough to stand for the photo, largest first; and the largest of those that are
-    not, (0, 0) where there is none."""
+    """The images in a camera file that are large enough to replace the photo, largest first, and the size of the
+    largest smaller one, or (0, 0)."""
 
     pictures: tuple[Inner, ...]
     thumbnail: tuple[int, int]
 
 
 def camera_file(data: Content) -> CameraFile | None:
-    """What a raw file, or a TIFF file that begins with a thumbnail, holds; None of any other file."""
+    """Lists the images in a raw file, or in a TIFF that starts with a thumbnail; None for any other file."""
     head = data[:16]
     try:
         pages = list(_pages(data)) if head[:2] in (b"II", b"MM") else []
@@ -68,7 +67,7 @@ def camera_file(data: Content) -> CameraFile | None:
             return None
         return _sorted(data, pages, raw)
     except (struct.error, ValueError, KeyError, IndexError):
-        return None  # damaged: whoever reads it says so
+        return None  # damaged: reading it reports that
 
 
 def _is_raw(head: bytes, pages: Sequence[Mapping[int, int]]) -> bool:
@@ -82,7 +81,7 @@ def _is_raw(head: bytes, pages: Sequence[Mapping[int, int]]) -> bool:
 
 
 def _begins_reduced(pages: Sequence[Mapping[int, int]]) -> bool:
-    """Whether the first page is marked as a smaller copy, and a page that is none, or cannot be read, follows."""
+    """Whether the first page is marked as a smaller copy, and a larger or unreadable page follows."""
     if not pages or not pages[0].get(_REDUCED, 0) & 1:
         return False
     return any(not page or _area(page) > _area(pages[0]) for page in pages[1:])
@@ -117,8 +116,8 @@ def _area(page: Mapping[int, int]) -> int:
 
 
 def _pages(data: Content) -> Iterator[dict[int, int]]:
-    """Tag -> first value of each page, in the file's order, pages of pages behind theirs; 0 is the page's place. A page
-    that cannot be read is an empty one."""
+    """Yields each page as tag -> first value, in the file's order, subpages after their pages; key 0 is the page's
+    offset. An unreadable page is empty."""
     order = {b"II": "<", b"MM": ">"}[data[:2]]
     magic, first = struct.unpack(order + "HI", data[2:8])
     if magic not in _TIFF_MAGICS:
@@ -138,7 +137,7 @@ def _pages(data: Content) -> Iterator[dict[int, int]]:
 
 
 def _page(data: Content, at: int, order: str) -> tuple[dict[int, int], list[int]]:
-    """The page at a place, and the places of those that it names."""
+    """Reads the page at an offset, and the offsets of its subpages and the next page."""
     page: dict[int, int] = {0: at}
     further: list[int] = []
     (count,) = struct.unpack(order + "H", data[at : at + 2])
@@ -163,13 +162,13 @@ def _from(data: Content, at: int) -> bytes:
 
 
 def _as_first(data: Content, at: int) -> bytes:
-    """The same TIFF file with the page at `at` as its first."""
+    """Returns the TIFF file with the page at `at` as its first."""
     little = data[:2] == b"II"
     return data[:2] + (b"*\0" if little else b"\0*") + struct.pack("<I" if little else ">I", at) + data[8 : len(data)]
 
 
 def _heif_orientation(data: Content) -> int:
-    """Of a CR3 file: its box CMT1 is a TIFF file of its own."""
+    """Returns the orientation of a CR3 file, whose box CMT1 is a TIFF file."""
     at = data.find(b"CMT1", 0)
     if at < 0:
         return 1
@@ -181,7 +180,7 @@ def _heif_orientation(data: Content) -> int:
 
 
 def _streams(data: Content) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Place and size of each JPEG in a file that a viewer could show."""
+    """Yields offset and size of each JPEG in a file that a viewer could show."""
     at = -1
     for _ in range(_MOST_STREAMS):
         at = data.find(b"\xff\xd8\xff", at + 1)
@@ -198,7 +197,7 @@ def _streams(data: Content) -> Iterator[tuple[int, tuple[int, int]]]:
 
 
 def _segments(data: Content, at: int) -> Iterator[tuple[int, int, int]]:
-    """Marker, begin and end of the content of each segment of a JPEG that begins at `at`, up to its end."""
+    """Yields marker, start and end of the content of each segment of a JPEG that starts at `at`."""
     at += 2
     while True:
         head = data[at : at + 4]
@@ -207,7 +206,7 @@ def _segments(data: Content, at: int) -> Iterator[tuple[int, int, int]]:
         length = struct.unpack(">H", head[2:])[0]
         yield head[1], at + 4, at + 2 + length
         at += 2 + length
-        if head[1] == 0xDA:  # what is coded follows; markers in it are restarts
+        if head[1] == 0xDA:  # entropy-coded data follows; markers in it are restarts
             next_marker = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]").search(data, at)  # type: ignore[call-overload]
             if next_marker is None:
                 return
@@ -215,8 +214,7 @@ def _segments(data: Content, at: int) -> Iterator[tuple[int, int, int]]:
 
 
 def has_all_scans(data: bytes) -> bool:
-    """Whether every coefficient of every component of a JPEG has been coded to its last bit, so that no scan is missing
-    at its end."""
+    """Whether a JPEG has every coefficient of every component to its last bit, so that no scan is missing."""
     missing: set[tuple[int, int]] = set()
     for marker, start, end in _segments(data, 0):
         body = data[start:end]
@@ -231,9 +229,9 @@ def has_all_scans(data: bytes) -> bool:
 
 
 def with_end_mark(data: bytes) -> tuple[bytes, bytes] | None:
-    """A JPEG that ends too early, completed in two ways; where both give one picture, all of it was there.
+    """Completes a JPEG without an end marker in two ways; if both decode to the same image, nothing else was missing.
 
-    What is missing would be made of the bytes behind it: of nothing in the first, of something in the second.
+    Missing data would be decoded from the bytes that follow: none in the first, some in the second.
     """
     if not has_all_scans(data):
         return None

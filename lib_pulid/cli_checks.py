@@ -1,5 +1,5 @@
-"""What the command line checks before the work begins, which can take minutes: settings as the WebUI checks them, and
-whether the result can be written."""
+"""Checks the command line's arguments before the work, which can take minutes: the settings, with the WebUI's checks,
+and whether the result can be written."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import TypeVar
 
 from PIL import Image
 
-from lib_pulid import disk
+from lib_pulid import disk, miniature
 from lib_pulid.errors import MissingWeightsError, SettingError, StorageError
+from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.identity import Identity
 from lib_pulid.images import load_image
-from lib_pulid.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.units import PulidUnit
 
 MOST_STEPS, MOST_GUIDANCE, LARGEST_SIZE = 1000, 100, 8192
@@ -25,13 +25,13 @@ Result = TypeVar("Result")
 
 
 def checked(arguments: argparse.Namespace) -> PulidUnit:
-    """What can be told before the work begins, as the WebUI tells it, and of the picture besides.
+    """Checks the arguments of `generate`.
 
     Raises:
         SettingError, ImageError, MissingWeightsError.
     """
     unit = check_faces(arguments)
-    if not 1 <= arguments.steps <= MOST_STEPS:
+    if not 1 <= steps_of(arguments) <= MOST_STEPS:
         raise SettingError(f"--steps is {arguments.steps}; it has to be in 1..{MOST_STEPS}.")
     if arguments.size is not None and (not 64 <= arguments.size <= LARGEST_SIZE or arguments.size % 16):
         raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16 in 64..{LARGEST_SIZE}.")
@@ -39,24 +39,25 @@ def checked(arguments: argparse.Namespace) -> PulidUnit:
         raise SettingError(f"--seed is {arguments.seed}; it has to be in 0..{2**64 - 1}.")
     if arguments.guidance is not None and not 0 <= arguments.guidance <= MOST_GUIDANCE:  # NaN is not, either
         raise SettingError(f"--guidance is {arguments.guidance}; it has to be in 0..{MOST_GUIDANCE}.")
-    in_words(lambda: unit.check_steps(family_of(arguments.model), arguments.steps, 0))
+    in_words(lambda: unit.check_steps(family_of(arguments.model), steps_of(arguments), 0))
     write_picture(Image.new("RGB", (size_of(arguments),) * 2), arguments.out, really=False)
     return unit
 
 
 def check_faces(arguments: argparse.Namespace) -> PulidUnit:
+    """Checks photos, PuLID file and settings."""
     names = ("weight", "projection", "num_zero", "start", "end", "start_step", "face_order", "face_index", "fusion")
     values = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     unit = in_words(lambda: PulidUnit.from_mapping(values, 0))
     for path in arguments.face:
         load_image(path)
     if arguments.pulid is not None and not disk.is_file(arguments.pulid):
-        raise MissingWeightsError(f"{arguments.pulid.name} was not found in {arguments.pulid.parent}.")
+        raise MissingWeightsError(f"--pulid: {arguments.pulid.name} was not found in {arguments.pulid.parent}.")
     return unit
 
 
 def in_words(check: Callable[[], Result], option: str = "") -> Result:
-    """A check of the WebUI's; what it says of a field is said of the option, which is called like the field."""
+    """Runs a check; in its error, the field's name becomes the option's name."""
     try:
         return check()
     except SettingError as error:
@@ -65,20 +66,28 @@ def in_words(check: Callable[[], Result], option: str = "") -> Result:
 
 
 def check_identity_file(path: Path, family: str) -> None:
+    """Checks the file that `embed` will write."""
     if path.suffix.lower() not in (".safetensors", PULIDEMBD):
-        raise SettingError(f"--out is {path.name}; its ending has to be .safetensors or {PULIDEMBD}.")
+        raise SettingError(f"--out is {path.name}; its extension has to be .safetensors or {PULIDEMBD}.")
     if path.suffix.lower() == PULIDEMBD and family == "sdxl":
-        raise SettingError(f"--out is {path.name}: {PULIDEMBD} is for FLUX, and --model is SDXL.")
+        raise SettingError(f"--out is {path.name}: {PULIDEMBD} is for FLUX, but --model is SDXL.")
     disk.check_writable(path)
 
 
 def family_of(model: str) -> str:
-    """Of a base model, by its name or its folder: a single file is SDXL's."""
-    return "flux" if model == "tiny-flux" or disk.is_folder(Path(model) / "transformer") else "sdxl"
+    """Returns a base model's family by its name or folder: a single file is SDXL."""
+    if model in miniature.MODELS:
+        return miniature.MODELS[model]
+    return "flux" if disk.is_folder(Path(model) / "transformer") else "sdxl"
 
 
 def size_of(arguments: argparse.Namespace) -> int:
-    return arguments.size or (256 if arguments.model.startswith("tiny-") else 1024)
+    return arguments.size or (miniature.SIZE if arguments.model in miniature.MODELS else 1024)
+
+
+def steps_of(arguments: argparse.Namespace) -> int:
+    usual = miniature.STEPS if arguments.model in miniature.MODELS else 20
+    return usual if arguments.steps is None else arguments.steps
 
 
 def saved(path: Path | None) -> Identity | None:
@@ -86,14 +95,14 @@ def saved(path: Path | None) -> Identity | None:
 
 
 def write_picture(picture: Image.Image, path: Path, really: bool = True) -> None:
-    """really: else only makes sure that such a picture can be written there."""
+    """Writes an image. really: if False, only checks that it could be written."""
     buffer = io.BytesIO()
     try:
         picture.save(buffer, Image.registered_extensions()[path.suffix.lower()])
     except Exception as error:  # every format has its own
-        kind = path.suffix or "a file without ending"
+        kind = path.suffix or "a file without an extension"
         raise SettingError(
-            f"--out is {path.name}; a picture of this size cannot be written as {kind}. Take .png, .jpg or .webp."
+            f"--out is {path.name}; an image of this size cannot be written as {kind}. Use .png, .jpg or .webp."
         ) from error
     if not really:
         disk.check_writable(path, replace=True)
@@ -102,4 +111,4 @@ def write_picture(picture: Image.Image, path: Path, really: bool = True) -> None
         disk.write(path, buffer.getvalue(), replace=True)
     except StorageError as error:  # it took minutes to make
         kept = disk.write(Path(tempfile.mkdtemp(prefix="pulid-")) / path.name, buffer.getvalue())
-        raise StorageError(f"{error} The picture is kept as {kept}.") from error
+        raise StorageError(f"{error} The image was saved as {kept} instead.") from error

@@ -1,7 +1,6 @@
-"""Folders and files of the user: looked into and written, whatever their rights are.
+"""Lists, reads and writes the user's folders and files, whatever their permissions.
 
-A place that may not be looked into has nothing. What is written is there whole or not at all, and takes the place of
-another file only where that was asked for.
+A folder that cannot be read counts as empty. Writes are atomic, and replace another file only on request.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EX
 
 
 def is_file(path: str | Path) -> bool:
-    """As `Path.is_file`, which raises where a folder above may not be looked into."""
+    """Like `Path.is_file`, but False if a parent folder cannot be read."""
     return os.path.isfile(path)
 
 
 def is_folder(path: str | Path) -> bool:
-    """As `Path.is_dir`, likewise."""
+    """Like `Path.is_dir`, but False if a parent folder cannot be read."""
     return os.path.isdir(path)
 
 
 def listed(folder: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
-    """What lies in a folder, sorted; with `suffixes`, the files that end so. Empty where one may not look."""
+    """Lists a folder, sorted; with `suffixes`, only the files with them. Empty if the folder cannot be read."""
     try:
         paths = sorted(Path(folder).iterdir())
     except OSError:
@@ -38,7 +37,7 @@ def listed(folder: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
 
 
 def size_of(path: str | Path) -> int:
-    """Bytes of a file, -1 where it is gone or may not be looked at."""
+    """Returns a file's size in bytes, or -1 if it is gone or not accessible."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -46,9 +45,9 @@ def size_of(path: str | Path) -> int:
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
-    """A path that a person typed: `~` is their home, if they have one."""
+    """Expands `~` in a path that a person typed."""
     path = Path(str(text).strip())
-    with contextlib.suppress(RuntimeError):  # no HOME, and no user of this number
+    with contextlib.suppress(RuntimeError):  # no HOME, and no such user id
         path = path.expanduser()
     return path
 
@@ -57,12 +56,12 @@ def user_path(text: str | os.PathLike[str]) -> Path:
 
 
 def write(path: str | Path, content: bytes, *, replace: bool = False) -> Path:
-    """Writes a file, whole or not at all. Of two programs that create one file, the second is refused.
+    """Writes a file atomically. If two programs create the same file, the second gets an error.
 
-    replace: also where a file of this name is.
+    replace: whether it may replace a file.
 
     Raises:
-        SettingError: the name is taken. StorageError: the folder cannot be made or written.
+        SettingError: the name is taken. StorageError: the folder cannot be created or written.
     """
     path = Path(path)
     with _storage_errors(path):
@@ -80,18 +79,18 @@ def write(path: str | Path, content: bytes, *, replace: bool = False) -> Path:
 
 
 def check_writable(path: str | Path, *, replace: bool = False) -> None:
-    """Makes sure, before the work begins, that `write` will find its place.
+    """Checks before the work that `write` will succeed.
 
     Raises:
-        SettingError, StorageError: as `write`; also where `path` is a folder.
+        SettingError, StorageError: as `write`; also if `path` is a folder.
     """
     path = Path(path)
     with _storage_errors(path):
         if is_folder(path):
-            raise SettingError(f"{path} is a folder; give the name of a file in it.")
+            raise SettingError(f"{path} is a folder; give a file name in it.")
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            os.lstat(path)  # raises where the name is too long
+            os.lstat(path)  # raises if the name is too long
             if not replace:
                 raise _taken(path)
         temporary = _temporary(path)
@@ -100,7 +99,7 @@ def check_writable(path: str | Path, *, replace: bool = False) -> None:
 
 
 def _create(temporary: Path, path: Path) -> None:
-    """Gives a written file its name, if nothing has that name: what `rename` alone does not promise."""
+    """Renames a written file unless the name is taken, which `rename` alone does not guarantee."""
     try:
         os.link(temporary, path)
     except FileExistsError as error:
@@ -108,7 +107,7 @@ def _create(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        try:  # a file system without links: the name is taken first, and filled then
+        try:  # a file system without links: reserve the name first, then fill it
             path.open("xb").close()
         except FileExistsError:
             raise _taken(path) from error
@@ -116,11 +115,11 @@ def _create(temporary: Path, path: Path) -> None:
 
 
 def _taken(path: Path) -> SettingError:
-    return SettingError(f"{path.stem} is saved already; take another name, or delete {path} first.")
+    return SettingError(f"{path.stem} is already saved. Choose another name, or delete {path} first.")
 
 
 def _temporary(path: Path) -> Path:
-    """Hidden, beside the file, and no longer than the longest name where the file's own is not."""
+    """Returns a hidden path beside the file, with a name that is not too long."""
     return path.with_name(f".{path.stem[:40]}{path.suffix}.{secrets.token_hex(4)}.tmp")
 
 
@@ -131,5 +130,5 @@ def _storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise StorageError(
-            f"{path} cannot be written ({reason}). Make its folder writable, or choose another place."
+            f"{path} cannot be written ({reason}). Make its folder writable, or choose another one."
         ) from error

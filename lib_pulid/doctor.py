@@ -1,4 +1,4 @@
-"""What a machine has and lacks for PuLID, in words."""
+"""`python -m lib_pulid doctor`: what a machine has and lacks for PuLID."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from lib_pulid import catalog
+from lib_pulid import cli_files
+from lib_pulid.files import catalog
 
+DOWNLOAD = "python -m lib_pulid models download"
 PACKAGES = {
     "torch": "everything",
     "timm": "vision tower",
     "facexlib": "face landmarks and parser",
-    "insightface": "face detector and recogniser",
+    "insightface": "face detector and recognizer",
     "onnxruntime": "runs insightface's models (onnxruntime-gpu will do as well)",
     "opencv-python": "images",
     "safetensors": "weight files",
@@ -26,19 +28,25 @@ def report(models_dir: Path) -> int:
     print(f"Python     {platform.python_version()} on {platform.system()} {platform.machine()}")
     problems = _packages()
     _device()
-    problems += _files(models_dir)
-    families = {family: _lacks(family, models_dir) for family in ("sdxl", "flux")}
     print()
-    for problem in [*problems, *filter(None, families.values())]:
+    found = cli_files.show(catalog.CATALOG, models_dir)
+    lacking = [one.file for one in found if one.path is None and one.file.group == "encoders"]
+    problems += [f"{one.problem}: {DOWNLOAD} {one.file.name}" for one in found if one.problem]
+    problems += [f"{DOWNLOAD} {file.name}   ({file.licence})" for file in lacking]
+    able = [family for family in catalog.FAMILIES if any(one.path and one.file.group == family for one in found)]
+    print()
+    for problem in [*problems, *(_adapter_of(family) for family in catalog.FAMILIES if family not in able)]:
         print(f"to do: {problem}")
-    able = [family.upper() for family, lack in families.items() if not lack]
-    ready = bool(able) and not problems
-    print(
-        f"Ready for {' and '.join(able)}."
-        if ready
-        else "Until then there are only the stand-ins: python -m lib_pulid demo"
-    )
-    return 0 if ready else 1
+    if able and not problems:
+        print(f"Ready for {' and '.join(map(str.upper, able))}.")
+        return 0
+    print("Until then there is only the miniature: python -m lib_pulid demo")
+    return 1
+
+
+def _adapter_of(family: str) -> str:
+    first, *others = (file.name for file in catalog.in_group(family))
+    return f"for {family.upper()}: {DOWNLOAD} {first}   (or {', '.join(others)})"
 
 
 def _packages() -> list[str]:
@@ -70,32 +78,9 @@ def _device() -> None:
         free, total = torch.cuda.mem_get_info()
         print(f"GPU        {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
     else:
-        print("GPU        none that torch can use; pictures are made on the CPU")
+        print("GPU        none that torch can use; images are made on the CPU")
     if _version("onnxruntime") or _version("onnxruntime-gpu"):
         from lib_pulid.face_models import cuda_problem
 
         if problem := cuda_problem():
             print(f"note       {problem}")
-
-
-def _files(models_dir: Path) -> list[str]:
-    print(f"\nWeights in {models_dir}")
-    problems = []
-    for file in catalog.CATALOG:
-        path = catalog.find(file, models_dir)
-        state = "there" if path else "missing"
-        if path and (wrong := catalog.problem(file, path)):
-            state = "DIFFERS"
-            problems.append(f"{wrong}: python -m lib_pulid models download {file.name}")
-        print(f"{state:10} {file.name:40} {file.purpose}{f'  ({path.parent})' if path else ''}")
-        if path is None and file.group == "encoders":
-            problems.append(f"python -m lib_pulid models download {file.name}   ({file.licence})")
-    return problems
-
-
-def _lacks(family: str, models_dir: Path) -> str:
-    """What to do to get a PuLID file of the family, or nothing."""
-    if catalog.find_adapter(family, models_dir):
-        return ""
-    first, *others = (file.name for file in catalog.in_group(family))
-    return f"for {family.upper()}: python -m lib_pulid models download {first}   (or {', '.join(others)})"

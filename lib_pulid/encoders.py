@@ -1,10 +1,10 @@
-"""The identity encoders: what a face is -> identity tokens.
+"""Defines the identity encoders, from face features to identity tokens.
 
     IDEncoder   v1          official `pulid/encoders.py`              an MLP, 10 tokens
     IDFormer    v1.1, FLUX  official `pulid/encoders_transformer.py`  a perceiver resampler, 32 tokens
 
-ToTheBeginning/PuLID at commit 1aa2fc7. Parameter names are those of the weight files, so that loading is
-strict. Both are called as `encoder(id_cond, vit_hidden)`:
+ToTheBeginning/PuLID at commit 1aa2fc7. Parameter names are those of the weight files, so that loading is strict. Both
+are called as `encoder(id_cond, vit_hidden)`:
 
     id_cond     [B, 1280], or [B, n, 1280] for n photos of one person (IDFormer): ArcFace 512 + EVA-CLIP class token 768
     vit_hidden  five tensors [B, 577, 1024], outputs of blocks 3, 7, 11, 15, 19 of EVA02-CLIP-L/14-336
@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-SCALES = 5  # hidden states of the vision tower that an encoder reads
-HEAD_DIM = 64  # width of an attention head in IDFormer; no shape in a file tells it
+SCALES = 5  # number of hidden states of the vision tower
+HEAD_DIM = 64  # width of an attention head in IDFormer; not visible in a file's shapes
 
 
 def mlp(sizes: Sequence[int]) -> nn.Sequential:
-    """Linear, LayerNorm, LeakyReLU, Linear, LayerNorm, LeakyReLU, Linear through the four `sizes`."""
+    """Builds Linear, LayerNorm, LeakyReLU, Linear, LayerNorm, LeakyReLU, Linear with the four `sizes`."""
     a, b, c, d = sizes
     first = (nn.Linear(a, b), nn.LayerNorm(b), nn.LeakyReLU())
     second = (nn.Linear(b, c), nn.LayerNorm(c), nn.LeakyReLU())
@@ -35,7 +35,7 @@ def _mlp_sizes(state: Mapping[str, Tensor], name: str) -> list[int]:
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Strictly; in float32, whatever the file holds, for identities are made once and exactly."""
+    """Loads the weights strictly, in float32 whatever the file's dtype, since identities are computed once."""
     module.load_state_dict({key: tensor.float() for key, tensor in state.items()}, strict=True, assign=True)
     module.eval().requires_grad_(False)
 
@@ -53,7 +53,7 @@ class IDEncoder(nn.Module):
         self.output_dim = mapping[-1]
         self.num_token, rest = divmod(body[-1], self.output_dim)
         if rest:
-            raise ValueError(f"{body[-1]} is no multiple of the token width {self.output_dim}")
+            raise ValueError(f"{body[-1]} is not a multiple of the token width {self.output_dim}")
         self.body = mlp(body)
         for i in range(SCALES):
             setattr(self, f"mapping_{i}", mlp(mapping))
@@ -61,14 +61,14 @@ class IDEncoder(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> IDEncoder:
-        """Builds and strictly loads it; sizes are read off the shapes."""
+        """Builds and strictly loads the encoder, with sizes from the shapes."""
         with torch.device("meta"):
             module = cls(_mlp_sizes(state, "body"), _mlp_sizes(state, "mapping_0"))
         _load(module, state)
         return module
 
     def forward(self, id_cond: Tensor, vit_hidden: Sequence[Tensor]) -> Tensor:
-        """id_cond [B, 1280], vit_hidden 5 x [B, 577, 1024] -> tokens [B, num_token + 5, output_dim]."""
+        """Encodes id_cond [B, 1280] and vit_hidden 5 x [B, 577, 1024] as tokens [B, num_token + 5, output_dim]."""
         tokens = [self.body(id_cond).reshape(-1, self.num_token, self.output_dim)]
         for i, hidden in enumerate(vit_hidden):
             of_class = getattr(self, f"mapping_{i}")(hidden[:, :1])
@@ -78,7 +78,7 @@ class IDEncoder(nn.Module):
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the context and to themselves (as in Flamingo, arXiv 2204.14198)."""
+    """Perceiver attention of Flamingo (arXiv 2204.14198): latents attend to the context and to themselves."""
 
     def __init__(self, dim: int, inner_dim: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(inner_dim, dim, bias=False)
 
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
-        """context [B, M, dim], latents [B, L, dim] -> [B, L, dim]."""
+        """Attends from latents [B, L, dim] to context [B, M, dim]: [B, L, dim]."""
         context, latents = self.norm1(context), self.norm2(latents)
         q = self._split(self.to_q(latents))
         k, v = (self._split(x) for x in self.to_kv(torch.cat((context, latents), dim=1)).chunk(2, dim=-1))
@@ -124,7 +124,7 @@ class IDFormer(nn.Module):
 
     Args:
         dim: width of the latents (1024). depth: layers (10). inner_dim: heads x 64 (1024).
-        ff_dim: width of the feed-forward (4096). num_queries: tokens that come out (32).
+        ff_dim: width of the feed-forward (4096). num_queries: number of output tokens (32).
         output_dim: their width (2048). id_mapping: four widths, the last is id tokens (5) x dim.
         mapping: four widths of the MLPs on the hidden states, the last is dim.
     """
@@ -156,7 +156,7 @@ class IDFormer(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> IDFormer:
-        """Builds and strictly loads it; sizes are read off the shapes (heads are 64 wide)."""
+        """Builds and strictly loads the encoder, with sizes from the shapes (heads have width 64)."""
         _, num_queries, dim = state["latents"].shape
         with torch.device("meta"):
             module = cls(
@@ -173,7 +173,7 @@ class IDFormer(nn.Module):
         return module
 
     def forward(self, id_cond: Tensor, vit_hidden: Sequence[Tensor]) -> Tensor:
-        """id_cond [B, 1280] or [B, n, 1280], vit_hidden 5 x [B, n * 577, 1024] -> [B, num_queries, output_dim]."""
+        """Encodes id_cond [B, (n,) 1280] and vit_hidden 5 x [B, n * 577, 1024]: [B, num_queries, output_dim]."""
         id_tokens = self.id_embedding_mapping(id_cond).reshape(len(id_cond), -1, self.dim)  # [B, n * 5, dim]
         latents = torch.cat((self.latents.expand(len(id_cond), -1, -1), id_tokens), dim=1)
         for i in range(SCALES):

@@ -1,8 +1,7 @@
-"""What can go wrong, by name.
+"""Defines the errors.
 
-The core raises these, with a message written for the person who sees it; the
-doors (the command line, the WebUI script) catch `PulidError` once and tell.
-Anything else that escapes is a bug.
+The core raises them with a message for the user; the entry points (the command line, the WebUI script) catch
+`PulidError` once and show it. Any other exception that escapes is a bug.
 """
 
 from __future__ import annotations
@@ -11,35 +10,35 @@ import re
 
 
 class PulidError(Exception):
-    """Base of every error whose message is meant for the user."""
+    """Base class of all errors whose message is meant for the user."""
 
 
 class ImageError(PulidError):
-    """A photo or mask could not be read, or is not a usable image."""
+    """A photo or mask cannot be read, or is not a usable image."""
 
 
 class NoFaceError(PulidError):
-    """No face was found in a photo, or not as many as the choice asked for."""
+    """No face was found in a photo, or fewer than the requested number."""
 
 
 class MissingWeightsError(PulidError):
-    """A file that is needed is not on this machine."""
+    """A required file is not on this machine."""
 
 
 class DownloadError(MissingWeightsError):
-    """A file could not be downloaded, or is not the file that was promised."""
+    """A file could not be downloaded, or its content is not the expected one."""
 
 
 class WrongWeightsError(PulidError):
-    """A file is not what was needed: foreign, truncated, of another family, or not readable."""
+    """A file is not the required one: foreign, truncated, of another family, or unreadable."""
 
 
 class UnsupportedModelError(PulidError):
-    """The denoiser is not one that the adapter was made for."""
+    """The adapter was not made for this denoiser."""
 
 
 class IdentityMismatchError(PulidError):
-    """A saved identity does not belong to the adapter it is used with, or its file is no identity."""
+    """A saved identity does not belong to the adapter, or its file is not an identity."""
 
 
 class SettingError(PulidError, ValueError):
@@ -47,7 +46,7 @@ class SettingError(PulidError, ValueError):
 
 
 class Interrupted(PulidError):
-    """The user wanted no more of it."""
+    """The user interrupted the work."""
 
 
 class StorageError(PulidError, OSError):
@@ -55,17 +54,17 @@ class StorageError(PulidError, OSError):
 
 
 class OutOfMemoryError(PulidError):
-    """The memory of the computer or of its GPU did not suffice."""
+    """The computer or its GPU ran out of memory."""
 
 
-# As PyTorch (CUDA, MPS, XPU, DirectML, CPU), ONNX Runtime, cuBLAS and cuDNN say it; few of them have a class for it.
+# Messages of PyTorch (CUDA, MPS, XPU, DirectML, CPU), ONNX Runtime, cuBLAS and cuDNN; few have a class for it.
 _NO_MEMORY = re.compile(
     r"out of memory|not enough (GPU video )?memory|can't allocate memory|failed to allocate memory|ALLOC_FAILED", re.I
 )
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory that did not suffice is what an exception, or what led to it, tells."""
+    """Whether an exception, or one of its causes, says that memory ran out."""
     while error is not None:
         if isinstance(error, (MemoryError, OutOfMemoryError)) or type(error).__name__ == "OutOfMemoryError":
             return True

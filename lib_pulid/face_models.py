@@ -1,4 +1,4 @@
-"""The models behind the protocols of faces.py, read from files, never downloaded.
+"""Loads the face models for the protocols of faces.py from files; never downloads them.
 
 insightface: SCRFD and ArcFace (ONNX). facexlib: RetinaFace-ResNet50 and BiSeNet.
 """
@@ -6,7 +6,7 @@ insightface: SCRFD and ArcFace (ONNX). facexlib: RetinaFace-ResNet50 and BiSeNet
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 CPU_ONLY = ("CPUExecutionProvider",)
 CUDA = "CUDAExecutionProvider"
 ON_THE_CPU = (
-    "onnxruntime could not load its CUDA libraries, so faces are found on the CPU; its log names the missing ones "
-    "(CUDA and cuDNN of the versions that it was built for)"
+    "onnxruntime could not load its CUDA libraries, so faces are detected on the CPU. Its log names the missing ones; "
+    "install CUDA and cuDNN in the versions that it was built for"
 )
-# As onnxruntime and onnx say that a file is of a later version than they know.
+# Messages of onnxruntime and onnx about a file of a later version.
 _TOO_NEW = re.compile(r"unsupported model IR version|opset \d+ is under development|max supported (IR|opset)", re.I)
 
-# The official size first. A face that fills the picture is larger than what SCRFD was trained on; at a smaller input
-# it is found: the retries are those of cubiq/PuLID_ComfyUI.
+# The official size first. A face that fills the image is larger than those SCRFD was trained on, and is found at a
+# smaller input size. The same retries as in cubiq/PuLID_ComfyUI.
 DETECTION_SIZES = (640, 576, 512, 448, 384, 320, 256)
 DETECTION_THRESHOLD = 0.5  # insightface's FaceAnalysis.prepare
 LANDMARK_THRESHOLD = 0.97  # facexlib's FaceRestoreHelper.get_face_landmarks_5
@@ -43,20 +43,25 @@ PARSER_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class FaceFiles:
-    """Where the four files are. Without a landmarker, crops are aligned by the detector's own landmarks."""
+    """Paths of the four files. Without a landmarker, crops are aligned by the detector's landmarks."""
 
     detector: Path  # scrfd_10g_bnkps.onnx
     recogniser: Path  # glintr100.onnx
     landmarker: Path | None  # detection_Resnet50_Final.pth
     parser: Path  # parsing_bisenet.pth
 
+    @classmethod
+    def among(cls, encoders: Mapping[str, Path]) -> FaceFiles:
+        """Picks the four out of `catalog.require_encoders`."""
+        return cls(**{field.name: encoders[field.name] for field in fields(cls)})
+
 
 def load_face_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
-    """Load all four models; MissingWeightsError or WrongWeightsError names the file that is at fault."""
-    for field in fields(files):  # all of them before any is loaded, which takes seconds
+    """Loads all four models. Raises: MissingWeightsError, WrongWeightsError: the message names the file."""
+    for field in fields(files):  # check all before loading any, which takes seconds
         path = getattr(files, field.name)
         if path is not None:
-            _require_file(Path(path), f"the face {field.name}")
+            _require_file(Path(path), f"the face {field.name.replace('recogniser', 'recognizer')}")
     providers = onnx_providers(device)
     detector = InsightFaceDetector(files.detector, providers)
     return FaceModels(
@@ -69,11 +74,13 @@ def load_face_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
 
 
 def _load_parser(path: Path, device: str) -> Parser:
-    return OnnxParser(path, onnx_providers(device)) if path.suffix == ".onnx" else BiSeNetParser(path, device)
+    with path.open("rb") as file:  # an ONNX model starts with field 1, the version
+        is_onnx = file.read(1) == b"\x08"
+    return OnnxParser(path, onnx_providers(device)) if is_onnx else BiSeNetParser(path, device)
 
 
 def onnx_providers(device: str) -> tuple[str, ...]:
-    """ONNX Runtime's providers for a torch device; its CPU where it was installed without CUDA."""
+    """Returns ONNX Runtime's providers for a torch device; only the CPU if it was installed without CUDA."""
     if not str(device).startswith("cuda"):
         return CPU_ONLY
     import onnxruntime
@@ -83,9 +90,9 @@ def onnx_providers(device: str) -> tuple[str, ...]:
 
 
 def cuda_problem() -> str:
-    """What keeps ONNX Runtime from a GPU that it was installed for; "" where nothing does, or it was not.
+    """Says why an ONNX Runtime with CUDA cannot use the GPU; "" if it can, or has no CUDA.
 
-    A model of one step is run, as only that loads the libraries.
+    Runs a model with one node, since only that loads the libraries.
     """
     try:
         import onnx
@@ -107,30 +114,30 @@ def cuda_problem() -> str:
 
 
 class InsightFaceDetector:
-    """SCRFD, with the results of insightface's FaceAnalysis(det_size=(640, 640)) where that finds anything.
+    """SCRFD, with the results of insightface's FaceAnalysis(det_size=(640, 640)) if that finds anything.
 
-    Not FaceAnalysis itself: it loads every model of a folder, and needs that folder in a layout of its own.
+    FaceAnalysis itself would load every model of a folder, and requires its own folder layout.
     """
 
     def __init__(self, path: str | Path, providers: Sequence[str] = CPU_ONLY) -> None:
         self._model = _load_onnx(Path(path), providers, "detection", "a face detector (SCRFD)")
         if not self._model.use_kps:
             raise WrongWeightsError(
-                f"{Path(path).name} is a face detector without landmarks; scrfd_10g_bnkps.onnx is needed."
+                f"{Path(path).name} is a face detector without landmarks. Use scrfd_10g_bnkps.onnx."
             )
         self._model.prepare(ctx_id=0, input_size=(640, 640), det_thresh=DETECTION_THRESHOLD)
-        # A file of fixed input size cannot be run at another.
+        # A file with a fixed input size works only at that size.
         self._sizes = (None,) if isinstance(self._model.input_shape[2], int) else DETECTION_SIZES
 
     @property
     def providers(self) -> tuple[str, ...]:
-        """Those that ONNX Runtime could load."""
+        """The providers that ONNX Runtime could load."""
         return tuple(self._model.session.get_providers())
 
     def detect(self, image_bgr: np.ndarray) -> list[Detection]:
-        """image_bgr: uint8 BGR [H, W, 3]."""
+        """Detects the faces of an image, uint8 BGR [H, W, 3]."""
         if max(image_bgr.shape[:2]) > 256 * min(image_bgr.shape[:2]):
-            return []  # insightface would reduce such a strip to no pixels at all
+            return []  # insightface would shrink such a strip to nothing
         for size in self._sizes:
             boxes, landmarks = self._model.detect(image_bgr, input_size=size and (size, size))
             if len(boxes):
@@ -139,26 +146,29 @@ class InsightFaceDetector:
 
 
 class ArcFaceRecogniser:
-    """ArcFace (antelopev2's glintr100), through insightface's own alignment and preprocessing."""
+    """ArcFace (antelopev2's glintr100), with insightface's own alignment and preprocessing."""
 
     def __init__(self, path: str | Path, providers: Sequence[str] = CPU_ONLY) -> None:
-        self._model = _load_onnx(Path(path), providers, "recognition", "a face recogniser (ArcFace)")
+        self._model = _load_onnx(Path(path), providers, "recognition", "a face recognizer (ArcFace)")
         size = self._model.output_shape[-1]
         if isinstance(size, int) and size != EMBEDDING_SIZE:
-            raise WrongWeightsError(f"{Path(path).name} gives {size} numbers per face, not {EMBEDDING_SIZE}.")
+            raise WrongWeightsError(
+                f"{Path(path).name} returns {size} numbers per face, not {EMBEDDING_SIZE}. "
+                "Use antelopev2's glintr100.onnx."
+            )
         self._model.prepare(ctx_id=0)
 
     def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
-        """image_bgr: uint8 BGR [H, W, 3] -> [512] float32."""
+        """Embeds a face of an image, uint8 BGR [H, W, 3]: [512] float32."""
         return self._model.get(image_bgr, SimpleNamespace(kps=detection.landmarks))
 
     def embed_crop(self, aligned_bgr: np.ndarray) -> np.ndarray:
-        """aligned_bgr: uint8 BGR [512, 512, 3] -> [512] float32; `handler_ante.get_feat` of the official code."""
+        """Embeds a crop, uint8 BGR [512, 512, 3]: [512] float32; `handler_ante.get_feat` of the official code."""
         return self._model.get_feat(aligned_bgr).flatten()
 
 
 class RetinaFaceLandmarker:
-    """facexlib's RetinaFace-ResNet50, called as its FaceRestoreHelper.get_face_landmarks_5 does: at full size."""
+    """facexlib's RetinaFace-ResNet50, called at full size, as in FaceRestoreHelper.get_face_landmarks_5."""
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
         def build() -> torch.nn.Module:
@@ -169,7 +179,7 @@ class RetinaFaceLandmarker:
         self._model = _load_facexlib(Path(path), build, "facexlib's RetinaFace-ResNet50", device)
 
     def detect(self, image_bgr: np.ndarray) -> list[Detection]:
-        """image_bgr: uint8 BGR [H, W, 3]."""
+        """Detects the faces of an image, uint8 BGR [H, W, 3]."""
         import torch
 
         with torch.no_grad():
@@ -190,7 +200,7 @@ class BiSeNetParser:
         self._device = device
 
     def labels(self, aligned_rgb: np.ndarray) -> np.ndarray:
-        """aligned_rgb: uint8 RGB [512, 512, 3] -> [512, 512] int64."""
+        """Labels a crop, uint8 RGB [512, 512, 3]: [512, 512] int64."""
         import torch
 
         with torch.no_grad():
@@ -199,7 +209,7 @@ class BiSeNetParser:
 
 
 class OnnxParser:
-    """A parser in BiSeNet's place, as ONNX: [1, 3, 512, 512], ImageNet mean and std -> scores [1, 19, 512, 512]."""
+    """An ONNX parser instead of BiSeNet: [1, 3, 512, 512], ImageNet mean and std -> scores [1, 19, 512, 512]."""
 
     def __init__(self, path: str | Path, providers: Sequence[str] = CPU_ONLY) -> None:
         path, what = Path(path), "a face parser (ONNX)"
@@ -209,17 +219,17 @@ class OnnxParser:
 
             self._session = onnxruntime.InferenceSession(str(path), providers=list(providers))
         except ImportError as error:
-            raise PulidError(f"onnxruntime is needed to read faces and cannot be imported ({error}).") from error
-        except Exception as error:  # onnxruntime's, of classes of its own
+            raise PulidError(f"onnxruntime is needed to read faces, but cannot be imported ({error}).") from error
+        except Exception as error:  # onnxruntime has its own classes
             raise WrongWeightsError(
-                f"{path.name} in {path.parent} is not {what}, or is truncated; download it again. ({error})"
+                f"{path.name} in {path.parent} is not {what}, or is truncated. Download it again. ({error})"
             ) from error
         shapes = [tuple(end[0].shape[1:]) for end in (self._session.get_inputs(), self._session.get_outputs())]
         if shapes != [(3, CROP_SIZE, CROP_SIZE), (PARSER_CLASSES, CROP_SIZE, CROP_SIZE)]:
             raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}.")
 
     def labels(self, aligned_rgb: np.ndarray) -> np.ndarray:
-        """aligned_rgb: uint8 RGB [512, 512, 3] -> [512, 512] int64."""
+        """Labels a crop, uint8 RGB [512, 512, 3]: [512, 512] int64."""
         image = normalise(to_tensor(aligned_rgb), PARSER_MEAN, PARSER_STD).numpy()
         return self._session.run(None, {self._session.get_inputs()[0].name: image})[0][0].argmax(axis=0)
 
@@ -230,22 +240,22 @@ def _require_file(path: Path, what: str) -> None:
 
 
 def _load_onnx(path: Path, providers: Sequence[str], task: str, what: str) -> Any:
-    """insightface's model of an ONNX file; it tells the kind by the graph, so a wrong file shows by its `taskname`."""
+    """Loads an ONNX file with insightface, which sets `taskname` by the graph, so that a wrong file is noticed."""
     _require_file(path, what)
     try:
         import insightface.model_zoo  # noqa: F401
     except ImportError as error:
-        raise PulidError(f"insightface is needed to read faces and cannot be imported ({error}).") from error
+        raise PulidError(f"insightface is needed to read faces, but cannot be imported ({error}).") from error
     try:
         model = _session(path, providers)
-    except Exception as error:  # of onnx, onnxruntime and protobuf, each with classes of its own
+    except Exception as error:  # onnx, onnxruntime and protobuf have their own classes
         if _TOO_NEW.search(str(error)):
             raise WrongWeightsError(
-                f"{path.name} in {path.parent} was written for a newer onnxruntime: update it (pip install --upgrade "
-                f"onnxruntime), or take the catalogue's file. ({error})"
+                f"{path.name} in {path.parent} needs a newer onnxruntime. Update it (pip install --upgrade "
+                f"onnxruntime), or download the file that PuLID lists. ({error})"
             ) from error
         raise WrongWeightsError(
-            f"{path.name} in {path.parent} is not {what}, or is truncated; download it again. ({error})"
+            f"{path.name} in {path.parent} is not {what}, or is truncated. Download it again. ({error})"
         ) from error
     if getattr(model, "taskname", None) != task:
         raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}.")
@@ -253,7 +263,7 @@ def _load_onnx(path: Path, providers: Sequence[str], task: str, what: str) -> An
 
 
 def _session(path: Path, providers: Sequence[str]) -> Any:
-    """With the CPU alone where the others cannot be loaded: onnxruntime falls back to it, or raises."""
+    """Loads a model, on the CPU if the other providers fail: onnxruntime falls back by itself, or raises."""
     from insightface.model_zoo import get_model
 
     try:
@@ -267,24 +277,24 @@ def _session(path: Path, providers: Sequence[str]) -> Any:
 def _load_facexlib(
     path: Path, build: Callable[[], torch.nn.Module], what: str, device: str | torch.device
 ) -> torch.nn.Module:
-    """Build one of facexlib's networks and fill it strictly; facexlib's own loader would download."""
+    """Builds one of facexlib's networks and loads its weights strictly; facexlib's own loader would download."""
     import torch
 
-    from lib_pulid.weight_files import check_numbers, read_state_dict
+    from lib_pulid.files.state_dict import check_numbers, read_state_dict
 
     _require_file(path, what)
     state = {key.removeprefix("module."): value for key, value in read_state_dict(path).items()}
     try:
-        # The random start values are overwritten; drawing them must not shift the seed of a picture under way.
+        # The random initial values are overwritten; drawing them must not shift the seed of the current image.
         with torch.random.fork_rng(devices=[]):
             model = build()
         if any(parameter.is_meta for parameter in model.parameters()):
             raise NotImplementedError  # as RetinaFace does by itself
     except ImportError as error:
-        raise PulidError(f"facexlib is needed to read faces and cannot be imported ({error}).") from error
+        raise PulidError(f"facexlib is needed to read faces, but cannot be imported ({error}).") from error
     except NotImplementedError as error:
-        # A1111 loads a checkpoint in another thread; until it has, layers are made without memory for their weights.
-        raise PulidError("The WebUI is loading a checkpoint just now; try again when it has done so.") from error
+        # A1111 loads a checkpoint in another thread; meanwhile, layers are created without memory for their weights.
+        raise PulidError("The WebUI is still loading a checkpoint. Try again when it is loaded.") from error
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

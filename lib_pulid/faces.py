@@ -1,9 +1,9 @@
-"""A photo -> one Face: detect, choose, align, leave only the face.
+"""Reads one Face from a photo: detects, chooses, aligns, and masks the background.
 
-The official way (pulid/pipeline_v1_1.py, `get_id_embedding`, 1aa2fc7) runs two detectors that know nothing of each
-other: insightface gives the embedding of the largest face, facexlib the crop of the most central one; in a group photo
-these can be two people. Here one face is chosen, and the same one is looked up in the other detector. Where both agree
-anyway, the result is equal to the official one bit for bit.
+The official code (pulid/pipeline_v1_1.py, `get_id_embedding`, 1aa2fc7) runs two independent detectors: insightface for
+the embedding of the largest face, facexlib for the crop of the most central one. In a group photo these can be two
+people. Here one face is chosen, and then matched in the other detector's results. If the detectors agree, the result
+equals the official one bit for bit.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 CROP_SIZE = 512
 
-# Where eyes, nose and mouth corners come to lie in the aligned crop: facexlib, utils/face_restoration_helper.py, the
-# five FFHQ points for 512 x 512.
+# Positions of eyes, nose and mouth corners in the aligned crop: facexlib, utils/face_restoration_helper.py, the five
+# FFHQ points for 512 x 512.
 CROP_LANDMARKS = np.array(
     [[192.98138, 239.94708], [318.90277, 240.1936], [256.63416, 314.01935],
      [201.26117, 371.41043], [313.08905, 371.15118]]
 )  # fmt: skip
-CROP_BORDER_BGR = (135, 133, 132)  # grey, as facexlib's align_warp_face
+CROP_BORDER_BGR = (135, 133, 132)  # gray, as in facexlib's align_warp_face
 
-# BiSeNet's labels that become white: background, ears, ear rings, neck, necklace, cloth, hat
+# BiSeNet's labels that become white: background, ears, earrings, neck, necklace, cloth, hat
 # (pulid/pipeline_v1_1.py, `bg_label`, 1aa2fc7).
 WHITE_LABELS = (0, 7, 8, 9, 14, 15, 16, 18)
 
@@ -37,8 +37,8 @@ VISION_SIZE = 336
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # eva_clip/constants.py, OPENAI_DATASET_MEAN, 1aa2fc7
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)  # OPENAI_DATASET_STD
 
-SAME_FACE_IOU = 0.3  # boxes of two detectors around one face overlap by 0.6 and more, those of neighbours hardly
-SMALL_FACE = 80  # pixels; a narrower face is enlarged even for the recogniser's 112 x 112 crop
+SAME_FACE_IOU = 0.3  # two detectors' boxes of one face overlap by 0.6 or more, those of neighbors hardly
+SMALL_FACE = 80  # pixels; a narrower face is enlarged even for the recognizer's 112 x 112 crop
 
 # order -> (the first of it, how the others are counted)
 _ORDERS = {
@@ -48,7 +48,7 @@ _ORDERS = {
     "right-to-left": ("the rightmost", "from right to left"),
     "top-to-bottom": ("the topmost", "from top to bottom"),
     "bottom-to-top": ("the lowest", "from bottom to top"),
-    "center": ("the most central", "from the centre outwards"),
+    "center": ("the most central", "from the center outward"),
 }
 FACE_ORDERS = tuple(_ORDERS)
 
@@ -58,7 +58,7 @@ class Detection:
     """A face in an image.
 
     box: [4] float32, x0 y0 x1 y1 in pixels; may reach beyond the image.
-    landmarks: [5, 2] float32, x y in pixels: the eye on the picture's left, the one on its right, nose, left and right
+    landmarks: [5, 2] float32, x y in pixels: the eyes on the image's left and right, the nose, the left and right
         corner of the mouth.
     score: 0..1.
     """
@@ -70,16 +70,16 @@ class Detection:
 
 @dataclass(frozen=True)
 class FaceChoice:
-    """Which face of several: the `index`-th (0-based) in this order. The official choice is the largest."""
+    """Chooses one of several faces: the `index`-th (0-based) in this order. The official choice is the largest."""
 
     order: str = "largest"
     index: int = 0
 
     def __post_init__(self) -> None:
         if self.order not in _ORDERS:
-            raise SettingError(f"Face order {self.order!r} is unknown; it is one of {', '.join(_ORDERS)}.")
+            raise SettingError(f"Face order {self.order!r} is unknown; use one of {', '.join(_ORDERS)}.")
         if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
-            raise SettingError(f"The face's index is a whole number from 0 on, not {self.index!r}.")
+            raise SettingError(f"The face index has to be a whole number, 0 or more, not {self.index!r}.")
 
 
 LARGEST = FaceChoice()
@@ -89,11 +89,11 @@ LARGEST = FaceChoice()
 class Face:
     """One face, as the encoders need it.
 
-    detection: in pixels of the photo after resize_long_edge; so are all of `detections`, what was chosen from.
-    embedding: [512] float32, the recogniser's raw output, not normalised.
+    detection: in pixels of the photo after resize_long_edge, like `detections`, the candidates.
+    embedding: [512] float32, the recognizer's raw output, not normalized.
     aligned: uint8 RGB [512, 512, 3], 0..255.
-    features: [1, 3, 512, 512] float32 RGB, 0..1: the face in grey on white.
-    notes: what the user should know of, in plain words; empty when all went well.
+    features: [1, 3, 512, 512] float32 RGB, 0..1: the face in gray on white.
+    notes: what the user should know; empty if all went well.
     """
 
     detection: Detection
@@ -106,34 +106,34 @@ class Face:
 
 
 class Detector(Protocol):
-    """Finds all faces of an image, uint8 BGR [H, W, 3]; an empty list where there is none."""
+    """Finds all faces of an image, uint8 BGR [H, W, 3]; returns an empty list if there is none."""
 
     def detect(self, image_bgr: np.ndarray) -> list[Detection]: ...
 
 
 class Recogniser(Protocol):
-    """Gives a person's embedding, [512] float32, not normalised."""
+    """Computes a person's embedding, [512] float32, not normalized."""
 
     def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
-        """From the whole image, uint8 BGR [H, W, 3], by the detection's landmarks."""
+        """Embeds a face of an image, uint8 BGR [H, W, 3], aligned by the detection's landmarks."""
         ...
 
     def embed_crop(self, aligned_bgr: np.ndarray) -> np.ndarray:
-        """From the aligned crop, uint8 BGR [512, 512, 3]."""
+        """Embeds the aligned crop, uint8 BGR [512, 512, 3]."""
         ...
 
 
 class Parser(Protocol):
-    """Labels each pixel of an aligned crop, uint8 RGB [512, 512, 3], by BiSeNet's 19 classes: ints [512, 512]."""
+    """Labels each pixel of an aligned crop, uint8 RGB [512, 512, 3], with BiSeNet's 19 classes: ints [512, 512]."""
 
     def labels(self, aligned_rgb: np.ndarray) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class FaceModels:
-    """What read_face works with. Without a landmarker, crops are aligned by the detector's own landmarks.
+    """The models that read_face uses. Without a landmarker, crops are aligned by the detector's landmarks.
 
-    notes: what the user should know of the models, in plain words; they are told with each face.
+    notes: what the user should know about the models; repeated with each face.
     """
 
     detector: Detector
@@ -144,18 +144,19 @@ class FaceModels:
 
 
 def read_face(image: np.ndarray, models: FaceModels, choice: FaceChoice = LARGEST, name: str = "image") -> Face:
-    """Read one person's face from a photo, uint8 RGB [H, W, 3], 0..255.
+    """Reads one person's face from a photo, uint8 RGB [H, W, 3], 0..255.
 
-    Raises NoFaceError, calling the photo `name`, where there is none, or none of that index.
+    Raises:
+        NoFaceError: there is no face, or none with this index; the message calls the photo `name`.
     """
-    # The official app reduces to 1024 before anything else (app_v1_1.py, 1aa2fc7).
+    # The official app first shrinks to 1024 (app_v1_1.py, 1aa2fc7).
     bgr = np.ascontiguousarray(resize_long_edge(image)[:, :, ::-1])
     found = models.detector.detect(bgr)
     marked = models.landmarker.detect(bgr) if models.landmarker is not None else []
     candidates = found or marked
     if not candidates:
         raise NoFaceError(
-            f"{name}: no face was found. Use a photo in which the face is upright, uncovered and larger; "
+            f"{name}: no face was found. Use a photo with an upright, uncovered and larger face; "
             "crop it so that the face fills about a third."
         )
     chosen = _choose(candidates, choice, bgr.shape[:2], name)
@@ -165,16 +166,16 @@ def read_face(image: np.ndarray, models: FaceModels, choice: FaceChoice = LARGES
     if found and models.landmarker is not None:
         same = _same_face(chosen, found, marked)
         if same is None:
-            notes.append("RetinaFace did not find this face; it was aligned by the detector's own landmarks")
+            notes.append("RetinaFace did not find this face; it was aligned by the detector's landmarks")
         else:
             landmarks = same.landmarks
     aligned_bgr = align(bgr, landmarks, name)
     if found:
         embedding = models.recogniser.embed(bgr, chosen)
     else:
-        # As the official code does when insightface finds nothing.
+        # As in the official code if insightface finds nothing.
         embedding = models.recogniser.embed_crop(aligned_bgr)
-        notes.append("the face was found only by RetinaFace; its embedding was taken from the aligned crop")
+        notes.append("only RetinaFace found the face; its embedding was computed from the aligned crop")
 
     aligned = np.ascontiguousarray(aligned_bgr[:, :, ::-1])
     return Face(
@@ -189,25 +190,27 @@ def read_face(image: np.ndarray, models: FaceModels, choice: FaceChoice = LARGES
 
 
 def align(image_bgr: np.ndarray, landmarks: np.ndarray, name: str = "image") -> np.ndarray:
-    """The aligned crop, uint8 BGR [512, 512, 3], of an image, uint8 BGR [H, W, 3], by landmarks [5, 2] in pixels.
+    """Aligns a face of an image, uint8 BGR [H, W, 3], by landmarks [5, 2] in pixels: uint8 BGR [512, 512, 3].
 
-    The calls are those of FaceRestoreHelper.align_warp_face (facexlib 0.3.0, utils/face_restoration_helper.py).
+    Makes the same calls as FaceRestoreHelper.align_warp_face (facexlib 0.3.0, utils/face_restoration_helper.py).
     """
     import cv2
 
     matrix = cv2.estimateAffinePartial2D(landmarks, CROP_LANDMARKS, method=cv2.LMEDS)[0]
     if matrix is None:
-        raise NoFaceError(f"{name}: a face was found, but its eyes, nose and mouth could not be told apart.")
+        raise NoFaceError(
+            f"{name}: a face was found, but it cannot be aligned by its eyes, nose and mouth. Use another photo."
+        )
     return cv2.warpAffine(
         image_bgr, matrix, (CROP_SIZE, CROP_SIZE), borderMode=cv2.BORDER_CONSTANT, borderValue=CROP_BORDER_BGR
     )
 
 
 def face_features(aligned: np.ndarray, labels: np.ndarray) -> Tensor:
-    """The face in grey on white, [1, 3, 512, 512] float32 RGB, 0..1.
+    """Turns a crop, uint8 RGB [512, 512, 3], with labels, ints [512, 512], into the face in gray on white.
 
-    From the crop, uint8 RGB [512, 512, 3], and its labels, ints [512, 512]. pulid/pipeline_v1_1.py, `to_gray` and
-    `face_features_image`, 1aa2fc7; leaving this out costs 1.5e-2 of embedding error.
+    Returns [1, 3, 512, 512] float32 RGB, 0..1. pulid/pipeline_v1_1.py, `to_gray` and `face_features_image`, 1aa2fc7;
+    skipping this causes an embedding error of 1.5e-2.
     """
     import torch
 
@@ -218,10 +221,10 @@ def face_features(aligned: np.ndarray, labels: np.ndarray) -> Tensor:
 
 
 def vision_input(features: Tensor) -> Tensor:
-    """features [1, 3, 512, 512], RGB, 0..1 -> the vision tower's input [1, 3, 336, 336], CLIP mean and std.
+    """Converts features [1, 3, 512, 512], RGB, 0..1, to the vision tower's input [1, 3, 336, 336], CLIP mean and std.
 
-    pulid/pipeline_v1_1.py, 1aa2fc7, leaves antialiasing to torchvision, whose default changed with 0.17; it is spelled
-    out here (the newer default), so that every host gives the same.
+    pulid/pipeline_v1_1.py, 1aa2fc7, uses torchvision's default for antialiasing, which changed with 0.17. Here it is
+    explicit (the newer default), so that every host gets the same result.
     """
     import torch
 
@@ -231,14 +234,14 @@ def vision_input(features: Tensor) -> Tensor:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3], 0..255 -> float32 [1, 3, H, W], 0..1."""
+    """Converts uint8 [H, W, 3], 0..255, to float32 [1, 3, H, W], 0..1."""
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).unsqueeze(0).float() / 255.0
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """images [B, 3, H, W] -> [B, 3, H, W], each channel less its mean, divided by its std."""
+    """Normalizes the channels of images [B, 3, H, W] by mean and std."""
     import torch
 
     shift = torch.tensor(mean, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
@@ -247,7 +250,7 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 def order_faces(faces: list[Detection], order: str, size: tuple[int, int]) -> list[Detection]:
-    """Sort the faces of an image of this size (height, width) by one of FACE_ORDERS."""
+    """Sorts the faces of an image of this size (height, width) by one of FACE_ORDERS."""
     boxes = np.stack([face.box for face in faces])
     centre_x, centre_y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
     height, width = size
@@ -258,22 +261,22 @@ def order_faces(faces: list[Detection], order: str, size: tuple[int, int]) -> li
         "right-to-left": -centre_x,
         "top-to-bottom": centre_y,
         "bottom-to-top": -centre_y,
-        "center": np.hypot(centre_x - width / 2, centre_y - height / 2),  # as facexlib's get_center_face
+        "center": np.hypot(centre_x - width / 2, centre_y - height / 2),  # as in facexlib's get_center_face
     }
     ranks = np.argsort(keys[order], kind="stable")
     if order == "largest":
-        # Reversed, not negated: of equally large faces the official code takes the last, `sorted(...)[-1]`.
+        # Reversed, not negated: among equally large faces the official code takes the last, `sorted(...)[-1]`.
         ranks = ranks[::-1]
     return [faces[i] for i in ranks]
 
 
 def box_areas(boxes: np.ndarray) -> np.ndarray:
-    """boxes [N, 4] -> areas [N]."""
+    """Computes the areas [N] of boxes [N, 4]."""
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def box_overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Intersection over union of a box [4] with boxes [N, 4]: [N]."""
+    """Computes the intersection over union of a box [4] with boxes [N, 4]: [N]."""
     inner = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
     shared = inner.clip(min=0).prod(axis=1)
     union = box_areas(box[None])[0] + box_areas(boxes) - shared
@@ -283,17 +286,17 @@ def box_overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 def _choose(faces: list[Detection], choice: FaceChoice, size: tuple[int, int], name: str) -> Detection:
     if choice.index >= len(faces):
         found = "only one face was found" if len(faces) == 1 else f"only {len(faces)} faces were found"
-        raise NoFaceError(f"{name}: face number {choice.index + 1} was asked for, but {found}.")
+        raise NoFaceError(f"{name}: face number {choice.index + 1} was requested, but {found}.")
     return order_faces(faces, choice.order, size)[choice.index]
 
 
 def _same_face(chosen: Detection, found: list[Detection], marked: list[Detection]) -> Detection | None:
-    """The landmarker's detection (of `marked`) of the face that was chosen from `found`; None if it has none."""
+    """Returns the landmarker's detection (in `marked`) of the face chosen from `found`; None if there is none."""
     if not marked:
         return None
     overlaps = box_overlaps(chosen.box, np.stack([face.box for face in marked]))
     best = int(overlaps.argmax())
-    # Heads may overlap: what fits another of the detector's faces better is that person, not this one.
+    # Heads may overlap: a better match for another of the detector's faces is that person, not this one.
     rivals = box_overlaps(marked[best].box, np.stack([face.box for face in found]))
     if overlaps[best] < SAME_FACE_IOU or found[int(rivals.argmax())] is not chosen:
         return None
@@ -305,7 +308,7 @@ def _choice_notes(faces: list[Detection], chosen: Detection, choice: FaceChoice)
     if len(faces) > 1:
         first, counted = _ORDERS[choice.order]
         which = first if choice.index == 0 else f"number {choice.index + 1}, counted {counted},"
-        notes.append(f"{len(faces)} faces found; {which} was taken")
+        notes.append(f"{len(faces)} faces found; {which} was used")
     side = min(chosen.box[2] - chosen.box[0], chosen.box[3] - chosen.box[1])
     if side < SMALL_FACE:
         notes.append(f"the face is small ({side:.0f} px); a larger one gives a better likeness")

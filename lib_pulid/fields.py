@@ -1,8 +1,8 @@
-"""The one table of a unit's fields, and the checks of their values.
+"""Defines a unit's fields in one table, `FIELDS`, and checks their values.
 
-The table `FIELDS` feeds everything that reads or writes settings: the API's dicts, the positional list of the WebUI,
-the widgets, the X/Y/Z axes, the parameters in the picture, and `/pulid/schema`. All values are plain JSON. They are
-checked once, here; an error names the unit and the field.
+Everything that reads or writes settings uses the table: the API's dicts, the WebUI's positional list, the widgets, the
+X/Y/Z axes, the infotext, and `/pulid/schema`. All values are plain JSON. They are checked here, once; an error names
+unit and field.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from lib_pulid.attention import PROJECTIONS
 from lib_pulid.errors import SettingError
 from lib_pulid.faces import FACE_ORDERS
+from lib_pulid.files.catalog import FAMILIES
 from lib_pulid.identity import FUSIONS
 from lib_pulid.injection import MOST
 from lib_pulid.names import NOBODY as NONE
@@ -27,19 +28,17 @@ AUTO = "auto"
 CUSTOM = "custom"
 HIRES_PASSES = ("both", "first", "second")
 
-# Bounds of one request, so that no slip or stranger keeps a machine busy for hours.
+# Limits of one request, so that neither a typo nor a stranger can keep a machine busy for hours.
 MOST_UNITS = 10
-MOST_PHOTOS = 50  # of one person; beyond a handful they add nothing
-LONGEST_TEXT = 255  # of a name; file names are no longer
+MOST_PHOTOS = 50  # per person; more than a handful add nothing
+LONGEST_TEXT = 255  # of a name, as of a file name
 
-FAMILIES = ("sdxl", "flux")
-
-# The strength where none is given: that of the official demos.
+# Default weight, as in the official demos.
 WEIGHTS: Mapping[str, float] = {"sdxl": 0.8, "flux": 1.0}
 
-# The official settings, commit 1aa2fc7, by the family that they are for; a name stands in one family only. SDXL:
-# fidelity and style of app.py (PuLID v1), v1.1 of app_v1_1.py; neutral is the plain residual, nothing kept apart.
-# FLUX: docs/pulid_for_flux.md, "4" for realistic pictures and "0-1" for stylised ones.
+# The official settings (commit 1aa2fc7) by model family; a name belongs to one family only. SDXL: fidelity and style
+# from app.py (PuLID v1), v1.1 from app_v1_1.py; neutral is the plain residual without orthogonal projection.
+# FLUX: docs/pulid_for_flux.md, "4" for realistic images and "0-1" for stylized ones.
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "sdxl": {
         "v1.1": {"projection": "ortho_v2", "num_zero": 20},
@@ -47,22 +46,23 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "style": {"projection": "ortho", "num_zero": 16},
         "neutral": {"projection": "none", "num_zero": 0},
     },
-    "flux": {"realistic": {"start_step": 4}, "stylised": {"start_step": 0}},
+    "flux": {"realistic": {"start_step": 4}, "stylized": {"start_step": 0}},
 }
 PRESET_TIPS: Mapping[str, str] = {
-    "sdxl": "v1.1 for PuLID v1.1; for v1 fidelity (likeness) or style; neutral keeps nothing apart.",
-    "flux": "realistic lets the face begin at step 4, stylised at once.",
+    "sdxl": "v1.1: for PuLID v1.1. fidelity, style: for PuLID v1. neutral: no orthogonal projection.",
+    "flux": "realistic: starts at step 4. stylized: starts at step 0.",
 }
+OLD_CHOICES: Mapping[str, str] = {"stylised": "stylized"}  # still accepted: images and scripts have them
 PRESET_FAMILY = {name: family for family, presets in PRESETS.items() for name in presets}
 
 
 def preset_values(name: str) -> Mapping[str, Any]:
-    """The fields that a preset sets; none for "auto" and "custom"."""
+    """Returns the fields that a preset sets; none for "auto" and "custom"."""
     return PRESETS[PRESET_FAMILY[name]][name] if name in PRESET_FAMILY else {}
 
 
 def preset_name(family: str, values: Mapping[str, Any]) -> str:
-    """What these settings are called in a family, or "custom"."""
+    """Returns the name of the preset with these settings in a family, or "custom"."""
     fits = (n for n, preset in PRESETS[family].items() if all(values[key] == preset[key] for key in preset))
     return next(fits, CUSTOM)
 
@@ -72,13 +72,13 @@ class Field:
     """One setting.
 
     Args:
-        name: as in the API. label, tip: for people.
+        name: as in the API. label, tip: as in the page.
         kind: "bool", "int", "float", "choice", "text", "images" or "image".
-        minimum, maximum, step: of numbers. choices: of kind "choice".
-        advanced: whether the accordion keeps it behind "Advanced".
-        pasted: whether it stands in the picture's parameters.
-        family: the only one that it means something to, or "".
-        shown: what the widget begins with, where the default depends on the family.
+        minimum, maximum, step: for numbers. choices: for kind "choice".
+        advanced: whether it is under "Advanced" in the accordion.
+        pasted: whether it is in the infotext.
+        family: the only model family that it applies to, or "".
+        shown: the widget's initial value if the default depends on the family.
     """
 
     name: str
@@ -97,43 +97,41 @@ class Field:
 
 
 FIELDS = (
-    Field("enabled", "Use this person", "bool", True, "Off: this tab is left out.", pasted=False),
+    Field("enabled", "Use this person", "bool", True, "Off: this tab is ignored.", pasted=False),
     Field("images", "Photos", "images", (), "Photos of one person, as base64 or data URIs; the best one first.",
           pasted=False),
     Field("identity", "Saved identity", "text", "", "Name or short hash of a saved identity, used instead of photos."),
-    Field("model", "PuLID model", "text", AUTO, "auto takes the PuLID file that fits the checkpoint."),
-    Field("weight", "Weight", "float", None, "How strong the face is; 0 changes nothing. Official, and taken where "
-          "nothing is given: SDXL 0.8, FLUX 1.", 0, MOST["weight"], 0.05, shown=WEIGHTS["sdxl"]),
+    Field("model", "PuLID model", "text", AUTO, "auto picks the PuLID file that fits the checkpoint."),
+    Field("weight", "Weight", "float", None, "Likeness strength; 0 disables it. Default: 0.8 (SDXL), 1.0 (FLUX).",
+          0, MOST["weight"], 0.05, shown=WEIGHTS["sdxl"]),
     Field("preset", "Preset", "choice", AUTO, " ".join(f"{f.upper()}: {PRESET_TIPS[f]}" for f in FAMILIES),
           choices=(AUTO, *PRESET_FAMILY, CUSTOM), shown="v1.1"),
-    Field("projection", "Projection", "choice", "ortho_v2", "How the face is kept apart from the prompt; SDXL.",
+    Field("projection", "Projection", "choice", "ortho_v2", "How the identity is decoupled from the prompt (SDXL).",
           choices=PROJECTIONS, advanced=True, family="sdxl"),
-    Field("num_zero", "Zero tokens", "int", 20, "More leave more to the prompt, fewer give more likeness; SDXL.",
+    Field("num_zero", "Zero tokens", "int", 20, "More: closer to the prompt. Fewer: closer to the photo (SDXL).",
           0, MOST["num_zero"], 1, advanced=True, family="sdxl"),
-    Field("start", "Start", "float", 0.0, "Share of the steps before the face begins to act.", 0, 1, 0.01,
-          advanced=True),
-    Field("end", "End", "float", 1.0, "Share of the steps after which the face no longer acts.", 0, 1, 0.01,
-          advanced=True),
-    Field("start_step", "Start step", "int", 0, "The first step in which the face acts. Official: 4 for realistic "
-          "pictures, 0 to 1 for stylised ones; earlier gives more likeness, later more to the prompt.", 0,
+    Field("start", "Start", "float", 0.0, "Start after this fraction of the steps.", 0, 1, 0.01, advanced=True),
+    Field("end", "End", "float", 1.0, "Stop after this fraction of the steps.", 0, 1, 0.01, advanced=True),
+    Field("start_step", "Start step", "int", 0, "First step with the identity (FLUX). Official: 4 for realistic "
+          "images, 0 to 1 for stylized ones. Earlier: closer to the photo. Later: closer to the prompt.", 0,
           MOST["start_step"], 1, advanced=True, family="flux"),
-    Field("cfg_start_step", "True CFG from step", "int", 0, "With a CFG above 1, the steps before this one run "
-          "without the negative prompt. 0: all have it. Official: 1.", 0, 20, 1, advanced=True, family="flux"),
-    Field("face_order", "Face in the photo", "choice", "largest", "How faces are counted if a photo has several.",
+    Field("cfg_start_step", "True CFG from step", "int", 0, "With a CFG above 1, the steps before this one ignore the "
+          "negative prompt (FLUX). 0: every step uses it. Official: 1.", 0, 20, 1, advanced=True, family="flux"),
+    Field("face_order", "Face in the photo", "choice", "largest", "How faces are ordered if a photo has several.",
           choices=FACE_ORDERS, advanced=True),
     Field("face_index", "Face number", "int", 0, "0 is the first in that order, 1 the next.", 0, 50, 1, advanced=True),
-    Field("fusion", "Several photos", "choice", "official", "How they become one face: official; id_mix mixes persons "
-          "(PuLID v1); average is the mean of each photo's own tokens.", choices=FUSIONS, advanced=True),
-    Field("mask", "Region", "image", "", "Where the face may act: white yes, black no. Empty: everywhere.",
+    Field("fusion", "Several photos", "choice", "official", "How several photos become one identity. id_mix: blends "
+          "people (PuLID v1). average: the mean of each photo's own tokens.", choices=FUSIONS, advanced=True),
+    Field("mask", "Mask", "image", "", "Where the face may appear: white yes, black no. Empty: everywhere.",
           advanced=True, pasted=False),
-    Field("hires", "Hires fix passes", "choice", "both", "In which passes of hires fix the face acts.",
+    Field("hires", "Hires fix passes", "choice", "both", "Which passes of hires fix use the face.",
           choices=HIRES_PASSES, advanced=True),
 )  # fmt: skip
 FIELD = {field.name: field for field in FIELDS}
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a unit's dict."""
+    """Returns the JSON schema of a unit's dict."""
     kinds = {"bool": "boolean", "int": "integer", "float": "number", "images": "array"}
     properties = {}
     for field in FIELDS:
@@ -148,7 +146,7 @@ def schema() -> dict[str, Any]:
         entry["items"] = {"type": "string"} if field.kind == "images" else None
         entry["family"] = field.family or None
         given = {key: value for key, value in entry.items() if value is not None}
-        properties[field.name] = {**given, "type": [entry["type"], "null"], "default": default}  # null: as left out
+        properties[field.name] = {**given, "type": [entry["type"], "null"], "default": default}  # null: the default
     return {"title": "PuLID unit", "type": "object", "additionalProperties": False, "properties": properties}
 
 
@@ -156,7 +154,11 @@ def schema() -> dict[str, Any]:
 
 
 def check(field: Field, value: Any, number: int) -> Any:
-    """The value in its own type, or SettingError. None stays where it is the default."""
+    """Returns a field's value in its own type; None stays None if that is the default.
+
+    Raises:
+        SettingError: the value is wrong; the message names unit and field.
+    """
     if value is None and field.default is None:
         return None
     try:
@@ -167,7 +169,7 @@ def check(field: Field, value: Any, number: int) -> Any:
 
 def _bool(field: Field, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{show(value)} is neither true nor false.")
+        raise ValueError(f"{show(value)} is neither true nor false; send one of them.")
     return value
 
 
@@ -176,7 +178,7 @@ def _float(field: Field, value: Any) -> float:
     if not is_number or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{show(value)} is not a number.")
     if not field.minimum <= value <= field.maximum:  # before float(), which fails on a whole number of 400 digits
-        raise ValueError(f"{show(value)} is not in {field.minimum:g}..{field.maximum:g}.")
+        raise ValueError(f"{show(value)} is out of range; use {field.minimum:g} to {field.maximum:g}.")
     return float(value)
 
 
@@ -188,6 +190,7 @@ def _int(field: Field, value: Any) -> int:
 
 
 def _choice(field: Field, value: Any) -> str:
+    value = OLD_CHOICES.get(value, value) if isinstance(value, str) else value
     if not isinstance(value, str) or value not in field.choices:
         raise ValueError(f"{show(value)} is not one of {', '.join(field.choices)}.")
     return value
@@ -197,11 +200,11 @@ def _text(field: Field, value: Any) -> str:
     if value is None:
         return field.default
     if not isinstance(value, str):
-        raise ValueError(f"{show(value)} is not a text.")
+        raise ValueError(f"{show(value)} is not text; send a string.")
     value = value.strip()
-    # Cc, Cs: control characters, and halves of characters, which no answer could be written with.
+    # Cc, Cs: control characters, and lone surrogates, which no response could be encoded with.
     if len(value) > LONGEST_TEXT or any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise ValueError(f"{show(value)} is too long for a name, or has characters that cannot be shown.")
+        raise ValueError(f"{show(value)} is too long for a name, or contains control characters.")
     return field.default if value in ("", NONE) else value
 
 
@@ -209,29 +212,29 @@ def _image(field: Field, value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{show(value)} is not an image; base64 text is.")
+        raise ValueError(f"{show(value)} is not an image; send base64 text.")
     return value.strip()
 
 
 def _images(field: Field, value: Any) -> tuple[str, ...]:
-    """A list; or text: one image, or a list in JSON, as the accordion's hidden field has it."""
+    """Reads a list; or text: one image, or a JSON list, as in the accordion's hidden field."""
     if isinstance(value, str):
         if value.lstrip().startswith("["):
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
-                raise ValueError("the list of images is not JSON.") from None
+                raise ValueError("the list of images is not valid JSON.") from None
         else:
             value = [value] if value.strip() else []
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{show(value)} is not a list of images (base64 texts).")
+        raise ValueError(f"{show(value)} is not a list of images; send a list of base64 strings.")
     if len(value) > MOST_PHOTOS:
-        raise ValueError(f"{len(value)} photos are too many; give the best ones, {MOST_PHOTOS} at most.")
+        raise ValueError(f"{len(value)} photos are too many; send the best ones, {MOST_PHOTOS} at most.")
     for image in value:
         if not isinstance(image, str) or not image.strip():
-            raise ValueError(f"{show(image)} in the list is not an image; base64 text is.")
+            raise ValueError(f"{show(image)} in the list is not an image; send base64 text.")
     return tuple(image.strip() for image in value)
 
 
@@ -241,6 +244,7 @@ _CHECKS = {
 
 
 def field_named(name: Any, number: int) -> Field:
+    """Returns the field of this name, or raises SettingError with the nearest one."""
     if isinstance(name, str) and name in FIELD:
         return FIELD[name]
     text = spelled(name)
@@ -250,21 +254,21 @@ def field_named(name: Any, number: int) -> Field:
 
 
 def spelled(name: Any) -> str:
-    """A field's name as it was given; anything may have been."""
+    """Returns a field's name as it was given, whatever it is."""
     return name[:40] if isinstance(name, str) and name[:40].isprintable() else show(name)
 
 
 def place(number: int, field: str) -> str:
-    """How a message begins. number: of the unit, 0 where there is none."""
+    """Returns the beginning of a message. number: of the unit, 0 if there is none."""
     return f"PuLID unit {number}, field {field}: " if number else f"PuLID, field {field}: "
 
 
 def show(value: Any) -> str:
-    """Any value in at most 40 characters, whatever its depth and length: they come from strangers."""
+    """Formats any value in at most 40 characters: it comes from a stranger, and may be deep or long."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother = 2, 40, 40
     try:
         text = short.repr(value)
-    except ValueError:  # a whole number of more digits than Python writes out
+    except ValueError:  # an integer with more digits than Python formats
         text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
     return text if len(text) <= 40 else text[:37] + "..."

@@ -1,7 +1,7 @@
 """Counts what PyTorch code would cost on a GPU, without one: kernels, stalls and bytes moved.
 
-The code runs on fake CUDA tensors, which have a shape and no memory. Every operation that is not a view counts as one
-kernel that reads its inputs and writes its outputs once; caches are left out. Fused attention is one kernel.
+The code runs on fake CUDA tensors, which have a shape but no memory. Every operation except views counts as one
+kernel that reads its inputs and writes its outputs once; caches are ignored. Fused attention is one kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Operations that start no kernel, beside views: they hand out memory or tell something of a tensor.
+# Operations besides views that start no kernel: they allocate memory or query a tensor.
 _FREE = {
     "empty",
     "empty_like",
@@ -29,7 +29,7 @@ _FREE = {
     "device",
     "lift_fresh",
 }
-_WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_"}  # of their first argument
+_WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_"}  # their first argument
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ def count(make: Callable[[], Callable[[], Any]]) -> Cost:
     """Counts one call of the function that `make` returns.
 
     Args:
-        make: builds what is needed (tensors on "cuda" are fake here) and is not counted itself.
+        make: builds the inputs (tensors on "cuda" are fake here); not counted.
 
     Raises:
-        DataDependentOutputException: the code asks for a number (`item`), and so waits for all that was started.
+        DataDependentOutputException: the code reads a number (`item`), and so waits for the GPU.
     """
     with fake_gpu():
         function = make()
@@ -68,13 +68,13 @@ def count(make: Callable[[], Callable[[], Any]]) -> Cost:
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Makes all tensors that are made inside fake, on whatever device."""
+    """Makes all tensors created inside fake, on any device."""
     with torch.no_grad(), FakeTensorMode():
         yield
 
 
 def nbytes(tensor: Tensor) -> int:
-    """Bytes that reading a tensor moves: what is repeated by `expand` is there once."""
+    """Computes the bytes that reading a tensor moves; elements repeated by `expand` count once."""
     size = tensor.element_size()
     for length, stride in zip(tensor.shape, tensor.stride()):
         size *= length if stride else min(length, 1)
@@ -102,12 +102,12 @@ class _Counter(TorchDispatchMode):
             return result
         self.add(1, [*_read(func, name, args, kwargs or {}), *made])
         if name == "baddbmm" or (name == "addmm" and args[0].ndim > 1):
-            self.add(1, [*made, *made])  # cuBLAS adds in place only: the first argument is copied there before
+            self.add(1, [*made, *made])  # cuBLAS only adds in place: the first argument is copied there first
         return result
 
 
 class _FusedAttention(TorchFunctionMode):
-    """PyTorch would look for a GPU to choose a kernel for."""
+    """Replaces fused attention, for which PyTorch would look for a GPU."""
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def _read(func: Any, name: str, args: tuple, kwargs: dict) -> Iterator[Tensor]:
-    """What an operation reads: all tensors that it is given, but those that it only writes to."""
+    """Yields what an operation reads: all its tensors except those that it only writes to."""
     if name.startswith("new_") or name.endswith("_like"):
         return
     for position, argument in enumerate(func._schema.arguments):

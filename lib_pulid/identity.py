@@ -1,4 +1,4 @@
-"""Faces -> Identity: the tokens that a denoiser is shown instead of a photo.
+"""Encodes faces as an Identity: the tokens that a denoiser attends to in place of a photo.
 
     Face --vision tower--> FaceFeatures --identity encoder--> Identity
 
@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lib_pulid import __version__, disk, pulidembd
+from lib_pulid import __version__, disk
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import IdentityMismatchError, SettingError, WrongWeightsError
-from lib_pulid.weight_files import read_safetensors
+from lib_pulid.files import pulidembd
+from lib_pulid.files.state_dict import read_safetensors
 from lib_pulid.weights import Adapter
 
 if TYPE_CHECKING:
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
 FUSIONS = ("official", "id_mix", "average")
 FILE_FORMAT = "sd-webui-pulid identity"
 FILE_VERSION = "1"
-VISION_BATCH = 4  # faces; each needs some 50 MB while the tower runs
-LARGEST_FILE = 100_000_000  # bytes; a photo makes 0.5 MB
+VISION_BATCH = 4  # faces; each needs about 50 MB while the tower runs
+LARGEST_FILE = 100_000_000  # bytes; the identity of one photo takes 0.5 MB
 HIDDEN_TOKENS = 577  # of the vision tower: 24 x 24 patches and the class token
-# What is known of the person in a `.pulidembd`.
+# `Identity.info` of a `.pulidembd`.
 _FOREIGN = {"format": FILE_FORMAT, "version": FILE_VERSION, "adapter": "PuLID for FLUX", "made_by": pulidembd.SUFFIX}
 
 
@@ -47,12 +48,12 @@ _FOREIGN = {"format": FILE_FORMAT, "version": FILE_VERSION, "adapter": "PuLID fo
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """One person, as an adapter's encoder says it.
+    """One person, as encoded by an adapter.
 
     Args:
         cond: [1, N, D] float32, tokens for conditional rows (N 10 per photo in v1, 32 in v1.1 and FLUX; D 2048).
         uncond: [1, N, D], for unconditional rows: the encoder run on zeros. None leaves those rows untouched.
-        info: what made it, all text: "adapter", "encoder" (its fingerprint), "photos", "fusion", "made_by", "name".
+        info: its origin, all text: "adapter", "encoder" (its fingerprint), "photos", "fusion", "made_by", "name".
         thumbnail: uint8 RGB [h, w, 3], the aligned face, for lists; or None.
     """
 
@@ -64,26 +65,26 @@ class Identity:
     def __post_init__(self) -> None:
         for name, tokens in (("cond", self.cond), ("uncond", self.uncond)):
             if tokens is not None and (tokens.ndim != 3 or tokens.shape[0] != 1):
-                raise SettingError(f"Identity.{name} has shape {tuple(tokens.shape)}; it has to be [1, N, D]")
+                raise SettingError(f"Identity.{name} has shape {list(tokens.shape)}; it has to be [1, N, D]")
         if self.uncond is not None and self.uncond.shape != self.cond.shape:
-            raise SettingError("Identity.cond and Identity.uncond differ in shape")
+            raise SettingError("Identity.cond and Identity.uncond have different shapes")
 
     @property
     def family(self) -> str:
-        """ "sdxl" or "flux", of the PuLID file that made it; "" where that is not known."""
+        """The family of the PuLID file that made it, "sdxl" or "flux"; "" if it is not known."""
         family = self.info.get("adapter", "").rpartition(" for ")[2].lower()
         return family if family in ("sdxl", "flux") else ""
 
     @property
     def short_hash(self) -> str:
-        """Ten hex digits that name the tokens."""
+        """Ten hex digits of the tokens' hash."""
         return hashlib.sha256(self.cond.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()[:10]
 
     def save(self, path: str | Path, replace: bool = False) -> Path:
-        """Writes a safetensors file, or, where the name ends so, a `.pulidembd`. Returns its path; see `disk.write`.
+        """Writes a safetensors file, or a `.pulidembd` if the name ends so. Returns its path; see `disk.write`.
 
         Raises:
-            SettingError: there is such a file, and `replace` is not set. StorageError: it cannot be written.
+            SettingError: the file exists, and `replace` is not set. StorageError: it cannot be written.
         """
         if Path(path).suffix.lower() == pulidembd.SUFFIX:
             return disk.write(path, self._pulidembd(), replace=replace)
@@ -101,7 +102,10 @@ class Identity:
 
     def _pulidembd(self) -> bytes:
         if self.family not in ("", "flux"):
-            raise SettingError(f"{pulidembd.SUFFIX} is for FLUX; this identity was made with {self.info['adapter']}.")
+            raise SettingError(
+                f"{pulidembd.SUFFIX} is for FLUX, but this identity was made with {self.info['adapter']}. "
+                "Make it with a PuLID file for FLUX."
+            )
         return pulidembd.pack(self.cond[0].detach().cpu().float().numpy())
 
     @classmethod
@@ -109,32 +113,32 @@ class Identity:
         """Reads a file written by `save`, or stable-diffusion.cpp's `.pulidembd`.
 
         Raises:
-            IdentityMismatchError: it is missing, damaged, of a later version, or no saved identity.
+            IdentityMismatchError: it is missing, damaged, of a later version, or not a saved identity.
         """
         path = Path(path)
         tensors, info = _read(path)
         if info.pop("format", None) != FILE_FORMAT or "cond" not in tensors:
             raise IdentityMismatchError(f"{path.name} is not a saved identity.")
         if info.pop("version", None) != FILE_VERSION:
-            raise IdentityMismatchError(f"{path.name} was written by a later version of this program.")
+            raise IdentityMismatchError(f"{path.name} was written by a later version of sd-webui-pulid. Update it.")
         try:
             identity = cls(tensors["cond"], tensors.get("uncond"), info, _thumbnail(tensors.get("thumbnail")))
         except SettingError as error:
             raise IdentityMismatchError(f"{path.name} is damaged: {error}") from error
         for tokens in (identity.cond, identity.uncond):
             if tokens is not None and not (tokens.dtype == torch.float32 and torch.isfinite(tokens).all()):
-                raise IdentityMismatchError(f"{path.name} is damaged: its tokens are not numbers.")
+                raise IdentityMismatchError(f"{path.name} is damaged: its tokens contain NaN or infinity.")
         return identity
 
 
 def _thumbnail(tensor: Tensor | None) -> np.ndarray | None:
-    """A picture for lists; an identity is as good without one, so what is no uint8 RGB [h, w, 3] is left out."""
+    """Returns the thumbnail, or None if it is not uint8 RGB [h, w, 3]: an identity works without one."""
     fits = tensor is not None and tensor.dtype == torch.uint8 and tensor.ndim == 3 and tensor.shape[2] == 3
     return tensor.numpy() if fits and tensor.numel() else None  # type: ignore[union-attr]
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what processes that were killed while writing have left. A write takes no hour."""
+    """Removes temporary files of killed processes. No write takes an hour."""
     for left in disk.listed(folder):
         if left.match(".*.safetensors.*.tmp"):
             with contextlib.suppress(OSError):  # another process was faster
@@ -146,15 +150,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not disk.is_file(path):
         raise IdentityMismatchError(f"The saved identity {path.name} was not found in {path.parent}.")
     if disk.size_of(path) > LARGEST_FILE:
-        raise IdentityMismatchError(f"{path.name} is not a saved identity: it is too large for one.")
+        raise IdentityMismatchError(f"{path.name} is not a saved identity: it is too large.")
     try:
         with path.open("rb") as file:
             if file.read(4) == pulidembd.MAGIC:
                 return {"cond": torch.from_numpy(pulidembd.unpack(path.read_bytes()))[None]}, dict(_FOREIGN)
         return read_safetensors(path)
     except PermissionError as error:
-        raise IdentityMismatchError(f"{path.name} in {path.parent} may not be read; change its permissions.") from error
-    except Exception as error:  # whatever the reader raises, the file is at fault
+        raise IdentityMismatchError(f"{path.name} in {path.parent} cannot be read. Change its permissions.") from error
+    except Exception as error:  # any exception of the reader means a bad file
         raise IdentityMismatchError(f"{path.name} is not a saved identity, or is damaged ({error}).") from error
 
 
@@ -163,10 +167,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @dataclass(frozen=True, eq=False)
 class FaceFeatures:
-    """What the encoders are shown of one photo.
+    """The encoders' input from one photo.
 
     Args:
-        id_cond: [1, 1280], ArcFace (512, raw) and the vision tower's class token (768, L2-normalised).
+        id_cond: [1, 1280], ArcFace (512, raw) and the vision tower's class token (768, L2-normalized).
         vit_hidden: five tensors [1, 577, 1024].
     """
 
@@ -199,14 +203,14 @@ def encode_identity(
     info: Mapping[str, str] | None = None,
     thumbnail: np.ndarray | None = None,
 ) -> Identity:
-    """Makes one identity of one or several photos of a person, on the encoder's device.
+    """Encodes one or several photos of a person as one identity, on the encoder's device.
 
     Args:
         photos: the main photo first.
         fusion: "official": v1 keeps all tokens of the main photo and the first five of the others; v1.1
-            and FLUX encode all photos in one pass. "id_mix" (v1 only): all tokens of all photos, to mix two persons.
+            and FLUX encode all photos in one pass. "id_mix" (v1 only): all tokens of all photos, to blend two people.
             "average": the mean of each photo's own tokens, which is not the official way.
-        info, thumbnail: kept with the identity.
+        info, thumbnail: stored with the identity.
     """
     check_fusion(fusion, adapter)
     if not photos:
@@ -225,8 +229,8 @@ def encode_identity(
         cond, uncond = (torch.cat([one, *(t[:, :keep] for t in rest)], dim=1) for one, *rest in zip(first, *others))
     if not (torch.isfinite(cond).all() and torch.isfinite(uncond).all()):
         raise WrongWeightsError(
-            "A model that reads photos returned something that is no number: its file is damaged (vision tower, face "
-            f"recogniser or {adapter.path.name}). Delete and download it again."
+            "An encoder returned NaN or infinity, so its file is damaged: the vision tower, the face recognizer, or "
+            f"{adapter.path.name}. Delete it and download it again."
         )
     made = {"adapter": adapter.label, "encoder": adapter.fingerprint, "photos": str(len(photos)), "fusion": fusion}
     made["made_by"] = f"sd-webui-pulid {__version__}"
@@ -234,17 +238,17 @@ def encode_identity(
 
 
 def check_fusion(fusion: str, adapter: Adapter) -> None:
-    """Raises: SettingError: the adapter's version has no such fusion. Needs no photo, so it can be asked before."""
+    """Checks, before any photo is read, that the adapter's version supports a fusion. Raises: SettingError."""
     if fusion not in FUSIONS:
         raise SettingError(f"fusion is {fusion!r}; it has to be one of {', '.join(FUSIONS)}")
     if fusion == "id_mix" and not isinstance(adapter.encoder, IDEncoder):
-        raise SettingError(f"fusion id_mix exists in PuLID v1 only; the loaded file is {adapter.label}")
+        raise SettingError(f"fusion id_mix works with PuLID v1 only, but the loaded file is {adapter.label}")
 
 
 def _encode(adapter: Adapter, photo: FaceFeatures) -> tuple[Tensor, Tensor]:
-    """-> tokens of the photo and of nothing (zeros in the place of one photo), each [1, N, D]."""
+    """Encodes a photo, and zeros in place of one photo: cond and uncond tokens, each [1, N, D]."""
     cond = adapter.encoder(photo.id_cond, photo.vit_hidden)
-    one = photo.id_cond.shape[-2] if photo.id_cond.ndim == 3 else 1  # photos that were stacked
+    one = photo.id_cond.shape[-2] if photo.id_cond.ndim == 3 else 1  # number of stacked photos
     zeros = [torch.zeros_like(hidden[:, : hidden.shape[1] // one]) for hidden in photo.vit_hidden]
     uncond = adapter.encoder(torch.zeros_like(photo.id_cond.reshape(one, -1)[:1]), zeros)
     return cond, uncond
@@ -252,12 +256,12 @@ def _encode(adapter: Adapter, photo: FaceFeatures) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def with_uncond(identity: Identity, adapter: Adapter) -> Identity:
-    """Completes an identity that came in a `.pulidembd`, which has no uncond tokens: they are the encoder run on zeros,
-    whatever the photo was. Others are returned as they are."""
+    """Adds uncond tokens to an identity from a `.pulidembd`, which has none: the encoder run on zeros, the same for
+    every photo. Returns other identities unchanged."""
     if identity.uncond is not None or identity.info.get("made_by") != pulidembd.SUFFIX:
         return identity
     if not isinstance(adapter.encoder, IDFormer) or adapter.encoder.output_dim != identity.cond.shape[-1]:
-        return identity  # compile_injection says what does not fit
+        return identity  # compile_injection reports what does not fit
     like = next(adapter.encoder.parameters())
     id_width, hidden_width = (
         adapter.encoder.get_parameter(f"{name}.0.weight").shape[1] for name in ("id_embedding_mapping", "mapping_0")
@@ -268,7 +272,7 @@ def with_uncond(identity: Identity, adapter: Adapter) -> Identity:
 
 
 def _stacked(photos: Sequence[FaceFeatures]) -> FaceFeatures:
-    """Several photos as one: id_cond [1, n, 1280], hidden states [1, n * 577, 1024]."""
+    """Stacks several photos: id_cond [1, n, 1280], hidden states [1, n * 577, 1024]."""
     id_cond = torch.stack([photo.id_cond for photo in photos], dim=1)
     return FaceFeatures(id_cond, tuple(torch.cat(scale, dim=1) for scale in zip(*(p.vit_hidden for p in photos))))
 

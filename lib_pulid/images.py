@@ -1,4 +1,4 @@
-"""Photos in: whatever a user gives becomes uint8 RGB [H, W, 3], 0..255, upright and opaque."""
+"""Reads photos and masks of any kind: uint8 RGB [H, W, 3], 0..255, upright and opaque; masks as [H, W], 0..1."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
 ImageSource = Union[str, "os.PathLike[str]", bytes, "Image.Image", np.ndarray]
 
-# Checked before a pixel is decoded. Above PIL's warning (89 million), so that a 108 MP phone photo passes without one,
-# and below PIL's own error (179 million), which is reported the same way.
+# Checked before decoding. Above PIL's warning (89 million), so that a 108-megapixel phone photo passes without one, and
+# below PIL's own error (179 million), which is reported the same way.
 MAX_PIXELS = 150_000_000
-MAX_BYTES = 3 * MAX_PIXELS  # of an image file in memory: what the largest photo takes unpacked
+MAX_BYTES = 3 * MAX_PIXELS  # of an image file in memory: the decoded size of the largest photo
 
-# What photos come in; HEIF and JXL where another extension has taught PIL to read them. PIL knows dozens more, of which
-# EPS starts a PostScript interpreter.
+# The accepted formats; HEIF and JXL if another extension adds them to PIL. PIL reads dozens more, but EPS, for one,
+# starts a PostScript interpreter.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL")
 
-LONGEST_REGION = 4096  # pixels; a picture's tokens are 8 of its pixels wide and more
-DARKEST_REGION = 1 / 16  # of the full strength
+LONGEST_REGION = 4096  # pixels; an image's tokens are at least 8 pixels wide
+DARKEST_REGION = 1 / 16  # of full strength
 SMALLEST_REGION = 1 / 32**2  # of the image: a square 32 pixels wide in 1024
 _ORIENTATION, _PHOTOMETRIC = 274, 262  # tags of Exif and TIFF
 
 
 def load_image(source: ImageSource, name: str = "image", background: int = 255) -> np.ndarray:
-    """Read a photo as uint8 RGB [H, W, 3], 0..255.
+    """Reads a photo as uint8 RGB [H, W, 3], 0..255.
 
     `source`: a path, the bytes of an image file, a PIL image, or an array [H, W] or [H, W, 1..4], RGB order: uint8,
     uint16 (0..65535) or float (0..1). Transparency is laid over `background` (255 white, 0 black), EXIF rotation is
-    applied, of an animation the first frame is taken. `name` is what an ImageError calls the image; a file is called by
-    its own name by default.
+    applied, and the first frame of an animation is used. `name` is the image's name in an ImageError; for a file, its
+    own name by default.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, name, background)
@@ -59,17 +59,17 @@ def load_image(source: ImageSource, name: str = "image", background: int = 255) 
 
     if isinstance(source, Image.Image):
         return _from_pil(source, name, background)
-    raise ImageError(f"{name}: a {type(source).__name__} is not an image.")
+    raise ImageError(f"{name}: a {type(source).__name__} is not an image; give a path, bytes, a PIL image or an array.")
 
 
-def load_region(source: ImageSource, name: str = "region") -> np.ndarray:
-    """Reads a mask as float32 [H, W], 0..1: its brightness, of a color the brightest channel; 0 where transparent.
+def load_region(source: ImageSource, name: str = "mask") -> np.ndarray:
+    """Reads a mask as float32 [H, W], 0..1: its brightness, the brightest channel of a color; 0 where transparent.
 
-    Numbers are taken in the range that they have: 0..1, 0..255 or 16 bits. Where a file or an integer array has no
-    other values than 0 and 1 (a label map), or a palette only black and one color, the face acts in full.
+    The range follows from the values: 0..1, 0..255 or 16 bits. If a file or an integer array has only the values 0 and
+    1 (a label map), or a palette only black and one color, these count as 0 and full strength.
 
     Raises:
-        ImageError: it cannot be read; or it is black, or so nearly black that the face could not be seen.
+        ImageError: it cannot be read; or it is black, or nearly black, so that the face would not be visible.
     """
     values, has_two_colors = _peeked(source)
     if values is None or values.ndim == 3 and values.shape[2] > 1:
@@ -79,24 +79,24 @@ def load_region(source: ImageSource, name: str = "region") -> np.ndarray:
         plane = plane / plane.max()
     plane = thumbnail(plane, LONGEST_REGION)
     if not plane.any():
-        raise ImageError(f"{name}: it is black all over; the face would act nowhere. Paint the place white.")
+        raise ImageError(f"{name} is entirely black. Paint the area for this face white.")
     if plane.max() < DARKEST_REGION or plane.mean() < SMALLEST_REGION:
         raise ImageError(
-            f"{name}: it is nearly black ({plane.mean():.2%} white, {plane.max():.0%} at the brightest place); the "
-            "face could not be seen. Paint the place white; of a map of several labels, give this person's alone."
+            f"{name} is nearly black ({plane.mean():.2%} white, {plane.max():.0%} at its brightest), so the face would "
+            "not be visible. Paint the area for this face white; from a label map, use only this person's label."
         )
     return plane
 
 
 def _peeked(source: ImageSource) -> tuple[np.ndarray | None, bool]:
-    """What `load_image` would lose of a mask: the values, where they are not 8 bits, and whether it is a palette of
-    which two entries are used."""
+    """Returns what `load_image` would lose of a mask: values of other than 8 bits, and whether it is a palette image
+    with two colors."""
     if isinstance(source, np.ndarray):
         return (None if source.dtype == np.uint8 and source.ndim == 3 else source), False
     from PIL import Image
 
     Image.init()
-    with contextlib.suppress(Exception), warnings.catch_warnings():  # load_image tells what is wrong
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # load_image reports what is wrong
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         if isinstance(source, Image.Image):
             return _peeked_at(source)
@@ -117,22 +117,22 @@ def _peeked_at(image: Image.Image) -> tuple[np.ndarray | None, bool]:
 
 
 def _shares(values: np.ndarray, name: str) -> np.ndarray:
-    """Brightness of any range [H, W] -> float32, 0..1."""
+    """Scales brightness of any range, [H, W], to float32, 0..1."""
     if values.ndim != 2 or not values.size:
-        raise ImageError(f"{name}: an array of shape {values.shape} is not a mask; [height, width] is.")
+        raise ImageError(f"{name}: a mask has to be an array [height, width]; this one is {list(values.shape)}.")
     _check_size(values.shape[1], values.shape[0], name)
     kind, low, high = values.dtype.kind, float(values.min()), float(values.max())
     if kind not in "buif" or not (low >= -1e-3 and high <= 65535):  # written so that NaN fails
-        raise ImageError(f"{name}: values in {low:g}..{high:g} are not a mask; those in 0..1 or 0..255 are.")
+        raise ImageError(f"{name}: a mask's values have to be in 0..1 or 0..255; these are in {low:g}..{high:g}.")
     full = 1.0 if high <= 1 + 1e-3 else 255.0 if high <= 255 and values.dtype != np.uint16 else 65535.0
     return (values.astype(np.float32) / np.float32(full)).clip(0, 1)
 
 
 def resize_long_edge(image: np.ndarray, limit: int = 1024) -> np.ndarray:
-    """Reduce an image, uint8 [H, W, 3], so that its long edge is at most `limit`; never enlarge it.
+    """Shrinks an image, uint8 [H, W, 3], so that its long edge is at most `limit`; never enlarges it.
 
-    Equal to `resize_numpy_image_long` of pulid/utils.py (1aa2fc7), which the official app calls with 1024, save that
-    no edge becomes 0 (a strip of 1 x 4000 pixels).
+    Equal to `resize_numpy_image_long` of pulid/utils.py (1aa2fc7), which the official app calls with 1024, except that
+    no edge becomes 0 (for a strip of 1 x 4000 pixels).
     """
     height, width = image.shape[:2]
     if max(height, width) <= limit:
@@ -140,13 +140,13 @@ def resize_long_edge(image: np.ndarray, limit: int = 1024) -> np.ndarray:
     import cv2
 
     factor = limit / max(height, width)
-    # int() and not round(): as the official function does it.
+    # int(), not round(), as in the official function.
     size = (max(1, int(width * factor)), max(1, int(height * factor)))
     return cv2.resize(image, size, interpolation=cv2.INTER_LANCZOS4)
 
 
 def thumbnail(image: np.ndarray, size: int = 96) -> np.ndarray:
-    """A small copy of an image, uint8 RGB [H, W, 3]: long edge at most `size`, never enlarged."""
+    """Returns a small copy of an image, uint8 RGB [H, W, 3]: long edge at most `size`, never enlarged."""
     height, width = image.shape[:2]
     factor = size / max(height, width)
     if factor >= 1:
@@ -161,7 +161,7 @@ def _decode(file: Path | io.BytesIO, name: str, background: int) -> np.ndarray:
     try:
         with _content(file) as data:
             camera = camera_file(data)
-    except (OSError, ValueError):  # said below, in PIL's words
+    except (OSError, ValueError):  # reported below, by PIL
         camera = None
     if camera is None:
         return _read(file, name, background)
@@ -169,8 +169,8 @@ def _decode(file: Path | io.BytesIO, name: str, background: int) -> np.ndarray:
         with contextlib.suppress(ImageError):
             return _read(io.BytesIO(inner.content), name, background, inner.orientation)
     width, height = camera.thumbnail
-    held = f"only a thumbnail of {width} x {height} in it" if width else "no picture in it that can be read here"
-    raise ImageError(f"{name}: this is a camera's raw file with {held}; save it as JPEG, PNG or WebP.")
+    held = f"only a thumbnail of {width} x {height}" if width else "no readable preview"
+    raise ImageError(f"{name}: this is a camera's raw file with {held}. Save the photo as JPEG, PNG or WebP.")
 
 
 @contextlib.contextmanager
@@ -183,13 +183,13 @@ def _content(file: Path | io.BytesIO) -> Iterator[bytes | mmap.mmap]:
 
 
 def _read(file: Path | io.BytesIO, name: str, background: int, orientation: int = 1) -> np.ndarray:
-    """orientation: see `_from_pil`."""
+    """Decodes an image file. orientation: see `_from_pil`."""
     from PIL import Image, UnidentifiedImageError
 
     Image.init()  # registers all formats, once
     readable = [kind for kind in FORMATS if kind in Image.OPEN]
     try:
-        # The size is checked before decoding, so that PIL's warning about large images says nothing new.
+        # The size is checked before decoding, so PIL's warning about large images is redundant.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=readable) as image:
@@ -204,21 +204,21 @@ def _read(file: Path | io.BytesIO, name: str, background: int, orientation: int 
     except ImageError:
         raise
     except FileNotFoundError as error:
-        raise ImageError(f"{name}: there is no such file.") from error
+        raise ImageError(f"{name}: no such file.") from error
     except IsADirectoryError as error:
         raise ImageError(f"{name}: this is a folder, not an image.") from error
     except Image.DecompressionBombError as error:
         raise ImageError(_too_large(name)) from error
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: this is not an image, or of a kind that cannot be read here; save it as JPEG, PNG or WebP."
+            f"{name}: this is not an image, or its format is not supported. Save it as JPEG, PNG or WebP."
         ) from error
-    except Exception as error:  # PIL's decoders raise nearly anything when they meet a damaged file
+    except Exception as error:  # PIL's decoders raise nearly anything for a damaged file
         raise ImageError(f"{name}: the image cannot be read ({error}).") from error
 
 
 def _without_end_mark(file: Path | io.BytesIO) -> Image.Image | None:
-    """The picture of a JPEG that lacks its end mark and nothing else."""
+    """Reads a JPEG that lacks nothing but its end marker."""
     from PIL import Image
 
     data = file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes()
@@ -232,7 +232,7 @@ def _without_end_mark(file: Path | io.BytesIO) -> Image.Image | None:
 
 
 def _from_pil(image: Image.Image, name: str, background: int, orientation: int = 1) -> np.ndarray:
-    """orientation: Exif's number, where the image itself has none."""
+    """Converts a PIL image. orientation: Exif's number, if the image itself has none."""
     from PIL import ImageOps
 
     _check_size(image.width, image.height, name)
@@ -241,7 +241,7 @@ def _from_pil(image: Image.Image, name: str, background: int, orientation: int =
         image.load()
     except Exception as error:  # as above; a PIL image may be decoded only now
         raise ImageError(f"{name}: the image is truncated or damaged ({error}).") from error
-    with contextlib.suppress(Exception):  # damaged metadata is no reason to refuse a good photo
+    with contextlib.suppress(Exception):  # a good photo may have damaged metadata
         exif = image.getexif()
         if orientation != 1:
             exif.setdefault(_ORIENTATION, orientation)
@@ -258,32 +258,32 @@ def _from_pil(image: Image.Image, name: str, background: int, orientation: int =
         mode = "RGBA" if transparent else "RGB"
         return _from_array(np.asarray(image if image.mode == mode else image.convert(mode)), name, background)
     except ValueError as error:
-        raise ImageError(f"{name}: images of the kind {image.mode} cannot be read.") from error
+        raise ImageError(f"{name}: images of mode {image.mode} are not supported. Save it as RGB.") from error
 
 
 def _stored(image: Image.Image) -> str:
-    """How an image that is not decoded yet lies in its file, in PIL's words: "L;2", "RGB;16B"; else ""."""
+    """Returns PIL's name for the layout of an image that is not decoded yet: "L;2", "RGB;16B"; or ""."""
     tiles = getattr(image, "tile", None)
     layout = tiles[0][3] if tiles else ""
     return next((part for part in (layout if isinstance(layout, tuple) else (layout,)) if isinstance(part, str)), "")
 
 
 def _with_transparent_colour(image: Image.Image, stored: str) -> Image.Image:
-    """PNG gives the transparent colour in the file's depth; PIL leaves it so where it has made 8 bits of the rest."""
+    """Scales PNG's transparent color to 8 bits: PIL leaves it in the file's bit depth."""
     colour, factor = image.info.get("transparency"), {"L;2": 85, "L;4": 17, "1": 255}.get(stored)
     if isinstance(colour, int) and factor:
         image = image.convert("L") if image.mode == "1" else image
-        image.info["transparency"] = min(255, colour * factor)  # of 1 bit newer versions have made 255 already
+        image.info["transparency"] = min(255, colour * factor)  # newer versions already scale 1 bit to 255
     elif isinstance(colour, tuple) and stored.startswith("RGB;16"):
         image.info["transparency"] = tuple(value >> 8 for value in colour)
     return image
 
 
 def _from_wide(image: Image.Image, stored: str, name: str, background: int) -> np.ndarray:
-    """Greyscale of more than 8 bits. PIL's own conversion to 8 bits would cut everything above 255 to white."""
+    """Converts grayscale of more than 8 bits. PIL's own conversion would clip everything above 255 to white."""
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
-    inverted = tags.get(_PHOTOMETRIC) == 0  # PIL heeds that in 8 bits only
+    inverted = tags.get(_PHOTOMETRIC) == 0  # PIL applies it to 8 bits only
     if image.mode == "F":
         return _from_array(1 - values if inverted else values, name, background)
     if image.mode == "I" and "32N" in stored:  # unsigned
@@ -302,13 +302,13 @@ def _from_wide(image: Image.Image, stored: str, name: str, background: int) -> n
 
 
 def _scaled(values: np.ndarray, ranges: Sequence[int], name: str) -> np.ndarray:
-    """Whole numbers [H, W] -> uint8 [H, W]: of the smallest of the ranges 0..top that they fit into. A wide one is
-    believed only if the brightest value is more than a 16th of it; with less, what white is cannot be told."""
+    """Scales integers [H, W] to uint8 [H, W], from the smallest range 0..top that they fit into. A wide range needs a
+    value above a 16th of it; otherwise it is not known what white is."""
     low, high = int(values.min()), int(values.max())
     top = next((top for top in ranges if high <= top), 0)
     if low < 0 or not top or (len(ranges) > 1 and top > 255 and 16 * high <= top):
         raise ImageError(
-            f"{name}: its values lie in {low}..{high}, which does not say how bright white is; save it with 8 bits."
+            f"{name}: its values are in {low}..{high}, so it is not known which value is white. Save it with 8 bits."
         )
     if top == 255:
         return values.astype(np.uint8)
@@ -316,24 +316,24 @@ def _scaled(values: np.ndarray, ranges: Sequence[int], name: str) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray, name: str, background: int) -> np.ndarray:
-    """An array [H, W] or [H, W, 1..4] of any of the ranges load_image names -> uint8 RGB [H, W, 3]."""
+    """Converts an array [H, W] or [H, W, 1..4], in any range that load_image accepts, to uint8 RGB [H, W, 3]."""
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4):
-        raise ImageError(f"{name}: an array of shape {array.shape} is not an image; [height, width, 3] is.")
+        raise ImageError(f"{name}: an image has to be an array [height, width, 3]; this one is {list(array.shape)}.")
     _check_size(array.shape[1], array.shape[0], name)
     pixels = _to_8_bit(array, name)
     colour = _opaque(pixels, background) if pixels.shape[2] in (2, 4) else pixels
     if colour.shape[2] == 1:
         colour = colour.repeat(3, axis=2)
-    # A copy where needed: cv2 wants contiguous memory, and the caller keeps the array that was passed in.
+    # A copy if needed: cv2 requires contiguous memory, and the caller keeps its array.
     return np.array(colour, dtype=np.uint8, order="C")
 
 
 def _opaque(pixels: np.ndarray, background: int) -> np.ndarray:
-    """uint8 [H, W, 2 or 4], alpha last -> [H, W, 1 or 3]: rounded (c a + background (255 - a)) / 255."""
+    """Blends uint8 [H, W, 2 or 4], alpha last, over a background: [H, W, 1 or 3]."""
     opaque = np.empty((*pixels.shape[:2], pixels.shape[2] - 1), np.uint8)
-    rows = max(1, 2**20 // pixels.shape[1])  # at a time: the products need more memory than the picture
+    rows = max(1, 2**20 // pixels.shape[1])  # at a time: the products need more memory than the image
     for top in range(0, len(pixels), rows):
         colour, alpha = pixels[top : top + rows, :, :-1], pixels[top : top + rows, :, -1:].astype(np.uint16)
         opaque[top : top + rows] = (colour * alpha + np.uint16(background) * (255 - alpha) + 127) // 255
@@ -348,7 +348,7 @@ def _to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # either byte order
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257
     if array.dtype.kind not in "uif":
-        raise ImageError(f"{name}: {array.dtype} values are not an image; uint8 ones are.")
+        raise ImageError(f"{name}: {array.dtype} values are not an image; use uint8.")
     low, high = float(array.min()), float(array.max())
     if array.dtype.kind == "f":
         if not (low >= -1e-3 and high <= 1 + 1e-3):  # written so that NaN fails
@@ -356,7 +356,7 @@ def _to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
         return (array.clip(0, 1).astype(np.float32) * 255).round().astype(np.uint8)
     if low >= 0 and high <= 255:
         return array.astype(np.uint8)
-    raise ImageError(f"{name}: {array.dtype} values in {low:g}..{high:g} are not an image; uint8 ones are.")
+    raise ImageError(f"{name}: {array.dtype} values in {low:g}..{high:g} are not an image; use uint8.")
 
 
 def _check_size(width: int, height: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Identity x Adapter -> Injection -> the denoiser, for one call.
+"""Compiles an Identity with an Adapter into an Injection, and injects it into one denoiser call.
 
     injection = compile_injection(adapter, identity, weight=0.8, device="cuda", dtype=torch.float16)
     for i, t in enumerate(timesteps):
@@ -6,7 +6,7 @@
         with inject(unet, [injection], step):
             noise = unet(latents, t, ...)
 
-The identity is compiled once; `inject` hooks the denoiser's sites for one call and unhooks them whatever happens.
+The identity is compiled once; `inject` hooks the denoiser's sites for one call, and always removes the hooks.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from lib_pulid.sites import Site, Sites, find_sites
 from lib_pulid.watch import Watch, WatchedSites, uncompiled
 from lib_pulid.weights import Adapter
 
-MOST = {"weight": 5, "num_zero": 80, "start_step": 10}  # what each may be; all begin at 0
-_SLACK = 1e-6  # i / n against a share that a user typed
+MOST = {"weight": 5, "num_zero": 80, "start_step": 10}  # maximum of each; the minimum is 0
+_SLACK = 1e-6  # for comparing i / n with a fraction that a user typed
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class DenoiseStep:
     """One call of the denoiser, as the host sees it.
 
     Args:
-        progress: share of the sampling that is done, 0 at the first step, i / n at step i of n.
+        progress: fraction of the sampling that is done, 0 at the first step, i / n at step i of n.
         is_cond: for each row of the batch, whether it is conditional (gets the identity) or unconditional
-            (gets the uncond identity). A single bool speaks for all rows.
-        latent_hw: height and width of the latent in the VAE's own pixels, not packed (image / 8). Used
-            by region masks, and on FLUX to tell the picture's own tokens from reference tokens behind them.
-            None: all image tokens are the picture's, and masks cannot be used.
-        steps: how many steps the sampling has. None: injections with a start step cannot be used.
+            (gets the uncond identity). A single bool applies to all rows.
+        latent_hw: height and width of the latent in the VAE's own pixels, not packed (image / 8). Needed for
+            masks, and on FLUX to separate the image's own tokens from reference tokens after them.
+            None: all image tokens are the image's own, and masks cannot be used.
+        steps: number of steps of the sampling. None: injections with a start step cannot be used.
     """
 
     progress: float
@@ -61,7 +61,7 @@ class DenoiseStep:
 
     @property
     def index(self) -> int:
-        """Number of the step, 0 is the first; the calls of a step of second order have the same."""
+        """Number of the step, from 0; both calls of a second-order step have the same."""
         if self.steps is None:
             raise ValueError("a start step needs DenoiseStep.steps")
         return int(self.progress * self.steps + _SLACK)
@@ -69,7 +69,7 @@ class DenoiseStep:
 
 @dataclass(frozen=True)
 class Injection:
-    """An identity, compiled for a family of denoisers, with how and when it acts. Made by `compile_injection`."""
+    """An identity compiled for a family of denoisers, with its settings. Made by `compile_injection`."""
 
     family: str
     sites: tuple[SiteTensors, ...]
@@ -93,22 +93,22 @@ class Injection:
         return replace(self, sites=tuple(site.to(device) for site in self.sites), mask=mask)
 
     def is_active(self, step: DenoiseStep) -> bool:
-        """Whether it acts in this call: from `start` and `start_step` on and before `end`; an end of 1 includes 1."""
+        """Whether it is active in this call: from `start` and `start_step` on, before `end`; an end of 1 includes 1."""
         if self.weight == 0 or (self.start_step and step.index < self.start_step):
             return False
         return _between(step.progress, self.start, self.end)
 
     def acts_within(self, steps: int) -> bool:
-        """Whether there is a step among so many in which it acts."""
+        """Whether it is active in any of so many steps."""
         return self.weight != 0 and any(acts(i, steps, self.start, self.end, self.start_step) for i in range(steps))
 
     def identity_of(self, is_cond: bool) -> int | None:
-        """Index of a row's identity in the compiled tensors."""
+        """Returns the index of a row's identity in the compiled tensors."""
         return 0 if is_cond else 1 if self.has_uncond else None
 
 
 def acts(index: int, steps: int, start: float, end: float, start_step: int) -> bool:
-    """Whether an injection with these settings acts in step `index` of `steps`."""
+    """Whether an injection with these settings is active in step `index` of `steps`."""
     return index >= start_step and _between(index / steps, start, end)
 
 
@@ -131,23 +131,23 @@ def compile_injection(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Injection:
-    """Computes, once, all that depends on the identity alone.
+    """Computes an Injection: everything that depends on the identity alone, once.
 
     Args:
-        weight: strength. Official 0.8 on SDXL (range 0-5), 1 on FLUX (0-3). 0 changes nothing at all.
+        weight: likeness strength. Official: 0.8 on SDXL (range 0-5), 1 on FLUX (0-3). 0 changes nothing at all.
         projection: "none", "ortho" or "ortho_v2"; SDXL only, see `attention.cross_attention_residual`.
         num_zero: zero tokens beside the identity, 0-80; SDXL only. More leave more freedom to the prompt.
-        start, end: shares of the sampling between which it acts.
-        start_step: number of the first step in which it acts, official on FLUX (range 0-10); it acts where both allow.
-        mask: region of the picture that gets the identity, any resolution: [H, W], or an image; see `load_region`.
-        device, dtype: of the denoiser's computation. The products are made in float32 and rounded once.
+        start, end: fractions of the sampling between which it is active.
+        start_step: first step in which it is active, official on FLUX (range 0-10); the later of both starts counts.
+        mask: part of the image that gets the identity, in any resolution: [H, W], or an image; see `load_region`.
+        device, dtype: of the denoiser's computation. The products are computed in float32 and rounded once.
 
     Returns:
-        The Injection. Without `identity.uncond`, rows that are not cond stay untouched.
+        The Injection. Without `identity.uncond`, uncond rows stay unchanged.
 
     Raises:
         SettingError: a value is out of range. IdentityMismatchError: the identity belongs to another adapter.
-        ImageError: the mask is none, or black.
+        ImageError: the mask is not an image, or black.
     """
     _check_settings(weight, projection, num_zero, start, end, start_step, mask)
     _check_match(adapter, identity)
@@ -174,13 +174,13 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
     """Hooks the denoiser for one call; all injections at a site read the same input, and their residuals add up.
 
     Args:
-        denoiser: see `sites.find_sites`; or its Sites, found before. This call has to reach them all, unless a
-            Watch follows them through a whole sampling, in which a step cache may skip some.
+        denoiser: see `sites.find_sites`; or its Sites. The call has to reach all of them, unless a Watch follows
+            them through a whole sampling, in which a step cache may skip some.
         injections: of the denoiser's family. Those that are not active at `step.progress` cost nothing.
-        step: the call's place in the sampling and its rows.
+        step: the call's position in the sampling and its rows.
 
     Raises:
-        UnsupportedModelError: the denoiser does not fit the injections, or they could not act in it.
+        UnsupportedModelError: the denoiser does not fit the injections, or its layers were bypassed.
     """
     active = [injection for injection in injections if injection.is_active(step)]
     if not active:
@@ -188,7 +188,7 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
         return
     found = denoiser if isinstance(denoiser, Sites) else find_sites(denoiser)
     for injection in active:
-        _check_fit(found, injection)
+        check_fit(found, injection)
     attach = _attach_cross_attention if found.family == "sdxl" else _attach_image_stream
     watched = found if isinstance(found, WatchedSites) else Watch().over(found)
     with ExitStack() as hooks:
@@ -225,7 +225,7 @@ def _attach_image_stream(site: Site, n: int, active: list[Injection], step: Deno
 def _identities(
     n: int, active: list[Injection], step: DenoiseStep, masks: _Masks, batch: int, tokens: int
 ) -> list[SiteIdentity[Any]]:
-    """What acts at site `n`, on so many rows and tokens."""
+    """Collects the active identities at site `n`, for so many rows and tokens."""
     found = []
     for index, injection in enumerate(active):
         rows = [injection.identity_of(cond) for cond in _rows(step, batch)]
@@ -236,7 +236,7 @@ def _identities(
 
 
 def _own_tokens(tokens: int, step: DenoiseStep) -> int:
-    """How many image tokens are the picture's own; reference tokens (Kontext) follow them."""
+    """Returns the number of the image's own tokens; reference tokens (Kontext) follow them."""
     if step.latent_hw is None:
         return tokens
     own = math.prod(_packed(step.latent_hw))
@@ -251,14 +251,14 @@ def _rows(step: DenoiseStep, batch: int) -> list[bool]:
     rows = [bool(cond) for cond in step.is_cond]
     if len(rows) != batch:
         raise SettingError(
-            f"is_cond has {len(rows)} rows, but the denoiser was called with {batch}. If something in between cuts or "
-            "repeats the batch (FasterCache, tiles), disable it or PuLID."
+            f"is_cond has {len(rows)} rows, but the denoiser was called with {batch}. If something splits or repeats "
+            "the batch in between (FasterCache, tiles), disable it or PuLID."
         )
     return rows
 
 
 class _Masks:
-    """The regions of the active injections on the token grids of one call."""
+    """The masks of the active injections on the token grids of one call."""
 
     def __init__(self, active: Sequence[Injection], step: DenoiseStep) -> None:
         self._masks = [injection.mask for injection in active]
@@ -266,10 +266,10 @@ class _Masks:
         self._latent_hw = step.latent_hw
         self._made: dict[tuple[int, int], Tensor] = {}
         if step.latent_hw is None and any(mask is not None for mask in self._masks):
-            raise ValueError("region masks need DenoiseStep.latent_hw")
+            raise ValueError("masks need DenoiseStep.latent_hw")
 
     def over(self, index: int, tokens: int) -> Tensor:
-        """The mask of injection `index` as [tokens, 1]: each token gets the mean of the region's share in it."""
+        """Returns the mask of injection `index` as [tokens, 1]: for each token, the mean of the mask in it."""
         if (index, tokens) not in self._made:
             grid = token_grid(tokens, self._latent_hw, self._family)  # type: ignore[arg-type]
             mask = F.interpolate(self._masks[index][None, None], size=grid, mode="area")  # type: ignore[index]
@@ -278,9 +278,9 @@ class _Masks:
 
 
 def token_grid(tokens: int, latent_hw: tuple[int, int], family: str) -> tuple[int, int]:
-    """Height and width of the token grid of a layer.
+    """Returns height and width of a layer's token grid.
 
-    An SDXL layer sees the latent, or the latent halved (rounded up) once or several times; FLUX sees it in 2 x 2 packs.
+    An SDXL layer gets the latent, or the latent halved (rounded up) once or several times; FLUX packs it 2 x 2.
 
     Raises:
         SettingError: no such grid has `tokens` tokens.
@@ -291,8 +291,8 @@ def token_grid(tokens: int, latent_hw: tuple[int, int], family: str) -> tuple[in
             return height, width
         height, width = _packed((height, width))
     raise SettingError(
-        f"A layer has {tokens} tokens, which no halving of the {family.upper()} latent {latent_hw} gives, so a mask "
-        "cannot be used: disable what changes their number (Kohya HRFix, token merging), or remove the mask."
+        f"Field mask: a layer has {tokens} tokens, which does not fit the {family.upper()} latent {latent_hw} at any "
+        "scale. Disable what changes the number of tokens (Kohya HRFix, token merging), or remove the mask."
     )
 
 
@@ -318,7 +318,7 @@ def _check_settings(
     start_step: int,
     mask: Tensor | ImageSource | None,
 ) -> None:
-    if not 0 <= weight <= MOST["weight"]:  # NaN is not, either
+    if not 0 <= weight <= MOST["weight"]:  # False for NaN
         raise SettingError(f"weight is {weight}; it has to be in 0..{MOST['weight']}")
     if projection not in PROJECTIONS:
         raise SettingError(f"projection is {projection!r}; it has to be one of {', '.join(PROJECTIONS)}")
@@ -328,7 +328,7 @@ def _check_settings(
     if not 0 <= start < end <= 1:
         raise SettingError(f"start and end are {start} and {end}; both have to be in 0..1, and start below end")
     if isinstance(mask, Tensor) and (mask.ndim != 2 or not mask.numel()):
-        raise SettingError(f"mask has shape {tuple(mask.shape)}; it has to be [H, W]")
+        raise SettingError(f"mask has shape {list(mask.shape)}; it has to be [H, W]")
 
 
 def _check_match(adapter: Adapter, identity: Identity) -> None:
@@ -336,30 +336,31 @@ def _check_match(adapter: Adapter, identity: Identity) -> None:
     if identity.family not in ("", adapter.family) or (made_with and not adapter.is_encoder(made_with)):
         raise IdentityMismatchError(
             f"This identity was made with {identity.info.get('adapter', 'another PuLID file')} "
-            f"(encoder {made_with or 'not known'}); "
+            f"(encoder {made_with or 'not known'}), but "
             f"{adapter.path.name} is {adapter.label} (encoder {adapter.fingerprint}). Make it again from the photo."
         )
     if identity.cond.shape[-1] != adapter.encoder.output_dim:
         raise IdentityMismatchError(
-            f"The identity's tokens are {identity.cond.shape[-1]} wide, "
-            f"{adapter.path.name} needs {adapter.encoder.output_dim}."
+            f"The identity's tokens have width {identity.cond.shape[-1]}, but "
+            f"{adapter.path.name} needs {adapter.encoder.output_dim}. Make it again from the photo."
         )
 
 
-def _check_fit(found: Sites, injection: Injection) -> None:
+def check_fit(found: Sites, injection: Injection) -> None:
+    """Raises: UnsupportedModelError: the injection is not for the denoiser of these sites."""
     if found.family != injection.family:
         raise UnsupportedModelError(
             f"The PuLID file is for {injection.family.upper()}, "
-            f"but the checkpoint is of the {found.family.upper()} kind."
+            f"but the checkpoint is {found.family.upper()}. Choose a matching pair."
         )
     if len(found.sites) != len(injection.sites):
         raise UnsupportedModelError(
-            f"The checkpoint has {len(found.sites)} places for an identity, PuLID for {injection.family.upper()} "
-            f"needs {len(injection.sites)}. Is it an SDXL or FLUX.1 model of the usual size?"
+            f"The checkpoint has {len(found.sites)} layers for PuLID, but PuLID for {injection.family.upper()} "
+            f"needs {len(injection.sites)}. Use an SDXL or FLUX.1 model of the usual size."
         )
     for site, tensors in zip(found.sites, injection.sites):
         if site.width != tensors.width:
             raise UnsupportedModelError(
-                f"The checkpoint is not of the size that the PuLID file is for: {site.name} is {site.width} wide, "
-                f"not {tensors.width}. Choose an SDXL or FLUX.1 model of the usual size."
+                f"The PuLID file is for a model of another size: {site.name} has width {site.width}, "
+                f"not {tensors.width}. Use an SDXL or FLUX.1 model of the usual size."
             )

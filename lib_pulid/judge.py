@@ -1,4 +1,4 @@
-"""A judge of drawn images: who is in them, by a network that no adapter was trained with, and what they show."""
+"""Judges drawn images, with networks that no adapter was trained with: who is in them, and what they show."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a judge reads off an image. embedding: [512] float32, not normalized. named: attribute -> its value."""
+    """A judge's result for an image. embedding: [512] float32, not normalized. named: attribute -> its value."""
 
     embedding: np.ndarray
     named: dict[str, str]
 
     def likeness(self, other: Reading) -> float:
-        """Cosine of both embeddings."""
+        """Computes the cosine of both embeddings."""
         lengths = np.linalg.norm(self.embedding) * np.linalg.norm(other.embedding)
         return float(self.embedding @ other.embedding / max(float(lengths), 1e-12))
 
 
 class Judge:
-    """A judge of faces or of whole scenes, from an ONNX file that says in its metadata what it looks at.
+    """A judge of faces or of whole scenes, from an ONNX file.
 
-    The file's metadata, as JSON: "values": attribute -> names of its values; "points": where in its input the five
-    landmarks lie, [5, 2], for a judge of faces.
+    The file's metadata, as JSON: "values": attribute -> names of its values; "points": positions of the five landmarks
+    in its input, [5, 2], for a judge of faces.
     """
 
     def __init__(self, path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
@@ -54,7 +54,7 @@ class Judge:
         self._size = int(self._session.get_inputs()[0].shape[2])
 
     def read(self, image: np.ndarray, landmarks: np.ndarray | None = None) -> Reading:
-        """image: uint8 RGB [H, W, 3]. landmarks: [5, 2] in pixels, for a judge of faces."""
+        """Reads an image, uint8 RGB [H, W, 3]. landmarks: [5, 2] in pixels, for a judge of faces."""
         if self._points is None:
             import cv2
 
@@ -70,7 +70,7 @@ class Judge:
 
 
 def similarity(landmarks: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The similarity [2, 3] that brings landmarks [5, 2] closest to points [5, 2], as insightface's estimate_norm."""
+    """Fits the similarity transform [2, 3] from landmarks [5, 2] to points [5, 2], as insightface's estimate_norm."""
     p, q = (np.asarray(x, np.float64) @ (1, 1j) for x in (landmarks, points))
     turn = np.vdot(p - p.mean(), q - q.mean()) / (abs(p - p.mean()) ** 2).sum()
     shift = q.mean() - turn * p.mean()
@@ -78,7 +78,7 @@ def similarity(landmarks: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def cut(image: np.ndarray, landmarks: np.ndarray, points: np.ndarray, size: int) -> np.ndarray:
-    """The part of an image [H, W, 3] in which landmarks [5, 2] lie at `points`, [size, size, 3]; black beyond it."""
+    """Crops an image [H, W, 3] so that landmarks [5, 2] are at `points`: [size, size, 3], black outside."""
     import cv2
 
     return cv2.warpAffine(image, similarity(landmarks, points), (size, size), borderValue=0.0)

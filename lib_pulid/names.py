@@ -1,4 +1,4 @@
-"""Names of saved identities and of files: which ones can be given, and which ones are the same."""
+"""Compares and validates the names of saved identities and of files."""
 
 from __future__ import annotations
 
@@ -10,63 +10,62 @@ from typing import TypeVar
 from lib_pulid.errors import SettingError
 
 HASH = re.compile(r"[0-9a-f]{10}")
-LONGEST_NAME = 200  # bytes: file systems take 255, and a file that is being written has a longer name
-NOBODY = "None"  # how lists show "no saved identity"
+LONGEST_NAME = 200  # bytes: file systems allow 255, and the name of a temporary file is longer
+NOBODY = "None"  # "no saved identity" in lists
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
 Found = TypeVar("Found")
 
 
 def key(name: str) -> str:
-    """What is the same in all spellings of a name: composed or decomposed, wide or narrow, small or capital letters,
-    with blanks at its ends or invisible characters."""
+    """Normalizes a name: Unicode composition and width, case, spaces at its ends, invisible characters."""
     seen = "".join(character for character in name if unicodedata.category(character) != "Cf")
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", seen).casefold()).split())
 
 
 def find(name: str, known: Mapping[str, Found]) -> Found | None:
-    """What is known under a name, or else under one other spelling of it.
+    """Returns what is known under a name, or else under another spelling of it.
 
     Raises:
-        SettingError: several other spellings are known; each may be another person.
+        SettingError: several spellings are known; each may be a different person.
     """
     for form in (str, lambda text: unicodedata.normalize("NFC", text), key):
         alike = [other for other in known if form(other) == form(name)]
         if len(alike) > 1:
-            raise SettingError(f"{name} could be any of {', '.join(alike)}: spell it as one of them.")
+            raise SettingError(f"{name} could be {' or '.join(alike)}. Spell it exactly as one of them.")
         if alike:
             return known[alike[0]]
     return None
 
 
 def new(name: str) -> str:
-    """The name of a new identity as it is kept, composed. It can be a file's name everywhere.
+    """Validates the name of a new identity, which has to be a valid file name on every system, and composes it.
 
     Raises:
-        SettingError: it cannot be one; the message says why.
+        SettingError: it is not valid; the message says why.
     """
     name = unicodedata.normalize("NFC", name.strip())
     if reason := _reason_against(name):
         raise SettingError(
-            f"A name has letters, digits, blanks and -_.()' only, and begins with a letter or digit: {reason}."
+            f"{reason}. A name may have letters, digits, spaces and -_.()' and has to start with a letter or digit."
         )
     return name
 
 
 def _reason_against(name: str) -> str:
-    """Why a file cannot be called so everywhere, or the identity not be told from a hash or from "None"; or ""."""
+    """Says why a name is not a valid file name everywhere, or looks like a hash or "None"; "" if it is valid."""
     for character in name:
         # M: vowel signs
         if not (character.isalnum() or character in "_ .()'-" or unicodedata.category(character)[0] == "M"):
             shown = f"{character} " if character.isprintable() else ""
-            return f"{shown}(U+{ord(character):04X}) cannot be in it"
+            return f"The name contains {shown}(U+{ord(character):04X})"
     if not name:
-        return "it is empty"
+        return "The name is empty"
     if not (name[0].isalnum() or name[0] == "_"):
-        return f"it begins with {name[0]}"
+        return f"The name starts with {name[0]}"
     if name.endswith("."):
-        return "it ends with a dot"
+        return "The name ends with a dot"
     if len(name) > 80 or len(name.encode()) > LONGEST_NAME:
-        return "it is too long (80 characters, of some scripts fewer)"
+        return "The name is too long (at most 80 characters, fewer in some scripts)"
     if HASH.fullmatch(name):
-        return f"{name} looks like an identity's hash"
-    return f"{name} is reserved" if name == NOBODY or _RESERVED.fullmatch(name) else ""
+        return f"The name {name} looks like an identity's hash"
+    return f"The name {name} is reserved" if name == NOBODY or _RESERVED.fullmatch(name) else ""

@@ -1,7 +1,7 @@
-"""Photos -> Identity, each photo encoded once.
+"""Makes an Identity from photos, and encodes each photo only once.
 
-The chain of `faces.py`, `vision.py` and `identity.py` in one call, remembered by the content of all that it
-depends on: the photos, the choice of face, the weights. What is remembered needs no encoder, so none is loaded.
+Runs `faces.py`, `vision.py` and `identity.py` in one call, and caches the result by the content of all its inputs: the
+photos, the choice of face, the weights. A cached identity loads no encoder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Encoders:
 
 
 class IdentityCache:
-    """Identities by what they were made from: the last ones in memory and, with a folder, all on disk (0.5 MB each)."""
+    """Caches identities by their inputs: recent ones in memory and, with a folder, all on disk (0.5 MB each)."""
 
     MOST_IN_MEMORY = 64
 
@@ -41,7 +41,7 @@ class IdentityCache:
         self._memory: dict[str, Identity] = {}
 
     def get(self, key: str) -> Identity | None:
-        """The identity made under `key`, or None. A damaged file counts as none."""
+        """Returns the identity stored under `key`, or None. A damaged file counts as None."""
         if key not in self._memory and self._folder is not None:
             try:
                 self._remember(key, Identity.load(self._folder / f"{key}.safetensors"))
@@ -52,7 +52,7 @@ class IdentityCache:
     def put(self, key: str, identity: Identity) -> None:
         self._remember(key, identity)
         if self._folder is not None:
-            with contextlib.suppress(OSError):  # a full or read-only disk: it is remembered in memory all the same
+            with contextlib.suppress(OSError):  # a full or read-only disk: it stays in memory
                 identity.save(self._folder / f"{key}.safetensors", replace=True)
 
     def _remember(self, key: str, identity: Identity) -> None:
@@ -76,13 +76,13 @@ def make_identity(
 
     Args:
         photos: of one person, the main one first; anything `images.load_image` reads.
-        encoders: gives the models; called only if the cache does not have the identity.
-        encoders_id: names their weights, see `fingerprint_files`.
+        encoders: returns the models; called only if the cache does not have the identity.
+        encoders_id: identifies their weights, see `fingerprint_files`.
         choice: which face of each photo. fusion: see `identity.encode_identity`.
-        on_face: told of each photo's name and face as it is read.
+        on_face: called with each photo's name and face as it is read.
 
     Raises:
-        ImageError, NoFaceError: they name the photo.
+        ImageError, NoFaceError: the message names the photo.
     """
     check_fusion(fusion, adapter)
     names = [_name(photo, i) for i, photo in enumerate(photos)]
@@ -108,7 +108,7 @@ def make_identity(
 def identity_key(
     images: Sequence[np.ndarray], adapter: Adapter, *, encoders_id: str, choice: FaceChoice, fusion: str
 ) -> str:
-    """A hash of all that an identity depends on. images: uint8 RGB [H, W, 3]."""
+    """Hashes all that an identity depends on. images: uint8 RGB [H, W, 3]."""
     digest = hashlib.sha256()
     settings = [adapter.fingerprint, encoders_id, choice.order, choice.index, fusion, FILE_VERSION]
     digest.update(json.dumps(settings).encode())
@@ -119,7 +119,7 @@ def identity_key(
 
 
 def fingerprint_files(paths: Sequence[Path]) -> str:
-    """Sixteen hex digits that name the content of several files. Raises WrongWeightsError: one may not be read."""
+    """Returns sixteen hex digits of the hash of several files. Raises: WrongWeightsError: one cannot be read."""
     digest = hashlib.sha256()
     for path in paths:
         try:

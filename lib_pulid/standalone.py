@@ -1,24 +1,24 @@
-"""PuLID without a WebUI: what the command line works with, real weights or stand-ins, and which is which."""
+"""Runs PuLID without a WebUI, for the command line, with real weights or the miniature."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lib_pulid import catalog, disk, standin
-from lib_pulid.errors import MissingWeightsError
+from lib_pulid import disk, miniature
+from lib_pulid.errors import MissingWeightsError, NoFaceError
 from lib_pulid.face_models import FaceFiles, load_face_models
 from lib_pulid.faces import LARGEST, Face, FaceChoice
+from lib_pulid.files import catalog
 from lib_pulid.hosts.diffusers import apply, denoiser_of
 from lib_pulid.hosts.diffusers_base import Base, load_base, paint
 from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource
-from lib_pulid.injection import Injection
+from lib_pulid.injection import Injection, check_fit, compile_injection
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, make_identity
 from lib_pulid.sites import find_sites
 from lib_pulid.vision import load_vision_tower
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workshop:
-    """A base model, the adapter for it, and the way from photos to identities.
+    """A base model, its adapter, and the encoders of photos.
 
     Args:
-        encoders_id: names the encoders' weights, for the cache. notes: which weights are stand-ins, in plain words.
+        encoders_id: identifies the encoders' weights, for the cache.
+        limits: a sentence on what to do if no face is found.
+        check_prompt: returns notes on what the base model does not understand in a prompt.
     """
 
     base: Base
@@ -42,17 +44,18 @@ class Workshop:
     encoders: Callable[[], Encoders]
     encoders_id: str
     cache: IdentityCache
-    notes: tuple[str, ...]
+    limits: str = ""
+    check_prompt: Callable[[str], Sequence[str]] = lambda prompt: ()
 
     @property
     def device(self) -> torch.device:
-        """Of the denoiser."""
+        """The denoiser's device."""
         return next(denoiser_of(self.base.pipeline).parameters()).device
 
     @property
     def label(self) -> str:
-        """What paints, for captions."""
-        return f"{'stand-in ' if self.base.stand_in else ''}{self.adapter.label} on {self.base.label}"
+        """The adapter and the base model, for captions."""
+        return f"{self.adapter.label} on {self.base.label}"
 
     def identity(
         self,
@@ -62,21 +65,24 @@ class Workshop:
         on_face: Callable[[str, Face], None] = lambda name, face: None,
     ) -> Identity:
         """See `photos.make_identity`."""
-        return make_identity(
-            photos,
-            self.adapter,
-            encoders=self.encoders,
-            encoders_id=self.encoders_id,
-            cache=self.cache,
-            choice=choice,
-            fusion=fusion,
-            on_face=on_face,
-        )
+        try:
+            return make_identity(
+                photos,
+                self.adapter,
+                encoders=self.encoders,
+                encoders_id=self.encoders_id,
+                cache=self.cache,
+                choice=choice,
+                fusion=fusion,
+                on_face=on_face,
+            )
+        except NoFaceError as error:
+            raise NoFaceError(f"{error} {self.limits}".rstrip()) from error
 
     def paint(
         self, injections: Sequence[Injection], prompt: str, **settings: int | float | None
     ) -> tuple[Image.Image, int]:
-        """A picture with the injections, and at how many sites a residual was really added."""
+        """Generates an image. Returns it, and the number of sites at which a residual was really added."""
         watch = Watch()
         sites = watch.over(find_sites(denoiser_of(self.base.pipeline)))
         with apply(self.base.pipeline, injections, sites):
@@ -85,38 +91,57 @@ class Workshop:
 
 
 def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, device: str = "cpu") -> Workshop:
-    """Loads what `model` needs: real weights for a real model, stand-ins for `tiny-sdxl` and `tiny-flux`.
+    """Loads what `model` needs: a checkpoint, a diffusers folder, or a name of `miniature.MODELS`.
 
     Args:
-        pulid: a PuLID file; None takes the first of the right family in the models folder.
+        pulid: a PuLID file; None: the first of the right family in the models folder, or the miniature's.
 
     Raises:
         MissingWeightsError, WrongWeightsError.
     """
-    base = load_base(model, device)
     cache = IdentityCache(models_dir / "pulid" / "cache")
-    if base.stand_in:
-        return _stand_in_workshop(base, models_dir, pulid, cache)
+    if model in miniature.MODELS:
+        return _miniature(miniature.MODELS[model], pulid, cache, device)
+    base = load_base(model, device)
     path = pulid or catalog.find_adapter(base.family, models_dir)
     if path is None:
-        wanted = catalog.in_group(base.family)
-        raise MissingWeightsError(
-            f"No PuLID file for {base.family.upper()} in {models_dir / 'pulid'}. One of these is needed:\n"
-            f"{catalog.by_hand(wanted, models_dir)}\n{catalog.how_to_get(wanted[:1])}"
-        )
+        raise catalog.no_adapter(base.family, models_dir / "pulid", models_dir)
     files = catalog.require_encoders(models_dir)
     return Workshop(
         base=base,
-        adapter=load_adapter(path),
-        encoders=lambda: Encoders(load_face_models(_face_files(files), device), _tower(files, device)),
+        adapter=_adapter(path, base),
+        encoders=lambda: Encoders(
+            load_face_models(FaceFiles.among(files), device), load_vision_tower(files["tower"]).to(device)
+        ),
         encoders_id=catalog.fingerprint(files, lambda path: fingerprint_files([path])),
         cache=cache,
-        notes=(),
     )
 
 
+def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: str) -> Workshop:
+    settings: dict[str, Any] = {"size": miniature.SIZE, "steps": miniature.STEPS, "guidance": miniature.GUIDANCE}
+    base = replace(load_base(miniature.checkpoint(family), device), name="miniature", **settings)
+    return Workshop(
+        base=base,
+        adapter=_adapter(pulid or miniature.adapter(family), base),
+        encoders=miniature.encoders,
+        encoders_id=fingerprint_files(miniature.encoder_files()),
+        cache=cache,
+        limits=miniature.LIMITS,
+        check_prompt=miniature.check_prompt,
+    )
+
+
+def _adapter(path: Path, base: Base) -> Adapter:
+    """Loads a PuLID file and checks, before a photo is read, that it fits the base model."""
+    adapter = load_adapter(path)
+    nobody = Identity(torch.zeros(1, 1, adapter.encoder.output_dim))  # type: ignore[arg-type,call-overload]
+    check_fit(find_sites(denoiser_of(base.pipeline)), compile_injection(adapter, nobody))
+    return adapter
+
+
 def real_model(family: str, models_dir: Path) -> str | None:
-    """A base model that lies in `sdxl` or `flux` below the models folder: a single file or a diffusers folder."""
+    """Returns a base model in the models folder's `sdxl` or `flux`: a single file or a diffusers folder."""
     for path in disk.listed(models_dir / family):
         if path.suffix == ".safetensors" or disk.is_file(path / "model_index.json"):
             return str(path)
@@ -124,43 +149,9 @@ def real_model(family: str, models_dir: Path) -> str | None:
 
 
 def has_real_weights(family: str, models_dir: Path) -> bool:
-    """Whether all is there that a real picture needs."""
+    """Whether all files for a real image are there."""
     try:
         catalog.require_encoders(models_dir)
     except MissingWeightsError:
         return False
     return bool(real_model(family, models_dir) and catalog.find_adapter(family, models_dir))
-
-
-def _stand_in_workshop(base: Base, models_dir: Path, pulid: Path | None, cache: IdentityCache) -> Workshop:
-    notes = [f"base model: {base.label}; there is no text encoder, a prompt is turned into noise"]
-    folder = tempfile.TemporaryDirectory(prefix="pulid-standin-")
-    widths = [site.width for site in find_sites(denoiser_of(base.pipeline)).sites]
-    sdxl = base.family == "sdxl"
-    files = standin.write_files(folder.name, widths if sdxl else [64], 64 if sdxl else widths[0])
-    adapter = load_adapter(pulid or (files.sdxl if sdxl else files.flux))
-    tower = load_vision_tower(files.tower)
-    encoders_id = "stand-in " + fingerprint_files([files.tower])
-    folder.cleanup()
-    notes.append("PuLID file and vision tower: stand-ins in the real formats, random weights")
-    try:
-        real = catalog.require_encoders(models_dir)
-    except MissingWeightsError:
-        notes.append("faces: found by OpenCV's Haar cascades (real); recogniser and parser are stand-ins")
-        return Workshop(base, adapter, lambda: Encoders(standin.face_models(), tower), encoders_id, cache, tuple(notes))
-    encoders_id += fingerprint_files(list(real.values()))
-    faces = _face_files(real)
-    return Workshop(base, adapter, lambda: Encoders(load_face_models(faces), tower), encoders_id, cache, tuple(notes))
-
-
-def _face_files(files: dict[str, Path]) -> FaceFiles:
-    return FaceFiles(
-        detector=files["scrfd_10g_bnkps.onnx"],
-        recogniser=files["glintr100.onnx"],
-        landmarker=files["detection_Resnet50_Final.pth"],
-        parser=files["parsing_bisenet.pth"],
-    )
-
-
-def _tower(files: dict[str, Path], device: str):
-    return load_vision_tower(files["EVA02_CLIP_L_336_psz14_s6B.pt"]).to(device)

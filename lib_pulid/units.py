@@ -1,4 +1,4 @@
-"""PulidUnit: what a user asked for one person; from a dict, a list, an X/Y/Z cell, and back."""
+"""Defines PulidUnit, one person's settings; converts it from a dict, a list or an X/Y/Z cell, and back."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from lib_pulid.fields import (
 )
 from lib_pulid.injection import acts
 
-_SWITCH = Field("on", "PuLID", "bool", False, "The accordion's own on/off.")
-_EMPTY = (None, "", NONE)  # what hosts make of an empty text or list
+_SWITCH = Field("on", "PuLID", "bool", False, "The accordion's own checkbox.")
+_EMPTY = (None, "", NONE)  # what hosts turn an empty text or list into
 
 
 @dataclass(frozen=True)
 class PulidUnit:
-    """What was asked for one person; the fields are those of FIELDS. images, mask: base64 or data URIs.
+    """One person's settings; the fields are those of FIELDS. images, mask: base64 or data URIs.
 
-    What depends on the checkpoint's family (weight None, preset "auto") is settled by `on`.
+    `on` fills in what depends on the checkpoint's family (weight None, preset "auto").
     """
 
     enabled: bool = True
@@ -60,10 +60,10 @@ class PulidUnit:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], number: int) -> PulidUnit:
-        """From an API dict. What is left out or null takes its default, or the preset's value where a preset is named.
+        """Reads an API dict. A field that is missing or null gets its default, or the named preset's value.
 
         Raises:
-            SettingError: a field is unknown, or its value wrong; the message names unit and field.
+            SettingError: a field is unknown, or its value is wrong; the message names unit and field.
         """
         fields = {name: field_named(name, number) for name in values}
         checked = {name: check(fields[name], value, number) for name, value in values.items() if value is not None}
@@ -73,9 +73,9 @@ class PulidUnit:
 
     @classmethod
     def from_positions(cls, values: Sequence[Any], number: int) -> PulidUnit:
-        """From the widgets' values, in the order of FIELDS; a short list is filled with defaults.
+        """Reads the widgets' values, in the order of FIELDS; a short list is filled up with defaults.
 
-        The preset there is only a name for what the other widgets say; a saved identity goes before photos.
+        The preset there only names what the other widgets say; a saved identity takes precedence over photos.
         """
         named = {field.name: (field, value) for field, value in zip(FIELDS, values) if field.name != "preset"}
         checked = {name: check(field, value, number) for name, (field, value) in named.items()}
@@ -84,7 +84,7 @@ class PulidUnit:
         return cls(**checked)._checked(number)
 
     def changed(self, values: Mapping[str, Any], number: int) -> PulidUnit:
-        """A copy with some fields replaced, as X/Y/Z axes do. A photo takes the identity's place, and vice versa."""
+        """Returns a copy with some fields replaced, for X/Y/Z axes. A photo replaces the identity, and vice versa."""
         checked = {name: check(field_named(name, number), value, number) for name, value in values.items()}
         if checked.get("images"):
             checked.setdefault("identity", "")
@@ -93,7 +93,7 @@ class PulidUnit:
         return replace(self, **{**preset_values(checked.get("preset", "")), **checked})._checked(number)
 
     def positions(self) -> list[Any]:
-        """The inverse of `from_positions`, plain JSON; photos as the accordion's hidden field has them."""
+        """Returns the inverse of `from_positions`, plain JSON; photos as in the accordion's hidden field."""
         values = {**asdict(self), "images": json.dumps(self.images) if self.images else ""}
         for name, field in FIELD.items():
             if field.shown is not None and values[name] == field.default:
@@ -101,7 +101,7 @@ class PulidUnit:
         return list(values.values())
 
     def mapping(self) -> dict[str, Any]:
-        """The inverse of `from_mapping`, plain JSON."""
+        """Returns the inverse of `from_mapping`, plain JSON."""
         return {**asdict(self), "images": list(self.images)}
 
     @property
@@ -109,56 +109,60 @@ class PulidUnit:
         return FaceChoice(self.face_order, self.face_index)
 
     def in_pass(self, hires: bool) -> bool:
-        """Whether it acts in the first or the second (hires) pass."""
+        """Whether it is used in the first or the second (hires) pass."""
         return self.hires in ("both", "second" if hires else "first")
 
     def on(self, family: str) -> PulidUnit:
-        """As it acts on a checkpoint of this family: with a weight, and the preset's name in this family."""
+        """Resolves it for a checkpoint of this family: fills in the weight and the family's name of the preset."""
         weight = WEIGHTS[family] if self.weight is None else self.weight
         return replace(self, weight=weight, preset=preset_name(family, asdict(self)))
 
     def check_family(self, family: str, number: int) -> None:
-        """Raises: SettingError: a preset was asked for by name that this family does not have."""
+        """Raises: SettingError: the preset belongs to the other family."""
         if PRESET_FAMILY.get(self.preset, family) != family:
+            own, choices = PRESET_FAMILY[self.preset].upper(), ", ".join(PRESETS[family])
             raise SettingError(
-                place(number, "preset") + f"{self.preset} is for {PRESET_FAMILY[self.preset].upper()}, the checkpoint "
-                f"is {family.upper()}: leave it out, or take {', '.join(PRESETS[family])}."
+                f"{place(number, 'preset')}{self.preset} is for {own}, but the checkpoint is {family.upper()}. "
+                f"Leave the preset out, or use {choices}."
             )
 
     def check_steps(self, family: str, steps: int, number: int) -> None:
-        """Raises: SettingError: in none of so many steps the face acts on a checkpoint of this family."""
+        """Raises: SettingError: with so many steps, the identity would never be used on a checkpoint of this family."""
         start_step = self.start_step if family == "flux" else 0
         if self.weight == 0 or any(acts(i, steps, self.start, self.end, start_step) for i in range(steps)):
             return
-        name = "start_step" if start_step >= steps else "start"
-        limits = f"from step {start_step} on and " if start_step else ""
+        name, why = "start", f"none of the {steps} steps is between start {self.start:g} and end {self.end:g}"
+        if start_step >= steps:
+            name = "start_step"
+            why = f"it starts at step {start_step}, but there are only {steps} steps (0-{steps - 1})"
+        elif start_step:
+            why += f", at or after start step {start_step}"
         raise SettingError(
-            f"{place(number, name)}the face would never act: of the {steps} steps, which count from 0, none lies "
-            f"{limits}between the shares {self.start:g} and {self.end:g}."
+            f"{place(number, name)}PuLID would never be active: {why}. Start earlier, end later, or use more steps."
         )
 
     def _checked(self, number: int) -> PulidUnit:
         if self.start >= self.end:
-            raise SettingError(place(number, "start") + f"{self.start:g} is not below end, which is {self.end:g}.")
+            raise SettingError(place(number, "start") + f"start ({self.start:g}) has to be below end ({self.end:g}).")
         return self
 
 
 def parse_args(
     args: Sequence[Any], changes: Mapping[int, Mapping[str, Any]] = MappingProxyType({})
 ) -> list[tuple[int, PulidUnit]]:
-    """The enabled units of a script's arguments, with their numbers from 1 on.
+    """Reads the enabled units of a script's arguments, with their numbers from 1 on.
 
     Args:
-        args: the positional list [on, *unit 1, *unit 2, ...]; or from the API dicts, one per unit, with or without a
-            leading on/off; the host fills the places behind them with the widgets' defaults.
-        changes: by unit, what an X/Y/Z grid sets in this cell; that switches the unit on.
+        args: the positional list [on, *unit 1, *unit 2, ...]; or, from the API, dicts, one per unit, with or without a
+            leading boolean; the host fills the remaining positions with the widgets' defaults.
+        changes: by unit, what an X/Y/Z grid sets in this cell; that enables the unit.
 
     Raises:
         SettingError.
     """
     args = list(args)
     if len(args) > 1 + MOST_UNITS * len(FIELDS):
-        raise SettingError(f"PuLID: {len(args)} arguments are too many; {MOST_UNITS} units at most.")
+        raise SettingError(f"PuLID: {len(args)} arguments are too many; send {MOST_UNITS} units at most.")
     leading = bool(args) and isinstance(args[0], bool)
     if len(args) > leading and isinstance(args[leading], Mapping):
         on = args[0] if leading else True
@@ -173,13 +177,13 @@ def parse_args(
 
 
 def default_args(count: int) -> list[Any]:
-    """The positional list of an accordion with `count` units as it starts: off, and only the first unit ready."""
+    """Returns the positional list of a fresh accordion with `count` units: off, and only the first unit enabled."""
     units = [replace(PulidUnit(), enabled=i == 0).positions() for i in range(count)]
     return [False, *(value for unit in units for value in unit)]
 
 
 def at_unit(number: int, field: str, error: PulidError) -> PulidError:
-    """The same error, its message preceded by unit and field."""
+    """Returns the same error with unit and field before its message."""
     return type(error)(place(number, field) + str(error))
 
 
@@ -187,7 +191,7 @@ def at_unit(number: int, field: str, error: PulidError) -> PulidError:
 
 
 def _from_list(args: Sequence[Any], on: bool, changed: Container[int]) -> list[PulidUnit]:
-    """A tab that is left out may be half filled in, so it is not checked."""
+    """Skips a disabled tab unchecked: it may be half filled in."""
     units = []
     for number, first in enumerate(range(1, len(args), len(FIELDS)), 1):
         part = args[first : first + len(FIELDS)]
@@ -197,12 +201,14 @@ def _from_list(args: Sequence[Any], on: bool, changed: Container[int]) -> list[P
 
 
 def _from_dicts(args: Sequence[Any], first: int) -> list[PulidUnit]:
-    """Behind the dicts only the widgets' own defaults may stand, which the host puts there."""
+    """Accepts nothing after the dicts but the widgets' defaults, which the host puts there."""
     end = next((i for i in range(first, len(args)) if not isinstance(args[i], Mapping)), len(args))
     if end - first > MOST_UNITS:
-        raise SettingError(f"PuLID: {end - first} units are too many; {MOST_UNITS} at most.")
+        raise SettingError(f"PuLID: {end - first} units are too many; send {MOST_UNITS} at most.")
     defaults = default_args(1 + len(args) // len(FIELDS))
     for i in range(end, len(args)):
         if args[i] != defaults[i] and not (args[i] in _EMPTY and defaults[i] in _EMPTY):
-            raise SettingError(f"PuLID, args[{i}]: {show(args[i])} is no unit; args is a list of dicts, one per unit.")
+            raise SettingError(
+                f"PuLID, args[{i}]: {show(args[i])} is not a unit; args must be a list of dicts, one per person."
+            )
     return [PulidUnit.from_mapping(values, number) for number, values in enumerate(args[first:end], 1)]

@@ -1,9 +1,8 @@
-"""EVA02-CLIP-L/14-336, the vision tower, through timm.
+"""Loads the vision tower, EVA02-CLIP-L/14-336, with timm.
 
-The official code carries its own tower (`eva_clip/eva_vit_model.py`, commit 1aa2fc7). timm's
-`eva02_large_patch14_clip_336` is the same network: its `checkpoint_filter_fn` renames the official weights
-with no key left over. The official code reads the hidden state *before* blocks 4, 8, 12, 16, 20, which is
-the output of blocks 3, 7, 11, 15, 19 here.
+The official code has its own tower (`eva_clip/eva_vit_model.py`, commit 1aa2fc7). timm's `eva02_large_patch14_clip_336`
+is the same network: its `checkpoint_filter_fn` renames all official weights. The official code reads the hidden state
+*before* blocks 4, 8, 12, 16, 20, which is the output of blocks 3, 7, 11, 15, 19 here.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lib_pulid.errors import WrongWeightsError
-from lib_pulid.weight_files import check_numbers, describe, read_state_dict
+from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 
 BLOCKS = (3, 7, 11, 15, 19)  # 0-based; their outputs are the hidden states
 HEAD_DIM = 64
 
 
 class VisionTower(nn.Module):
-    """Normalised images -> class token and hidden states.
+    """Encodes normalized images as a class token and hidden states.
 
     Args:
         trunk: timm's Eva with a projection as its classifier.
@@ -36,22 +35,22 @@ class VisionTower(nn.Module):
         self.trunk = trunk
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """images [B, 3, 336, 336], RGB, CLIP mean and std.
+        """Encodes images [B, 3, 336, 336], RGB, CLIP mean and std.
 
         Returns:
-            The projected class token [B, 768], not normalised, and five hidden states [B, 577, 1024], the
+            The projected class token [B, 768], not normalized, and five hidden states [B, 577, 1024], the
             class token first.
         """
         final, pairs = self.trunk.forward_intermediates(
             images, indices=list(BLOCKS), return_prefix_tokens=True, output_fmt="NLC", norm=False
         )
-        # timm hands patches and prefix (the class token) apart
+        # timm returns patches and prefix (the class token) separately
         hidden = [torch.cat((prefix, patches), dim=1) for patches, prefix in pairs]
         return self.trunk.forward_head(final), hidden
 
 
 def load_vision_tower(path: str | Path) -> VisionTower:
-    """Builds the tower from `EVA02_CLIP_L_336_psz14_s6B.pt`, strictly; the text half of the file is left out.
+    """Loads the tower from `EVA02_CLIP_L_336_psz14_s6B.pt`, strictly; skips the text half of the file.
 
     Args:
         path: the official file, or one of the same layout with other widths.
@@ -70,11 +69,11 @@ def load_vision_tower(path: str | Path) -> VisionTower:
     from timm.models.eva import checkpoint_filter_fn
 
     try:
-        with torch.random.fork_rng(devices=()):  # timm draws initial weights; the host's random numbers are not ours
+        with torch.random.fork_rng(devices=()):  # timm draws initial weights; keep the host's random state
             trunk = _build(visual)
         trunk.load_state_dict(checkpoint_filter_fn(visual, trunk), strict=True, assign=True)
     except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
-        raise WrongWeightsError(f"{path.name} is another vision tower than EVA02-CLIP-L/14-336: {error}") from error
+        raise WrongWeightsError(f"{path.name} is not the vision tower EVA02-CLIP-L/14-336: {error}") from error
     check_numbers(visual, path)
     return VisionTower(trunk).eval().requires_grad_(False)
 
@@ -87,7 +86,7 @@ def _build(visual: Mapping[str, Tensor]) -> nn.Module:
     hidden = visual["blocks.0.mlp.w1.weight"].shape[0]
     if grid != 24 or patch != 14:
         raise ValueError(f"it reads {grid * patch} x {grid * patch} pixels in patches of {patch}")
-    # timm makes all layers before they are filled: number and sizes have to be those of the file's own weights.
+    # timm creates all layers before loading: their number and sizes have to match the file's weights.
     queries = [key for key in visual if re.fullmatch(r"blocks\.\d+\.attn\.q_proj\.weight", key)]
     for key in queries:
         if visual[key].shape != (width, width) or visual[key.replace("attn.q_proj", "mlp.w1")].shape != (hidden, width):
@@ -100,3 +99,32 @@ def _build(visual: Mapping[str, Tensor]) -> nn.Module:
         num_heads=width // HEAD_DIM,
         mlp_ratio=(hidden + 0.5) / width,  # timm rounds width x ratio down
     )
+
+
+def tower_shapes(width: int, classes: int, depth: int = 24, hidden: int = 0) -> dict[str, tuple[int, ...]]:
+    """Returns names and shapes of the visual half of EVA02_CLIP_L_336_psz14_s6B.pt, with other widths."""
+    hidden = hidden or int(width * 2.6667)
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 577, width),
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "head.weight": (classes, width),
+        "head.bias": (classes,),
+    }
+    linear = {
+        "attn.proj": (width, width),
+        "mlp.w1": (hidden, width),
+        "mlp.w2": (hidden, width),
+        "mlp.w3": (width, hidden),
+    }
+    norms = {"norm1": width, "norm2": width, "attn.inner_attn_ln": width, "mlp.ffn_ln": hidden}
+    for block in (f"blocks.{i}" for i in range(depth)):
+        shapes |= {f"{block}.attn.{name}_proj.weight": (width, width) for name in "qkv"}
+        shapes |= {f"{block}.attn.{name}_bias": (width,) for name in "qv"}
+        shapes |= {f"{block}.{name}.weight": shape for name, shape in linear.items()}
+        shapes |= {f"{block}.{name}.bias": shape[:1] for name, shape in linear.items()}
+        shapes |= {f"{block}.{name}.{part}": (size,) for name, size in norms.items() for part in ("weight", "bias")}
+    return shapes

@@ -1,16 +1,16 @@
-"""Checks that what was to act has acted; one check for every way into a denoiser.
+"""Checks that the residuals were really added; one check for every way into a denoiser.
 
-A compiled graph, an engine or a step cache may run something else in the place of the blocks that carry the hooks.
-Nothing fails then, and the image shows a stranger, or the face counts twice. The rule, site by site: a residual is
-added as often as the block runs.
+A compiled graph, an engine or a step cache may run something else instead of the hooked blocks. Nothing fails then, and
+the image shows a stranger, or the face counts twice. The rule, for each site: a residual is added as often as the block
+runs.
 
-    the block ran, and the residual was added            right
-    neither, in a later call                             right: a step cache (TeaCache) or a cache of deep blocks
-                                                         (DeepCache) reuses what an earlier call made with the face
-    neither, in the first call of a sampling             something else runs in the block's place
-    the block handed something back without running      a cache of blocks (FirstBlockCache): its output already has
-                                                         the face of an earlier step, or never will
-    the block ran, and nothing was added                 it was not called as a module
+    the block ran, and the residual was added       right
+    neither, in a later call                        right: a step cache (TeaCache) or a cache of deep blocks (DeepCache)
+                                                    reuses what an earlier call computed with the face
+    neither, in the first call of a sampling        something else runs instead of the block
+    the block returned without running              a block cache (FirstBlockCache): its output already has the face of
+                                                    an earlier step, or never will
+    the block ran, and nothing was added            it was not called as a module
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.sites import Site, Sites
 
 _REPLACED = (
-    "The model's own layers did not run ({} of {} did): something else takes their place (TensorRT, a compiled or "
-    "exported model, an extension that replaces the UNet), and PuLID cannot add the face there. Disable it or PuLID."
+    "Another component (TensorRT, a compiled or exported model, or an extension that replaces the UNet) bypasses the "
+    "layers PuLID needs: {} of {} ran. Disable it or PuLID."
 )
 _CACHED = (
-    "{} was not run, a cache answered for it (FirstBlockCache, MagCache or the like), so the face would count twice or "
-    "not at all. Disable that cache or PuLID; caches that skip whole steps (TeaCache) work."
+    "A block cache (FirstBlockCache, MagCache or similar) replaced the output of {}, so the face would count twice or "
+    "not at all. Disable the cache or PuLID. Caches that skip whole steps (TeaCache) work."
 )
-_BYPASSED = "{} ran without its hooks: other code calls its layers directly. Disable that code or PuLID."
+_BYPASSED = "{} ran without its hooks: another extension calls its layers directly. Disable that extension or PuLID."
 _SKIPPED = (
-    "The face never acted: a step cache skipped every step in which it should have. "
-    "Disable the cache or make it skip less, or let the face start earlier."
+    "The face was never added: a step cache skipped every step with PuLID. "
+    "Disable the cache, make it skip less, or start PuLID earlier."
 )
 
 
 @dataclass(frozen=True)
 class WatchedSites(Sites):
-    """Sites that a Watch follows; whoever has made it checks it."""
+    """Sites that a Watch follows; the Watch's owner checks it."""
 
     watch: Watch
 
@@ -68,16 +68,16 @@ class Watch:
         self._is_first, self._missed = True, False
 
     def over(self, sites: Sites) -> WatchedSites:
-        """Returns the same sites, watched. Out of a denoiser call they raise UnsupportedModelError where a block hands
-        something back without having run."""
+        """Returns the same sites, watched. They raise UnsupportedModelError in a denoiser call if a block returns
+        without having run."""
         self._sites = len(sites.sites)
         return WatchedSites(sites.family, tuple(map(self._watched, sites.sites)), self)
 
     def check_call(self, acts: bool) -> None:
-        """Checks a call that has ended well. acts: whether a face was to act in it.
+        """Checks a call that returned. acts: whether a face was to be added in it.
 
         Raises:
-            UnsupportedModelError: it could not.
+            UnsupportedModelError: it was not added.
         """
         is_first, self._is_first = self._is_first, False
         bypassed = self._fresh - self._acted
@@ -88,7 +88,7 @@ class Watch:
         self._missed |= acts and not self.reached
 
     def check_end(self) -> None:
-        """Checks a sampling that has ended well. Raises: UnsupportedModelError: the face was to act, and never did."""
+        """Checks a sampling that returned. Raises: UnsupportedModelError: the face was never added."""
         if self._missed and not self.reached:
             raise UnsupportedModelError(_SKIPPED)
 
@@ -116,10 +116,10 @@ class Watch:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Makes torch.compile step aside: compiled code keeps the hooks that were there when it was compiled.
+    """Suspends torch.compile: compiled code has only the hooks that were there when it was compiled.
 
-    Before torch 2.6 it cannot be asked to; then `Watch` finds that the sites are not reached.
+    Before torch 2.6 this is not possible; then `Watch` finds that the sites are not reached.
     """
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        return nullcontext()  # nothing can be compiled yet; the import alone takes seconds
+        return nullcontext()  # nothing is compiled yet, and the import alone takes seconds
     return torch.compiler.set_stance("force_eager")

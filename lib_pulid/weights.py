@@ -1,4 +1,4 @@
-"""A weight file -> Adapter, told apart by its keys and shapes, never by its name.
+"""Loads a PuLID file of any version, recognized by its keys and shapes, never by its name.
 
 Layouts (names and shapes: official `pulid/pipeline.py`, `pipeline_v1_1.py`, `pipeline_flux.py`, commit 1aa2fc7):
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import WrongWeightsError
-from lib_pulid.weight_files import check_numbers, describe, read_state_dict
+from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ SiteWeights = CrossAttentionWeights | ImageStreamWeights
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a PuLID file holds: an identity encoder, and weights for every site in the order of injection.
+    """The content of a PuLID file: an identity encoder, and weights for every site in the order of injection.
 
     Args:
         family: "sdxl" or "flux".
-        version: "v1", "v1.1" (SDXL), "v0.9" (FLUX; 0.9.0 and 0.9.1 have the same keys and shapes, so
-            nothing but `fingerprint` tells them apart).
+        version: "v1", "v1.1" (SDXL), "v0.9" (FLUX; 0.9.0 and 0.9.1 have the same keys and shapes, and
+            differ only in `fingerprint`).
         encoder: IDEncoder or IDFormer, float32, in eval mode: `encoder(id_cond, vit_hidden)` -> [B, N, D].
         sites: CrossAttentionWeights (70 in SDXL) or ImageStreamWeights (20 in FLUX), in the file's dtype.
-        path: where it was read from.
+        path: of the file.
     """
 
     family: str
@@ -82,21 +82,21 @@ class Adapter:
 
     @property
     def label(self) -> str:
-        """The name a user knows it by: "PuLID v1.1 for SDXL"."""
+        """The name for users: "PuLID v1.1 for SDXL"."""
         return f"PuLID {self.version} for {self.family.upper()}"
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that name the identity encoder's weights.
+        """Sixteen hex digits that identify the identity encoder's weights.
 
-        Eight of their float16 values, so that a half precision conversion of a file counts as that file, and eight of
-        their signs, which no rounding changes: by these a file of 16 or 8 bits of any kind is known, see `is_encoder`.
+        Eight are a hash of their float16 values, so that a half-precision conversion counts as the same file, and eight
+        of their signs, which no rounding changes: these identify a file in any 16-bit or 8-bit type, see `is_encoder`.
         """
         return self._digest(Tensor.half)[:8] + self._digest(torch.signbit)[:8]
 
     def is_encoder(self, fingerprint: str) -> bool:
-        """Whether it is the encoder of this fingerprint, in whatever precision it was read."""
-        # Identities that were saved before have sixteen digits of the float16 values.
+        """Whether it is the encoder with this fingerprint, in any precision."""
+        # Identities of earlier versions have sixteen digits of the float16 values.
         return fingerprint[8:] == self.fingerprint[8:] or fingerprint == self._digest(Tensor.half)[:16]
 
     def _digest(self, of: Callable[[Tensor], Tensor]) -> str:
@@ -108,7 +108,7 @@ class Adapter:
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Reads any PuLID file.
+    """Loads a PuLID file of any version.
 
     Args:
         path: a `.safetensors` file or a torch pickle (read with `weights_only=True`). All sizes are taken
@@ -120,7 +120,7 @@ def load_adapter(path: str | Path) -> Adapter:
 
     Raises:
         MissingWeightsError: there is no such file.
-        WrongWeightsError: it is something else, is incomplete or unreadable; the message says what it is.
+        WrongWeightsError: it is something else, incomplete or unreadable; the message says what it is.
     """
     path = Path(path)
     state = read_state_dict(path)
@@ -139,7 +139,7 @@ def load_adapter(path: str | Path) -> Adapter:
 
 
 def _build_sdxl(state: Mapping[str, Tensor], path: Path) -> Adapter:
-    # Four digits at most, here and below: a number in a name must not decide how long this takes.
+    # At most four digits, here and below: a number in a name must not determine how long this takes.
     return _sdxl(state, path, "id_adapter.", r"id_adapter_attn_layers\.(\d{1,4})\.id_to_(k|v)\.weight")
 
 
@@ -158,7 +158,7 @@ def _sdxl(state: Mapping[str, Tensor], path: Path, encoder_prefix: str, pair: st
     expected = {(i, x) for i in range(1, 2 * count, 2) for x in "kv"}
     if stray := sorted(set(table) ^ expected):
         raise WrongWeightsError(
-            f"{path.name} is PuLID for SDXL, but its layers are not complete (layer {stray[0][0]})."
+            f"{path.name} is PuLID for SDXL, but incomplete (layer {stray[0][0]}). Download it again."
         )
     sites = []
     for i in range(1, 2 * count, 2):
@@ -172,16 +172,20 @@ def _sdxl(state: Mapping[str, Tensor], path: Path, encoder_prefix: str, pair: st
 def _build_flux(state: Mapping[str, Tensor], path: Path) -> Adapter:
     encoder, version = _encoder(_under(state, "pulid_encoder."), path)
     if version != "v1.1":
-        raise WrongWeightsError(f"{path.name} has the cross-attention of PuLID for FLUX, but another encoder.")
+        raise WrongWeightsError(
+            f"{path.name} has the cross-attention of PuLID for FLUX, but another encoder. Download it again."
+        )
     modules = _under(state, "pulid_ca.")
     numbers = [int(match[0]) for key in modules if (match := re.match(r"\d{1,4}(?=\.)", key))]
     count = 1 + max(numbers, default=-1)
-    expected = {f"{n}.{key}" for n in range(count) for key in _IMAGE_STREAM_KEYS}
+    expected = {f"{n}.{key}" for n in range(count) for key in IMAGE_STREAM_KEYS}
     stray = sorted((set(modules) ^ expected) | {k for k in state if not k.startswith(("pulid_encoder.", "pulid_ca."))})
     if stray:
-        raise WrongWeightsError(f"{path.name} is PuLID for FLUX, but is not complete or not pure: see {stray[0]!r}.")
+        raise WrongWeightsError(
+            f"{path.name} is PuLID for FLUX, but has a missing or extra tensor: {stray[0]!r}. Download it again."
+        )
     sites = tuple(
-        ImageStreamWeights(**{name: modules[f"{n}.{key}"] for key, name in _IMAGE_STREAM_KEYS.items()})
+        ImageStreamWeights(**{name: modules[f"{n}.{key}"] for key, name in IMAGE_STREAM_KEYS.items()})
         for n in range(count)
     )
     for n, site in enumerate(sites):
@@ -189,7 +193,7 @@ def _build_flux(state: Mapping[str, Tensor], path: Path) -> Adapter:
     return Adapter("flux", "v0.9", encoder, sites, path)
 
 
-_IMAGE_STREAM_KEYS = {
+IMAGE_STREAM_KEYS = {
     "norm1.weight": "norm_id_weight",
     "norm1.bias": "norm_id_bias",
     "norm2.weight": "norm_image_weight",
@@ -221,7 +225,7 @@ def _check_image_stream(site: ImageStreamWeights, token_dim: int, name: str) -> 
 
 
 def _encoder(state: dict[str, Tensor], path: Path) -> tuple[IDEncoder | IDFormer, str]:
-    """The identity encoder, v1's or v1.1's, told apart by its keys."""
+    """Loads the identity encoder, v1's or v1.1's by its keys."""
     kinds: dict[str, tuple[type[IDEncoder | IDFormer], str]]
     kinds = {"body.0.weight": (IDEncoder, "v1"), "proj_out": (IDFormer, "v1.1")}
     for key, (kind, version) in kinds.items():
@@ -230,7 +234,7 @@ def _encoder(state: dict[str, Tensor], path: Path) -> tuple[IDEncoder | IDFormer
                 return kind.from_state_dict(state), version
             except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError) as error:
                 raise WrongWeightsError(
-                    f"{path.name}: the identity encoder ({kind.__name__}) is not complete or has other shapes: {error}"
+                    f"{path.name}: the identity encoder ({kind.__name__}) is incomplete or has other shapes: {error}"
                 ) from error
     raise WrongWeightsError(f"{path.name} is {describe({f'image_proj.{key}': t for key, t in state.items()})}.")
 

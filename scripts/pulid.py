@@ -1,7 +1,7 @@
-"""The WebUI's door: script callbacks in, units out; the one place where errors are caught and told.
+"""The WebUI's entry point: turns script callbacks into units, and catches and reports errors.
 
-The hosts print what a script hook raises and go on, and a picture of a stranger would come out. So whatever goes wrong
-here is kept and raised where the hosts let it end the request: when they ask the generation for its samples.
+The hosts print what a script hook raises and carry on, which would give an image of a stranger. So an error is kept
+here, and raised where the hosts let it end the request: when they ask the generation for its samples.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class PulidScript(scripts.Script):
         remember_images(p)
 
     def process(self, p: Any, *args: Any) -> None:
-        """Everything that can be known to fail fails here, before the prompt is read."""
+        """Reads the units and compiles them, so that whatever can fail fails before the first step."""
         with ends_the_request(p):
             forget(p)
             self.library.settle(is_interrupted)
@@ -67,7 +67,7 @@ class PulidScript(scripts.Script):
             setattr(p, PLAN, plan)
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        """What comes between two batches is not ours: detailers and upscalers may sample inside this generation."""
+        """Hooks one batch at a time: between two, detailers and upscalers may sample inside this generation."""
         plan = getattr(p, PLAN, None)
         if plan is not None:
             with ends_the_request(p):
@@ -82,11 +82,12 @@ class PulidScript(scripts.Script):
                 hosts.current().before_sampling(p, plan)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
-        """The parameters stay: ADetailer calls this, with a copy of `p`, before the last pictures get theirs."""
+        """Leaves the infotext alone: ADetailer calls this, with a copy of `p`, before the last images get theirs."""
         forget(p)
 
 
 def model_for(p: Any, units: list[tuple[int, PulidUnit]]) -> hosts.LoadedModel:
+    """Returns the loaded model; an error names the first unit and its field `model`."""
     try:
         return hosts.current().loaded_model(p)
     except PulidError as error:
@@ -94,7 +95,7 @@ def model_for(p: Any, units: list[tuple[int, PulidUnit]]) -> hosts.LoadedModel:
 
 
 def checkpoint_family(name: str = "") -> str:
-    """Of the checkpoint of this name, else of the one that is chosen; "" where it cannot be told."""
+    """Returns the family of the checkpoint with this name, or of the selected one; "" if it is not known."""
     from modules import sd_models
 
     try:
@@ -107,17 +108,17 @@ def checkpoint_family(name: str = "") -> str:
 
 
 def tell(text: str) -> None:
-    """Into the WebUI's progress line."""
+    """Shows a text in the WebUI's progress line."""
     shared.state.textinfo = text or None
 
 
 def is_interrupted() -> bool:
-    """Whether the host would begin no further batch."""
+    """Whether the host would start no further batch."""
     return shared.state.interrupted or getattr(shared.state, "stopping_generation", False)
 
 
 def forget(p: Any) -> None:
-    """Also called where PuLID is off: after an error the hosts do not call `postprocess`."""
+    """Removes all of ours from `p` and the host; with PuLID off, too, as an error skips `postprocess`."""
     hosts.current().stop()
     vars(p).pop(PLAN, None)
     if isinstance(sample := vars(p).get("sample"), Refusal):
@@ -127,8 +128,10 @@ def forget(p: Any) -> None:
 
 
 class Sampling:
-    """Stands in the place of one generation's `sample`, for one call. After an error the hosts call no script; here
-    its end is seen however it comes. So nothing is put into the model before, and all is taken out after."""
+    """Replaces `p.sample` for one call, so that hooks are removed even when sampling raises.
+
+    After an error the hosts call no script.
+    """
 
     def __init__(self, p: Any, plan: hosts.Plan) -> None:
         self._p, self._plan = p, plan
@@ -152,7 +155,7 @@ class Sampling:
             run.check()
             return samples
         except Exception as error:
-            raise short_of_memory(error) or error  # noqa: B904  it has its cause
+            raise short_of_memory(error) or error  # noqa: B904  its cause is set
         finally:
             if run is not None:
                 run.is_sampling = False
@@ -160,7 +163,7 @@ class Sampling:
 
 
 class Refusal:
-    """Stands in the place of one generation's `sample`, or of one sampler's, and raises."""
+    """Replaces the `sample` of a generation or of a sampler, and raises."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -170,14 +173,14 @@ class Refusal:
 
 
 def short_of_memory(error: Exception) -> OutOfMemoryError | None:
-    """What to say in the place of an error that tells of a lack of memory, else None."""
+    """Returns the message to show instead of an out-of-memory error; None for other errors."""
     if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
         return None
-    # Forge Neo drops the message of every exception with these three words in it, whatever its class.
+    # Forge Neo replaces the message of every exception that contains these three words, so ours must not.
     reason = re.sub("out of memory", "not enough memory", str(error), flags=re.IGNORECASE)[:300]
     short = OutOfMemoryError(
-        "PuLID: the memory did not suffice. What helps: a smaller picture or batch, one person fewer, "
-        f"{hosts.current().less_memory()}, photos read on the CPU (Settings, PuLID), fewer other programs. "
+        "PuLID: not enough memory. Try a smaller image or batch, fewer people, "
+        f"{hosts.current().less_memory()}, reading photos on the CPU (Settings, PuLID), or closing other programs. "
         f"({type(error).__name__}: {reason})"
     )
     short.__cause__ = error
@@ -186,7 +189,7 @@ def short_of_memory(error: Exception) -> OutOfMemoryError | None:
 
 @contextmanager
 def ends_the_request(p: Any) -> Iterator[None]:
-    """Whatever is raised inside, a fault of ours as well, is raised again when samples are asked for."""
+    """Keeps any exception raised inside, even a bug of ours, and raises it again when the host asks for samples."""
     try:
         yield
     except Exception as raised:
@@ -197,16 +200,16 @@ def ends_the_request(p: Any) -> Iterator[None]:
         sampler = getattr(p, "sampler", None)
         if sampler is not None:  # in the middle of a sampling
             sampler.sample = sampler.sample_img2img = refusal
-        p.comment(str(error))  # a grid goes on with the next cell, and shows this below
+        p.comment(str(error))  # a grid continues with the next cell, and shows this below the image
         if not hosts.current().tells_errors(p):
-            shared.state.interrupted = True  # before the first batch: no picture, and the comment below
+            shared.state.interrupted = True  # before the first batch: no image, and the comment below
         hosts.current().stop()
     except BaseException:
         hosts.current().stop()
         raise
 
 
-# ---------------------------------------------------------------- the program around
+# ---------------------------------------------------------------- the host's callbacks
 
 
 def on_app_started(demo: Any, app: Any) -> None:

@@ -8,11 +8,17 @@ or none of them finds.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lib_pulid.face_models import FaceFiles
+from lib_pulid.face_models import FaceFiles, load_face_models
+from lib_pulid.faces import FaceModels
 
 SMALLEST, LARGEST_RATIO, STEPS = 32.0, 16.0, 64  # nose colours: 64 steps from 32 to 512 pixels of face
 NOSE_BLUE_OFFSET = 20
@@ -41,6 +47,48 @@ def draw_face(
     if nose:
         step = round(STEPS * np.log(side / SMALLEST) / np.log(LARGEST_RATIO))
         image[y - 5 : y + 5, x - 5 : x + 5] = (128 + step, 0, 255)
+
+
+def photo(*faces: tuple[int, int], shade: int = 3) -> np.ndarray:
+    """A photo of people. faces: centre x and side of each."""
+    image = blank(640, 480)
+    for x, side in faces:
+        draw_face(image, (x, 240), side, shade=shade)
+    return image
+
+
+def packed(image: np.ndarray) -> str:
+    """As the page sends it."""
+    from lib_pulid.webui.pictures import encode
+
+    return encode(image)
+
+
+class Remembering:
+    """A face model that answers at once when it is asked the same again: the networks take most of the tests' time."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._seen = model, {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("detect", "embed", "embed_crop", "labels"):
+            return getattr(self._model, name)
+
+        def answer(*args: Any) -> Any:
+            key = pickle.dumps((name, args))
+            if key not in self._seen:
+                self._seen[key] = getattr(self._model, name)(*args)
+            return copy.copy(self._seen[key])
+
+        return answer
+
+
+@functools.cache
+def remembering_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
+    """`load_face_models`, once for the same files."""
+    models = load_face_models(files, device)
+    parts = {name: Remembering(getattr(models, name)) for name in ("detector", "recogniser", "landmarker", "parser")}
+    return dataclasses.replace(models, **parts)
 
 
 def write_face_files(folder: Path, seed: int = 0) -> FaceFiles:

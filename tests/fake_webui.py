@@ -18,11 +18,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.fake_modules import a1111, forge, installed
-from tests.fake_modules.models import UNet
+from tests.fake_modules.models import SMALL_SITES, small_unet
 
 ROOT = Path(__file__).parents[1]
 ALWAYS_VISIBLE = object()
@@ -59,21 +60,8 @@ class Widget:
 def gradio(version: str) -> ModuleType:
     made = ModuleType("gradio")
     made.__version__ = version
-    for name in (
-        "HTML",
-        "Tabs",
-        "Tab",
-        "Row",
-        "Column",
-        "Accordion",
-        "File",
-        "Gallery",
-        "Number",
-        "Button",
-        "Checkbox",
-    ):
-        setattr(made, name, type(name, (Widget,), {}))
-    for name in ("Radio", "Image", "SelectData", "Dropdown", "Textbox", "Slider"):
+    layout, widgets = "Tabs Tab Row Column Accordion", "File Gallery Number Button Checkbox Radio Image HTML"
+    for name in f"{layout} {widgets} SelectData Dropdown Textbox Slider".split():
         setattr(made, name, type(name, (Widget,), {}))
     made.update = lambda **kwargs: {"__type__": "update", **kwargs}
     return made
@@ -160,7 +148,7 @@ class Generation(_Processing, a1111.P):
     def __init__(
         self, unet: torch.nn.Module | None = None, name: str = "some-sdxl", batches: int = 1, steps: int = 2
     ) -> None:
-        super().__init__(unet or UNet(), name)
+        super().__init__(unet or small_unet(), name)
         self._begin(batches, steps)
 
     def _pass(self, cond: Tensor, uncond: Tensor, before_step: Any) -> list[Tensor]:
@@ -202,7 +190,9 @@ class WebUI:
         self.modules, self.swallowed = modules, []
 
     def door(self) -> ModuleType:
-        """scripts/pulid.py, run again as by Reload UI."""
+        """scripts/pulid.py, run again as by Reload UI, which lets go of all callbacks and scripts first."""
+        self.modules.script_callbacks.clear_callbacks()
+        self.modules.scripts.scripts_data[:] = [_xyz()]
         spec = importlib.util.spec_from_file_location("pulid.py", ROOT / "scripts" / "pulid.py")
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         spec.loader.exec_module(module)  # type: ignore[union-attr]
@@ -236,9 +226,11 @@ class WebUI:
 
 @contextmanager
 def webui(host: str, models_dir: Path, gradio_version: str = "3.41.2") -> Iterator[WebUI]:
+    """`small_unet` is its SDXL."""
     import lib_pulid.webui as package
 
-    with installed(host) as modules:
+    with installed(host) as modules, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lib_pulid.hosts.webui.SDXL_SITES", SMALL_SITES)
         before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("lib_pulid.webui.")}
         sys.modules["gradio"] = gradio(gradio_version)
         try:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lib_pulid import sites
 from lib_pulid.encoders import IDEncoder, IDFormer
-from lib_pulid.standin import flux_file, image_stream
 from lib_pulid.weights import Adapter, ImageStreamWeights, load_adapter
 from tests.reference import cases
+from tests.small_models import flux_file, image_stream
 
 # ---------------------------------------------------------------- files
 
@@ -285,7 +285,3 @@ class BflFlux(nn.Module):
             block.text = txt.shape[1]
             x = block(x, vec=vec, pe=pe)
         return model.proj_out(model.norm_out(x[:, txt.shape[1] :], vec))
-
-
-def count_hooks(module: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())

@@ -10,6 +10,7 @@ What is small: the denoisers, PuLID files and models that read photos. What is n
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
@@ -26,14 +27,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lib_pulid import catalog, hosts, standin
+from lib_pulid import hosts
 from lib_pulid.encoders import IDFormer
-from lib_pulid.faces import CROP_LANDMARKS, Detection, FaceModels
-from tests.fake_modules.models import Flux, UNet, count_hooks
+from lib_pulid.faces import CROP_LANDMARKS, LARGEST, Detection, FaceModels
+from lib_pulid.files import catalog
+from lib_pulid.identity import Identity
+from tests import small_models
+from tests.fake_modules.models import SMALL_SITES, Flux, UNet, count_hooks, small_unet
 from tests.fake_webui import ForgeGeneration, Generation, webui
 
-BLOCKS = (2, 1, 2)
-SITES = sum(BLOCKS)
 FILES = ("pulid_v1.safetensors", "pulid_v1_other.safetensors", "pulid_flux_v0.9.1.safetensors")
 STEPS = 3
 SLOT = "model_function_wrapper"
@@ -50,6 +52,15 @@ def _photo(colour: tuple[int, int, int]) -> str:
 
 PHOTOS = {"anna": _photo((200, 80, 60)), "ben": _photo((60, 120, 200)), "cleo": _photo((90, 200, 90))}
 PHOTOS["nobody"] = _photo((0, 0, 0))
+
+
+def unit(name: str, **settings: Any) -> dict[str, Any]:
+    """A person, as the API takes it."""
+    return {"images": [PHOTOS[name]], **settings}
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 class Detector:
@@ -83,7 +94,7 @@ class Tower(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         mean = images.mean((1, 2, 3))[:, None] * self.weight
-        hidden = torch.linspace(-1, 1, 3 * standin.TOWER_WIDTH).view(1, 3, -1)
+        hidden = torch.linspace(-1, 1, 3 * small_models.TOWER_WIDTH).view(1, 3, -1)
         return torch.linspace(0, 3, 768) + mean, [torch.sin(hidden * (i + 1) + mean[:, None]) for i in range(5)]
 
 
@@ -95,14 +106,16 @@ def write_models(folder: Path) -> None:
     """A models folder: two PuLID files for SDXL, one for FLUX, and empty files in the place of the encoders."""
     (folder / "pulid").mkdir(parents=True)
     for seed, name in enumerate(FILES[:2], 1):
-        pairs = nn.ModuleList(standin.cross_attention_pair(8, standin.TOKEN_WIDTH) for _ in range(SITES))
-        weights = standin.random_weights(pairs.state_dict(), seed, gain=3.0)
-        encoder = standin.random_weights(standin.id_encoder(hidden=64).state_dict(), 10 * seed)
-        save_file(standin.sdxl_file(encoder, weights), folder / "pulid" / name)
-    modules = nn.ModuleList(standin.image_stream(8, standin.TOKEN_WIDTH) for _ in range(20))
-    weights = standin.random_weights(modules.state_dict(), 3)
-    encoder = standin.random_weights(_id_former().state_dict(), 4)
-    save_file(standin.flux_file(encoder, weights), folder / "pulid" / FILES[2])
+        pairs = nn.ModuleList(
+            small_models.cross_attention_pair(8, small_models.TOKEN_WIDTH) for _ in range(SMALL_SITES)
+        )
+        weights = small_models.random_weights(pairs.state_dict(), seed, gain=3.0)
+        encoder = small_models.random_weights(small_models.id_encoder(hidden=64).state_dict(), 10 * seed)
+        save_file(small_models.sdxl_file(encoder, weights), folder / "pulid" / name)
+    modules = nn.ModuleList(small_models.image_stream(8, small_models.TOKEN_WIDTH) for _ in range(20))
+    weights = small_models.random_weights(modules.state_dict(), 3)
+    encoder = small_models.random_weights(_id_former().state_dict(), 4)
+    save_file(small_models.flux_file(encoder, weights), folder / "pulid" / FILES[2])
     for file in catalog.in_group("encoders"):
         (folder / file.folder).mkdir(parents=True, exist_ok=True)
         (folder / file.folder / file.name).write_text(file.name)
@@ -110,10 +123,10 @@ def write_models(folder: Path) -> None:
 
 def _id_former() -> IDFormer:
     """The encoder of FLUX, with a layer for each scale."""
-    vit = standin.TOWER_WIDTH
+    vit = small_models.TOWER_WIDTH
     return IDFormer(
-        dim=64, depth=5, inner_dim=64, ff_dim=64, num_queries=8, output_dim=standin.TOKEN_WIDTH,
-        id_mapping=[standin.ID_COND, 64, 64, 5 * 64], mapping=[vit, 64, 64, 64],
+        dim=64, depth=5, inner_dim=64, ff_dim=64, num_queries=8, output_dim=small_models.TOKEN_WIDTH,
+        id_mapping=[small_models.ID_COND, 64, 64, 5 * 64], mapping=[vit, 64, 64, 64],
     )  # fmt: skip
 
 
@@ -131,7 +144,7 @@ class Host:
 
     @cached_property
     def unets(self) -> dict[str, nn.Module]:
-        made = {"sdxl": UNet(blocks=BLOCKS), "sdxl-b": UNet(blocks=BLOCKS, seed=5), "sd15": UNet(768, (1, 0, 1))}
+        made = {"sdxl": small_unet(), "sdxl-b": small_unet(seed=5), "sd15": UNet(768, (1, 0, 1))}
         return made | ({"flux": Flux()} if self.kind == "forge" else {})
 
     @property
@@ -151,9 +164,18 @@ class Host:
         self.state.interrupted = self.state.skipped = False  # as the hosts do when a job begins
         return self.ui.generate(self.script, p or self.processing(checkpoint, **how), args)
 
+    def encode(self, name: str, file: str = "auto") -> Identity:
+        """A person's identity for an SDXL file."""
+        from lib_pulid.webui.pictures import decode
+
+        adapter = self.library.adapter(file, "sdxl")
+        return self.library.encode([decode(PHOTOS[name], "photo")], adapter, LARGEST, "official")
+
     def start_anew(self) -> None:
         """As if the program had been started again: a library that knows nothing, and nothing written."""
         self.script = self.ui.script()
+        self.ui.swallowed.clear()
+        gc.collect()  # models lie in circles, and there are hundreds of starts
         for path in self.written():
             path.unlink()
 
@@ -201,7 +223,6 @@ class Light:
 
     def __init__(self, kind: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kind, self.models = kind, models
-        monkeypatch.setattr("lib_pulid.hosts.webui.SDXL_SITES", SITES)
         monkeypatch.setattr("lib_pulid.face_models.load_face_models", lambda files, device: face_models())
         monkeypatch.setattr("lib_pulid.vision.load_vision_tower", lambda path: Tower())
 
@@ -209,9 +230,11 @@ class Light:
     def running(self) -> Iterator[Host]:
         with webui(self.kind, self.models) as ui:
             host = Host(self.kind, ui, self.models, ui.script())
+            gc.freeze()  # so that a collection looks at the program only
             host.start_anew()
             try:
                 yield host
             finally:
+                gc.unfreeze()
                 while hosts.current()._running:
                     hosts.current()._running.pop().end()

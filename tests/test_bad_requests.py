@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lib_pulid import identity, images, names
 from lib_pulid.errors import SettingError
-from lib_pulid.fields import FIELDS, MOST_PHOTOS, MOST_UNITS, schema, show
+from lib_pulid.fields import FIELDS, LONGEST_TEXT, MOST_PHOTOS, MOST_UNITS, schema, show
 from lib_pulid.units import PulidUnit, default_args, parse_args
+from lib_pulid.webui import routes
 
 
 def nested(depth: int) -> Any:
@@ -68,7 +71,7 @@ def test_each_number_just_inside_and_just_outside(field):
         if (field.name, value) not in (("start", 1), ("end", 0)):  # nothing lies between them then
             assert getattr(PulidUnit.from_mapping({field.name: value, **other}, 1), field.name) == value
     for value in (field.minimum - step, field.maximum + step):
-        with pytest.raises(SettingError, match=f"unit 1, field {field.name}: .* is not in "):
+        with pytest.raises(SettingError, match=f"unit 1, field {field.name}: .* is out of range"):
             PulidUnit.from_mapping({field.name: value}, 1)
 
 
@@ -133,3 +136,14 @@ def test_positional_lists_that_are_too_short_or_too_long():
         parse_args([True, *full, "a value too much"])
     with pytest.raises(SettingError, match="unit 2, field images"):
         parse_args([True, *full, True, 7])
+
+
+def test_the_limits_in_the_docs_are_those_of_the_code():
+    text = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    limits = {
+        f"{images.MAX_PIXELS // 10**6} million pixels", f"{images.MAX_BYTES // 10**6} MB", f"| {MOST_PHOTOS} |",
+        f"| {MOST_UNITS} |", f"{LONGEST_TEXT} characters", f"{names.LONGEST_NAME} bytes",
+        f"{routes.LARGEST_BODY >> 20} MB, counted", f"| {identity.LARGEST_FILE // 10**6} MB |",
+        f"reduced to {images.LONGEST_REGION} pixels",
+    }  # fmt: skip
+    assert [limit for limit in limits if limit not in text] == []

@@ -148,7 +148,7 @@ def test_a_thumbnail_is_never_taken_for_the_photo(kind):
 
 def test_a_raw_file_without_any_picture():
     for data in (tiff(sensor_page(1280, 960)), tiff({50706: 0x401, **sensor_page(64, 64)}), b"FOVb" + bytes(400)):
-        with pytest.raises(ImageError, match="photo: this is a camera's raw file .* save it as JPEG"):
+        with pytest.raises(ImageError, match="photo: this is a camera's raw file .* Save the photo as JPEG"):
             load_image(data, "photo")
 
 

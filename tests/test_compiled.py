@@ -11,8 +11,8 @@ from lib_pulid import injection as core
 from lib_pulid.injection import compile_injection
 from lib_pulid.webui import compiled
 from lib_pulid.webui.compiled import CompiledInjections
-from tests.light_webui import FILES, PHOTOS, Light, write_models
-from tests.test_injection import adapter, person, unet  # noqa: F401  fixtures
+from tests.light_webui import FILES, unit
+from tests.test_injection import person
 
 SETTINGS = {"weight": 0.8, "dtype": torch.float32, "mask": torch.ones(4, 4), "start": 0.1}
 
@@ -31,7 +31,7 @@ def same(a: core.Injection, b: core.Injection) -> bool:
     return plain and all(torch.equal(x.tokens, y.tokens) for x, y in zip(a.sites, b.sites, strict=True))
 
 
-def test_what_it_depends_on_compiles_anew(adapter, counted):  # noqa: F811
+def test_what_it_depends_on_compiles_anew(adapter, counted):
     kept = CompiledInjections()
     variants = [
         ((1,), person(), {}),
@@ -58,7 +58,7 @@ def test_what_it_depends_on_compiles_anew(adapter, counted):  # noqa: F811
     assert counted == []
 
 
-def test_the_last_ones_are_kept_as_far_as_there_is_room(adapter, counted, monkeypatch):  # noqa: F811
+def test_the_last_ones_are_kept_as_far_as_there_is_room(adapter, counted, monkeypatch):
     size = compile_injection(adapter, person(), **SETTINGS).nbytes
     monkeypatch.setattr(compiled, "MOST", 2.5 * size)
     kept = CompiledInjections()
@@ -74,15 +74,12 @@ def test_the_last_ones_are_kept_as_far_as_there_is_room(adapter, counted, monkey
     assert [get(seed) for seed in (5, 5)] == [False, True]
 
 
-@pytest.mark.parametrize("kind", ["a1111", "forge"])
-def test_the_next_picture_of_a_person_compiles_nothing(tmp_path, monkeypatch, counted, kind):
-    write_models(tmp_path / "models")
-    with Light(kind, tmp_path / "models", monkeypatch).running() as host:
-        first = host.generate([{"images": [PHOTOS["anna"]]}])
-        assert counted
-        counted.clear()
-        again = host.generate([{"images": [PHOTOS["anna"]]}])
-        assert counted == []
-        assert all(map(torch.equal, first, again))
-        host.generate([{"images": [PHOTOS["anna"]], "model": FILES[1]}])
-        assert counted
+def test_the_next_picture_of_a_person_compiles_nothing(host, counted):
+    first = host.generate([unit("anna")])
+    assert counted
+    counted.clear()
+    again = host.generate([unit("anna")])
+    assert counted == []
+    assert all(map(torch.equal, first, again))
+    host.generate([unit("anna", model=FILES[1])])
+    assert counted

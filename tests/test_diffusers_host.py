@@ -17,14 +17,14 @@ from torch import Tensor
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.hosts import diffusers as host
 from lib_pulid.hosts.diffusers import apply, denoiser_of
-from lib_pulid.hosts.diffusers_base import POOLED_WIDTH, TEXT_WIDTH, Base, load_base, paint
+from lib_pulid.hosts.diffusers_base import Base, paint
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, Injection, compile_injection
 from lib_pulid.sites import find_sites
-from lib_pulid.standin import TOKEN_WIDTH, write_files
-from lib_pulid.weights import Adapter, load_adapter
-from tests.fake_modules.models import UNet
-from tests.layouts import count_hooks
+from lib_pulid.weights import Adapter
+from tests.fake_modules.models import UNet, count_hooks
+from tests.small_models import TOKEN_WIDTH
+from tests.small_models.bases import POOLED_WIDTH, TEXT_WIDTH, small_base, small_parts
 
 FAMILIES = ("sdxl", "flux")
 STEPS = 4
@@ -32,17 +32,12 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def bases() -> dict[str, Base]:
-    made = {family: load_base(f"tiny-{family}") for family in FAMILIES}
-    for base in made.values():
-        base.pipeline.set_progress_bar_config(disable=True)
-    return made
+    return {family: small_parts(family)[0] for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
-def adapters(bases, tmp_path_factory) -> dict[str, Adapter]:
-    widths = {family: [s.width for s in find_sites(denoiser_of(base.pipeline)).sites] for family, base in bases.items()}
-    files = write_files(tmp_path_factory.mktemp("files"), widths["sdxl"], widths["flux"][0])
-    return {"sdxl": load_adapter(files.sdxl), "flux": load_adapter(files.flux)}
+def adapters() -> dict[str, Adapter]:
+    return {family: small_parts(family)[1] for family in FAMILIES}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -142,12 +137,9 @@ def test_nothing_asked_nothing_changed(bases, adapters, family):
     """Bit for bit: weight 0, a window without a step, no injection at all."""
     base, adapter = bases[family], adapters[family]
     plain = draw(base)
-    assert torch.equal(draw(base), plain)
-    settings = [{"weight": 0.0}, {"start": 0.8, "end": 1.0}]
-    for setting in settings:
+    for setting in ({"weight": 0.0}, {"start": 0.8, "end": 1.0}):
         assert torch.equal(draw(base, [compile_injection(adapter, person(), **setting)]), plain), setting
     assert torch.equal(draw(base, []), plain)
-    assert torch.equal(draw(base, [compile_injection(adapter, person())] * 0), plain)
 
 
 def test_an_identity_changes_the_picture(bases, adapters, family):
@@ -156,22 +148,12 @@ def test_an_identity_changes_the_picture(bases, adapters, family):
     pictures = [
         draw(base, [compile_injection(adapter, person(seed), weight=w)]) for seed, w in ((1, 1), (1, 0.5), (9, 1))
     ]
-    again = draw(base, [compile_injection(adapter, person(1), weight=1)])
-    assert torch.equal(again, pictures[0])
     everything = [plain, *pictures]
     for i, one in enumerate(everything):
         assert torch.isfinite(one).all()
         for other in everything[:i]:
             assert (one - other).abs().max() > 1e-3
     assert torch.equal(draw(base), plain)
-
-
-def test_two_identities_add_up(bases, adapters, family):
-    base = bases[family]
-    one, other = (compile_injection(adapters[family], person(seed), weight=0.5) for seed in (1, 9))
-    both = draw(base, [one, other])
-    assert all((both - draw(base, [single])).abs().max() > 1e-3 for single in (one, other))
-    assert torch.allclose(both, draw(base, [other, one]), atol=1e-3)
 
 
 def test_start_and_end(bases, adapters, family):
@@ -215,7 +197,6 @@ def test_paint(bases, adapters, family):
     assert not np.array_equal(plain, paint(base, "a sailor", seed=1, steps=2, size=64, guidance=2))
     with apply(base.pipeline, [compile_injection(adapters[family], person())]):
         assert not np.array_equal(plain, paint(base, "a sailor", seed=1, steps=2, size=64))
-    assert np.array_equal(plain, paint(base, "a sailor", seed=1, steps=2, size=64))
 
 
 # ---------------------------------------------------------------- what each call is told
@@ -324,7 +305,7 @@ def test_rows_of_a_pipeline_that_is_not_known():
     with apply(pipeline, []):
         pipeline(noise.repeat(2, 1, 1, 1))
     del Unknown.do_classifier_free_guidance
-    with pytest.raises(UnsupportedModelError, match="does not tell how it guides"), apply(pipeline, []):
+    with pytest.raises(UnsupportedModelError, match="kind of guidance is not known"), apply(pipeline, []):
         pipeline(noise)
     assert count_hooks(pipeline.unet) == 0
 
@@ -335,7 +316,7 @@ def test_a_step_cache_that_keeps_blocks_is_refused(bases, adapters):
     transformer, before = base.pipeline.transformer, draw(base)
     transformer.enable_cache(diffusers.hooks.FirstBlockCacheConfig(threshold=1e9))
     try:
-        with pytest.raises(UnsupportedModelError, match="was not run, a cache answered for it"):
+        with pytest.raises(UnsupportedModelError, match="block cache .* replaced the output"):
             draw(base, [compile_injection(adapters["flux"], person())])
     finally:
         transformer.disable_cache()
@@ -419,15 +400,13 @@ def _raise_at(call: int, seen: list | None = None):
     return hook
 
 
-@pytest.mark.parametrize("steps", [50, 120])
-def test_flux_in_half_precision_with_many_steps(bases, calls, monkeypatch, steps):
+def test_flux_in_half_precision_with_many_steps(bases, calls, monkeypatch):
     """In bfloat16 neighbouring timesteps become equal; without a negative prompt every call is cond all the same."""
-    pipeline = load_base("tiny-flux").pipeline
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline, steps = small_base("flux").pipeline, 120
     pipeline.transformer.to(torch.bfloat16)
     monkeypatch.setattr(pipeline.transformer, "forward", lambda hidden_states, **_: (torch.zeros_like(hidden_states),))
     half = {name: value.bfloat16() for name, value in text("flux").items()}
-    draw(Base(pipeline, "flux", True), [], num_inference_steps=steps, **half)
+    draw(Base(pipeline, "flux"), [], num_inference_steps=steps, **half)
     assert len(calls.steps) == steps
     assert calls.is_cond == [True] * steps
     for i, progress in enumerate(calls.progress):
@@ -442,7 +421,7 @@ def image_to_image(base: Base) -> Base:
     keep = {} if base.family == "flux" else {"add_watermarker": False}
     pipeline = kind(**base.pipeline.components, **keep)
     pipeline.set_progress_bar_config(disable=True)
-    return Base(pipeline, base.family, stand_in=True)
+    return Base(pipeline, base.family)
 
 
 def of_image(strength: float, steps: int) -> dict[str, Any]:
@@ -496,8 +475,8 @@ def test_no_hook_is_left(bases, adapters, family):
         draw(base, None)
         assert count_hooks(denoiser) == before + 3
     handle.remove()
-    # While it runs: two hooks a site, on SDXL (70) and on FLUX (20; one of the two sees whether the block ran).
-    assert set(during) == {before + 3 + 2 * {"sdxl": 70, "flux": 20}[family]}
+    # While it runs: two hooks a site (on FLUX one of the two sees whether the block ran).
+    assert set(during) == {before + 3 + 2 * len(find_sites(denoiser).sites)}
     assert count_hooks(denoiser) == before
 
 
@@ -535,16 +514,6 @@ def test_no_hook_is_left_after_an_exception_between_calls(bases, adapters, famil
     with pytest.raises(Breaking):
         draw(base, [injection], callback_on_step_end=stop)
     assert count_hooks(denoiser) == before
-
-
-def test_the_wrong_family_is_refused(bases, adapters, family):
-    base, other = bases[family], {"sdxl": "flux", "flux": "sdxl"}[family]
-    denoiser, plain = denoiser_of(base.pipeline), draw(base)
-    before = count_hooks(denoiser)
-    with pytest.raises(UnsupportedModelError, match=f"The PuLID file is for {other.upper()}"):
-        draw(base, [compile_injection(adapters[other], person())])
-    assert count_hooks(denoiser) == before
-    assert torch.equal(draw(base), plain)
 
 
 def test_another_denoiser_is_refused():

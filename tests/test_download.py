@@ -1,7 +1,7 @@
-"""Downloads from a server that breaks off, lies, stalls and refuses; and what the catalogue knows of files on the disk.
+"""Downloads from a server that breaks off, lies, stalls and refuses; and what the catalog knows of files on the disk.
 
-Needs huggingface_hub and pytest only (`--noconftest` where there is no torch), to be run with the versions that the
-hosts pin.
+Needs requests, huggingface_hub and pytest only (`--noconftest` where there is no torch), to be run with the versions
+that the hosts pin.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pathlib import Path
 
 import pytest
 
-from lib_pulid import catalog, download
-from lib_pulid.catalog import WeightFile
-from lib_pulid.download import Patience, Wanted
 from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
+from lib_pulid.files import catalog, download
+from lib_pulid.files.catalog import WeightFile
+from lib_pulid.files.download import Download, ProgressCallback, RetryPolicy, no_progress
 from tests import file_server
 from tests.file_server import FOREVER, chunked, cut, held, length, other_bytes, serving, slowly, stall, status, until
 
 ROOT = Path(__file__).parents[1]
 DATA = random.Random(0).randbytes(500_000)
 SUM = hashlib.sha256(DATA).hexdigest()
-QUICK = Patience(timeout=5, attempts=3, wait=0.02, longest=3)  # a busy machine is no stall
+QUICK = RetryPolicy(timeout=5, attempts=3, wait=0.02, longest=3)  # a busy machine is no stall
 
 
 @pytest.fixture(autouse=True)
@@ -51,19 +51,19 @@ def server():
 
 
 @pytest.fixture
-def wanted(server, tmp_path) -> Wanted:
-    return Wanted(server.url("a.bin"), tmp_path / "models" / "a.bin", len(DATA), SUM)
+def wanted(server, tmp_path) -> Download:
+    return Download(server.url("a.bin"), tmp_path / "models" / "a.bin", len(DATA), SUM)
 
 
-def get(wanted: Wanted, tell=lambda done, total, note: None, patience: Patience = QUICK, **headers: str) -> None:
-    download.fetch(wanted, headers, tell, patience)
+def get(wanted: Download, tell=lambda done, total, note: None, policy: RetryPolicy = QUICK, **headers: str) -> None:
+    download.fetch(wanted, headers, tell, policy)
 
 
-def files(wanted: Wanted) -> list[str]:
+def files(wanted: Download) -> list[str]:
     return sorted(path.name for path in wanted.target.parent.iterdir())
 
 
-def is_whole(wanted: Wanted) -> bool:
+def is_whole(wanted: Download) -> bool:
     return wanted.target.read_bytes() == DATA and files(wanted) == ["a.bin"]
 
 
@@ -78,7 +78,7 @@ def test_whole(server, wanted):
     assert amounts == sorted(amounts)
     assert (amounts[0], amounts[-1]) == (0, len(DATA))
     assert {total for _, total, _ in told} == {len(DATA)}
-    assert told[-1][2] == "checking"
+    assert told[-1][2] == "verifying"
     assert len(server.asked) == 1
 
 
@@ -95,7 +95,7 @@ def test_a_connection_that_breaks_off_goes_on_where_it_ended(server, wanted):
 
 def test_one_that_always_breaks_off_is_given_up_and_kept(server, wanted):
     server.misbehave(cut(200_000), *[cut(0)] * 9)
-    with pytest.raises(DownloadError, match=r"of 500,000 bytes|broke off.*; the 1\d\d kB that came are kept"):
+    with pytest.raises(DownloadError, match=r"(of 500,000 bytes|connection failed).*; the 1\d\d kB received are kept"):
         get(wanted)
     assert files(wanted) == ["a.bin.part"]
     assert len(server.asked) == 1 + QUICK.attempts - 1
@@ -154,7 +154,7 @@ def test_a_rest_longer_than_the_file(server, wanted, size_known):
 
 def test_wrong_bytes(server, wanted):
     server.misbehave(other_bytes, other_bytes)
-    with pytest.raises(DownloadError, match=f"the bytes that came are not the file's.* instead of {SUM[:8]}"):
+    with pytest.raises(DownloadError, match=f"what was received is not the file.* instead of {SUM[:8]}"):
         get(wanted)
     assert files(wanted) == []
 
@@ -186,7 +186,7 @@ def test_a_server_that_ends_too_early_without_having_said_how_much_it_is(server,
 
 def test_nothing_that_cannot_be_checked_is_taken(server, wanted):
     server.misbehave(chunked(1000))
-    with pytest.raises(DownloadError, match="does not tell how large"):
+    with pytest.raises(DownloadError, match="does not say how large"):
         get(replace(wanted, size=0, sha256=""))
     assert files(wanted) == []
 
@@ -196,21 +196,21 @@ def test_a_stall_is_noticed_and_overcome(server, wanted):
     notes = set()
     get(wanted, lambda done, total, note: notes.add(note), replace(QUICK, timeout=0.5, attempts=50))
     assert is_whole(wanted)
-    assert any("broke off" in note and "again in" in note for note in notes)
+    assert any("connection failed" in note and "next attempt in" in note for note in notes)
 
 
 def test_a_server_that_never_answers(wanted):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        with pytest.raises(DownloadError, match="cannot be reached .*time"):
-            get(replace(wanted, url=f"http://127.0.0.1:{port}/a.bin"), patience=replace(QUICK, timeout=0.4))
+        with pytest.raises(DownloadError, match="connection failed .*time"):
+            get(replace(wanted, url=f"http://127.0.0.1:{port}/a.bin"), policy=replace(QUICK, timeout=0.4))
     assert files(wanted) == []
 
 
 def test_no_network(wanted):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with pytest.raises(DownloadError, match="cannot be reached .*(refused|connect)"):
+    with pytest.raises(DownloadError, match="connection failed .*(refused|connect)"):
         get(replace(wanted, url=f"http://127.0.0.1:{port}/a.bin"))
     assert files(wanted) == []
 
@@ -218,10 +218,10 @@ def test_no_network(wanted):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        (status(404), "not there .404 Not Found"),
-        (status(410), "not there .410 Gone"),
-        (status(403), "refuses it .403 Forbidden.; the file is gated or private.* HF_TOKEN"),
-        (status(401, X_Error_Message="Access to it is restricted"), "refuses it .401 Access to it is restricted"),
+        (status(404), "answers 404 Not Found: it has no such file"),
+        (status(410), "answers 410 Gone: it has no such file"),
+        (status(403), "answers 403 Forbidden: the file is gated or private.* HF_TOKEN"),
+        (status(401, X_Error_Message="Access to it is restricted"), "answers 401 Access to it is restricted: "),
         (status(451), "answers 451"),
         (status(429, Retry_After="3600"), "asks to wait 3600 seconds"),
         (status(503, Retry_After="Wed, 21 Oct 2099 07:28:00 GMT"), r"asks to wait \d{5,} seconds"),
@@ -254,7 +254,7 @@ def test_it_waits_as_long_as_the_server_asks(server, wanted):
     notes = set()
     get(wanted, lambda done, total, note: notes.add(note))
     assert time.monotonic() - began >= 1.0
-    assert "429 Too Many Requests; again in 1 s" in notes
+    assert "429 Too Many Requests; next attempt in 1 s" in notes
     assert is_whole(wanted)
 
 
@@ -271,7 +271,7 @@ def test_a_token_that_has_expired_is_left_out(server, wanted):
 def test_a_disk_that_is_too_small(server, wanted, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 499_999, 499_999))
-    with pytest.raises(DownloadError, match=r"not enough room: 500 kB are free in .*models, 500 kB needed"):
+    with pytest.raises(DownloadError, match=r"not enough disk space: 500 kB free in .*models, 500 kB needed"):
         get(wanted)
     assert files(wanted) == []
     wanted.part.write_bytes(DATA[:200])  # what is there already needs no room
@@ -310,12 +310,12 @@ def test_a_wrong_file_is_set_aside_not_lost(server, wanted):
 # ---------------------------------------------------------------- several at once, and killed
 
 
-def program(wanted: Wanted, code: str = "") -> str:
+def program(wanted: Download, code: str = "") -> str:
     return textwrap.dedent(f"""
         from pathlib import Path
-        from lib_pulid.download import *
+        from lib_pulid.files.download import *
         {code}
-        fetch(Wanted({wanted.url!r}, Path({str(wanted.target)!r}), {wanted.size}, {wanted.sha256!r}))
+        fetch(Download({wanted.url!r}, Path({str(wanted.target)!r}), {wanted.size}, {wanted.sha256!r}))
         """)
 
 
@@ -375,9 +375,9 @@ def hub_file(**facts: object) -> WeightFile:
 def from_hub(tmp_path: Path, file: WeightFile, **variables: str) -> tuple[int, str]:
     code = f"""
         from pathlib import Path
-        from lib_pulid.catalog import WeightFile, download
-        from lib_pulid.download import Patience
-        download({file!r}, Path({str(tmp_path)!r}), patience=Patience(wait=0.02, attempts=2))
+        from lib_pulid.files.catalog import WeightFile, download
+        from lib_pulid.files.download import RetryPolicy
+        download({file!r}, Path({str(tmp_path)!r}), policy=RetryPolicy(wait=0.02, attempts=2))
         """
     return ends(run(textwrap.dedent(code), **variables))
 
@@ -400,7 +400,7 @@ def test_the_sum_that_the_hub_tells_counts_where_none_is_known(server, tmp_path)
     server.misbehave(other_bytes, other_bytes)
     done, said = from_hub(tmp_path, hub_file(), HF_ENDPOINT=server.hub)
     assert done == 1
-    assert "the bytes that came are not the file's" in said
+    assert "what was received is not the file" in said
     assert list((tmp_path / "pulid").iterdir()) == []
 
 
@@ -408,7 +408,7 @@ def test_another_file_on_the_hub_is_not_even_begun(server, tmp_path):
     file = hub_file(size=len(DATA), sha256="0" * 64)
     done, said = from_hub(tmp_path, file, HF_ENDPOINT=server.hub)
     assert done == 1
-    assert f"another file there, with the sum {SUM[:8]}... instead of 00000000..." in said
+    assert f"another file there, with the checksum {SUM[:8]}... instead of 00000000..." in said
     assert len(server.of_files) == 1
     assert list((tmp_path / "pulid").iterdir()) == []
 
@@ -428,7 +428,7 @@ def test_a_proxy(server, tmp_path):
     assert (done, said) == (0, "")
 
 
-# ---------------------------------------------------------------- the catalogue
+# ---------------------------------------------------------------- the catalog
 
 
 def test_every_entry_is_complete():
@@ -439,9 +439,12 @@ def test_every_entry_is_complete():
         assert file.url.startswith("https://")
         assert file.url.endswith(f"/{file.name}")
         assert bool(file.size) == bool(file.sha256)
-        assert file.sha256 == "" or download.SUM.fullmatch(file.sha256)
+        assert file.sha256 == "" or download.SHA256.fullmatch(file.sha256)
         assert file.group in (*catalog.FAMILIES, "encoders")
-    assert all(file.sha256 for file in catalog.in_group("encoders"))
+    encoders = catalog.in_group("encoders")
+    assert all(file.sha256 for file in encoders)
+    assert {file.role for file in encoders} == {"tower", "detector", "recogniser", "landmarker", "parser"}
+    assert len({file.role for file in encoders}) == len(encoders)
     assert len({file.name for file in catalog.CATALOG}) == len(catalog.CATALOG)
 
 
@@ -474,17 +477,17 @@ def put(path: Path, data: bytes = b"1234") -> Path:
 )
 def test_files_are_found_where_others_keep_them(tmp_path, name, place):
     file = catalog.named(name)
-    assert catalog.find(file, tmp_path / "models") is None
+    assert catalog.status(file, tmp_path / "models").path is None
     path = put(tmp_path / place / name)
-    assert catalog.find(file, tmp_path / "models") == path
+    assert catalog.status(file, tmp_path / "models").path == path
 
 
 @pytest.fixture
 def one(monkeypatch, server) -> WeightFile:
-    """An encoder file, the only one of its catalogue."""
+    """An encoder file, the only one of its catalog."""
     file = WeightFile(
-        "a.bin", "insightface/models/antelopev2", "face recogniser", server.url("a.bin"), "encoders", "research only",
-        restricted=True, size=len(DATA), sha256=SUM, others=((7, "somebody else's"),),
+        "a.bin", "insightface/models/antelopev2", "face recognizer", server.url("a.bin"), "encoders", "research only",
+        restricted=True, size=len(DATA), sha256=SUM, role="recogniser", others=((7, "somebody else's"),),
     )  # fmt: skip
     monkeypatch.setattr(catalog, "CATALOG", (file,))
     return file
@@ -492,30 +495,48 @@ def one(monkeypatch, server) -> WeightFile:
 
 def test_the_right_file_goes_before_a_wrong_one(one, tmp_path):
     wrong = put(tmp_path / one.folder / "a.bin")
-    assert catalog.find(one, tmp_path) == wrong
+    assert catalog.status(one, tmp_path).path == wrong
     right = put(tmp_path / "antelopev2" / "a.bin", DATA)
-    assert catalog.find(one, tmp_path) == right
+    assert catalog.status(one, tmp_path).path == right
 
 
 def test_what_is_wrong_with_a_file(one, tmp_path):
     path = tmp_path / "a.bin"
-    assert catalog.verify(one, put(path, DATA)) == catalog.problem(one, path) == ""
-    assert catalog.problem(one, put(path, DATA[:-1])) == f"{path} has 499,999 bytes, not 500,000"
-    assert catalog.problem(one, put(path, b"1234567")) == f"{path} is somebody else's, not a.bin"
-    assert catalog.problem(one, put(path, DATA[:-1] + b"?")) == ""  # as large as it should be
-    assert catalog.verify(one, path).startswith(f"{path} is damaged: its sum is ")
-    assert catalog.verify(replace(one, sha256="", size=0), path) == ""
+
+    def problem(content: bytes, file: WeightFile = one, verify: ProgressCallback | None = None) -> str:
+        put(path, content)
+        return catalog.status(file, tmp_path, verify).problem
+
+    assert problem(DATA) == problem(DATA, verify=no_progress) == ""
+    assert problem(DATA[:-1]) == f"{path} has 499,999 bytes, not 500,000"
+    assert problem(b"1234567") == f"{path} is somebody else's, not a.bin"
+    damaged = DATA[:-1] + b"?"  # as large as it should be
+    assert problem(damaged) == ""
+    assert problem(damaged, verify=no_progress).startswith(f"{path} is damaged: its checksum is ")
+    assert problem(damaged, replace(one, sha256="", size=0), no_progress) == ""
+
+
+def test_states(one, tmp_path):
+    """Of a file that is missing, right, of another size, and somebody else's."""
+    contents = {"missing": None, "there": DATA, "differs": DATA[:-1]}
+    for state, content in contents.items():
+        if content is not None:
+            put(tmp_path / "a.bin", content)
+        found = catalog.status(one, tmp_path)
+        assert (found.state, found.usable) == (state, content is not None)
+    put(tmp_path / "a.bin", b"1234567")
+    assert not catalog.status(one, tmp_path).usable
 
 
 def test_another_recogniser_under_the_name_is_refused(one, tmp_path):
-    with pytest.raises(MissingWeightsError, match=r"a\.bin \(face recogniser, 500 kB\) -> .*antelopev2   from http"):
+    with pytest.raises(MissingWeightsError, match=r"a\.bin \(face recognizer, 500 kB\) -> .*antelopev2   from http"):
         catalog.require_encoders(tmp_path)
     path = put(tmp_path / one.folder / "a.bin", b"1234567")
-    with pytest.raises(WrongWeightsError, match="is somebody else's, not a.bin; with it, other people's faces"):
+    with pytest.raises(WrongWeightsError, match="is somebody else's, not a.bin; .* the wrong person's face"):
         catalog.require_encoders(tmp_path)
     assert catalog.missing("", tmp_path) == (one,)
-    assert catalog.download(one, tmp_path, patience=QUICK) == path
-    assert catalog.require_encoders(tmp_path) == {"a.bin": path}
+    assert catalog.download(one, tmp_path, policy=QUICK) == path
+    assert catalog.require_encoders(tmp_path) == {"recogniser": path}
     assert path.with_name("a.bin.other").read_bytes() == b"1234567"
 
 
@@ -530,12 +551,12 @@ def test_damage_shows_when_a_file_is_read(one, tmp_path):
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
     path = put(tmp_path / "a.bin", DATA)
-    assert catalog.fingerprint({"a.bin": path}, start_of_sum) == SUM[:16]
+    assert catalog.fingerprint({"recogniser": path}, start_of_sum) == SUM[:16]
     put(path, DATA[:-1] + b"?")
     with pytest.raises(WrongWeightsError, match="is damaged.*models download a.bin"):
-        catalog.fingerprint({"a.bin": path}, start_of_sum)
+        catalog.fingerprint({"recogniser": path}, start_of_sum)
     put(path, b"a stand-in")  # another size: what it is shows when it is loaded
-    assert catalog.fingerprint({"a.bin": path}, start_of_sum) == start_of_sum(path)
+    assert catalog.fingerprint({"recogniser": path}, start_of_sum) == start_of_sum(path)
 
 
 def test_what_a_family_lacks(tmp_path, monkeypatch):
@@ -550,17 +571,17 @@ def test_what_a_family_lacks(tmp_path, monkeypatch):
 
 def test_what_is_there_is_left_alone(one, server, tmp_path):
     path = put(tmp_path / one.folder / one.folder.rpartition("/")[2] / "a.bin", b"a file of mine")
-    assert catalog.download(one, tmp_path, patience=QUICK) == path
+    assert catalog.download(one, tmp_path, policy=QUICK) == path
     assert server.asked == []
-    assert catalog.download(one, tmp_path, replace=True, patience=QUICK).read_bytes() == DATA
+    assert catalog.download(one, tmp_path, replace=True, policy=QUICK).read_bytes() == DATA
     assert path.read_bytes() == b"a file of mine"
 
 
 def test_where_the_source_fails_the_origin_is_asked(one, server, tmp_path):
     file = replace(one, source=server.url("gone.bin"), origin=server.url("a.bin"))
-    assert catalog.download(file, tmp_path, patience=QUICK).read_bytes() == DATA
+    assert catalog.download(file, tmp_path, policy=QUICK).read_bytes() == DATA
     (tmp_path / one.folder / "a.bin").unlink()
     with pytest.raises(DownloadError) as failed:
-        catalog.download(replace(file, origin=server.url("also-gone.bin")), tmp_path, patience=QUICK)
+        catalog.download(replace(file, origin=server.url("also-gone.bin")), tmp_path, policy=QUICK)
     for words in ("a.bin could not be downloaded", "404", str(tmp_path / one.folder), server.url("gone.bin")):
         assert words in str(failed.value)

@@ -66,7 +66,7 @@ def test_inpaint_only_masked() -> None:
 
 def test_images_of_several_sizes() -> None:
     assert frame_of(processing((200, 100), (400, 200), resize_mode=1), hires=False) == (0.25, 0, 0.75, 1)
-    with pytest.raises(SettingError, match="several sizes"):
+    with pytest.raises(SettingError, match="different sizes"):
         frame_of(processing((200, 100), (100, 100), resize_mode=1), hires=False)
 
 

@@ -25,22 +25,14 @@ from safetensors.torch import save
 from lib_pulid import images
 from lib_pulid.errors import PulidError
 from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector
-from lib_pulid.heads import checkpoint_family, read_head
+from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
 from lib_pulid.identity import Identity
 from lib_pulid.images import load_image, load_region
-from lib_pulid.standin import (
-    cross_attention_pair,
-    flux_file,
-    id_encoder,
-    id_former,
-    image_stream,
-    random_weights,
-    sdxl_file,
-)
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
 from tests.face_standins import write_arcface, write_scrfd
+from tests.small_models import pulid_files
 from tests.test_bad_files import hostile
 from tests.test_identity import an_identity
 from tests.test_weights import tower_state
@@ -161,11 +153,7 @@ def test_damaged_images(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- weights
 
 
-def weights() -> dict[str, dict[str, torch.Tensor]]:
-    pairs = random_weights(torch.nn.ModuleList(cross_attention_pair(8, 64) for _ in range(2)).state_dict(), 2)
-    modules = random_weights(torch.nn.ModuleList(image_stream(24, 64) for _ in range(2)).state_dict(), 3)
-    v1, v11 = (random_weights(encoder.state_dict(), 1) for encoder in (id_encoder(), id_former()))
-    return {"v1": sdxl_file(v1, pairs), "v11": sdxl_file(v11, pairs), "flux": flux_file(v11, modules)}
+WEIGHTS = pulid_files((8, 8), 24, 2)
 
 
 def read_adapter(path: Path) -> None:
@@ -183,13 +171,13 @@ def test_damaged_safetensors(tmp_path):
         library.adapters()
         read_adapter(path)
 
-    corpus = [(f"{name}.safetensors", save(state)) for name, state in weights().items()]
+    corpus = [(f"{name}.safetensors", save(state)) for name, state in WEIGHTS.items()]
     assert fuzz(corpus, read, folder, 60, seed=2) > 30
 
 
 def test_damaged_pickles(tmp_path):
     trap, corpus = tmp_path / "executed", []
-    for name, state in {**weights(), "eva": tower_state()}.items():
+    for name, state in {**WEIGHTS, "eva": tower_state()}.items():
         for legacy in (False, True):
             buffer = io.BytesIO()
             torch.save(state, buffer, _use_new_zipfile_serialization=not legacy)
@@ -264,12 +252,12 @@ DEEP_LIST += struct.pack("<IQ", 9, 1) * 100_000
 
 
 def test_damaged_heads_of_checkpoints(tmp_path):
-    assert set(read_head(write(tmp_path / "x.gguf", gguf()))) == {"double_blocks.0.a", "b"}
+    assert set(read_header(write(tmp_path / "x.gguf", gguf()))) == {"double_blocks.0.a", "b"}
     for data in (DEEP_LIST, DEEP_LIST[:-8] + b"\xff" * 8):
-        assert read_head(write(tmp_path / "deep.gguf", data)) == {}
+        assert read_header(write(tmp_path / "deep.gguf", data)) == {}
 
     def read(path: Path) -> None:
-        shapes = read_head(path)
+        shapes = read_header(path)
         assert all(isinstance(side, int) for shape in shapes.values() for side in shape)
         assert checkpoint_family(path) in ("", "sdxl", "flux")
 

@@ -10,24 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib_pulid.errors import IdentityMismatchError, SettingError
 from lib_pulid.identity import FILE_FORMAT, FaceFeatures, Identity, encode_identity
 from lib_pulid.injection import compile_injection
-from lib_pulid.standin import (
-    ID_COND,
-    TOKEN_WIDTH,
-    TOWER_WIDTH,
-    cross_attention_pair,
-    flux_file,
-    id_encoder,
-    id_former,
-    image_stream,
-    random_weights,
-    sdxl_file,
-)
 from lib_pulid.weights import Adapter, load_adapter
+from tests.small_models import ID_COND, TOKEN_WIDTH, TOWER_WIDTH, pulid_files
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -53,10 +42,7 @@ PHOTOS = [photo(10), photo(30), photo(50)]
 
 
 def adapters(folder: Path, seed: int = 1) -> dict[str, Adapter]:
-    pairs = random_weights(nn.ModuleList(cross_attention_pair(16, TOKEN_WIDTH) for _ in range(2)).state_dict(), 2)
-    modules = random_weights(nn.ModuleList(image_stream(24, TOKEN_WIDTH) for _ in range(2)).state_dict(), 3)
-    v1, v11 = (random_weights(encoder.state_dict(), seed) for encoder in (id_encoder(), id_former()))
-    states = {"v1": sdxl_file(v1, pairs), "v1.1": sdxl_file(v11, pairs), "flux": flux_file(v11, modules)}
+    states = pulid_files((16, 16), 24, 2, seed)
     for name, state in states.items():
         save_file(state, folder / f"{name}_{seed}.safetensors")
     return {name: load_adapter(folder / f"{name}_{seed}.safetensors") for name in states}
@@ -77,7 +63,7 @@ def test_tokens_have_to_be_of_one_person(shape):
 
 
 def test_cond_and_uncond_have_one_shape():
-    with pytest.raises(SettingError, match="differ in shape"):
+    with pytest.raises(SettingError, match="have different shapes"):
         Identity(torch.zeros(1, 10, 64), torch.zeros(1, 5, 64))
 
 
@@ -130,7 +116,7 @@ def test_saving_replaces_where_asked_to_only(tmp_path):
     path = an_identity().save(tmp_path / "x.safetensors")
     loaded = Identity.load(path)
     other = an_identity(cond=normal(7, 1, 10, 64))
-    with pytest.raises(SettingError, match="x is saved already"):
+    with pytest.raises(SettingError, match="x is already saved"):
         other.save(path)
     assert Identity.load(path).short_hash == loaded.short_hash
     other.save(path, replace=True)
@@ -189,15 +175,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, old_file, wher
 def test_missing_file(tmp_path):
     with pytest.raises(IdentityMismatchError, match=r"The saved identity x\.safetensors was not found in "):
         Identity.load(tmp_path / "x.safetensors")
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.01, 0.3, 0.99])
-def test_truncated_file(tmp_path, keep):
-    path = an_identity().save(tmp_path / "x.safetensors")
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(IdentityMismatchError, match=r"x\.safetensors is not a saved identity, or is damaged"):
-        Identity.load(path)
 
 
 def test_foreign_files(tmp_path, made):
@@ -305,7 +282,9 @@ def test_the_main_photo_is_the_first(made):
 @pytest.mark.parametrize("name", ["v1.1", "flux"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_id_mix_exists_in_v1_only(made, name, count):
-    with pytest.raises(SettingError, match=f"id_mix exists in PuLID v1 only; the loaded file is {made[name].label}"):
+    with pytest.raises(
+        SettingError, match=f"id_mix works with PuLID v1 only, but the loaded file is {made[name].label}"
+    ):
         encode_identity(PHOTOS[:count], made[name], fusion="id_mix")
 
 
@@ -362,13 +341,6 @@ def test_an_identity_of_another_version_is_refused(made):
         compile_injection(made["v1.1"], identity)
 
 
-def test_an_identity_fits_the_half_precision_file(made, tmp_path):
-    state = safetensors.torch.load_file(made["v1.1"].path)
-    save_file({key: value.half() for key, value in state.items()}, tmp_path / "half.safetensors")
-    identity = encode_identity(PHOTOS[:1], made["v1.1"])
-    assert len(compile_injection(load_adapter(tmp_path / "half.safetensors"), identity).sites) == 2
-
-
 def test_tokens_of_another_width_are_refused(made):
-    with pytest.raises(IdentityMismatchError, match=r"tokens are 2048 wide, v1_1\.safetensors needs 64"):
+    with pytest.raises(IdentityMismatchError, match=r"tokens have width 2048, but v1_1\.safetensors needs 64"):
         compile_injection(made["v1"], Identity(torch.zeros(1, 10, 2048)))

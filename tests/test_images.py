@@ -98,15 +98,16 @@ def test_grey_and_rgb_png_with_a_transparent_colour():
     assert load_image(encoded(rgb, transparency=(1, 2, 3)))[0].tolist() == [[255] * 3, [4, 5, 6]]
 
 
-def png(depth: int, colour: int, row: bytes, clear: bytes = b"", palette: bytes = b"") -> bytes:
-    """Two pixels beside each other. colour: PNG's kind (0 grey, 2 RGB, 3 palette, 4 grey and alpha)."""
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    more = (chunk(b"PLTE", palette) if palette else b"") + (chunk(b"tRNS", clear) if clear else b"")
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + more + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+def png(depth: int, colour: int, rows: bytes, clear: bytes = b"", size: tuple[int, int] = (2, 1)) -> bytes:
+    """rows: each with its filter in front. colour: PNG's kind (0 grey, 2 RGB, 4 grey and alpha)."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
+    more = chunk(b"tRNS", clear) if clear else b""
+    return b"\x89PNG\r\n\x1a\n" + head + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
@@ -118,7 +119,7 @@ def test_the_transparent_grey_of_every_depth(depth, clear):
     packed = (first << depth | second) << max(0, 8 - 2 * depth)
     row = packed.to_bytes(max(1, depth // 4), "big")
     value = {"first": first, "second": second, "neither": top // 2 + 1 if depth > 1 else None}[clear]
-    data = png(depth, 0, row, b"" if value is None else struct.pack(">H", value))
+    data = png(depth, 0, b"\0" + row, b"" if value is None else struct.pack(">H", value))
     for background in (0, 255):
         shown = [background if value == one else round(255 * one / top) for one in (first, second)]
         np.testing.assert_allclose(load_image(data, background=background)[0, :, 0], shown, atol=1)
@@ -126,7 +127,7 @@ def test_the_transparent_grey_of_every_depth(depth, clear):
 
 def test_the_transparent_colour_of_16_bits():
     row = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x1234, 0x5678, 0x0000)
-    data = png(16, 2, row, struct.pack(">3H", 0x1234, 0x5678, 0x9ABC))
+    data = png(16, 2, b"\0" + row, struct.pack(">3H", 0x1234, 0x5678, 0x9ABC))
     assert load_image(data)[0].tolist() == [[255] * 3, [0x12, 0x56, 0]]
 
 
@@ -135,7 +136,7 @@ def test_grey_with_alpha_of_every_depth(depth):
     row = struct.pack(
         ">4B" if depth == 8 else ">4H", *[value * (1 if depth == 8 else 257) for value in (200, 255, 9, 0)]
     )
-    assert load_image(png(depth, 4, row))[0].tolist() == [[200] * 3, [255] * 3]
+    assert load_image(png(depth, 4, b"\0" + row))[0].tolist() == [[200] * 3, [255] * 3]
 
 
 def test_a_palette_with_alpha_of_its_own():
@@ -227,11 +228,6 @@ def test_of_an_animation_the_first_frame():
         assert load_image(data)[0, 0].tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (3, 2)])
-def test_small_images_are_fine(size):
-    assert load_image(encoded(Image.new("RGB", size))).shape == (size[1], size[0], 3)
-
-
 def test_errors_name_the_file(tmp_path):
     whole = encoded(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
     contents = {"empty.png": b"", "half.jpg": whole[: len(whole) // 2], "text.png": b"this is no image at all"}
@@ -249,14 +245,6 @@ def test_errors_name_the_file(tmp_path):
     for source in (tmp_path / "folder", "a\0b.png", "x" * 5000):
         with pytest.raises(ImageError):
             load_image(source)
-
-
-@pytest.mark.parametrize("cut", range(1, 10))
-def test_damaged_png_bytes_end_in_an_image_error(cut):
-    data = bytearray(encoded(Image.fromarray(PHOTO)))
-    del data[len(data) * cut // 10 :]
-    with pytest.raises(ImageError, match="photo"):
-        load_image(bytes(data), "photo")
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (0, 0), (4,), (2, 4, 4, 3), (4, 4, 5)])

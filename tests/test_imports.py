@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,20 +17,20 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("disk", "names", "camera_files", "encoders", "sites", "server", "gpu_cost"),
-    ("images", "heads"),
-    ("weight_files", "pulidembd", "sdxl_config", "download"),
-    ("catalog",),
+    ("contact_sheet", "disk", "names", "camera_files", "encoders", "sites", "gpu_cost"),
+    ("images", "files"),
     ("weights", "faces", "watch"),
-    ("vision", "face_models", "haar", "attention", "judge"),
+    ("vision", "face_models", "attention", "judge"),
     ("identity",),
-    ("photos", "injection", "standin"),
+    ("photos", "injection"),
     ("fields",),
     ("units", "bench_cases"),
     ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other
+    ("training",),
+    ("miniature",),
     ("standalone", "webui"),
-    ("demo", "doctor", "models", "training", "cli_checks"),
-    ("bench",),
+    ("demo", "evaluate", "cli_files", "cli_checks"),
+    ("bench", "doctor"),
     ("cli",),
     ("__main__",),
 )
@@ -48,13 +49,18 @@ def sources(root: Path) -> dict[str, Path]:
     return names
 
 
+@cache
+def statements(text: str) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
 def imports(name: str, path: Path, modules: dict[str, Path]) -> Iterator[tuple[int, str]]:
     """Line and full name of every import, also of those inside functions and for types only."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in statements(path.read_text(encoding="utf-8")):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             source = node.module or ""
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
@@ -131,7 +137,7 @@ def test_hosts_do_not_know_each_other():
     modules = sources(ROOT)
     shared = {"lib_pulid.hosts", "lib_pulid.hosts.webui", "lib_pulid.hosts.frame"}
     own = {
-        "lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers"},
+        "lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers", "lib_pulid.hosts.diffusers_checkpoint"},
         "lib_pulid.hosts.webui": {"lib_pulid.hosts.frame"},
     }
     for name, path in modules.items():
@@ -182,7 +188,7 @@ OF_INJECTION = "insightface onnxruntime timm facexlib diffusers cv2 torchvision 
     [
         ("lib_pulid", HEAVY),
         ("lib_pulid.errors", HEAVY),
-        ("lib_pulid.catalog", f"{HEAVY} huggingface_hub requests httpx tqdm filelock"),
+        ("lib_pulid.files.catalog", f"{HEAVY} huggingface_hub requests httpx tqdm filelock"),
         ("lib_pulid.injection", OF_INJECTION),
         ("lib_pulid.hosts.diffusers", OF_INJECTION),
         ("lib_pulid.photos", "insightface onnxruntime timm facexlib diffusers cv2 torchvision transformers"),

@@ -97,6 +97,7 @@ HOST = {
     "numpy": "1.26.2",
     "facexlib": "0.3.0",
     "safetensors": "0.4.2",
+    "requests": "2.32.3",
     "opencv-python-headless": "4.10.0.84",
     "onnxruntime-gpu": "1.18.0",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lib_pulid.errors import Interrupted
 from lib_pulid.webui import settings
 from lib_pulid.webui.interruptible import Interruptible
 from tests import light_webui
-from tests.light_webui import PHOTOS, Host, Light, write_models
+from tests.light_webui import equal, unit
 
 
 def never() -> bool:
@@ -73,23 +73,6 @@ def test_an_interrupt_does_not_wait_for_the_work():
 # ---------------------------------------------------------------- in a WebUI
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("light") / "models"
-    write_models(folder)
-    return folder
-
-
-@pytest.fixture(params=("a1111", "forge"))
-def host(request, models, monkeypatch) -> Iterator[Host]:
-    with Light(request.param, models, monkeypatch).running() as running:
-        yield running
-
-
-def unit(name: str) -> dict[str, Any]:
-    return {"images": [PHOTOS[name]]}
-
-
 @pytest.mark.parametrize("place", ["load_face_models", "load_vision_tower", "detect"])
 def test_interrupted_while_a_photo_is_read(host, monkeypatch, place):
     """Generate ends while the model is still being loaded; the next picture waits for that, and is the right one."""
@@ -120,8 +103,8 @@ def test_interrupted_while_a_photo_is_read(host, monkeypatch, place):
         gate.open()
         host.library.settle()
     assert host.left_behind(p) == []
-    assert [x.equal(y) for x, y in zip(host.generate([]), plain)] == [True] * len(plain)
-    assert [x.equal(y) for x, y in zip(host.generate([unit("anna")]), faced)] == [True] * len(faced)
+    assert equal(host.generate([]), plain)
+    assert equal(host.generate([unit("anna")]), faced)
 
 
 def loads(monkeypatch) -> list[str]:
@@ -157,9 +140,9 @@ def test_models_are_kept_where_memory_suffices(host, monkeypatch, free, wanted, 
     """The second new photo finds them loaded."""
     seen = loads(monkeypatch)
     options = host.ui.modules.shared.opts.data
-    options.pop("pulid_keep_encoders")
+    monkeypatch.delitem(options, "pulid_keep_encoders")
     if wanted is not None:
-        options["pulid_keep_encoders"] = wanted
+        monkeypatch.setitem(options, "pulid_keep_encoders", wanted)
     monkeypatch.setitem(host.library._keep.__globals__, "_free_memory", lambda: free)
     monkeypatch.setitem(host.library._keep.__globals__, "device", lambda: device)
     host.generate([unit("anna")])

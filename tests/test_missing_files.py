@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lib_pulid import catalog, standin
-from lib_pulid.catalog import WeightFile
 from lib_pulid.errors import SettingError
-from tests.fake_modules.models import WIDTH
+from lib_pulid.files import catalog
+from lib_pulid.files.catalog import WeightFile
+from tests import small_models
+from tests.fake_modules.models import SMALL_SITES, WIDTH
 from tests.fake_webui import webui
 from tests.file_server import FOREVER, held, serving, slowly, stall, status, until
 
@@ -90,7 +91,7 @@ def test_what_is_missing_is_told(library, tmp_path):
     assert "research &lt;only&gt;" in note
     assert "flux.safetensors" not in note
     assert made.panel.kwargs["visible"] is True
-    assert made.accept.label == f"I accept for faces.onnx: {LICENCE}"
+    assert made.accept.label == f"I accept the license of faces.onnx: {LICENCE}"
     assert made.start.value == "Download 2 files (1.02 MB)"
     for accepted, label in ((True, "Download 3 files (1.54 MB)"), (False, "Download 2 files (1.02 MB)")):
         assert made.accept.events["change"][0](accepted)[3]["value"] == label
@@ -120,13 +121,13 @@ def test_without_the_licence_accepted_the_others_come(library, tmp_path):
     last = Panel(library).download(False)
     assert there(tmp_path) == {"pulid/pulid.safetensors", "pulid/tower.pt"}
     assert last["panel"]["visible"] and last["accept"]["visible"] and last["start"]["visible"]
-    assert last["start"]["value"] == "To download 1 file (512 kB), accept the licence above"
+    assert last["start"]["value"] == "To download 1 file (512 kB), accept the license above"
 
 
 def test_a_failure_is_told_and_the_rest_comes(library, server, tmp_path):
     server.misbehave(status(404))
     last = Panel(library).download(True)
-    assert "pulid.safetensors could not be downloaded: it is not there (404 Not Found)." in last["note"]["value"]
+    assert "pulid.safetensors could not be downloaded: the server answers 404 Not Found" in last["note"]["value"]
     assert last["start"]["value"] == "Download 1 file (512 kB)"
     assert len(there(tmp_path)) == 2
     last = Panel(library).download(True)
@@ -179,13 +180,13 @@ def test_a_fault_of_ours_is_told_too(library, monkeypatch):
 
 
 def test_a_pulid_file_of_any_name_will_do(library, tmp_path):
-    standin.write_files(tmp_path / "pulid", [WIDTH] * 70, 64)
+    small_models.write_files(tmp_path / "pulid", [WIDTH] * SMALL_SITES, 64)
     assert [file.name for file in Panel(library).made.files()] == ["tower.pt", "faces.onnx"]
     assert [file.name for file in Panel(library, "").made.files()] == ["tower.pt", "faces.onnx"]
 
 
 def test_a_pulid_file_elsewhere_can_be_chosen(library, tmp_path):
-    files = standin.write_files(tmp_path / "made", [WIDTH] * 70, 64)
+    files = small_models.write_files(tmp_path / "made", [WIDTH] * SMALL_SITES, 64)
     (tmp_path / "ControlNet").mkdir()
     files.sdxl.rename(tmp_path / "ControlNet" / "pulid.safetensors")
     assert [(file.name, file.family) for file in library.adapters()] == [("pulid.safetensors", "sdxl")]
@@ -209,18 +210,20 @@ def test_models_tells_every_file(library, tmp_path):
         "faces.onnx": "missing",
     }
     faces = answer["files"][-1]
-    assert (faces["size"], faces["licence"], faces["restricted"]) == (len(DATA), LICENCE, True)
+    assert (faces["size"], faces["license"], faces["licence"]) == (len(DATA), LICENCE, LICENCE)
+    assert faces["restricted"] is True
     assert faces["folder"] == str(tmp_path / "insightface/models/antelopev2")
 
 
-def test_download_by_name(library, tmp_path):
+@pytest.mark.parametrize("spelling", ["accept_license", "accept_licence"])
+def test_download_by_name(library, tmp_path, spelling):
     from lib_pulid.webui import routes
 
     begun = json.loads(json.dumps(routes.download({"names": ["tower.pt"]}, library.downloads)))
     assert begun["running"] is True
     finished(library.downloads)
     assert there(tmp_path) == {"pulid/tower.pt"}
-    routes.download({"names": ["faces.onnx"], "accept_licence": True}, library.downloads)
+    routes.download({"names": ["faces.onnx"], spelling: True}, library.downloads)
     finished(library.downloads)
     assert len(there(tmp_path)) == 2
     assert routes.progress(library.downloads)["running"] is False
@@ -232,11 +235,11 @@ def test_download_by_name(library, tmp_path):
         ({}, "download takes names"),
         ({"names": "tower.pt"}, "download takes names"),
         ({"names": ["tower.pt"], "url": "http://elsewhere/x"}, "download takes names"),
-        ({"names": ["tower.pt"], "accept_licence": "yes"}, "download takes names"),
-        ({"names": ["../tower.pt"]}, "field names: ../tower.pt is not in the catalogue"),
-        ({"names": ["http://elsewhere/tower.pt"]}, "is not in the catalogue"),
-        ({"names": [{"name": "tower.pt"}]}, "is not in the catalogue"),
-        ({"names": ["tower.pt", "faces.onnx"]}, "field accept_licence: faces.onnx is under a licence: research <only>"),
+        ({"names": ["tower.pt"], "accept_license": "yes"}, "download takes names"),
+        ({"names": ["../tower.pt"]}, "field names: ../tower.pt is not in the catalog"),
+        ({"names": ["http://elsewhere/tower.pt"]}, "is not in the catalog"),
+        ({"names": [{"name": "tower.pt"}]}, "is not in the catalog"),
+        ({"names": ["tower.pt", "faces.onnx"]}, r"field accept_license: faces\.onnx .* license \(research <only>\)"),
     ],
 )
 def test_download_takes_names_of_the_catalogue_only(library, server, tmp_path, body, words):

@@ -8,17 +8,17 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib_pulid import attention, sites
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.identity import FaceFeatures, Identity, encode_identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
-from lib_pulid.standin import cross_attention_pair, image_stream, tower_shapes
-from lib_pulid.vision import load_vision_tower
+from lib_pulid.vision import load_vision_tower, tower_shapes
 from lib_pulid.weights import CrossAttentionWeights
 from tests import layouts
 from tests.reference import cases
+from tests.small_models import cross_attention_pair, image_stream
 
 LAYER = 1e-5  # relative error of a single module, float32
 REFERENCE = load_file(Path(__file__).parent / "reference" / "official.safetensors")
@@ -48,11 +48,10 @@ def test_id_former():
     assert relative(encoder(*cases.faces(1)), REFERENCE["v11"]) < LAYER
 
 
-def test_several_photos_in_one_pass(tmp_path):
+def test_several_photos_in_one_pass(flux_adapter):
     """v1.1's way, through encode_identity: id_cond stacked, hidden states joined; uncond of one photo of zeros."""
-    adapter = layouts.flux_adapter(tmp_path / "flux.safetensors")
     photos = [FaceFeatures(c[:1], tuple(h[:1] for h in hidden)) for c, hidden in map(cases.faces, (1, 21, 41))]
-    identity = encode_identity(photos, adapter)
+    identity = encode_identity(photos, flux_adapter)
     assert relative(identity.cond, REFERENCE["v11_three_photos"]) < LAYER
     assert relative(identity.uncond, REFERENCE["v11"][1:]) < LAYER
 
@@ -106,20 +105,10 @@ def test_image_stream_layer():
 # ---------------------------------------------------------------- whole denoisers
 
 
-@pytest.fixture(scope="module")
-def unet() -> nn.Module:
-    return layouts.unet()
-
-
-@pytest.fixture(scope="module")
-def unet_adapter(tmp_path_factory, unet):
-    return layouts.unet_adapter(tmp_path_factory.mktemp("unet") / "v1.bin", unet)
-
-
 @pytest.mark.parametrize(("projection", "num_zero"), cases.SETTINGS)
-def test_whole_unet(unet, unet_adapter, projection, num_zero):
+def test_whole_unet(unet, adapter, projection, num_zero):
     identity = Identity(*cases.tokens(77, width=cases.UNET["cross_attention_dim"]))
-    injection = compile_injection(unet_adapter, identity, weight=0.8, projection=projection, num_zero=num_zero)
+    injection = compile_injection(adapter, identity, weight=0.8, projection=projection, num_zero=num_zero)
     with inject(unet, [injection], DenoiseStep(0.0, [False, True], (16, 16))):
         ours = layouts.run_unet(unet)
     off, official = REFERENCE["unet_off"], REFERENCE[f"unet_{projection}_{num_zero}"]
@@ -129,13 +118,11 @@ def test_whole_unet(unet, unet_adapter, projection, num_zero):
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "bfl"])
-def test_whole_flux(tmp_path, layout):
+def test_whole_flux(flux, flux_adapter, layout):
     """The official weights in diffusers' blocks, called as diffusers and as BFL's code calls them."""
-    model = layouts.diffusers_flux()
-    bfl = layouts.BflFlux(model)
-    denoiser, run = (model, lambda: layouts.run_flux(model)) if layout == "diffusers" else (bfl, bfl)
-    adapter = layouts.flux_adapter(tmp_path / "flux.safetensors")
-    injection = compile_injection(adapter, Identity(*cases.tokens(79)), weight=0.9)
+    bfl = layouts.BflFlux(flux)
+    denoiser, run = (flux, lambda: layouts.run_flux(flux)) if layout == "diffusers" else (bfl, bfl)
+    injection = compile_injection(flux_adapter, Identity(*cases.tokens(79)), weight=0.9)
     rows, columns = cases.FLUX_GRID
     with inject(denoiser, [injection], DenoiseStep(0.0, [True, False], (2 * rows, 2 * columns))):
         ours = run()

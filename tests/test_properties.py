@@ -14,9 +14,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from lib_pulid.errors import ImageError, PulidError, SettingError
-from lib_pulid.fields import FAMILIES, FIELD, FIELDS, LONGEST_TEXT, MOST_UNITS, NONE, PRESET_FAMILY, Field, check
+from lib_pulid.fields import FAMILIES, FIELD, FIELDS, LONGEST_TEXT, MOST_UNITS, NONE, Field, check
 from lib_pulid.injection import DenoiseStep, _Masks, token_grid
-from lib_pulid.units import PulidUnit, parse_args
+from lib_pulid.units import PulidUnit, default_args, parse_args
 from lib_pulid.webui import infotext, pictures, routes
 from lib_pulid.webui.library import Library
 
@@ -74,6 +74,18 @@ def test_every_valid_dict_is_a_unit_and_keeps_its_values(values):
     for family in FAMILIES if unit.weight is not None else FAMILIES[:1]:
         assert through_positions.on(family) == unit.on(family)
     assert parse_args([True, *unit.positions()]) == ([(1, through_positions)] if unit.enabled else [])
+
+
+@given(st.lists(valid_dicts(), min_size=1, max_size=3), st.booleans())
+def test_several_units_as_lists_and_as_dicts(dicts, switch):
+    units = [(number, PulidUnit.from_mapping(values, number)) for number, values in enumerate(dicts, 1)]
+    flat = [value for _, unit in units for value in unit.positions()]
+    read = [(number, PulidUnit.from_positions(unit.positions(), number)) for number, unit in units]
+    assert parse_args([True, *flat]) == [one for one in read if one[1].enabled]
+    assert parse_args([False, *flat]) == []
+    expected = [one for one in units if one[1].enabled]
+    assert parse_args([*([True] if switch else []), *dicts]) == expected
+    assert parse_args([*dicts, *default_args(3)[len(dicts) :]]) == expected  # as a host fills it up
 
 
 @given(st.sampled_from(FIELDS), JSON)
@@ -224,8 +236,3 @@ def test_a_region_is_not_mirrored_nor_turned(size, latent):
     mask[: size[0] // 2, : size[1] // 2] = 1
     seen = on_tokens(mask, latent, 0)
     assert seen[0, 0] == 1 and seen[-1, -1] == 0 and seen[0, -1] == 0 and seen[-1, 0] == 0
-
-
-def test_the_presets_are_valid_dicts():
-    for name, family in PRESET_FAMILY.items():
-        assert PulidUnit.from_mapping({"preset": name}, 1).on(family).preset == name

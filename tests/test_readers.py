@@ -82,6 +82,14 @@ def test_contrastive_loss_prefers_own_kind():
     assert readers.contrastive_loss(together, torch.tensor([0, 1, 0, 1])) > 5
 
 
+def test_both_spellings_of_recognizer():
+    assert [readers._kind(name) for name in ("recognizer", "recogniser", "judge")] == [
+        "recogniser",
+        "recogniser",
+        "judge",
+    ]
+
+
 def test_recogniser_runs_in_insightface(tmp_path, faces):
     """ONNX in 16 bit through insightface gives what torch gives on the same crop, and the safetensors do."""
     reader = settled(readers.build("recogniser"), 112)

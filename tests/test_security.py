@@ -17,9 +17,9 @@ from PIL import Image
 
 from lib_pulid.errors import PulidError, SettingError
 from lib_pulid.units import default_args
+from tests.face_standins import photo
 from tests.fake_webui import Generation
 from tests.test_imports import ROOT, sources
-from tests.test_webui import library, one, photo, script, ui, weights  # noqa: F401 - fixtures
 
 # ---------------------------------------------------------------- code that is not there
 
@@ -46,14 +46,14 @@ def test_only_one_place_reads_pickles_and_it_reads_weights_only():
     found = {(name, call) for name, path in files.items() for call in calls(path) & readers}
     # Training reads what it has written itself, and no pickles either.
     training = {(name, call) for name, call in found if name.startswith("lib_pulid.training.")}
-    assert found - training == {("lib_pulid.weight_files", "torch.serialization.load")}
+    assert found - training == {("lib_pulid.files.state_dict", "torch.serialization.load")}
     for name, _ in training:
         for node in ast.walk(ast.parse(files[name].read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
                 options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert options.get("allow_pickle", "False") == "False", name
                 assert "torch" not in ast.unparse(node.func) or options.get("weights_only") == "True", name
-    tree = ast.parse(files["lib_pulid.weight_files"].read_text(encoding="utf-8"))
+    tree = ast.parse(files["lib_pulid.files.state_dict"].read_text(encoding="utf-8"))
     (call,) = (
         n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.serialization.load"
     )
@@ -90,7 +90,7 @@ ADDRESSES = ["http://127.0.0.1:9/x.png", "https://example.com/anna.safetensors",
 
 @pytest.mark.parametrize("address", ADDRESSES)
 @pytest.mark.parametrize("field", ["images", "mask", "identity", "model"])
-def test_no_address_is_fetched_and_no_file_outside_is_opened(ui, script, one, no_network, field, address, monkeypatch):  # noqa: F811
+def test_no_address_is_fetched_and_no_file_outside_is_opened(ui, script, one, no_network, field, address, monkeypatch):
     opened: list[str] = []
     real = open
 
@@ -106,7 +106,7 @@ def test_no_address_is_fetched_and_no_file_outside_is_opened(ui, script, one, no
     assert not [name for name in opened if "passwd" in name or "secret" in name or "share" in name]
 
 
-def test_making_an_identity_needs_no_network(ui, script, one, no_network):  # noqa: F811
+def test_making_an_identity_needs_no_network(ui, script, one, no_network):
     assert len(ui.generate(script, Generation(), [{"images": [one]}])) == 1
 
 
@@ -114,7 +114,7 @@ class TestTheGridsPhotoFile:
     """Its axis takes a path, which is for whoever sits at the page; an API caller can run a grid, too."""
 
     @pytest.fixture
-    def axis(self, ui, library):  # noqa: F811
+    def axis(self, ui, library):
         from lib_pulid.webui import xyz
 
         xyz.add_axes(1, library)
@@ -125,35 +125,22 @@ class TestTheGridsPhotoFile:
         path = tmp_path / "photo.png"
         Image.fromarray(photo((330, 210))).save(path)
         for file in (path, tmp_path / "gone.png"):  # nor learn whether there is one
-            with pytest.raises(SettingError, match="unit 1, field images: the axis Photo file .* own page only"):
+            with pytest.raises(
+                SettingError, match="unit 1, field images: the axis Photo file .* works only in the page"
+            ):
                 axis.confirm(SimpleNamespace(is_api=True), [str(file)])
-            with pytest.raises(PulidError, match="own page only"):
+            with pytest.raises(PulidError, match="works only in the page"):
                 axis.apply(SimpleNamespace(is_api=True), str(file), [])
         axis.confirm(SimpleNamespace(is_api=False), [str(path)])
         axis.apply(SimpleNamespace(is_api=False), str(path), [])
 
-    def test_nor_a_page_that_is_kept_from_folders(self, ui, axis, tmp_path):  # noqa: F811
+    def test_nor_a_page_that_is_kept_from_folders(self, ui, axis, tmp_path):
         ui.modules.shared.cmd_opts.hide_ui_dir_config = True
-        with pytest.raises(SettingError, match="own page only"):
+        with pytest.raises(SettingError, match="works only in the page"):
             axis.confirm(SimpleNamespace(is_api=False), [str(tmp_path)])
 
 
 # ---------------------------------------------------------------- routes
-
-
-@pytest.fixture
-def client(library):  # noqa: F811
-    fastapi = pytest.importorskip("fastapi")
-    testclient = pytest.importorskip("fastapi.testclient")
-    from lib_pulid.webui import routes
-
-    def make(api_auth: str | None = None):
-        app = fastapi.FastAPI()
-        routes.add_error_handler(app)
-        routes.add_routes(app, library, api_auth)
-        return testclient.TestClient(app, raise_server_exceptions=False)
-
-    return make
 
 
 def basic(login: str) -> dict[str, str]:
@@ -161,13 +148,21 @@ def basic(login: str) -> dict[str, str]:
 
 
 def test_every_route_asks_for_the_login(client):
-    guarded = client("anna:secret")
+    guarded = client("bob:hidden,anna:secret")
     paths = [(route.path, method) for route in guarded.app.routes if route.path.startswith("/pulid/")
              for method in route.methods]  # fmt: skip
     assert len(paths) >= 4
     for path, method in paths:
-        for headers in ({}, basic("anna:"), basic("anna:wrong"), basic(":secret"), {"Authorization": "Bearer x"}):
+        for headers in (
+            {},
+            basic("anna:"),
+            basic("anna:wrong"),
+            basic("anna:hidden"),
+            basic(":secret"),
+            {"Authorization": "Bearer x"},
+        ):
             assert guarded.request(method, path, headers=headers).status_code == 401
+        assert guarded.request(method, path, headers=basic("bob:hidden"), content=b"{}").status_code != 401
         answer = guarded.request(method, path, headers=basic("anna:secret"), content=b"{}")
         asks_for_something = method == "POST" or "{" in path  # which is not given, or not there
         assert answer.status_code == (422 if asks_for_something else 200)
@@ -180,7 +175,7 @@ def test_a_flag_that_names_no_login_lets_nobody_in(client, flag):
         assert guarded.get("/pulid/models", headers=basic(login)).status_code == 401
 
 
-def test_without_the_api_there_are_no_routes(ui):  # noqa: F811
+def test_without_the_api_there_are_no_routes(ui):
     ui.modules.shared.cmd_opts.api = False
     door = ui.door()
     added: list[str] = []
@@ -230,7 +225,7 @@ def test_a_body_without_end_is_not_read_to_its_end(client, monkeypatch):
     assert client("anna:secret").post("/pulid/detect", content=b"x" * 2_000_000).status_code == 401  # login first
 
 
-def test_an_answer_to_an_error_holds_no_photo(client, one):  # noqa: F811
+def test_an_answer_to_an_error_holds_no_photo(client, one):
     for body in ({"images": [one], "x": one}, {"images": [one, 5]}, {"images": [one[:-2000]]}, {"images": [[one]]},
                  {"images": one, "face_order": one}, {one: 1}):  # fmt: skip
         answer = client().post("/pulid/detect", json=body)
@@ -242,7 +237,7 @@ def test_an_answer_to_an_error_holds_no_photo(client, one):  # noqa: F811
 # ---------------------------------------------------------------- what is written down
 
 
-def test_neither_parameters_nor_messages_nor_output_hold_a_photo(ui, script, one, capfd):  # noqa: F811
+def test_neither_parameters_nor_messages_nor_output_hold_a_photo(ui, script, one, capfd):
     body = one.partition(",")[2]
     pieces = {body[at : at + 40] for at in range(0, len(body) - 40, 40)}
     p = Generation()
@@ -259,7 +254,7 @@ def test_neither_parameters_nor_messages_nor_output_hold_a_photo(ui, script, one
     assert not [piece for piece in pieces if piece in written]
 
 
-def test_hosts_that_log_what_a_request_was_called_with_log_no_photo(ui, script, one):  # noqa: F811
+def test_hosts_that_log_what_a_request_was_called_with_log_no_photo(ui, script, one):
     """A1111 prints the arguments of a request that failed; what comes from our hidden fields shows its length."""
     widgets = script.ui(False)
     hidden = [widget for widget in widgets if widget.elem_id.endswith(("_images", "_mask"))]
@@ -279,7 +274,7 @@ def test_hosts_that_log_what_a_request_was_called_with_log_no_photo(ui, script, 
     assert len(ui.generate(script, Generation(), unmasked)) == 1
 
 
-def test_a_saved_identity_holds_what_its_file_says_and_no_photo(ui, script, one, library):  # noqa: F811
+def test_a_saved_identity_holds_what_its_file_says_and_no_photo(ui, script, one, library):
     """Tokens, a thumbnail of the aligned face, and what made them."""
     from safetensors import safe_open
 

@@ -12,17 +12,12 @@ from torch import Tensor, nn
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.sites import find_sites
-from lib_pulid.training import losses
-from lib_pulid.training.injection import RowIdentities, SDXLAdapter, id_former, inject_rows
+from lib_pulid.training import flux, losses, schedule
+from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run
 from lib_pulid.weights import load_adapter
 from tests import layouts
 from tests.reference import cases
-
-
-@pytest.fixture(scope="module")
-def unet() -> nn.Module:
-    return layouts.unet()
 
 
 @pytest.fixture(scope="module")
@@ -134,23 +129,35 @@ class TestAlignment:
         assert not any(module._forward_hooks for module in unet.modules())
 
 
-class TestSampler:
-    ALPHAS = torch.linspace(1, 0.05, 100)
-    SIGMAS = (1 - ALPHAS**2).sqrt()
-
-    def test_a_perfect_denoiser_gives_the_clean_latents(self):
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+class TestSchedule:
+    def test_a_perfect_denoiser_gives_the_clean_latents(self, family):
+        noises = getattr(schedule, family)()
         clean, noise = cases.normal(1, 2, 4, 4, 4), cases.normal(2, 2, 4, 4, 4)
-        start = self.ALPHAS[-1] * clean + self.SIGMAS[-1] * noise
+        start = noises.noisy(clean, noise, torch.tensor([999, 999]))
 
         def oracle(x: Tensor, t: Tensor) -> Tensor:
-            assert torch.allclose(x, self.ALPHAS[t[0]] * clean + self.SIGMAS[t[0]] * noise, atol=1e-5)
-            return self.ALPHAS[t[0]] * noise - self.SIGMAS[t[0]] * clean
+            assert torch.allclose(x, noises.noisy(clean, noise, t), atol=1e-4)
+            return noises.target(clean, noise, t)
 
-        made = losses.sample_few_steps(oracle, start, self.ALPHAS, self.SIGMAS)
-        assert torch.allclose(made, clean, atol=1e-5)
+        made = losses.sample_few_steps(oracle, start, noises)
+        assert torch.allclose(made, clean, atol=1e-3)
+
+    def test_levels(self, family):
+        """The last step is nearly all noise, the first hardly any; v is the derivative along the way."""
+        noises = getattr(schedule, family)()
+        clean, noise = cases.normal(1, 1, 4, 4, 4), cases.normal(2, 1, 4, 4, 4)
+        first, last = (noises.noisy(clean, noise, torch.tensor([t])) for t in (0, 999))
+        assert (first - clean).norm() < 0.05 * clean.norm()
+        assert (last - noise).norm() < 0.08 * noise.norm()
+        assert torch.allclose(
+            noises.alphas if family == "flux" else noises.alphas**2,
+            1 - (noises.sigmas if family == "flux" else noises.sigmas**2),
+            atol=1e-6,
+        )
 
     @pytest.mark.parametrize("gradient_steps", [1, 2, 4])
-    def test_gradients_run_through_the_last_steps(self, gradient_steps):
+    def test_gradients_run_through_the_last_steps(self, family, gradient_steps):
         calls: list[bool] = []
         scale = torch.ones((), requires_grad=True)
 
@@ -159,9 +166,63 @@ class TestSampler:
             return x * scale
 
         noise = cases.normal(2, 1, 4, 4, 4)
-        losses.sample_few_steps(predict, noise, self.ALPHAS, self.SIGMAS, 4, gradient_steps).sum().backward()
+        losses.sample_few_steps(predict, noise, getattr(schedule, family)(), 4, gradient_steps).sum().backward()
         assert calls == [False] * (4 - gradient_steps) + [True] * gradient_steps
         assert scale.grad is not None and scale.grad != 0
+
+
+class TestFlux:
+    @pytest.fixture(scope="class")
+    def base(self) -> flux.FluxBase:
+        torch.manual_seed(0)
+        base = flux.FluxBase(nn.Identity())
+        for parameter in base.parameters():  # blocks begin as ones that add nothing
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.05)
+        return base.eval().requires_grad_(False)
+
+    @staticmethod
+    def predict(base: flux.FluxBase) -> Tensor:
+        t = torch.tensor([500, 900])
+        return base.predict(cases.normal(1, 2, 4, 8, 8), t, cases.normal(2, 2, 5, 64), cases.normal(3, 2, 40))
+
+    def test_tokens_are_diffusers(self):
+        latents = cases.normal(1, 2, 4, 8, 6)
+        import diffusers
+
+        assert torch.equal(flux.pack(latents), diffusers.FluxPipeline._pack_latents(latents, 2, 4, 8, 6))
+        assert torch.equal(flux.unpack(flux.pack(latents), 4, 3), latents)
+
+    def test_a_trained_adapter_does_in_sampling_what_it_did_in_training(self, base, tmp_path):
+        from safetensors.torch import save_file
+
+        found = find_sites(base.denoiser)
+        adapter = FluxAdapter(id_former(seed=3), [site.width for site in found.sites])
+        for site in adapter.sites:
+            nn.init.normal_(site["to_out"].weight, std=0.1)
+        path = tmp_path / "pulid.safetensors"
+        save_file({key: value.detach().contiguous() for key, value in adapter.state().items()}, path)
+        loaded = load_adapter(path)
+        assert (loaded.family, len(loaded.sites)) == ("flux", 20)
+        with torch.no_grad():
+            tokens = adapter.encoder(*face(21))
+            plain = self.predict(base)
+            with inject(
+                base.denoiser, [compile_injection(loaded, Identity(tokens), weight=0.8)], DenoiseStep(0.0, [True, True])
+            ):
+                wanted = self.predict(base)
+            rows = [RowIdentities(tokens.expand(2, -1, -1), weight=0.8)]
+            with inject_rows(base.denoiser, adapter.weights(), rows):
+                made = self.predict(base)
+        effect = (wanted - plain).norm()
+        assert effect > 0.01
+        assert (made - wanted).norm() / effect < 1e-4
+
+    def test_alignment_hears_the_double_blocks(self, base):
+        with losses.listen(base.denoiser) as seen:
+            self.predict(base)
+        assert len(seen.heads) == 19
+        assert (seen.queries[0].shape, seen.keys[0].shape) == ((2, 16, 48), (2, 5, 48))
 
 
 class TestFaces:

@@ -1,19 +1,19 @@
-"""The programs that PuLID runs inside, one file each. What the WebUIs' files have in common:
+"""Connects PuLID to the programs it runs inside, one file each. The WebUIs' files share this interface:
 
-    NAME, FAMILIES              the host's name, for messages, and which models it can load
-    loaded_model(p)             the denoiser that is loaded now, or UnsupportedModelError
-    less_memory()               what helps there against a lack of video memory, for messages
-    start(p, plan) -> Run       from now on every denoiser call of `p` injects what the plan says
-    before_sampling(p, plan)    a pass is about to be sampled, which another script may have kept `start` from
-    stop()                      takes everything out again; may be called at any time
-    tells_errors(p)             whether the user is told what is raised while `p` is made
+    NAME, FAMILIES              the host's name, for messages, and the model families it can load
+    loaded_model(p)             returns the loaded denoiser, or raises UnsupportedModelError
+    less_memory()               says how to save video memory there, for messages
+    start(p, plan) -> Run       makes every denoiser call of `p` inject what the plan says
+    before_sampling(p, plan)    is called before a pass is sampled, in case another script bypassed `start`
+    stop()                      removes everything; may be called at any time
+    tells_errors(p)             whether the user sees what is raised while `p` is processed
 
-`p` is the host's StableDiffusionProcessing. The sampling of a batch lies between `start` and `stop`. Other generations
-may run between its batches (a detailer that repaints faces), and even while it is sampled; each has a start and a stop
-of its own, and `stop` leaves alone what is being sampled around it.
+`p` is the host's StableDiffusionProcessing. A batch is sampled between `start` and `stop`. Other generations may run
+between its batches (a detailer that repaints faces), and even while it is sampled; each has its own start and stop, and
+`stop` does not touch an outer generation that is being sampled.
 
-Exceptions of a Plan come out of the denoiser call, since that is the one place from where the hosts let them end the
-generation: in script hooks and callbacks they are printed and forgotten, and the picture is made without the face.
+Exceptions of a Plan are raised from the denoiser call, the one place where the hosts let them end the generation: in
+script hooks and callbacks they are printed and forgotten, and the image is made without the face.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class LoadedModel:
     Args:
         family: "sdxl" or "flux".
         denoiser: the UNet or transformer.
-        device, dtype: of its computation (its weights may be stored elsewhere and smaller).
+        device, dtype: of its computation (its weights may be stored elsewhere, in fewer bits).
         name: the checkpoint's, for messages.
-        guided: whether negative rows may come.
+        guided: whether there may be negative rows.
     """
 
     family: str
@@ -52,40 +52,39 @@ class LoadedModel:
 
 
 class Plan(Protocol):
-    """What a generation injects."""
+    """Tells what a generation injects."""
 
     def injections(self, model: LoadedModel, *, hires: bool) -> Sequence[Injection]:
-        """Compiled for the model's family, device and dtype; kept by the plan.
+        """Returns the injections, compiled for the model's family, device and dtype, and keeps them.
 
-        It is asked once for each model and pass, also in the middle of a generation (refiner, hires checkpoint).
+        Called once per model and pass, even in the middle of a generation (refiner, hires checkpoint).
 
         Raises:
-            PulidError: no picture is to be made, with the reason.
+            PulidError: why no image may be generated.
         """
         ...
 
     def check_steps(self, model: LoadedModel, steps: int, *, hires: bool) -> None:
-        """Raises: SettingError: in a pass of so many steps a face would never act, though it was asked for."""
+        """Raises: SettingError: in a pass of so many steps, a requested face would never be used."""
         ...
 
     def cfg_start_step(self, model: LoadedModel, *, hires: bool) -> int:
-        """The steps of the pass before this one run without the negative prompt."""
+        """Returns the first step of the pass that uses the negative prompt."""
         ...
 
 
 class Run(Protocol):
-    """What `start` has put in. is_sampling: set by the caller; as long as it is, `stop` passes it over."""
+    """What `start` installed. is_sampling: set by the caller; while it is True, `stop` skips this run."""
 
     is_sampling: bool
 
     def check(self) -> None:
-        """After sampling. Raises: whatever went wrong where the host does not let it out, so that a step may have been
-        made without the face."""
+        """Called after sampling. Raises what the host swallowed, since a step may have run without the face."""
         ...
 
 
 def current() -> ModuleType:
-    """`hosts.forge` or `hosts.a1111`, whichever this program is. Told by what the host brings, nothing is imported.
+    """Returns `hosts.forge` or `hosts.a1111`, by the modules that the program has; imports none of them.
 
     Raises:
         UnsupportedModelError: it is neither.
@@ -94,7 +93,7 @@ def current() -> ModuleType:
         return importlib.import_module("lib_pulid.hosts.forge")
     if _has("modules") and _has("modules.sd_hijack"):
         return importlib.import_module("lib_pulid.hosts.a1111")
-    raise UnsupportedModelError("PuLID runs in AUTOMATIC1111's Stable Diffusion WebUI and in Forge; this is neither.")
+    raise UnsupportedModelError("PuLID runs in AUTOMATIC1111's Stable Diffusion WebUI and in Forge. This is neither.")
 
 
 def _has(module: str) -> bool:

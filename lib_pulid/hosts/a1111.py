@@ -1,15 +1,15 @@
-"""PuLID in AUTOMATIC1111's WebUI, 1.8 to 1.10.
+"""Runs PuLID in AUTOMATIC1111's WebUI, 1.8 to 1.10.
 
     CFGDenoiser.forward           once per denoiser call of a sampler
       callback cfg_denoiser       -> _Run.open: which UNet, which step, which rows
       UNet, once or several times -> _Run.enter, _Run.leave: `inject` around each
       callback cfg_denoised       -> _Run.close
 
-Rows: the sampler stacks [cond..., uncond...] and gives them to the UNet in one piece or in several, by options and
-prompt lengths. The pieces come in order, so counting them tells which rows each has. Halving the batch does not: AND
-makes several cond rows per picture, and some steps leave uncond out.
+Rows: the sampler stacks [cond..., uncond...] and passes them to the UNet in one call or several, depending on options
+and prompt lengths. The calls come in order, so counting rows tells which are cond. Halving the batch does not: AND
+makes several cond rows per image, and some steps skip uncond.
 
-After an exception the host calls no script: who started a run has to see to it that `stop` is called.
+After an exception the host calls no script: whoever started a run has to call `stop`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FAMILIES = ("sdxl",)
 
 
 def loaded_model(p: Any) -> LoadedModel:
-    """The model that `p` samples with now.
+    """Returns the model that `p` samples with.
 
     Raises:
         UnsupportedModelError: it is not SDXL.
@@ -48,7 +48,7 @@ def less_memory() -> str:
 
 
 def start(p: Any, plan: Plan) -> Run:
-    """Injects into every UNet call of `p` until `stop`. To be called when a batch is about to be sampled."""
+    """Injects into every UNet call of `p` until `stop`. Called right before a batch is sampled."""
     stop()
     run = _Run(p, plan)
     _running.append(run)  # first, so that `stop` finds it whatever happens
@@ -57,13 +57,13 @@ def start(p: Any, plan: Plan) -> Run:
 
 
 def before_sampling(p: Any, plan: Plan | None = None) -> None:
-    """Starts, unless `p` was started. The UNet is looked at in every call."""
+    """Starts, unless `p` was started already. The UNet is checked in every call."""
     if plan is not None and not any(run.is_of(p) for run in _running):
         start(p, plan)
 
 
 def stop() -> None:
-    """Removes hooks and callbacks and lets go of all, save of what is being sampled around us."""
+    """Removes hooks and callbacks, except those of an outer generation that is being sampled."""
     while _running and not _running[-1].is_sampling:
         _running.pop().end()
 
@@ -72,7 +72,7 @@ def tells_errors(p: Any) -> bool:
     return True
 
 
-# The hosts make one picture at a time, in one process-wide model: this is what we put into it, inner generations last.
+# The hosts generate one image at a time, with one process-wide model. These are our runs in it, inner generations last.
 _running: list[_Run] = []
 
 
@@ -82,21 +82,21 @@ def _unet(p: Any) -> Any:
 
 @dataclass
 class _Window:
-    """One call of the CFGDenoiser. rows: UNet rows so far."""
+    """One call of the CFGDenoiser. rows: UNet rows seen so far."""
 
     params: Any
     progress: float
     rows: int = 0
 
     def take(self, batch: int) -> list[bool]:
-        """The next rows of the stack: whether each is cond. Tiling extensions go through the stack repeatedly."""
+        """Returns whether each of the next rows is cond. Tiling extensions go through the stack repeatedly."""
         first, self.rows = self.rows, self.rows + batch
         conds, stack = self.params.text_cond.shape[0], self.params.x.shape[0]
         return [i % stack < conds for i in range(first, first + batch)]
 
 
 class _Run:
-    """What is put into the host between `start` and `stop`."""
+    """The hooks and callbacks in the host between `start` and `stop`."""
 
     def __init__(self, p: Any, plan: Plan) -> None:
         self._p = p
@@ -106,9 +106,9 @@ class _Run:
         self._hooks = ExitStack()  # on the UNet
         self._hooked: nn.Module | None = None
         self._model: LoadedModel | None = None
-        self._call = ExitStack()  # of the UNet call under way
+        self._call = ExitStack()  # of the current UNet call
         self._step: DenoiseStep | None = None
-        self._window: _Window | Exception | None = None  # what the next UNet calls are
+        self._window: _Window | Exception | None = None  # what the next UNet calls belong to
         self._seen = False
         self._error: Exception | None = None
         self.is_sampling = False
@@ -128,7 +128,7 @@ class _Run:
         self._hooked = self._model = self._window = self._p = self._error = None
 
     def _hook(self, unet: nn.Module | None) -> None:
-        """Moves the hooks to this UNet: the refiner or a hires checkpoint may have brought another one."""
+        """Moves the hooks to this UNet: a refiner or hires checkpoint may have loaded another one."""
         if unet is self._hooked or unet is None:
             return
         self._call.close()
@@ -146,7 +146,7 @@ class _Run:
     # ------------------------------------------------------------ called by the host
 
     def open(self, params: Any) -> None:
-        """The CFGDenoiser is about to call the UNet. Exceptions here would be printed and forgotten: `enter` raises."""
+        """Prepares for the UNet calls of this step. Exceptions here would be printed and forgotten: `enter` raises."""
         self._window, self._seen = None, True
         if self._p is None or params.denoiser.p is not self._p:
             return  # another generation
@@ -157,10 +157,10 @@ class _Run:
 
     def _opened(self, params: Any) -> _Window | None:
         unet = _unet(self._p)
-        self._hook(unet)  # also the refiner's, so that an error comes out of its call
+        self._hook(unet)  # the refiner's, too, so that its call raises an error
         if self._injector.leaves_the_rest_to(unet):
             return None
-        if self._model is None or self._model.denoiser is not unet:  # telling what it is goes through all its layers
+        if self._model is None or self._model.denoiser is not unet:  # `loaded_model` walks all layers
             self._model = loaded_model(self._p)
         self._injector.prepare(self._model, self._p)
         self._injector.check_steps(params.denoiser.steps)
@@ -170,7 +170,7 @@ class _Run:
         self._window = None
 
     def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        self._call.close()  # a call that was left by something other than an Exception
+        self._call.close()  # in case the last call ended with a BaseException
         if isinstance(self._window, Exception):
             raise self._window
         if self._window is None:
@@ -185,12 +185,12 @@ class _Run:
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._call.close()
         step, self._step = self._step, None
-        if step is not None and output is not None:  # None: an exception is under way
+        if step is not None and output is not None:  # None: the call raised
             self._injector.check_call(step)
 
     def _check_seen(self) -> None:
         if not self._seen:
             raise UnsupportedModelError(
-                "The model was called by something other than a sampler (the script “img2img alternative test” does "
-                "so), and PuLID cannot tell the prompt's rows from the negative prompt's there. Switch it or PuLID off."
+                "The model was called outside of a sampler (as the script “img2img alternative test” does), where "
+                "PuLID cannot tell the prompt's rows from the negative prompt's. Disable that script or PuLID."
             )

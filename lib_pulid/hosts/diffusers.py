@@ -1,10 +1,10 @@
-"""PuLID in the `diffusers` library.
+"""Runs PuLID in the `diffusers` library.
 
     with apply(pipeline, [injection]):
         image = pipeline("portrait of a sailor").images[0]
 
-Works with any pipeline around an SDXL UNet or a FLUX transformer, text to image, image to image, inpainting.
-Nothing of the pipeline is replaced: the denoiser gets two hooks, which put `inject` around each of its calls.
+Works with any pipeline around an SDXL UNet or a FLUX transformer: text to image, image to image, inpainting. No part of
+the pipeline is replaced: two hooks on the denoiser put `inject` around each of its calls.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lib_pulid.injection import DenoiseStep, Injection, inject
 from lib_pulid.sites import Sites, find_sites
 from lib_pulid.watch import Watch, WatchedSites, uncompiled
 
-LATENT_CHANNELS = 4  # of SDXL; inpainting and editing UNets read more behind them
+LATENT_CHANNELS = 4  # of SDXL; inpainting and editing UNets have more after them
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:
-    """The UNet or the transformer of a pipeline."""
+    """Returns a pipeline's UNet or transformer."""
     return pipeline.unet if getattr(pipeline, "unet", None) is not None else pipeline.transformer
 
 
@@ -33,14 +33,14 @@ def denoiser_of(pipeline: Any) -> nn.Module:
 def apply(pipeline: Any, injections: Sequence[Injection], sites: Sites | None = None) -> Iterator[None]:
     """Injects into every call of the pipeline's denoiser inside the `with`.
 
-    A denoiser that is compiled (torch.compile) runs uncompiled there: compiled code does not see the hooks.
+    A compiled denoiser (torch.compile) runs uncompiled there, since compiled code ignores the hooks.
 
     Args:
-        sites: the denoiser's, if found before; those of a Watch tell it afterwards which of them were reached.
+        sites: the denoiser's, if known; those of a Watch record which of them were reached.
 
     Raises:
-        UnsupportedModelError: the denoiser is neither SDXL's nor FLUX.1's, or does not fit the injections; or, out of
-            the pipeline or at the end, the face could not act.
+        UnsupportedModelError: the denoiser is neither SDXL's nor FLUX.1's, or does not fit the injections; or, from the
+            pipeline or at the end, the face could not be added.
     """
     denoiser = denoiser_of(pipeline)
     sites = sites or find_sites(denoiser)
@@ -60,7 +60,7 @@ def apply(pipeline: Any, injections: Sequence[Injection], sites: Sites | None = 
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         call.close()
-        if output is not None:  # None: an exception is under way
+        if output is not None:  # None: the call raised
             watch.check_call(acts)
 
     with ExitStack() as stack:
@@ -74,19 +74,19 @@ def apply(pipeline: Any, injections: Sequence[Injection], sites: Sites | None = 
 
 
 class _Calls:
-    """Reads the place in the sampling off the arguments of a denoiser call. is_first: of a run of the pipeline."""
+    """Reads the step from a denoiser call's arguments. is_first: whether it is the first call of a pipeline run."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
-        self._schedule: Tensor | None = None  # of the run under way; each run of a pipeline sets a new one
+        self._schedule: Tensor | None = None  # of the current run; each run of a pipeline sets a new one
         self._first = 0
         self.is_first = False
 
     def progress(self, timestep: float) -> float:
-        """Share of the steps that are done.
+        """Returns the fraction of the steps that are done.
 
         Some pipelines run only the last of the scheduler's timesteps (image to image) or only the first
-        (`denoising_end`), so it is counted from the step that a run begins with.
+        (`denoising_end`), so it counts from the first step of the run.
         """
         schedule = self._pipeline.scheduler.timesteps
         index = int((schedule.float() - timestep).abs().argmin())
@@ -101,7 +101,7 @@ class _Calls:
 
 
 class _UNetCalls(_Calls):
-    """UNet2DConditionModel(sample, timestep, encoder_hidden_states, ...): all images once per kind of guidance."""
+    """Reads UNet2DConditionModel(sample, timestep, encoder_hidden_states, ...): every image once per guidance part."""
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> DenoiseStep:
         sample: Tensor = args[0] if args else kwargs["sample"]  # [B, C, h, w]
@@ -110,47 +110,47 @@ class _UNetCalls(_Calls):
         groups = self._groups(sample)
         images, rest = divmod(len(sample), len(groups))
         if rest or (self.is_first and not _is_repeated(sample[:, :LATENT_CHANNELS], images)):
-            raise _unknown_rows(self._pipeline, f"{len(sample)} rows do not fall into {len(groups)} equal parts")
+            raise _unknown_rows(self._pipeline, f"{len(sample)} rows are not {len(groups)} equal parts")
         is_cond = [cond for cond in groups for _ in range(images)]
         return DenoiseStep(progress, is_cond, (sample.shape[-2], sample.shape[-1]), self.steps)
 
     def _groups(self, sample: Tensor) -> list[bool]:
-        """What the parts are that the rows fall into, each with a row for every image: whether they read the prompt."""
+        """Returns, for each part of the rows (one row per image in each), whether it uses the prompt."""
         pipeline = self._pipeline
         if any("InstructPix2Pix" in kind.__name__ for kind in type(pipeline).__mro__):
-            # [prompt and image, image alone, neither]; for the last the image's channels are zero.
+            # [prompt and image, image only, neither]; in the last, the image's channels are zero.
             third, rest = divmod(len(sample), 3)
             is_guided = not rest and not sample[2 * third :, LATENT_CHANNELS:].any()
             return [True, False, False] if is_guided else [True]
         guided = getattr(pipeline, "do_classifier_free_guidance", None)
         if guided is None or getattr(pipeline, "enabled_editing_prompts", False):
-            raise _unknown_rows(pipeline, "it does not tell how it guides, or it was another pipeline that was called")
-        perturbed = getattr(pipeline, "do_perturbed_attention_guidance", False)  # PAG: the prompt's rows once more
+            raise _unknown_rows(pipeline, "its kind of guidance is not known, or another pipeline was called")
+        perturbed = getattr(pipeline, "do_perturbed_attention_guidance", False)  # PAG: the prompt's rows again
         return ([False, True] if guided else [True]) + ([True] if perturbed else [])
 
 
 def _is_repeated(latents: Tensor, images: int) -> bool:
-    """Whether the first `images` rows come again and again."""
+    """Whether the rows are the first `images` rows repeated."""
     return torch.equal(latents, latents[:images].repeat(len(latents) // images, 1, 1, 1))
 
 
 def _unknown_rows(pipeline: Any, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"PuLID cannot tell which rows of {type(pipeline).__name__}'s UNet calls belong to the prompt: {why}. Use "
-        "`apply` with the pipeline that is called, an SDXL one; or `lib_pulid.injection.inject` around each call."
+        f"PuLID cannot tell which rows of {type(pipeline).__name__}'s UNet calls belong to the prompt: {why}. Pass the "
+        "SDXL pipeline that you call to `apply`, or put `lib_pulid.injection.inject` around each UNet call."
     )
 
 
 class _TransformerCalls(_Calls):
-    """FluxTransformer2DModel(hidden_states=, timestep= / 1000, img_ids=, ...): true CFG is a second call a step."""
+    """Reads FluxTransformer2DModel(hidden_states=, timestep= / 1000, img_ids=, ...): true CFG is a second call."""
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         self._last: tuple[Tensor, Any] | None = None
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> DenoiseStep:
-        # The pipeline asks with the prompt first and then, in the same step of the same run, with the negative one.
-        # In half precision neighbouring timesteps may be equal, so the scheduler's own count tells the steps apart.
+        # The pipeline calls with the prompt first and then, in the same step of the same run, with the negative prompt.
+        # In half precision adjacent timesteps may be equal, so the scheduler's own index distinguishes the steps.
         scheduler = self._pipeline.scheduler
         last, self._last = self._last, (scheduler.timesteps, getattr(scheduler, "step_index", None))
         is_cond = last is None or last[0] is not self._last[0] or last[1] != self._last[1]

@@ -1,13 +1,13 @@
-"""PuLID in Forge, SDXL and FLUX.
+"""Runs PuLID in Forge, with SDXL and FLUX.
 
-Before each sampling `forge_objects.unet` is cloned and gets a function wrapper, as Forge wants it: Forge goes back to
-the unpatched object by itself. The wrapper hooks the denoiser for the time of one call.
+Before each sampling, `forge_objects.unet` is cloned and gets a function wrapper, Forge's own way: Forge returns to the
+unpatched object by itself. The wrapper hooks the denoiser for one call.
 
-Rows are read off the denoiser's own call, `transformer_options["cond_or_uncond"]`, not off the wrapper's: another
-wrapper between the two (MultiDiffusion) may cut the picture into tiles and call with other batch sizes.
+Rows are read from the denoiser's call, `transformer_options["cond_or_uncond"]`, not from the wrapper's: another wrapper
+in between (MultiDiffusion) may cut the image into tiles and call with other batch sizes.
 
-`clone` deep-copies a patcher's options, which for functions means the function itself, but for an object or a bound
-method a copy of all it holds. Hence the closures.
+`clone` deep-copies a patcher's options. It keeps a function, but copies an object or bound method with all it holds;
+hence the closures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _COND = 0
 
 
 def loaded_model(p: Any) -> LoadedModel:
-    """The model that `p` samples with now.
+    """Returns the model that `p` samples with.
 
     Raises:
         UnsupportedModelError: it is neither SDXL nor FLUX.1.
@@ -46,7 +46,7 @@ def loaded_model(p: Any) -> LoadedModel:
 
 
 def less_memory() -> str:
-    """Only Forge itself has a slider for it; its successors decide on their own."""
+    """Names Forge's own slider; its successors have none."""
     from modules.shared import opts
 
     if "forge_inference_memory" in opts.data_labels:
@@ -55,7 +55,7 @@ def less_memory() -> str:
 
 
 def start(p: Any, plan: Plan) -> Run:
-    """Injects into every denoiser call of `p` until `stop`. To be called when a batch is about to be sampled."""
+    """Injects into every denoiser call of `p` until `stop`. Called right before a batch is sampled."""
     stop()
     run = _Run(p, plan)
     _running.append(run)  # first, so that `stop` finds it whatever happens
@@ -64,7 +64,7 @@ def start(p: Any, plan: Plan) -> Run:
 
 
 def before_sampling(p: Any, plan: Plan | None = None) -> None:
-    """Patches the unet of the coming pass; starts before, unless `p` was started or there is no plan."""
+    """Patches the unet of the coming pass; calls `start` first, unless `p` was started or there is no plan."""
     if plan is not None and not any(run.is_of(p) for run in _running):
         start(p, plan)
     for run in _running:
@@ -72,53 +72,53 @@ def before_sampling(p: Any, plan: Plan | None = None) -> None:
 
 
 def stop() -> None:
-    """Removes the callback, makes the patches idle and lets go of all, save of what is being sampled around us."""
+    """Removes callback and patches, except those of an outer generation that is being sampled."""
     while _running and not _running[-1].is_sampling:
         _running.pop().end()
 
 
 def tells_errors(p: Any) -> bool:
-    """The page's pictures are made in another thread, whose exceptions reForge and Forge Classic only print: the page
-    then tells of a TypeError, since there is no result."""
+    """Whether errors reach the page. reForge and Forge Classic only print those of the generating thread, and the page
+    shows a TypeError for the missing result."""
     main_thread = importlib.import_module("modules_forge.main_thread")
     return bool(getattr(p, "is_api", False)) or hasattr(main_thread, "last_exception")
 
 
-# The hosts make one picture at a time, in one process-wide model: this is what we put into it, inner generations last.
+# The hosts generate one image at a time, with one process-wide model. These are our runs in it, inner generations last.
 _running: list[_Run] = []
 
 
 def _patcher(p: Any) -> Any:
-    # Before its first picture, Forge has a stand-in for a model here.
+    # Before the first image, Forge has a placeholder here.
     return getattr(getattr(p.sd_model, "forge_objects", None), "unet", None)
 
 
 def _is_guided(p: Any) -> bool:
-    """Whether negative rows may come. At CFG 1 Forge does not even read the negative prompt; others of its kind do,
-    and then it is there when a pass begins."""
+    """Whether there may be negative rows. At CFG 1, Forge does not even encode the negative prompt; its forks do, and
+    then it is there when a pass starts."""
     cond, scale = ("hr_uc", "hr_cfg") if getattr(p, "is_hr_pass", False) else ("uc", "cfg_scale")
     return getattr(p, cond, None) is not None or getattr(p, scale, None) != 1
 
 
 def _computation_dtype(unet: Any) -> torch.dtype:
-    """Not that of the weights, which may be stored in 8 or 4 bits."""
+    """Returns the dtype of the computation; the weights may be stored in 8 or 4 bits."""
     model = unet.model
     return getattr(model, "computation_dtype", None) or getattr(model, "manual_cast_dtype", None) or model.get_dtype()
 
 
 class _Run:
-    """What is put into the host between `start` and `stop`."""
+    """The callback, patches and hooks in the host between `start` and `stop`."""
 
     def __init__(self, p: Any, plan: Plan) -> None:
         self._p = p
         self._injector = Injector(plan)
         self._progress = Progress()
         self._installed = ExitStack()
-        self._call = ExitStack()  # of the denoiser call under way
+        self._call = ExitStack()  # of the current denoiser call
         self._step: DenoiseStep | None = None
         self._is_hooked = False
         self._whole = (0, 0)  # height and width of the latent, while hooked
-        self._negative: Tensor | None = None  # text of this step's negative rows, where it differs from the prompt's
+        self._negative: Tensor | None = None  # text of this step's negative rows, if it differs from the prompt's
         self._error: Exception | None = None
         self._unpatched: Exception | None = None  # why a pass could not be patched
         self.is_sampling = False
@@ -127,7 +127,7 @@ class _Run:
         return self._p is p
 
     def begin(self) -> None:
-        # The refiner brings another model in the middle of a pass, and a later extension may take the one slot.
+        # A refiner loads another model in the middle of a pass, and a later extension may take the one slot.
         self._installed.callback(add_callback("cfg_denoiser", self.look_again))
 
     def end(self) -> None:
@@ -146,8 +146,8 @@ class _Run:
     # ------------------------------------------------------------ patching
 
     def patch(self, p: Any) -> None:
-        """Puts the wrapper into the unet that is sampled with, unless it is there. Exceptions wait for the wrapper:
-        here they would be printed and forgotten."""
+        """Adds the wrapper to the unet, unless it is there. Keeps exceptions for the wrapper to raise: here they would
+        be printed and forgotten."""
         unet = _patcher(p)
         if p is not self._p or unet is None or self._is_patched(unet):
             return
@@ -167,7 +167,7 @@ class _Run:
     def _prepare(self, p: Any, patched: Any) -> None:
         try:
             self._injector.prepare(loaded_model(p), p)
-            # What was compiled is on the device already; about as much is needed while a layer computes with it.
+            # The compiled tensors are on the device already; a layer needs about as much again while it computes.
             patched.add_extra_preserved_memory_during_sampling(self._injector.nbytes)
             if self._injector.cfg_start_step:
                 patched.add_conditioning_modifier(_guidance(self))
@@ -178,7 +178,7 @@ class _Run:
         return getattr(unet.model_options.get(_SLOT), "run", None) is self
 
     def _unpatch(self) -> None:
-        """Forge drops the patched unet before the next sampling; until then it need not keep us."""
+        """Removes the wrapper early: Forge drops the patched unet only before the next sampling."""
         unet = None if self._p is None else _patcher(self._p)
         if unet is not None and self._is_patched(unet):
             previous = unet.model_options.pop(_SLOT).previous
@@ -188,14 +188,14 @@ class _Run:
             others[:] = [modifier for modifier in others if getattr(modifier, "run", None) is not self]
 
     def look_again(self, params: Any) -> None:
-        """Before each step, after the refiner's turn: the unet may be another one."""
+        """Patches again before each step, after a refiner may have changed the unet."""
         if self._p is None or params.denoiser.p is not self._p:
             return
         prompt, negative = (_text(getattr(params, name, None)) for name in ("text_cond", "text_uncond"))
         self._negative = None if _is_same(negative, prompt) else negative
         try:
             self.patch(self._p)
-        except Exception as error:  # it would be printed and forgotten here
+        except Exception as error:  # here it would be printed and forgotten
             self._unpatched = error
             return
         try:
@@ -204,7 +204,7 @@ class _Run:
             self._error = error
 
     def is_before_guidance(self, sigmas: Tensor) -> bool:
-        """Whether this step is to run without the negative prompt. sigmas: [B]."""
+        """Whether this step runs without the negative prompt. sigmas: [B]."""
         return self._p is not None and self._place(sigmas, True).index < self._injector.cfg_start_step
 
     # ------------------------------------------------------------ one call
@@ -212,7 +212,7 @@ class _Run:
     @contextmanager
     def hooked(self, denoiser: nn.Module, hw: tuple[int, int]) -> Iterator[None]:
         """Injects into the denoiser's calls inside the `with`. hw: of the whole latent."""
-        if self._p is None or self._is_hooked:  # over, or our own wrapper is further out
+        if self._p is None or self._is_hooked:  # ended, or called inside our own wrapper
             yield
             return
         if self._error is not None:
@@ -233,7 +233,7 @@ class _Run:
         options = kwargs["transformer_options"]
         rows = _rows(options, len(x))
         if all(rows) and _is_same(self._negative, kwargs.get("context")):
-            rows = [False] * len(x)  # SAG: calls again with the negative prompt, in the prompt's place
+            rows = [False] * len(x)  # SAG: an extra call with the negative prompt in place of the prompt
         self._step = self._place(options["sigmas"], rows, (x.shape[-2], x.shape[-1]))
         self._call.enter_context(self._injector.around(self._step, self._whole))
 
@@ -244,7 +244,7 @@ class _Run:
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._call.close()
         step, self._step = self._step, None
-        if step is not None and output is not None:  # None: an exception is under way
+        if step is not None and output is not None:  # None: the call raised
             self._injector.check_call(step)
 
 
@@ -260,7 +260,7 @@ def _wrapper(run: _Run, denoiser: nn.Module, previous: Callable | None) -> Calla
 
 
 def _guidance(run: _Run) -> Callable:
-    """Forge asks such functions before each step; with a CFG of 1 it then leaves the negative rows out."""
+    """Returns a conditioning modifier, which Forge calls before each step; with CFG 1 it skips negative rows."""
 
     def modify(model, x, timestep, uncond, cond, cond_scale, model_options, seed):  # type: ignore[no-untyped-def]
         scale = 1.0 if run.is_before_guidance(timestep) else cond_scale
@@ -277,7 +277,7 @@ def _rows(options: Mapping[str, Any], batch: int) -> list[bool]:
 
 
 def _text(cond: Any) -> Tensor | None:
-    """What the cross-attention reads of a CFGDenoiserParams' text, [B, L, C]."""
+    """Returns the part of a CFGDenoiserParams' text that the cross-attention reads, [B, L, C]."""
     return cond.get("crossattn") if isinstance(cond, Mapping) else cond
 
 

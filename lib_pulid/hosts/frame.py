@@ -1,7 +1,7 @@
-"""Tells which part of the image a pass of A1111 or Forge denoises, so that a mask stays where it was painted.
+"""Finds which part of the image a pass of A1111 or Forge denoises, so that a mask stays where it was painted.
 
-A mask belongs to the whole image: in img2img and inpainting to the one that goes in, in txt2img to the one that the
-first pass makes. What is denoised may be a part of it, or more than it:
+A mask belongs to the whole image: to the input image in img2img and inpainting, and to the first pass's image in
+txt2img. What is denoised may be a part of it, or more than it:
 
     inpaint "only masked" (ADetailer, Ultimate SD upscale)   a crop around the inpaint mask
     resize mode "crop and resize", "resize and fill"         the middle of the image; the image with a margin
@@ -27,7 +27,7 @@ _CROP, _FILL = 1, 2  # resize modes
 
 
 class Frame(NamedTuple):
-    """A part of an image, as fractions of its width and height; below 0 and above 1 lies the margin around it."""
+    """A part of an image, as fractions of its width and height; values below 0 and above 1 are the margin around it."""
 
     left: float = 0.0
     top: float = 0.0
@@ -35,7 +35,7 @@ class Frame(NamedTuple):
     bottom: float = 1.0
 
     def part(self, inner: Frame) -> Frame:
-        """The part `inner` of this one, as fractions of the whole image."""
+        """Returns the part `inner` of this part, as fractions of the whole image."""
         width, height = self.right - self.left, self.bottom - self.top
         return Frame(
             self.left + inner.left * width, self.top + inner.top * height,
@@ -47,29 +47,32 @@ WHOLE = Frame()
 
 
 def remember_images(p: Any) -> None:
-    """Keeps the images that a request came with, before a chosen script can replace them."""
+    """Keeps the request's input images, before a selected script can replace them."""
     vars(p).setdefault(GIVEN, [image for image in getattr(p, "init_images", None) or () if image is not None])
 
 
 def frame_of(p: Any, hires: bool) -> Frame:
-    """What part of the image the coming pass of `p` denoises.
+    """Returns the part of the image that the coming pass of `p` denoises.
 
     Raises:
-        SettingError: that cannot be known.
+        SettingError: it is not known.
     """
     images = _input_images(p)
     if not images:
         return _second_pass(p) if hires else WHOLE
     frames = {_of_image(p, image.size) for image in images if hasattr(image, "size")} or {WHOLE}
     if len(frames) > 1:
-        raise SettingError("Field mask: a mask cannot be used where images of several sizes are cropped together.")
+        raise SettingError(
+            "Field mask: masks do not work when images of different sizes are cropped in one batch. Remove the mask, "
+            "or use images of one size."
+        )
     return frames.pop()
 
 
 def part_of_mask(mask: Tensor, frame: Frame) -> Tensor:
-    """The part [h, w] of a mask [H, W]; a margin has the mask's edge. h and w: at least those of the cut, at most 4096.
+    """Cuts the part [h, w] out of a mask [H, W]; a margin repeats the mask's edge. h and w: at most 4096.
 
-    Each of its values is the mean of the mask there, with fractions of the mask's pixels.
+    Each value is the mean of the mask there, with fractions of the mask's pixels.
     """
     if frame == WHOLE:
         return mask
@@ -79,12 +82,12 @@ def part_of_mask(mask: Tensor, frame: Frame) -> Tensor:
 
 
 def _means(size: int, first: float, last: float) -> Tensor:
-    """[n, size] float64: the share of each pixel in each of n equal parts of first..last."""
+    """Returns the weight of each pixel in each of n equal parts of first..last, [n, size] float64."""
     count = min(max(64, round((last - first) * size)), 4096)
     edges = torch.linspace(first * size, last * size, count + 1, dtype=torch.float64)[:, None]
     pixels = torch.arange(size, dtype=torch.float64)
     left, right = pixels.clone(), pixels + 1
-    left[0], right[-1] = min(0.0, first * size), max(float(size), last * size)  # the edges go on into the margin
+    left[0], right[-1] = min(0.0, first * size), max(float(size), last * size)  # the edges extend into the margin
     overlap = (torch.minimum(edges[1:], right) - torch.maximum(edges[:-1], left)).clamp_min(0)
     return overlap / overlap.sum(1, keepdim=True)
 
@@ -93,7 +96,7 @@ def _means(size: int, first: float, last: float) -> Tensor:
 
 
 def _of_image(p: Any, size: tuple[int, int]) -> Frame:
-    """size: width and height of the image that goes in."""
+    """Returns the part of an input image. size: its width and height."""
     if getattr(p, "inpaint_full_res", False) and getattr(p, "image_mask", None) is not None and p.paste_to:
         left, top, width, height = p.paste_to
         crop = Frame(left / size[0], top / size[1], (left + width) / size[0], (top + height) / size[1])
@@ -102,7 +105,7 @@ def _of_image(p: Any, size: tuple[int, int]) -> Frame:
 
 
 def _fitted(size: tuple[int, int], target: tuple[int, int], mode: int) -> Frame:
-    """What of an image of this size is seen after the hosts' `resize_image`, which rounds down."""
+    """Returns the visible part of an image of this size after the hosts' `resize_image`, which rounds down."""
     if mode not in (_CROP, _FILL) or size[0] * target[1] == size[1] * target[0]:
         return WHOLE
     is_wider = size[0] * target[1] > size[1] * target[0]  # than the target
@@ -117,7 +120,7 @@ def _fitted(size: tuple[int, int], target: tuple[int, int], mode: int) -> Frame:
 
 
 def _second_pass(p: Any) -> Frame:
-    """Hires fix enlarges the first pass's latent to `hr_upscale_to` and cuts off what is too much."""
+    """Returns the part that hires fix keeps: it enlarges the latent to `hr_upscale_to` and crops the excess."""
     cut = [int(getattr(p, name, 0) or 0) for name in ("truncate_x", "truncate_y")]
     if not any(cut):
         return WHOLE
@@ -128,10 +131,10 @@ def _second_pass(p: Any) -> Frame:
 
 
 def _input_images(p: Any) -> list[Any]:
-    """The images that the mask belongs to.
+    """Returns the images that the mask belongs to.
 
     Raises:
-        SettingError: a script has put other images, such as tiles, in the place of those given.
+        SettingError: a script replaced the input images with others, such as tiles.
     """
     images, given = list(getattr(p, "init_images", None) or ()), vars(p).get(GIVEN)
     chosen = (getattr(p, "script_args", None) or (0,))[0]
@@ -145,6 +148,6 @@ def _input_images(p: Any) -> list[Any]:
     if name in (LOOPBACK, WHOLE_IMAGES):
         return given if name == LOOPBACK else images
     raise SettingError(
-        f"Field mask: the script “{script.title()}” processes parts of the image and does not tell where they lie, so "
-        "a mask would act in each of them. Remove the mask, or use another script (Ultimate SD upscale works)."
+        f"Field mask: the script “{script.title()}” processes parts of the image without saying where they are, so the "
+        "mask would be applied to each of them. Remove the mask, or use another script (Ultimate SD upscale works)."
     )

@@ -1,4 +1,4 @@
-"""What A1111 and Forge have in common: how their samplers count, which models PuLID knows, and one denoiser call."""
+"""Shares code between A1111 and Forge: the supported models, their samplers' progress, and one denoiser call."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from lib_pulid.watch import Watch, uncompiled
 
 CHROMA = "pulid_chroma"  # name of the setting
 SDXL_SITES = 70
-REFINER_WIDTH = 1280
-# Width of the text that a UNet's cross-attention reads -> what it is then.
+SDXL_TEXT_WIDTH, REFINER_WIDTH = 2048, 1280
+# Width of the text embedding that a UNet's cross-attention reads -> the model, if it is not SDXL's base.
 TEXT_WIDTHS = {
     768: "a Stable Diffusion 1.x model",
     1024: "a Stable Diffusion 2.x model",
-    REFINER_WIDTH: "the SDXL refiner, which does not read the prompt as SDXL does",
-    2048: "SDXL",
+    REFINER_WIDTH: "the SDXL refiner, which has no layers for PuLID",
 }
 
 
@@ -33,34 +32,32 @@ TEXT_WIDTHS = {
 
 
 def family_of(denoiser: nn.Module | None, name: str, wanted: str = "an SDXL checkpoint") -> str:
-    """ "sdxl" or "flux".
+    """Returns a denoiser's family, "sdxl" or "flux".
 
     Args:
         name: of the checkpoint. wanted: what the host could load instead, for the message.
 
     Raises:
-        UnsupportedModelError: PuLID does not exist for this model.
+        UnsupportedModelError: there is no PuLID for this model.
     """
     problem = "no checkpoint is loaded" if denoiser is None else _problem(denoiser)
     if problem is None:
         return find_sites(denoiser, chroma=True).family  # type: ignore[arg-type]
     what = f"{name}: {problem}" if name else problem[:1].upper() + problem[1:]
-    hint = " To try it with Chroma: Settings, PuLID." if denoiser is not None and is_chroma(denoiser) else ""
-    raise UnsupportedModelError(
-        f"{what}. PuLID needs {wanted}: choose one, or switch PuLID off for this picture.{hint}"
-    )
+    hint = " To try PuLID on Chroma: Settings, PuLID." if denoiser is not None and is_chroma(denoiser) else ""
+    raise UnsupportedModelError(f"{what}. PuLID needs {wanted}: select one, or disable PuLID for this image.{hint}")
 
 
 def tries_chroma() -> bool:
-    """The setting that lets Chroma pass for FLUX.1."""
+    """Reads the setting that treats Chroma as FLUX.1."""
     from modules.shared import opts
 
     return bool(opts.data.get(CHROMA, False))
 
 
 def is_refiner(denoiser: nn.Module | None) -> bool:
-    """Whether this is SDXL's refiner. After a face has acted in the base model it may end the picture without one; it
-    has no place for a face, and paints over what is there."""
+    """Whether this is SDXL's refiner. It has no layers for PuLID, so it may only finish an image that the base model
+    started."""
     return denoiser is not None and hasattr(denoiser, "input_blocks") and _text_width(denoiser) == REFINER_WIDTH
 
 
@@ -72,11 +69,13 @@ def _problem(denoiser: nn.Module) -> str | None:
     if sites.family == "flux":
         return None
     width = _text_width(denoiser)
-    if width != 2048:
-        return f"this is {TEXT_WIDTHS.get(width, f'a UNet that reads text {width} wide, which is none that I know')}"
-    if len(sites.sites) != SDXL_SITES:
+    if width in TEXT_WIDTHS:
+        return f"this is {TEXT_WIDTHS[width]}"
+    if len(sites.sites) == SDXL_SITES:
+        return None  # `check_fit` compares its sizes with the PuLID file's
+    if width == SDXL_TEXT_WIDTH:
         return f"this is a shortened SDXL with {len(sites.sites)} of {SDXL_SITES} cross-attention layers"
-    return None
+    return f"this is an unknown UNet, with text embeddings of width {width}"
 
 
 def _text_width(unet: nn.Module) -> int:
@@ -91,9 +90,9 @@ def _text_width(unet: nn.Module) -> int:
 
 
 def chosen_checkpoint(name: str = "") -> Any:
-    """The host's CheckpointInfo of the checkpoint of this name, else of the one that is chosen; None without any.
+    """Returns the host's CheckpointInfo of the checkpoint with this name, or of the selected one; None without any.
 
-    Forge loads it at the next picture only.
+    Forge loads it only with the next image.
     """
     from modules import sd_models, shared
 
@@ -101,25 +100,25 @@ def chosen_checkpoint(name: str = "") -> Any:
     return known or sd_models.get_closet_checkpoint_match(shared.opts.data.get("sd_model_checkpoint") or "")
 
 
-# ---------------------------------------------------------------- how far the sampling is
+# ---------------------------------------------------------------- progress of the sampling
 
-# Samplers whose calls per step the hosts' `total_steps` does not know.
+# Samplers whose calls per step are wrong in the hosts' `total_steps`.
 _CALLS_PER_STEP = {"sample_heunpp2": 3}
 _RHO = 7.0
 
 
 class Progress:
-    """Share of a pass that is done, told from the host's CFGDenoiser: `step` counts its calls, from 0 in every pass.
+    """Computes the fraction of a pass that is done, from the host's CFGDenoiser: its `step` counts calls, from 0.
 
-    `total_steps` is the number of calls that are expected: twice the steps for samplers of second order. (The host's
-    `state.sampling_step` is of no use: it is set after a step's first call, and so lags.)
+    `total_steps` is the number of expected calls: twice the steps for second-order samplers. (The host's
+    `state.sampling_step` is set after a step's first call, and so lags behind.)
     """
 
     def __init__(self) -> None:
         self._first_sigma = 0.0
 
     def __call__(self, denoiser: Any, sigma: Tensor) -> float:
-        """sigma: [B], of this call."""
+        """Returns the fraction at this call. sigma: [B]."""
         if not denoiser.step:
             self._first_sigma = float(sigma.max())
         sampler = str(getattr(denoiser.sampler, "funcname", ""))
@@ -129,7 +128,7 @@ class Progress:
         return min(denoiser.step / total, 1.0)
 
     def _of_noise(self, sigma: float, model_wrap: Any) -> float:
-        """For a sampler that makes as many calls as it likes: where Karras' schedule would have this much noise."""
+        """Returns where Karras' schedule has this much noise, for a sampler with any number of calls."""
         first, now, last = (s ** (1 / _RHO) for s in (self._first_sigma, sigma, float(model_wrap.sigmas[0])))
         return min(max((first - now) / (first - last), 0.0), 1.0) if first > last else 0.0
 
@@ -138,7 +137,7 @@ class Progress:
 
 
 class Injector:
-    """Puts a plan into the calls of the denoiser that is loaded; asks again when that or the pass changes."""
+    """Injects a plan into the loaded denoiser's calls; asks the plan again when the denoiser or the pass changes."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan: Plan | None = plan
@@ -152,31 +151,31 @@ class Injector:
 
     @property
     def nbytes(self) -> int:
-        """Of what was compiled."""
+        """Bytes of the compiled injections."""
         return sum(injection.nbytes for injection in self._injections)
 
     def leaves_the_rest_to(self, denoiser: nn.Module | None) -> bool:
-        """Whether this is SDXL's refiner, which may end what the base model has begun with the face.
+        """Whether this is SDXL's refiner, which may finish what the base model started with the face.
 
         Raises:
-            SettingError: it comes before the face has acted.
+            SettingError: it starts before the face was used.
         """
         if not self._was_ready or not is_refiner(denoiser):
             return False
         if self._has_acted or self._watch.reached or not any(injection.weight for injection in self._injections):
             return True
         raise SettingError(
-            "Field start: SDXL's refiner takes over before the face begins to act, and PuLID cannot act in the "
-            "refiner. Let the face start earlier, or the refiner later."
+            "Field start: SDXL's refiner takes over before PuLID starts, and PuLID does not work in the refiner. "
+            "Start PuLID earlier, or the refiner later."
         )
 
     def prepare(self, model: LoadedModel, p: Any) -> None:
-        """Gets ready for the pass that `p` is in. Raises: PulidError."""
+        """Prepares for the current pass of `p`. Raises: PulidError."""
         hires = bool(getattr(p, "is_hr_pass", False))
         wanted = (model.denoiser, model.device, model.dtype, hires)
         if self._ready_for == wanted:
             return
-        assert self._plan is not None, "the generation is over"
+        assert self._plan is not None, "the generation has ended"
         self._release()
         injections = self._plan.injections(model, hires=hires)
         if any(injection.mask is not None for injection in injections):
@@ -193,19 +192,19 @@ class Injector:
         self._model, self._hires, self._ready_for, self._was_ready = model, hires, wanted, True
 
     def check_steps(self, steps: int | None) -> None:
-        """Once per pass, when its number of steps is known. Raises: PulidError, see Plan."""
+        """Checks once per pass, when its number of steps is known. Raises: PulidError, see Plan."""
         if self._plan is not None and self._model is not None and steps and not self._checked:
             self._checked = True
             self._plan.check_steps(self._model, steps, hires=self._hires)
 
     @property
     def cfg_start_step(self) -> int:
-        """See Plan; of the pass that this is ready for."""
+        """See Plan; for the current pass."""
         assert self._plan is not None and self._model is not None, "prepare comes first"
         return self._plan.cfg_start_step(self._model, hires=self._hires)
 
     def end(self) -> None:
-        """Lets go of the plan, of the denoiser and of what was compiled for it."""
+        """Releases the plan, the denoiser, and what was compiled for it."""
         self._plan = None
         self._release()
 
@@ -220,25 +219,25 @@ class Injector:
         self._watch.begin()
 
     def around(self, step: DenoiseStep, whole: tuple[int, int]) -> AbstractContextManager[None]:
-        """Injects into the one denoiser call inside the `with`. whole: height and width of the pass's latent.
+        """Injects into one denoiser call inside the `with`. whole: height and width of the pass's latent.
 
         Raises:
-            SettingError: it is called with a tile, and there are masks.
+            SettingError: the call gets a tile, and there are masks.
         """
         assert self._sites is not None, "prepare comes first"
         if step.latent_hw != whole and any(injection.mask is not None for injection in self._injections):
             raise SettingError(
-                "Field mask: a mask cannot be used while the image is denoised in tiles (MultiDiffusion, Tiled "
-                "Diffusion), which do not tell where they lie. Remove the masks, or disable the tiles."
+                "Field mask: masks do not work with tiled denoising (MultiDiffusion, Tiled Diffusion), which does not "
+                "say where a tile is. Remove the masks, or disable tiling."
             )
         return inject(self._sites, self._injections, step)
 
     def check_call(self, step: DenoiseStep) -> None:
-        """After a call that has ended well. Raises: UnsupportedModelError: the face could not act in it."""
+        """Checks a call that returned. Raises: UnsupportedModelError: the face was not added in it."""
         self._watch.check_call(any(injection.is_active(step) for injection in self._injections))
 
     def check_end(self) -> None:
-        """After sampling. Raises: UnsupportedModelError: the face was to act, and never did."""
+        """Checks after sampling. Raises: UnsupportedModelError: the face should have been added, and never was."""
         self._watch.check_end()
 
 
@@ -246,10 +245,10 @@ class Injector:
 
 
 def add_callback(event: str, callback: Callable, filename: str = __file__) -> Callable[[], None]:
-    """Registers for a script callback, "cfg_denoiser" or the like. Returns the function that removes it.
+    """Registers a script callback, for "cfg_denoiser" or another event. Returns the function that removes it.
 
-    Does what the host's `on_<event>` does, but tells the file's name. The host would look for it on the call stack,
-    which takes 0.04 s in A1111 and 0.15 s in Forge each time, more than all else that this extension does at start.
+    Does the same as the host's `on_<event>`, but passes the file name. The host would search the call stack for it,
+    which takes 0.04 s in A1111 and 0.15 s in Forge each time, more than the rest of this extension's start.
     """
     from modules import script_callbacks
 
@@ -268,6 +267,6 @@ def add_callback(event: str, callback: Callable, filename: str = __file__) -> Ca
 
 
 def _forget_order(script_callbacks: Any) -> None:
-    """Later hosts keep the sorted callbacks until their *number* changes: after one is removed and another added, they
-    would go on calling the old one."""
+    """Clears newer hosts' cache of sorted callbacks, which only notices when their *number* changes: after one is
+    removed and another added, they would still call the old one."""
     getattr(script_callbacks, "ordered_callbacks_map", {}).clear()

@@ -1,8 +1,9 @@
-"""Trains the miniature's PuLID file: IDFormer and 70 pairs, by the paper's losses, beside the frozen base.
+"""Trains the miniature's PuLID files: IDFormer and the layers of 70 (FLUX: 20) sites, beside the frozen base.
 
     python -m lib_pulid.training.adapter --folder .training --losses diffusion            the base of the ablation
     python -m lib_pulid.training.adapter --folder .training --losses diffusion,id
     python -m lib_pulid.training.adapter --folder .training --losses diffusion,id,alignment
+    python -m lib_pulid.training.adapter --folder .training --family flux
 
 Each step shows one photo of a person to the encoders and asks for another image of the same person, whose prompt says
 nothing of the looks and only half of the scene. Identity and alignment losses come in after the first third.
@@ -26,9 +27,11 @@ from lib_pulid.sites import Sites, find_sites
 from lib_pulid.training import losses, world
 from lib_pulid.training.autoencoder import SCALE
 from lib_pulid.training.autoencoder import build as build_autoencoder
-from lib_pulid.training.base import Base, latents_of
+from lib_pulid.training.base import FILES, Base, latents_of
+from lib_pulid.training.base import build as build_base
 from lib_pulid.training.dataset import SIZE, Drawn
-from lib_pulid.training.injection import RowIdentities, SDXLAdapter, id_former, inject_rows
+from lib_pulid.training.flux import FluxBase
+from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run
 from lib_pulid.training.photos import Photos, photos_of
 
@@ -50,9 +53,9 @@ class Trainer:
         find_faces: images uint8 [B, H, W, 3] -> landmarks of each one's largest face [5, 2], or None.
     """
 
-    base: Base
+    base: Base | FluxBase
     vae: Any
-    adapter: SDXLAdapter
+    adapter: SDXLAdapter | FluxAdapter
     photos: Photos
     data: Drawn
     latents: np.ndarray
@@ -62,7 +65,7 @@ class Trainer:
 
     @cached_property
     def sites(self) -> Sites:
-        return find_sites(self.base.unet)
+        return find_sites(self.base.denoiser)
 
     @cached_property
     def weights(self) -> list[Any]:
@@ -71,20 +74,19 @@ class Trainer:
     # ------------------------------------------------------------ the standard branch
 
     def diffusion(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
-        """L_diff on other images of the people in the photos; every sixth batch shows two people, each in a half."""
+        """Computes L_diff on other images of the people in the photos; every sixth has two people, each in a half."""
         pair = step % 6 == 5
         index, rows_of_people = self._draw(batch, pair, rng)
         clean = torch.from_numpy(self.latents[index]).float()
         prompts = [self._prompt(i, rng) for i in index]
         t = torch.from_numpy(rng.integers(0, 1000, batch))
-        alpha, sigma = self.base.levels(t)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step))
         with torch.no_grad():
             text = self.base.text(prompts)
         rows = [self._identities(who, rng, half if pair else None) for half, who in enumerate(rows_of_people)]
         with inject_rows(self.sites, self.weights, rows):
-            v = self.base.predict(alpha * clean + sigma * noise, t, *text)
-        return losses.diffusion_loss(v, alpha * noise - sigma * clean)
+            v = self.base.predict(self.base.schedule.noisy(clean, noise, t), t, *text)
+        return losses.diffusion_loss(v, self.base.schedule.target(clean, noise, t))
 
     def _draw(self, batch: int, pair: bool, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
         """Images [B], and for each person in them the rows of `photos` [B]; the photos themselves are left out."""
@@ -94,7 +96,7 @@ class Trainer:
 
     @cached_property
     def _pools(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Images of one person and of two, all of whom have photos, and the rows of these: [N] and [N, 1 or 2]."""
+        """Returns images of one person and of two, all with photos, and the rows of these: [N] and [N, 1 or 2]."""
         photos, pools = set(self.photos.image.tolist()), ([], [])  # type: ignore[var-annotated]
         for index in range(len(self.data)):
             numbers = self.data.numbers(index)
@@ -116,14 +118,14 @@ class Trainer:
         return RowIdentities(tokens, None if half is None else _half(half), num_zero=20)
 
     def nobody(self) -> Tensor:
-        """The uncond identity, [1, N, D]: the encoder run on zeros."""
+        """Computes the uncond identity, [1, N, D]: the encoder run on zeros."""
         width = self.photos.hidden.shape[-1]
         return self.adapter.encoder(torch.zeros(1, 1280), [torch.zeros(1, 2, width)] * SCALES)
 
     # ------------------------------------------------------------ the contrastive, few-step branch
 
     def lightning(self, step: int, batch: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """L_align and L_id: from pure noise under a new prompt, with and without the identity."""
+        """Computes L_align and L_id from pure noise under a new prompt, with and without the identity."""
         who = rng.choice(len(self.photos), batch, replace=False)
         scenes = [world.sample_scene(rng) for _ in who]
         noise = torch.randn((batch, *self.latents.shape[1:]), generator=torch.Generator().manual_seed(10**6 + step))
@@ -138,15 +140,14 @@ class Trainer:
         return found
 
     def _alignment(self, noise: Tensor, text: tuple, rows: list, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The pair at one step of the way that sampling without an identity takes."""
+        """Computes the pair of losses at one step of a sampling without the identity."""
         with torch.no_grad():
             t = torch.full((len(noise),), int(rng.integers(200, 1000)))
             clean = self._sample(noise, text, None, steps=4, gradient_steps=0)
-            alpha, sigma = self.base.levels(t)
-            noisy = alpha * clean + sigma * noise
-            with losses.listen(self.base.unet) as without:
+            noisy = self.base.schedule.noisy(clean, noise, t)
+            with losses.listen(self.base.denoiser) as without:
                 self.base.predict(noisy, t, *text)
-        with losses.listen(self.base.unet) as seen, inject_rows(self.sites, self.weights, rows):
+        with losses.listen(self.base.denoiser) as seen, inject_rows(self.sites, self.weights, rows):
             self.base.predict(noisy, t, *text)
         semantic, layout = losses.alignment_losses(seen, without)
         return {"semantic": semantic, "layout": layout}
@@ -158,10 +159,10 @@ class Trainer:
             with inject_rows(self.sites, self.weights, rows):
                 return self.base.predict(x, t, *text)
 
-        return losses.sample_few_steps(predict, noise, self.base.alphas, self.base.sigmas, steps, gradient_steps)
+        return losses.sample_few_steps(predict, noise, self.base.schedule, steps, gradient_steps)
 
     def _id(self, noise: Tensor, text: tuple, rows: list, who: np.ndarray) -> Tensor:
-        clean = self._sample(noise, text, rows, steps=4, gradient_steps=2)
+        clean = self._sample(noise, text, rows, steps=4, gradient_steps=4)
         images = self.vae.decode(clean / SCALE).sample.clamp(-1, 1)
         pixels = ((images.detach() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         marks = [self.find_faces(image) for image in pixels]
@@ -174,7 +175,7 @@ class Trainer:
 
 
 def template() -> Tensor:
-    """ArcFace's five landmarks in its 112 x 112 crop, [5, 2] (insightface `utils/face_align.py`)."""
+    """Returns ArcFace's five landmarks in its 112 x 112 crop, [5, 2] (insightface `utils/face_align.py`)."""
     from insightface.utils.face_align import arcface_dst
 
     return torch.from_numpy(np.asarray(arcface_dst)).float()
@@ -190,18 +191,21 @@ def _some(rng: np.random.Generator) -> set[str]:
     return {name for name in world.SCENE_ATTRIBUTES if rng.random() < 0.5}
 
 
-def start_from_base(adapter: SDXLAdapter, base: Base) -> None:
-    """Starts keys as the text's own and values at .3 of them, where widths allow."""
-    text = dict(base.unet.named_parameters())
-    for site, weights in zip(find_sites(base.unet).sites, adapter.weights()):
-        k, v = (text[f"{site.name}.to_{x}.weight"].data for x in "kv")
-        if k.shape == weights.to_k.shape:
-            weights.to_k.data.copy_(k)
-            weights.to_v.data.copy_(0.3 * v)
+def fresh_adapter(base: Base | FluxBase, vit_width: int, seed: int) -> SDXLAdapter | FluxAdapter:
+    """Builds an untrained adapter; on SDXL its keys start as the text's own, and its values at .3 of them."""
+    found = find_sites(base.denoiser)
+    widths, encoder = [site.width for site in found.sites], id_former(vit_width=vit_width, seed=seed)
+    if found.family == "flux":
+        return FluxAdapter(encoder, widths)
+    adapter, text = SDXLAdapter(encoder, widths), dict(base.denoiser.named_parameters())
+    for site, weights in zip(found.sites, adapter.weights()):
+        weights.to_k.data.copy_(text[f"{site.name}.to_k.weight"].data)
+        weights.to_v.data.copy_(0.3 * text[f"{site.name}.to_v.weight"].data)
+    return adapter
 
 
 def total(found: dict[str, Tensor]) -> Tensor:
-    """L_diff + L_align + L_id, weighed."""
+    """Computes L_diff + L_align + L_id, weighted."""
     weights = {"diffusion": 1.0, "id": ID_WEIGHT, "semantic": SEMANTIC_WEIGHT, "layout": LAYOUT_WEIGHT}
     return torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
 
@@ -209,8 +213,8 @@ def total(found: dict[str, Tensor]) -> Tensor:
 # ---------------------------------------------------------------- the run
 
 
-def load_trainer(folder: Path, people: int, photos: int, wanted: Sequence[str], seed: int) -> Trainer:
-    """Everything that training needs from the files of the earlier steps."""
+def load_trainer(folder: Path, family: str, people: int, photos: int, wanted: Sequence[str], seed: int) -> Trainer:
+    """Loads everything that training needs from the files of the earlier steps."""
     from safetensors.torch import load_file
 
     from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector, OnnxParser
@@ -218,8 +222,8 @@ def load_trainer(folder: Path, people: int, photos: int, wanted: Sequence[str], 
     from lib_pulid.training.readers import load_recogniser
     from lib_pulid.vision import load_vision_tower
 
-    base, vae, made = Base(), build_autoencoder(), folder / "miniature"
-    base.load_state_dict(load_file(folder / "base.safetensors"))
+    base, vae, made = build_base(family, folder), build_autoencoder(), folder / "miniature"
+    base.load_state_dict(load_file(folder / f"{FILES[family]}.safetensors"))
     vae.load_state_dict({k: v.float() for k, v in load_file(folder / "autoencoder.safetensors").items()})
     for module in (base, vae):
         module.eval().requires_grad_(False)
@@ -232,9 +236,7 @@ def load_trainer(folder: Path, people: int, photos: int, wanted: Sequence[str], 
         parser=OnnxParser(made / "parser.onnx"),
     )
     tower = load_vision_tower(next(made.glob("tower.*")))
-    width = tower.trunk.embed_dim  # type: ignore[union-attr]
-    adapter = SDXLAdapter(id_former(vit_width=width, seed=seed), [site.width for site in find_sites(base.unet).sites])
-    start_from_base(adapter, base)
+    adapter = fresh_adapter(base, tower.trunk.embed_dim, seed)  # type: ignore[arg-type]
 
     def find_face(image: np.ndarray) -> np.ndarray | None:
         found = detector.detect(np.ascontiguousarray(image[:, :, ::-1]))
@@ -246,14 +248,15 @@ def load_trainer(folder: Path, people: int, photos: int, wanted: Sequence[str], 
 
 
 def train(args: argparse.Namespace) -> Trainer:
-    """Trains an adapter or goes on training it."""
+    """Trains an adapter or resumes its training."""
     wanted = args.losses.split(",")
     if unknown := set(wanted) - set(LOSSES):
         raise SystemExit(f"unknown losses: {', '.join(sorted(unknown))}; there are {', '.join(LOSSES)}")
     torch.manual_seed(args.seed)
-    trainer = load_trainer(args.folder, args.people, args.photos, wanted, args.seed)
-    name = f"adapter-{'-'.join(wanted)}-{args.seed}"
-    run = Run(args.folder / name, trainer.adapter.train(), args.steps, args.rate, minutes=args.minutes)
+    trainer = load_trainer(args.folder, args.family, args.people, args.photos, wanted, args.seed)
+    run = Run(
+        args.folder / f"adapter-{_name(args)}", trainer.adapter.train(), args.steps, args.rate, minutes=args.minutes
+    )
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([7, args.seed, step])
@@ -267,13 +270,19 @@ def train(args: argparse.Namespace) -> Trainer:
     return trainer
 
 
+def _name(args: argparse.Namespace) -> str:
+    parts = [args.losses.replace(",", "-"), str(args.seed)]
+    return "-".join(parts if args.family == "sdxl" else [args.family, *parts])
+
+
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"))
+    parser.add_argument("--family", choices=FILES, default="sdxl")
     parser.add_argument("--losses", default="diffusion,id,alignment", help="some of " + ", ".join(LOSSES))
     parser.add_argument("--people", type=int, default=3000, help="of the drawn data set")
-    parser.add_argument("--photos", type=int, default=1500, help="people of whom a photo is shown")
+    parser.add_argument("--photos", type=int, default=1500, help="number of people with a photo")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lightning-batch", type=int, default=6)
@@ -285,7 +294,7 @@ def main() -> None:
     from safetensors.torch import save_file
 
     state = {key: value.half().contiguous() for key, value in trainer.adapter.state().items()}
-    save_file(state, args.folder / f"pulid-{args.losses.replace(',', '-')}-{args.seed}.safetensors")
+    save_file(state, args.folder / f"pulid-{_name(args)}.safetensors")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m lib_pulid.training.autoencoder --folder .training [--minutes 30] [--decoder-only]
 
 It has no attention, so 64 x 64 crops train it as well as whole images. Once the denoiser is trained on its latents the
-encoder must not change: --decoder-only goes on with the decoder alone.
+encoder must not change: --decoder-only trains only the decoder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NORM_GROUPS = (
 
 
 def build() -> Any:
-    """diffusers' AutoencoderKL in SDXL's layout, 2.4 M parameters."""
+    """Builds diffusers' AutoencoderKL in SDXL's layout, 2.4 M parameters."""
     import diffusers
 
     return diffusers.AutoencoderKL(
@@ -49,12 +49,12 @@ def build() -> Any:
 
 
 def to_input(images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in -1..1."""
+    """Converts uint8 [B, H, W, 3] to float32 [B, 3, H, W] in -1..1."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def reconstruction_loss(made: Tensor, image: Tensor, weight: Tensor) -> Tensor:
-    """L1 of pixels and half of L1 of differences between neighbors, both weighed; squares of 8 x 8 means, for colors.
+    """Computes weighted L1 of pixels and half of L1 of neighbors' differences; squares of 8 x 8 means, for colors.
 
     Args:
         made, image: [B, 3, H, W] in -1..1. weight: [B, 1, H, W].
@@ -67,7 +67,7 @@ def reconstruction_loss(made: Tensor, image: Tensor, weight: Tensor) -> Tensor:
 
 
 def face_weights(data: Drawn) -> np.ndarray:
-    """float16 [N, SIZE, SIZE], FACE_WEIGHT in faces and 1 around them: small as they are, they are what it is about."""
+    """Returns the loss weights, float16 [N, SIZE, SIZE]: FACE_WEIGHT in faces, 1 around them, as faces are small."""
     weights = np.ones((len(data), SIZE, SIZE), np.float16)
     for index, weight in enumerate(weights):
         people, scene = data.example(index)
@@ -84,7 +84,7 @@ def _crops(images: np.ndarray, chosen: np.ndarray, side: int, rng: np.random.Gen
 
 @torch.no_grad()
 def psnr(vae: Any, images: np.ndarray) -> float:
-    """Mean peak signal-to-noise ratio of images decoded from their latents, in dB."""
+    """Computes the mean peak signal-to-noise ratio of images decoded from their latents, in dB."""
     x = to_input(images)
     made = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
     return float((10 * torch.log10(4 / (made - x).pow(2).mean(dim=(1, 2, 3)))).mean())
@@ -109,7 +109,7 @@ def whiten(vae: Any, images: np.ndarray) -> None:
 
 
 def train(args: argparse.Namespace) -> tuple[Any, Drawn]:
-    """Trains or goes on training; returns the autoencoder and what it was trained on."""
+    """Trains or resumes training; returns the autoencoder and what it was trained on."""
     torch.manual_seed(0)
     data = Drawn(args.folder, args.people)
     images, weights = data.images(), face_weights(data)
@@ -143,7 +143,7 @@ def train(args: argparse.Namespace) -> tuple[Any, Drawn]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"))
     parser.add_argument("--people", type=int, default=6000)

@@ -105,7 +105,7 @@ def _light(name: str, size: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _clouding(size: int) -> np.ndarray:
-    """Slow waves [size, size, 1] of -1..1: where watercolor ran."""
+    """Makes slow waves [size, size, 1] of -1..1, like watercolor."""
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) * (2 * np.pi / size)
     waves = np.sin(1.7 * x + 2.1 * y) + np.sin(3.1 * x - 1.3 * y + 1) + 0.7 * np.sin(2.3 * x + 4.3 * y + 2)
     return (waves / 2.7)[..., None]
@@ -113,7 +113,7 @@ def _clouding(size: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _margin(size: int) -> np.ndarray:
-    """1 inside, 0 on the paper's ragged margin, [size, size, 1]."""
+    """Returns 1 inside and 0 on the paper's ragged margin, [size, size, 1]."""
     line = np.minimum(np.arange(size), np.arange(size)[::-1]) / size
     edge = np.minimum(line[:, None], line[None, :])[..., None] + 0.012 * _clouding(size)
     return np.clip((edge - 0.025) / 0.03, 0, 1).astype(np.float32)

@@ -1,9 +1,9 @@
-"""Trains the miniature's base model: SDXL's UNet with all 70 cross-attentions, and its two text encoders with it.
+"""Trains the miniature's base models: SDXL's UNet with all 70 cross-attentions, and its two text encoders with it.
 
     python -m lib_pulid.training.base --folder .training [--minutes 60]
+    python -m lib_pulid.training.base --folder .training --family flux      then: FLUX's transformer, on the same text
 
-Latents come from the trained autoencoder. The UNet predicts v (Salimans and Ho, arXiv 2202.00512) on SDXL's noise
-schedule; prompts are left out in a tenth of the images, for guidance.
+Latents come from the trained autoencoder. Prompts are left out in a tenth of the images, for guidance.
 """
 
 from __future__ import annotations
@@ -11,27 +11,32 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib_pulid.training import world
+from lib_pulid.training import schedule, world
 from lib_pulid.training.autoencoder import NORM_GROUPS, SCALE, to_input
 from lib_pulid.training.autoencoder import build as build_autoencoder
 from lib_pulid.training.dataset import SIZE, Drawn, batches
 from lib_pulid.training.loop import Run
+from lib_pulid.training.losses import diffusion_loss
+
+if TYPE_CHECKING:
+    from lib_pulid.training.flux import FluxBase
 
 TEXT_WIDTHS = (24, 40)  # of the two text encoders, which diffusers tells apart by it; the UNet reads both side by side
 TEXT_LAYERS = 3
 TOKENS = 77
 TIME_WIDTH = 256  # of each of the six size embeddings
 PROMPT_DROPOUT = 0.1
+FILES = {"sdxl": "base", "flux": "base-flux"}
 
 
 def build_unet() -> Any:
-    """diffusers' UNet in SDXL's layout at width 64: 70 cross-attentions, heads of 64."""
+    """Builds diffusers' UNet in SDXL's layout at width 64: 70 cross-attentions, heads of 64."""
     import diffusers
 
     return diffusers.UNet2DConditionModel(
@@ -51,7 +56,7 @@ def build_unet() -> Any:
 
 
 def build_text_encoders() -> tuple[Any, Any]:
-    """Two CLIP text models in the places of CLIP-L and OpenCLIP-bigG."""
+    """Builds two CLIP text models instead of CLIP-L and OpenCLIP-bigG."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     sizes: dict[str, Any] = {"num_hidden_layers": TEXT_LAYERS, "num_attention_heads": 1}
@@ -81,7 +86,7 @@ class TextEncoders(nn.Module):
         self.tokenizer = SimpleTokenizer()
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token numbers [B, 77] for each encoder; they differ in what follows the end."""
+        """Tokenizes prompts, [B, 77] for each encoder; they differ in the padding."""
         ids = torch.full((len(prompts), TOKENS), 49407)
         other = torch.zeros((len(prompts), TOKENS), dtype=torch.long)
         for row, prompt in enumerate(prompts):
@@ -90,7 +95,7 @@ class TextEncoders(nn.Module):
         return ids, other
 
     def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """-> context [B, 77, 64], the outputs of the last layer but one, and the pooled text [B, 40].
+        """Encodes tokens: context [B, 77, 64] of the second to last layers, and pooled text [B, 40].
 
         An empty prompt gives zeros, as SDXL's negative prompt does where it is empty (diffusers'
         `force_zeros_for_empty_prompt`, and the WebUIs).
@@ -105,31 +110,28 @@ class TextEncoders(nn.Module):
 
 
 class Base(nn.Module):
-    """The UNet and its text encoders, and SDXL's noise schedule. Args: alphas, sigmas: [1000]."""
+    """SDXL: the UNet and its text encoders."""
 
-    alphas: Tensor
-    sigmas: Tensor
+    schedule = schedule.sdxl()
 
     def __init__(self) -> None:
         super().__init__()
         self.unet, self.text = build_unet(), TextEncoders()
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        self.register_buffer("alphas", (1 - betas).cumprod(0).sqrt().float(), persistent=False)
-        self.register_buffer("sigmas", (1 - (1 - betas).cumprod(0)).sqrt().float(), persistent=False)
 
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma [B, 1, 1, 1] of steps t [B]."""
-        return self.alphas[t][:, None, None, None], self.sigmas[t][:, None, None, None]
+    @property
+    def denoiser(self) -> nn.Module:
+        """What identities go into."""
+        return self.unet
 
     def predict(self, noisy: Tensor, t: Tensor, context: Tensor, pooled: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """v [B, 4, h, w] of noisy latents at steps t [B]; sizes: [B, 6], SDXL's size conditions, which mean nothing."""
+        """Predicts v [B, 4, h, w] of noisy latents at steps t [B]; sizes: [B, 6], SDXL's size conditions, unused."""
         if sizes is None:
             sizes = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=noisy.device).expand(len(noisy), 6)
         return self.unet(noisy, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes.float()}).sample
 
 
 def sample_prompt(people: Sequence[world.Person], scene: world.Scene, rng: np.random.Generator) -> str:
-    """A prompt for a training image: with the people's looks or without, some attributes left out; or none at all."""
+    """Samples a prompt for a training image: with or without the people's looks, without some attributes, or empty."""
     if rng.random() < PROMPT_DROPOUT:
         return ""
     keep = set(world.SCENE_ATTRIBUTES)
@@ -140,7 +142,7 @@ def sample_prompt(people: Sequence[world.Person], scene: world.Scene, rng: np.ra
 
 @torch.no_grad()
 def latents_of(folder: Path, data: Drawn, vae: Any | None = None) -> np.ndarray:
-    """float16 [N, 4, 16, 16], encoded once and kept beside the images; scaled as the UNet sees them."""
+    """Encodes latents, float16 [N, 4, 16, 16], once, and keeps them beside the images; scaled for the UNet."""
     path = folder / f"latents-{data.seed}-{data.people}.npy"
     if not path.is_file():
         from safetensors.torch import load_file
@@ -157,13 +159,27 @@ def latents_of(folder: Path, data: Drawn, vae: Any | None = None) -> np.ndarray:
     return np.load(path)
 
 
-def train(folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None, device: str) -> Base:
-    """Trains or goes on training; returns the base with averaged weights."""
+def build(family: str, folder: Path) -> Base | FluxBase:
+    """Builds an untrained base; FLUX's uses the text encoders that were trained with SDXL's."""
+    if family == "sdxl":
+        return Base()
+    from safetensors.torch import load_file
+
+    from lib_pulid.training.flux import FluxBase
+
+    state = load_file(folder / "base.safetensors")
+    text = TextEncoders()
+    text.load_state_dict({k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")})
+    return FluxBase(text.eval().requires_grad_(False))
+
+
+def train(args: argparse.Namespace) -> Base | FluxBase:
+    """Trains or resumes training; returns the base with averaged weights."""
     torch.manual_seed(1)
-    data = Drawn(folder, people)
-    latents = latents_of(folder, data)
-    base = Base().to(device)
-    run = Run(folder / "base", base.train(), steps, rate=rate, minutes=minutes)
+    data = Drawn(args.folder, args.people)
+    latents = latents_of(args.folder, data)
+    base, batch, device = build(args.family, args.folder).to(args.device), args.batch, args.device
+    run = Run(args.folder / FILES[args.family], base.train(), args.steps, rate=args.rate, minutes=args.minutes)
     stream = batches(len(latents), batch, seed=5, start=run.step)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -172,32 +188,35 @@ def train(folder: Path, people: int, steps: int, batch: int, rate: float, minute
         clean = torch.from_numpy(latents[chosen]).to(device).float()
         prompts = [sample_prompt(*data.example(i), rng) for i in chosen]
         t = torch.from_numpy(rng.permutation(batch) * 1000 // batch + rng.integers(0, 1000 // batch, batch)).to(device)
-        alpha, sigma = base.levels(t)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step)).to(device)
         sizes = torch.from_numpy(rng.integers(0, 2 * SIZE, (batch, 6))).to(device)
         context, pooled = base.text(prompts)
-        v = base.predict(alpha * clean + sigma * noise, t, context, pooled, sizes)
-        return (v - (alpha * noise - sigma * clean)).pow(2).mean(), {}
+        v = base.predict(base.schedule.noisy(clean, noise, t), t, context, pooled, sizes)
+        return diffusion_loss(v, base.schedule.target(clean, noise, t)), {}
 
     run.train(loss_of)
     return run.finish()  # type: ignore[return-value]
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"))
-    parser.add_argument("--people", type=int, default=6000)
+    parser.add_argument("--family", choices=FILES, default="sdxl")
+    parser.add_argument("--people", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    base = train(**vars(args))
+    base = train(args)
     from safetensors.torch import save_file
 
-    save_file({k: v.contiguous().cpu() for k, v in base.state_dict().items()}, args.folder / "base.safetensors")
+    save_file(
+        {k: v.contiguous().cpu() for k, v in base.state_dict().items()},
+        args.folder / f"{FILES[args.family]}.safetensors",
+    )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def draw_body(sketch: Sketch) -> None:
 
 
 def draw_collar(sketch: Sketch) -> None:
-    """What of the clothes goes over the neck."""
+    """Draws the part of the clothes over the neck."""
     placement, put = sketch.face.placement, sketch.wear
     kind, color = placement.clothes, CLOTHES_COLOR[placement.clothes_color]
     if kind in ("shirt", "striped shirt", "overalls"):
@@ -68,13 +68,13 @@ def draw_collar(sketch: Sketch) -> None:
 
 
 def _both(sketch: Sketch, points: np.ndarray | Sequence[tuple[float, float]], color: Color, line: float = 1.0) -> None:
-    """A shape on the right and its mirror image."""
+    """Draws a shape on the right and its mirror image."""
     for side in (-1, 1):
         sketch.wear(np.asarray(points) * (side, 1), color, line)
 
 
 def _band(top: float, bottom: float) -> np.ndarray:
-    """The torso between two heights."""
+    """Draws the torso between two heights."""
     y = np.linspace(top, bottom, 9)
     x = np.interp(y, _SIDE[:, 1], _SIDE[:, 0])
     return np.concatenate([np.stack([x, y], 1), np.stack([-x, y], 1)[::-1]])

@@ -44,7 +44,7 @@ class Faces:
         return len(self.image)
 
     def cut(self, face: int, points: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        """One face, uint8 RGB [size, size, 3], its landmarks brought to `points`; rng: inexactly, and spoiled."""
+        """Cuts a face, uint8 RGB [size, size, 3], with its landmarks at `points`; rng: inexactly, and degraded."""
         image, landmarks = self.images[self.image[face]], self.landmarks[face]
         if rng is not None:
             gap = np.linalg.norm(landmarks[1] - landmarks[0])
@@ -57,7 +57,7 @@ class Faces:
 
 
 def spoiled(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An image, uint8 RGB [H, W, 3], as a small diffusion model, JPEG or a poor camera would show it."""
+    """Degrades an image, uint8 RGB [H, W, 3], like a small diffusion model, JPEG or a poor camera."""
     size = image.shape[0]
     if rng.random() < 0.35:  # what an autoencoder loses
         small = round(size * rng.uniform(0.35, 0.9))
@@ -78,7 +78,7 @@ def spoiled(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _color_matrix(rng: np.random.Generator) -> np.ndarray:
-    """Some other saturation, contrast, brightness and tint: [3, 4] for cv2.transform."""
+    """Samples saturation, contrast, brightness and tint: [3, 4] for cv2.transform."""
     saturation, contrast = rng.uniform(0.8, 1.15), rng.uniform(0.88, 1.1)
     matrix = contrast * (saturation * np.eye(3) + (1 - saturation) / 3)
     shift = 128 * (1 - contrast) + rng.uniform(-12, 12) + rng.normal(0, 4, 3)
@@ -86,7 +86,7 @@ def _color_matrix(rng: np.random.Generator) -> np.ndarray:
 
 
 def faces_of(drawn: Drawn, sharp: int = 0) -> Faces:
-    """The faces of a data set; sharp: how many of its images to draw at SHARP pixels too."""
+    """Collects the faces of a data set; sharp: how many of its images to draw at SHARP pixels as well."""
     path = drawn.folder / f"faces-{drawn.seed}-{drawn.people}.npz"
     if not path.is_file():
         part = path.with_suffix(".part.npz")

@@ -1,4 +1,4 @@
-"""Drawn images on the disk, and who and what each of them shows.
+"""Keeps drawn images on the disk, with the people and scene of each.
 
 Image `i` shows person `i // SCENES_EACH` of the data set's seed, in a scene of its own; in every sixth image a second
 person stands beside. People and scenes are functions of seed and index, so only pixels are stored.
@@ -31,15 +31,15 @@ class Drawn:
         return self.people * SCENES_EACH
 
     def person(self, identity: int) -> world.Person:
-        """The same person for the same seed and number, whatever the size of the data set."""
+        """Returns the person with a number: the same for the same seed, whatever the size of the data set."""
         return world.sample_person(np.random.default_rng([self.seed, 0, identity]))
 
     def numbers(self, index: int) -> tuple[int, ...]:
-        """Who image `index` shows, from left to right."""
+        """Returns the numbers of the people in image `index`, from left to right."""
         return self._cast(index)[0]
 
     def example(self, index: int) -> tuple[tuple[world.Person, ...], world.Scene]:
-        """The people of image `index`, from left to right, and its scene."""
+        """Returns the people of image `index`, from left to right, and its scene."""
         numbers, rng = self._cast(index)
         return tuple(map(self.person, numbers)), world.sample_scene(rng, len(numbers))
 
@@ -52,7 +52,7 @@ class Drawn:
         return ((main, other) if rng.random() < 0.5 else (other, main)), rng
 
     def images(self) -> np.ndarray:
-        """uint8 RGB [N, SIZE, SIZE, 3], mapped from a file; draws what is missing (7 ms each)."""
+        """Maps the images, uint8 RGB [N, SIZE, SIZE, 3], from a file; draws missing ones (7 ms each)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"drawn-{self.seed}-{self.people}.npy"
         if not path.is_file():

@@ -2,7 +2,7 @@
 
     python -m lib_pulid.training.detector --folder .training [--minutes 10]
 
-A photograph shows no drawn face: pictures that installed packages carry for their own tests serve as examples of none.
+Photos show no drawn face: images that installed packages have for their own tests are negative examples.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def place(image: np.ndarray, boxes: np.ndarray, points: np.ndarray, rng: np.rand
 
 
 def targets(sample: Sample) -> list[np.ndarray]:
-    """What each anchor should say, per stride [cells * 2, 15]: 1 face, 0 none, -1 either; box and points in strides.
+    """Makes each anchor's targets, per stride [cells * 2, 15]: 1 face, 0 none, -1 either; box and points in strides.
 
     Where it may say either, it has to know box and points all the same.
     """
@@ -163,7 +163,7 @@ def targets(sample: Sample) -> list[np.ndarray]:
 
 
 def loss(rows: list[tuple[Tensor, Tensor, Tensor]], wanted: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Focal loss of the scores; distances of boxes and points in face sizes. wanted: per stride [B, A, 15]."""
+    """Computes focal loss of scores, and distances of boxes and points in face sizes. wanted: per stride [B, A, 15]."""
     total = {"found": torch.zeros(()), "box": torch.zeros(()), "points": torch.zeros(())}
     count = sum(int((target[..., 0] == 1).sum()) for target in wanted) + 1
     placed = sum(int((target[..., 0] != 0).sum()) for target in wanted) + 1
@@ -193,7 +193,7 @@ class Lesson:
         self.empty = [_empty(rng) for _ in range(extra)]
 
     def sample(self, rng: np.random.Generator) -> Sample:
-        """One image of a random kind."""
+        """Samples one image of a random kind."""
         kind = rng.random()
         none = np.zeros((0, 4), np.float32), np.zeros((0, 5, 2), np.float32)
         if kind < 0.64:
@@ -223,7 +223,7 @@ class Lesson:
 
 
 def to_input(images: np.ndarray) -> Tensor:
-    """uint8 RGB [B, H, W, 3] -> float32 [B, 3, H, W], as insightface's SCRFD does."""
+    """Converts uint8 RGB [B, H, W, 3] to float32 [B, 3, H, W], as insightface's SCRFD."""
     return torch.from_numpy((images.astype(np.float32) - MEAN) / STD).permute(0, 3, 1, 2)
 
 
@@ -248,14 +248,14 @@ def _part(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator) -> np.ndarray:
-    """Noise or blobs of some coarseness."""
+    """Makes noise or blobs of some coarseness."""
     side = int(rng.choice((2, 3, 5, 8, 16, 32, 128)))
     values = rng.integers(0, 256, (side, side, 3)).astype(np.uint8)
     return cv2.resize(values, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
 
 
 def train(folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None) -> Detector:
-    """Trains the detector or goes on training it."""
+    """Trains the detector or resumes its training."""
     torch.manual_seed(30)
     detector = Detector().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     lesson = Lesson(folder, people)
@@ -279,7 +279,7 @@ def save(detector: Detector, folder: Path) -> None:
 
 
 def figures(path: Path, folder: Path, people: int = 64) -> dict[str, float]:
-    """How the written detector does on images that training never saw, through the product's own code."""
+    """Evaluates the written detector on images not seen in training, with the product's own code."""
     from lib_pulid.face_models import InsightFaceDetector
 
     detector, faces = InsightFaceDetector(path), faces_of(Drawn(folder, people, HELD_OUT))
@@ -303,7 +303,7 @@ def figures(path: Path, folder: Path, people: int = 64) -> dict[str, float]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"))
     parser.add_argument("--people", type=int, default=3000)

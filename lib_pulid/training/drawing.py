@@ -1,4 +1,4 @@
-"""Pen and Face: how shapes get into an image, and the geometry of one head in it."""
+"""Draws shapes into an image (Pen), and computes the geometry of a head in it (Face)."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ BACKGROUND, SKIN_AREA, BROW, EYE, GLASSES_AREA, EAR, NOSE, MOUTH, UPPER_LIP, LOW
 
 
 def mix(color: Color, other: Color, share: float) -> Color:
-    """The color with a share of the other in it."""
+    """Mixes a fraction of another color into a color."""
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(color, other))
     return red, green, blue
 
 
 def shaded(color: Color, share: float = 0.2) -> Color:
-    """The color in a warm shadow."""
+    """Returns the color in a warm shadow."""
     return mix(color, (70, 20, 50), share)
 
 
 def lit(color: Color, share: float = 0.2) -> Color:
-    """The color in a warm light."""
+    """Returns the color in a warm light."""
     return mix(color, (255, 244, 222), share)
 
 
 @lru_cache(maxsize=64)
 def _spline(count: int, steps: int) -> np.ndarray:
-    """Matrix [count * steps, count] of a closed Catmull-Rom curve."""
+    """Returns the matrix [count * steps, count] of a closed Catmull-Rom curve."""
     powers = (np.arange(steps)[:, None] / steps) ** np.arange(4)
     basis = powers @ (0.5 * np.array([[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 1]]))
     matrix = np.zeros((count, steps, count))
@@ -50,7 +50,7 @@ def _spline(count: int, steps: int) -> np.ndarray:
 
 
 def smooth(points: ArrayLike, steps: int = 6) -> np.ndarray:
-    """Closed curve [n * steps, 2] through the points [n, 2]."""
+    """Interpolates a closed curve [n * steps, 2] through points [n, 2]."""
     points = np.asarray(points, float)
     return _spline(len(points), steps) @ points
 
@@ -63,12 +63,12 @@ def _circle(count: int, power: float) -> np.ndarray:
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, degrees: float = 0.0, count: int = 28) -> np.ndarray:
-    """Ellipse [count, 2], turned clockwise."""
+    """Returns an ellipse [count, 2], turned clockwise."""
     return turned(_circle(count, 1.0) * (rx, ry), degrees) + (x, y)
 
 
 def squarish(x: float, y: float, rx: float, ry: float) -> np.ndarray:
-    """Rectangle with round corners [36, 2]."""
+    """Returns a rectangle with round corners [36, 2]."""
     return _circle(36, 0.36) * (rx, ry) + (x, y)
 
 
@@ -83,7 +83,7 @@ def _rotation(degrees: float) -> np.ndarray:
 
 
 def mirrored(half: ArrayLike) -> np.ndarray:
-    """The right half of an outline [n, 2], from top to bottom, and its mirror image."""
+    """Joins the right half of an outline [n, 2], from top to bottom, and its mirror image."""
     half = np.asarray(half, float)
     inner = half[1:-1] if abs(half[-1, 0]) < 1e-6 else half[1:]
     return np.concatenate([half, (inner * (-1, 1))[::-1]])
@@ -99,7 +99,7 @@ class Pen:
         self._scale, self._draw = size * FINE, ImageDraw.Draw(self.image)
 
     def fill(self, points: np.ndarray, color: Color, label: int | None = None, line: float = 1.0) -> None:
-        """One shape [n, 2]; label None: no class of its own; line: width of its outline, if there are outlines."""
+        """Fills a shape [n, 2]; label None: no class of its own; line: width of its outline, if there are outlines."""
         if self.labels and label is None:
             return
         pixels = (points * self._scale).ravel().tolist()
@@ -154,7 +154,7 @@ class Face:
         self.hair = mix(HAIR_COLOR[p.hair_color], (20, 10, 20), 0.16 * p.hair_shade)
 
     def outline(self) -> np.ndarray:
-        """The face without ears, forehead up to the crown, [n, 2] in head coordinates."""
+        """Returns the outline of the face without ears, up to the crown, [n, 2] in head coordinates."""
         p, w, chin = self.person, self.width, self.chin
         jaw, tip = w * (0.68 + 0.26 * p.jaw), w * (0.22 + 0.34 * p.chin)
         half = [(0, CROWN), (0.64 * w, -0.82), (0.96 * w, -0.42), (w, 0), (0.965 * w, 0.3)]
@@ -173,29 +173,29 @@ class Face:
         return slid
 
     def place(self, points: np.ndarray) -> np.ndarray:
-        """Head coordinates to fractions of the image."""
+        """Converts head coordinates to fractions of the image."""
         return points @ self._matrix + self._center
 
     def body(self, points: ArrayLike) -> np.ndarray:
-        """Body coordinates, upright from the base of the neck, to fractions of the image."""
+        """Converts body coordinates, upright from the base of the neck, to fractions of the image."""
         return np.asarray(points, float) * self.unit + self.place(np.array([[0.0, 1.12]]))
 
     def nose_tip(self) -> np.ndarray:
-        """[1, 2]: it stands out, so a turn moves it further."""
+        """Returns the nose tip, [1, 2]: it sticks out, so a turn moves it further."""
         return self.look(np.array([[0.0, self.nose_y]])) + (0.07 * self.turn, 0.0)
 
     def mouth_corners(self) -> np.ndarray:
-        """[2, 2] in head coordinates."""
+        """Returns the corners of the mouth, [2, 2] in head coordinates."""
         y = self.mouth_y - self.mood.curve
         return self.look(np.array([[-self.mouth_width, y], [self.mouth_width, y]]))
 
     def landmarks(self) -> np.ndarray:
-        """[5, 2], fractions of the image: eyes, nose tip, corners of the mouth."""
+        """Returns eyes, nose tip and corners of the mouth, [5, 2], fractions of the image."""
         eyes = self.look(np.array([[-self.eye_x, 0.0], [self.eye_x, 0.0]]))
         return self.place(np.concatenate([eyes, self.nose_tip(), self.mouth_corners()]))
 
     def box(self) -> np.ndarray:
-        """[4] x0 y0 x1 y1, fractions of the image: forehead to chin, without the ears."""
+        """Returns the face's box, [4] x0 y0 x1 y1, fractions of the image: forehead to chin, without the ears."""
         points = self.outline()
         points = self.place(points[points[:, 1] > -0.7])
         return np.concatenate([points.min(0), points.max(0)])
@@ -211,10 +211,10 @@ class Sketch:
     def put(
         self, points: ArrayLike, color: Color, label: int | None = None, line: float = 1.0, look: bool = False
     ) -> None:
-        """A shape in head coordinates; look: on the face, so that it slides with the head's turn."""
+        """Fills a shape in head coordinates; look: on the face, so that it slides with the head's turn."""
         points = np.asarray(points, float)
         self.pen.fill(self.face.place(self.face.look(points) if look else points), color, label, line)
 
     def wear(self, points: ArrayLike, color: Color, line: float = 1.0, label: int = CLOTH) -> None:
-        """A shape in body coordinates."""
+        """Fills a shape in body coordinates."""
         self.pen.fill(self.face.body(points), color, label, line)

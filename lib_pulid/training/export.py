@@ -1,4 +1,4 @@
-"""Small networks as ONNX files with 16-bit weights."""
+"""Exports small networks as ONNX files with 16-bit weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def save_onnx(
 
 
 def _halve(model) -> None:
-    """Large float32 initializers become float16, each with a Cast back in front of its use."""
+    """Converts large float32 initializers to float16, each with a Cast back before its use."""
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []

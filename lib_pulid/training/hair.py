@@ -13,7 +13,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def draw_hair_behind(sketch: Sketch) -> None:
-    """What the neck and the face go over."""
+    """Draws the hair behind neck and face."""
     face, v, style = sketch.face, sketch.person.hair_volume, sketch.person.hair_style
     back, slide, w = shaded(face.hair, 0.2), -0.05 * face.turn, face.width
     if style == "afro":
@@ -37,7 +37,7 @@ def draw_hair_behind(sketch: Sketch) -> None:
 
 
 def draw_hair(sketch: Sketch) -> None:
-    """What goes over the face."""
+    """Draws the hair over the face."""
     _FRONT[sketch.person.hair_style](sketch, sketch.face.width, sketch.person.hair_volume, sketch.face.hairline)
 
 
@@ -51,14 +51,14 @@ def _arc(sketch: Sketch, side: float, top: float, start: float, end: float, coun
 
 
 def _curls(sketch: Sketch, centers: np.ndarray, radius: float, color: Color, look: bool = False) -> None:
-    """A row of curls; their outlines first, so that they merge."""
+    """Draws a row of curls; their outlines first, so that they merge."""
     for line in (2, 0) if sketch.pen.outline else (0,):
         for x, y in centers:
             sketch.put(ellipse(x, y, radius, radius, count=18), color, HAIR, line, look=look)
 
 
 def _cap(sketch: Sketch, outer: np.ndarray, inner: Points, steps: int = 4, line: float = 1.0) -> None:
-    """Hair from an outer line (left to right) down to the hairline (right to left)."""
+    """Draws hair from an outer line (left to right) down to the hairline (right to left)."""
     hairline = np.array(inner, float)
     if sketch.person.parting < 0.5:
         hairline = (hairline * (-1, 1))[::-1]
@@ -71,7 +71,7 @@ def _cap(sketch: Sketch, outer: np.ndarray, inner: Points, steps: int = 4, line:
 
 
 def _shine(sketch: Sketch, top: float) -> None:
-    """A lighter band where the light falls."""
+    """Draws a lighter band where the light falls."""
     flip = -1 if sketch.dark_side < 0 else 1
     outer, inner = _arc(sketch, -0.07, top, -56, -16, 9), _arc(sketch, -0.13, top - 0.1, -52, -20, 9)
     sketch.put(np.concatenate([outer, inner[::-1]]) * (flip, 1), lit(sketch.face.hair, 0.26), None, 0)
@@ -168,7 +168,7 @@ _FRONT = {
 
 
 def draw_beard(sketch: Sketch) -> None:
-    """Beard and mustache; the mouth goes over them."""
+    """Draws beard and mustache, below the mouth."""
     face, kind = sketch.face, sketch.person.beard
     if kind == "none":
         return

@@ -35,7 +35,7 @@ WHITE: Color = (253, 250, 244)
 
 
 def draw_head(sketch: Sketch, collar: Callable[[Sketch], None]) -> None:
-    """Neck and head over a body that is there already, hair behind them first; collar goes over the neck."""
+    """Draws neck and head over a drawn body, hair behind them first; collar goes over the neck."""
     draw_hair_behind(sketch)
     _neck(sketch)
     collar(sketch)
@@ -161,14 +161,14 @@ def _brows(sketch: Sketch) -> None:
 
 
 def _frame(sketch: Sketch) -> tuple[float, float, Color]:
-    """Middle of the right lens, half its width, color of the frame."""
+    """Returns the middle of the right lens, half its width, and the frame's color."""
     face = sketch.face
     color = (38, 40, 58) if sketch.person.glasses == "square" else (150, 62, 40)
     return face.eye_x + 0.015, max(0.225, face.eye_x - 0.035), color
 
 
 def _temples(sketch: Sketch) -> None:
-    """The arms of the glasses, which hair falls over."""
+    """Draws the arms of the glasses, below the hair."""
     if sketch.person.glasses == "none":
         return
     x, ring, color = _frame(sketch)

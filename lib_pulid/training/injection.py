@@ -1,4 +1,4 @@
-"""The product's injection for training: an identity of its own for each row, with gradients.
+"""Injects for training: an identity for each row, with gradients, by the product's own code.
 
 `injection.compile_injection` and `inject` serve sampling, where one identity holds for a whole image. Here tokens
 change with every row and step; the places, the formulas and the hooks are the same functions.
@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from lib_pulid.attention import SiteIdentity, add_cross_attention, add_image_stream, prepare_site
 from lib_pulid.encoders import IDFormer
 from lib_pulid.sites import Site, Sites, find_sites
-from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights
+from lib_pulid.weights import (
+    IMAGE_STREAM_HEAD_DIM,
+    IMAGE_STREAM_KEYS,
+    CrossAttentionWeights,
+    ImageStreamWeights,
+)
 
 
 class SDXLAdapter(nn.Module):
@@ -35,19 +40,58 @@ class SDXLAdapter(nn.Module):
         self.id_to_v = nn.ModuleList(nn.Linear(encoder.output_dim, width, bias=False) for width in widths)
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """The layers for keys and values of each site."""
+        """Returns the layers for keys and values of each site."""
         return zip(self.id_to_k, self.id_to_v)
 
     def weights(self) -> list[CrossAttentionWeights]:
-        """Of each site, as `weights.load_adapter` reads them from a file."""
+        """Returns the weights of each site, as `weights.load_adapter` reads them from a file."""
         return [CrossAttentionWeights(k.get_parameter("weight"), v.get_parameter("weight")) for k, v in self.pairs()]
 
     def state(self) -> dict[str, Tensor]:
-        """In the layout of pulid_v1.1.safetensors."""
+        """Returns the weights in the layout of pulid_v1.1.safetensors."""
         state = {f"id_adapter.{key}": value for key, value in self.encoder.state_dict().items()}
         for n, site in enumerate(self.weights()):
             state[f"id_adapter_attn_layers.{2 * n + 1}.id_to_k.weight"] = site.to_k
             state[f"id_adapter_attn_layers.{2 * n + 1}.id_to_v.weight"] = site.to_v
+        return state
+
+
+class FluxAdapter(nn.Module):
+    """IDFormer and a PerceiverAttentionCA for each site of FLUX, in training; each begins as one that adds little.
+
+    Args:
+        encoder: makes the identity tokens. widths: of the sites, see `sites.find_sites`.
+    """
+
+    def __init__(self, encoder: IDFormer, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        inner, tokens = IMAGE_STREAM_HEAD_DIM, encoder.output_dim
+        self.sites = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm1": nn.LayerNorm(tokens),
+                    "norm2": nn.LayerNorm(width),
+                    "to_q": nn.Linear(width, inner, bias=False),
+                    "to_kv": nn.Linear(tokens, 2 * inner, bias=False),
+                    "to_out": nn.Linear(inner, width, bias=False),
+                }
+            )
+            for width in widths
+        )
+        for site in self.sites:
+            nn.init.normal_(site["to_out"].weight, std=1e-3)  # type: ignore[index]
+
+    def weights(self) -> list[ImageStreamWeights]:
+        """Returns the weights of each site, as `weights.load_adapter` reads them from a file."""
+        names = IMAGE_STREAM_KEYS.items()
+        return [ImageStreamWeights(**{name: site.get_parameter(key) for key, name in names}) for site in self.sites]
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the weights in the layout of pulid_flux_v0.9.1.safetensors."""
+        state = {f"pulid_encoder.{key}": value for key, value in self.encoder.state_dict().items()}
+        for n, site in enumerate(self.sites):
+            state |= {f"pulid_ca.{n}.{key}": site.get_parameter(key) for key in IMAGE_STREAM_KEYS}
         return state
 
 
@@ -111,13 +155,13 @@ def _identities(weights: Any, people: Sequence[RowIdentities], rows: int, tokens
 
 
 def _on_tokens(mask: Tensor, tokens: int) -> Tensor:
-    """A mask [h, w] as [tokens, 1], for a square frame halved as often as it takes."""
+    """Converts a mask [h, w] to [tokens, 1], for a square frame halved any number of times."""
     side = round(tokens**0.5)
     return F.interpolate(mask[None, None], size=(side, side), mode="area").flatten()[:, None]
 
 
 def id_former(token_width: int = 64, vit_width: int = 64, dim: int = 64, seed: int = 0) -> IDFormer:
-    """PuLID v1.1's encoder at small widths, with fresh weights."""
+    """Builds PuLID v1.1's encoder at small widths, with fresh weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         former = IDFormer(

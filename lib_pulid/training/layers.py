@@ -1,4 +1,4 @@
-"""What the small convolutional networks of the miniature are made of."""
+"""Defines the layers of the miniature's small convolutional networks."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Block(nn.Module):
 
 
 def conv(before: int, after: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
-    """A convolution with norm and ReLU."""
+    """Builds a convolution with norm and ReLU."""
     layer = nn.Conv2d(before, after, kernel, stride, padding=(kernel - 1) // 2, bias=False)
     return [layer, nn.BatchNorm2d(after), nn.ReLU()]
 
 
 def to_input(crops: np.ndarray) -> Tensor:
-    """uint8 RGB [B, H, W, 3] -> float32 [B, 3, H, W] in -1..1."""
+    """Converts uint8 RGB [B, H, W, 3] to float32 [B, 3, H, W] in -1..1."""
     return torch.from_numpy(np.ascontiguousarray(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

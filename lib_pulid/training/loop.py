@@ -1,4 +1,4 @@
-"""A training run that survives a break: the loop, its checkpoints, its log."""
+"""Runs a training that can be interrupted: the loop, its checkpoints, its log."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def finish(self) -> nn.Module:
-        """The module with the averaged weights, in eval mode."""
+        """Returns the module with the averaged weights, in eval mode."""
         for name, parameter in self.parameters.items():
             parameter.data.copy_(self.average[name])
         return self.module.eval()

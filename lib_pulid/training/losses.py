@@ -1,4 +1,4 @@
-"""PuLID's training losses (arXiv 2404.16022), for every denoiser that `sites.find_sites` knows.
+"""Computes PuLID's training losses (arXiv 2404.16022) for every denoiser that `sites.find_sites` supports.
 
     diffusion_loss      L_diff: the identity beside the prompt, on the photo's own noise        section 3.2
     alignment_losses    L_align: the same prompt and noise with and without the identity;       section 3.3
@@ -14,16 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib_pulid.training.schedule import Schedule
+
 SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 0.6, 0.1  # the paper's lambda_sem and lambda_layout
 
 
 def diffusion_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of the denoiser's prediction (noise, v or velocity), both [B, C, h, w]."""
+    """Computes the mean squared error of the denoiser's prediction (noise, v or velocity), both [B, C, h, w]."""
     return (predicted.float() - target.float()).pow(2).mean()
 
 
@@ -44,23 +47,30 @@ class Attended:
 
 
 @contextmanager
-def listen(unet: nn.Module) -> Iterator[Attended]:
-    """Keeps queries and text keys of every cross-attention for the calls inside."""
+def listen(denoiser: nn.Module) -> Iterator[Attended]:
+    """Keeps the image's queries and the text's keys of diffusers' UNet or FLUX transformer, for the calls inside."""
     seen = Attended()
     with ExitStack() as hooks:
-        for module in unet.modules():
-            attention = getattr(module, "attn2", None)
-            if attention is None or not hasattr(attention, "to_q"):
-                continue
-            seen.heads.append(attention.heads)
-            for layer, kept in ((attention.to_q, seen.queries), (attention.to_k, seen.keys)):
-                handle = layer.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
-                hooks.callback(handle.remove)
+        for module in denoiser.modules():
+            for attention, q, k in _text_attentions(module):
+                seen.heads.append(attention.heads)
+                for layer, kept in ((q, seen.queries), (k, seen.keys)):
+                    handle = layer.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
+                    hooks.callback(handle.remove)
         yield seen
 
 
+def _text_attentions(block: nn.Module) -> Iterator[tuple[Any, nn.Module, nn.Module]]:
+    """Yields the text attention of a UNet's block or FLUX's double block, and its layers for q and the text's k."""
+    cross, joint = getattr(block, "attn2", None), getattr(block, "attn", None)
+    if hasattr(cross, "to_q"):
+        yield cross, cross.to_q, cross.to_k  # type: ignore[union-attr]
+    if getattr(joint, "add_k_proj", None) is not None:
+        yield joint, joint.to_q, joint.add_k_proj  # type: ignore[union-attr]
+
+
 def alignment_losses(with_identity: Attended, without: Attended) -> tuple[Tensor, Tensor]:
-    """L_align-sem and L_align-layout, means over the sites; gradients flow into `with_identity` alone.
+    """Computes L_align-sem and L_align-layout, means over the sites; only `with_identity` gets gradients.
 
         L_sem    = || softmax(K Q_id^T / sqrt(d)) Q_id - softmax(K Q^T / sqrt(d)) Q ||^2
         L_layout = || Q_id - Q ||^2
@@ -77,7 +87,7 @@ def alignment_losses(with_identity: Attended, without: Attended) -> tuple[Tensor
 
 
 def _response(k: Tensor, q: Tensor, heads: int) -> Tensor:
-    """How the image answers each text token: softmax(K Q^T / sqrt(d)) Q, [B, H, T, d]."""
+    """Computes the image's response to each text token: softmax(K Q^T / sqrt(d)) Q, [B, H, T, d]."""
     k, q = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (k, q))
     return F.scaled_dot_product_attention(k, q, q)
 
@@ -90,36 +100,33 @@ def _relative(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sample_few_steps(
-    predict_v: Callable[[Tensor, Tensor], Tensor],
+    predict: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
-    alphas: Tensor,
-    sigmas: Tensor,
+    schedule: Schedule,
     steps: int = 4,
     gradient_steps: int = 4,
 ) -> Tensor:
-    """DDIM (arXiv 2010.02502) from pure noise, the last `gradient_steps` of its steps with gradients.
+    """Samples with DDIM (arXiv 2010.02502; Euler on a flow) from pure noise, the last `gradient_steps` with gradients.
 
     Args:
-        predict_v: (noisy latents [B, C, h, w], steps t [B]) -> v.
-        alphas, sigmas: [T], of the noise schedule.
+        predict: (noisy latents [B, C, h, w], steps t [B]) -> v.
 
     Returns:
         Clean latents [B, C, h, w].
     """
-    last = len(alphas) - 1
-    times = [round(last * (steps - i) / steps) for i in range(steps + 1)]  # the last one is 0
+    last = len(schedule) - 1
+    times = [round(last * (steps - i) / steps) for i in range(steps)]
     x = noise
-    for i, (t, following) in enumerate(zip(times, times[1:])):
+    for i, time in enumerate(times):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= steps - gradient_steps):
-            v = predict_v(x, torch.full((len(x),), t, device=x.device))
-            clean = alphas[t] * x - sigmas[t] * v
-            direction = sigmas[t] * x + alphas[t] * v
-            x = clean if i == steps - 1 else alphas[following] * clean + sigmas[following] * direction
+            t = torch.full((len(x),), time, device=x.device)
+            clean, seen = schedule.split(x, predict(x, t), t)
+            x = clean if i == steps - 1 else schedule.noisy(clean, seen, torch.full_like(t, times[i + 1]))
     return x
 
 
 def id_loss(embedding: Tensor, wanted: Tensor) -> Tensor:
-    """1 - cosine of face embeddings [B, 512], mean over the rows."""
+    """Computes 1 - cosine of face embeddings [B, 512], mean over the rows."""
     return 1 - F.cosine_similarity(embedding.float(), wanted.float(), dim=-1).mean()
 
 
@@ -142,7 +149,7 @@ def align_faces(images: Tensor, landmarks: Tensor, template: Tensor, size: int) 
 
 
 def similarity(source: Tensor, target: Tensor) -> Tensor:
-    """Least-squares turn, scale and shift that takes source to target, [B, N, 2] each: [B, 2, 3]."""
+    """Fits rotation, scale and shift from source to target, [B, N, 2] each, by least squares: [B, 2, 3]."""
     a, b = source.mean(1, keepdim=True), target.mean(1, keepdim=True)
     s, t = source - a, target - b
     power = s.pow(2).sum((1, 2))

@@ -1,6 +1,6 @@
-"""Muon: momentum whose steps are made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+"""Implements Muon, momentum with orthogonal steps (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-torch.optim.Muon takes matrices alone; here convolutions count as matrices [out, in x k x k], and what is no matrix
+torch.optim.Muon takes only matrices; here convolutions count as matrices [out, in x k x k], and the rest
 (gains, biases, tables) is AdamW's. What it is worth here: docs/training.md.
 """
 
@@ -23,7 +23,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step for every parameter with a gradient; those of one shape are made orthogonal together."""
+        """Steps every parameter with a gradient; those of one shape together."""
         for group in self.param_groups:
             alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """[B, m, n] with singular values brought near 1, by five Newton-Schulz steps."""
+    """Brings the singular values of matrices [B, m, n] near 1, by five Newton-Schulz steps."""
     a, b, c = COEFFICIENTS
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if tall := x.shape[-2] > x.shape[-1]:

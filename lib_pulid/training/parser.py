@@ -47,7 +47,7 @@ class ParserNet(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(neck, 4 * CLASSES, 1), nn.PixelShuffle(2))
 
     def inner(self, x: Tensor) -> Tensor:
-        """[B, 3, 128, 128] -> scores [B, 19, 128, 128]."""
+        """Computes scores [B, 19, 128, 128] of [B, 3, 128, 128]."""
         maps = [self.stem(x)]
         for stage in self.stages:
             maps.append(stage(maps[-1]))
@@ -71,7 +71,7 @@ class Labeled:
         self.count = int(np.searchsorted(self.faces.image, len(self.labels)))  # faces in labeled images
 
     def crop(self, face: int, size: int, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
-        """The crop, uint8 RGB [size, size, 3], and its labels, uint8 [size, size]; rng: inexact and spoiled."""
+        """Cuts a crop, uint8 RGB [size, size, 3], and its labels, uint8 [size, size]; rng: inexact and degraded."""
         faces, index = self.faces, self.faces.image[face]
         points, image = faces.landmarks[face], faces.images[index]
         scale = 1.0
@@ -97,12 +97,12 @@ def _labels(drawn: Drawn, count: int) -> np.ndarray:
 
 
 def to_input(crops: np.ndarray) -> Tensor:
-    """uint8 RGB [B, H, W, 3] -> float32 [B, 3, H, W], ImageNet mean and std."""
+    """Converts uint8 RGB [B, H, W, 3] to float32 [B, 3, H, W], ImageNet mean and std."""
     return normalise(torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255, PARSER_MEAN, PARSER_STD)
 
 
 def train(folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None) -> ParserNet:
-    """Trains the parser or goes on training it."""
+    """Trains the parser or resumes its training."""
     torch.manual_seed(40)
     net = ParserNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data = Labeled(Drawn(folder, people))
@@ -135,7 +135,7 @@ class _Inner(nn.Module):
 
 
 def figures(path: Path, folder: Path, people: int = 64) -> dict[str, float]:
-    """Accuracy, and overlap of what stays visible (face and hair), on people that training never saw."""
+    """Measures accuracy, and overlap of the visible part (face and hair), on people not seen in training."""
     from lib_pulid.face_models import OnnxParser
 
     parser, data = OnnxParser(path), Labeled(Drawn(folder, people, HELD_OUT), sharp=0)
@@ -150,7 +150,7 @@ def figures(path: Path, folder: Path, people: int = 64) -> dict[str, float]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"))
     parser.add_argument("--people", type=int, default=3000)

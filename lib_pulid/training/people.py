@@ -1,4 +1,4 @@
-"""Person: who somebody is in the drawn world, in numbers and in names."""
+"""Defines Person, the looks of somebody in the drawn world, in numbers and names."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ class Person:
     parting: float  # 0: on the left of the image, 1: on the right
 
     def attributes(self) -> dict[str, int]:
-        """Index into ATTRIBUTES of each named trait."""
+        """Returns the index into ATTRIBUTES of each named trait."""
         return {name: values.index(getattr(self, name)) for name, values in ATTRIBUTES.items()}
 
     def vector(self) -> np.ndarray:
-        """All that makes the person, float32 [K] in 0..1: the numbers, then one-hot names."""
+        """Returns all traits, float32 [K] in 0..1: the numbers, then one-hot names."""
         numbers = [getattr(self, name) for name in NUMBERS]
         for name, index in self.attributes().items():
             numbers += [float(i == index) for i in range(len(ATTRIBUTES[name]))]

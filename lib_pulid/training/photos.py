@@ -1,4 +1,4 @@
-"""Reference photos for the training of an adapter: what the product's own encoders make of them, computed once."""
+"""Encodes reference photos for training an adapter, once, with the product's own encoders."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ class Photos:
         return len(self.person)
 
     def row_of(self, person: int) -> int:
-        """Where a person's photo is, or -1."""
+        """Returns the row of a person's photo, or -1."""
         row = int(np.searchsorted(self.person, person))
         return row if row < len(self) and self.person[row] == person else -1
 
     def tokens(self, rows: np.ndarray, encoder: nn.Module, rng: np.random.Generator) -> Tensor:
-        """Identity tokens [B, N, D] of photos [B], with gradients, from a random part of the patches."""
+        """Computes identity tokens [B, N, D] of photos [B], with gradients, from a random part of the patches."""
         chosen = np.concatenate(([0], 1 + np.sort(rng.choice(576, PATCHES, replace=False))))
         hidden = torch.from_numpy(self.hidden[rows][:, :, chosen].astype(np.float32))
         return encoder(self.id_cond[rows], [hidden[:, scale] for scale in range(SCALES)])
 
 
 def photos_of(folder: Path, data: Drawn, models: FaceModels, tower: VisionTower, count: int) -> Photos:
-    """The photos of the first `count` people, computed on first use (about .3 s each) and kept in `folder`."""
+    """Loads the photos of the first `count` people, computed on first use (about .3 s each) and kept in `folder`."""
     facts, hidden = folder / f"photos-{count}.npz", folder / f"photos-{count}.npy"
     if not facts.is_file():
         _compute(facts, hidden, data, models, tower, count)

@@ -1,8 +1,8 @@
 """Trains the networks that tell drawn people apart and name what they look like.
 
-    python -m lib_pulid.training.readers recogniser --folder .training [--minutes 15]
+    python -m lib_pulid.training.readers recognizer --folder .training [--minutes 15]
 
-recogniser: in ArcFace's place, ONNX and safetensors. judge: another network on another crop, which no training of an
+recognizer: instead of ArcFace, ONNX and safetensors. judge: another network on another crop, which no training of an
 adapter sees; it also names traits. scene_judge: names the attributes of a scene from the whole image.
 """
 
@@ -84,7 +84,7 @@ class Reader(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(EMBEDDING, len(values)) for name, values in kind.heads.items()})
 
     def embed(self, images: Tensor) -> Tensor:
-        """images [B, 3, size, size], RGB, -1..1 -> raw embeddings [B, 512]."""
+        """Embeds images [B, 3, size, size], RGB, -1..1: raw embeddings [B, 512]."""
         return self.embedding(self.gather(self.trunk(images)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -93,13 +93,13 @@ class Reader(nn.Module):
 
 
 def build(name: str) -> Reader:
-    """An untrained reader of KINDS."""
+    """Builds an untrained reader of KINDS."""
     torch.manual_seed(KINDS[name].seed)
     return Reader(KINDS[name]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def contrastive_loss(embedding: Tensor, identity: Tensor, temperature: float = 0.07) -> Tensor:
-    """InfoNCE: each face of embedding [B, D] finds those of its own identity [B] among the others."""
+    """Computes InfoNCE: each face of embedding [B, D] finds those of its own identity [B] among the others."""
     z = F.normalize(embedding)
     own = torch.eye(len(z), dtype=torch.bool)
     scores = (z @ z.T / temperature).masked_fill(own, -1e4)
@@ -108,7 +108,7 @@ def contrastive_loss(embedding: Tensor, identity: Tensor, temperature: float = 0
 
 
 def heads_loss(logits: tuple[Tensor, ...], targets: Tensor) -> Tensor:
-    """Mean cross entropy of logits against targets [B, heads]."""
+    """Computes the mean cross entropy of logits against targets [B, heads]."""
     losses = [F.cross_entropy(row, targets[:, i], label_smoothing=0.02) for i, row in enumerate(logits)]
     return torch.stack(losses).mean()
 
@@ -169,7 +169,7 @@ def scene_targets(drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
 
 
 def train(name: str, folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None) -> Reader:
-    """Trains a reader or goes on training it."""
+    """Trains a reader or resumes its training."""
     kind, reader = KINDS[name], build(name)
     drawn = Drawn(folder, people)
     lesson: _FaceLesson | _SceneLesson
@@ -199,7 +199,7 @@ def read_all(reader: Reader, crops: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def face_figures(reader: Reader, kind: Kind, faces: Faces, spoil: bool = False) -> dict[str, float]:
-    """How well people that training never saw are told apart and named; spoil: on spoiled images."""
+    """Measures how well people not seen in training are distinguished and named; spoil: on degraded images."""
     assert kind.points is not None
     rng = np.random.default_rng(0) if spoil else None
     embedding, *logits = read_all(reader, [faces.cut(i, kind.points, kind.size, rng) for i in range(len(faces))])
@@ -225,7 +225,7 @@ def face_figures(reader: Reader, kind: Kind, faces: Faces, spoil: bool = False) 
 
 
 def scene_figures(reader: Reader, kind: Kind, drawn: Drawn) -> dict[str, float]:
-    """How often each attribute of scenes that training never saw is named rightly."""
+    """Measures how often each attribute of scenes not seen in training is named correctly."""
     alone, targets = scene_targets(drawn)
     logits = read_all(reader, list(drawn.images()[alone]))[1:]
     right = [(row.argmax(1) == targets[alone, i]).mean() for i, row in enumerate(logits)]
@@ -233,7 +233,7 @@ def scene_figures(reader: Reader, kind: Kind, drawn: Drawn) -> dict[str, float]:
 
 
 def save(name: str, reader: Reader, folder: Path) -> None:
-    """Writes NAME.onnx into a folder; of the recogniser its weights too, for losses that need gradients."""
+    """Writes NAME.onnx into a folder; for the recognizer, also its weights, for losses that need gradients."""
     kind = KINDS[name]
     example = torch.zeros(2, 3, kind.size, kind.size)
     reader = reader.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -260,7 +260,7 @@ class _Embed(nn.Module):
 
 
 def load_recogniser(path: Path) -> Reader:
-    """The recogniser with its weights, frozen, for an ID loss that gradients run through."""
+    """Loads the recognizer with frozen weights, for an ID loss with gradients."""
     from safetensors.torch import load_file
 
     reader = Reader(KINDS["recogniser"])
@@ -268,10 +268,15 @@ def load_recogniser(path: Path) -> Reader:
     return reader.eval().requires_grad_(False)
 
 
+def _kind(name: str) -> str:
+    """Accepts the American spelling; files and folders keep the old one."""
+    return {"recognizer": "recogniser"}.get(name, name)
+
+
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=KINDS)
+    parser.add_argument("name", type=_kind, choices=KINDS)
     parser.add_argument("--folder", type=Path, default=Path(".training"))
     parser.add_argument("--people", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=2000)

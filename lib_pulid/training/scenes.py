@@ -1,4 +1,4 @@
-"""Scene: all of a drawn image but who is in it; and the prompt that describes it."""
+"""Defines Scene, everything in a drawn image except the people's looks, and the prompt that describes it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Scene:
 
 
 def scene_attributes(scene: Scene) -> dict[str, int]:
-    """Index into SCENE_ATTRIBUTES of each; of the first person where there are several."""
+    """Returns the index into SCENE_ATTRIBUTES of each; of the first person if there are several."""
     first = scene.placements[0]
     return {
         name: values.index(getattr(first if name in _OF_PLACEMENT else scene, name))
@@ -142,7 +142,7 @@ _STYLE_WORDS = dict(
 
 
 def describe(scene: Scene, persons: Sequence[Person] | None = None, keep: Collection[str] | None = None) -> str:
-    """The scene's prompt, with the looks of the persons if given; keep: names of SCENE_ATTRIBUTES, None for all."""
+    """Writes the scene's prompt, with the people's looks if given; keep: names of SCENE_ATTRIBUTES, None for all."""
     keep = SCENE_ATTRIBUTES if keep is None else keep
     looks = [_looks(person) for person in persons] if persons else [("person", "")] * len(scene.placements)
     figures = [_figure(placement, look, keep) for placement, look in zip(scene.placements, looks)]
@@ -164,7 +164,7 @@ def describe(scene: Scene, persons: Sequence[Person] | None = None, keep: Collec
 
 
 def _looks(person: Person) -> tuple[str, str]:
-    """Noun and looks: "balding person", "with red hair, round glasses and a full beard"."""
+    """Returns noun and looks: "balding person", "with red hair, round glasses and a full beard"."""
     style = "" if person.hair_style == "balding" else f"{person.hair_style} "
     hair = f"{person.hair_color} hair in a bun" if style == "bun " else f"{style}{person.hair_color} hair"
     hair = f"a {style}of {person.hair_color} hair" if style in ("bob ", "afro ") else hair
@@ -205,7 +205,7 @@ def _backdrop(scene: Scene, keep: Collection[str]) -> str:
 
 
 def vocabulary() -> frozenset[str]:
-    """All words of describe(), in lowercase."""
+    """Returns all words of describe(), in lowercase."""
     prompts = []
     for index in range(max(map(len, [*ATTRIBUTES.values(), *SCENE_ATTRIBUTES.values()]))):
         looks: dict[str, Any] = {name: values[index % len(values)] for name, values in ATTRIBUTES.items()}

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_pulid.faces import CLIP_MEAN, CLIP_STD, VISION_SIZE, WHITE_LABELS, normalise
-from lib_pulid.standin import tower_shapes
 from lib_pulid.training import world
 from lib_pulid.training.crops import pairs
 from lib_pulid.training.dataset import HELD_OUT, Drawn
@@ -27,7 +26,7 @@ from lib_pulid.training.export import replace_file
 from lib_pulid.training.loop import Run
 from lib_pulid.training.parser import CLASSES, Labeled
 from lib_pulid.training.readers import contrastive_loss, heads_loss
-from lib_pulid.vision import BLOCKS, VisionTower, _build, load_vision_tower
+from lib_pulid.vision import BLOCKS, VisionTower, _build, load_vision_tower, tower_shapes
 
 WIDTH, DEPTH, HIDDEN, OUTPUT = 64, 20, 64, 768
 PATCH, GRID = 14, VISION_SIZE // 14
@@ -48,7 +47,7 @@ class Kept(nn.Module):
 
 
 def build() -> VisionTower:
-    """The untrained tower; its first layer sees waves (a cosine transform) of a gray patch."""
+    """Builds the untrained tower; its first layer computes a cosine transform of a gray patch."""
     torch.manual_seed(50)
     shapes = tower_shapes(WIDTH, OUTPUT, DEPTH, HIDDEN)
     trunk = _build({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
@@ -67,7 +66,7 @@ def build() -> VisionTower:
 
 
 def official(trunk: nn.Module) -> dict[str, Tensor]:
-    """The trunk's weights under the official names of EVA02-CLIP's file, in 16 bit."""
+    """Collects the trunk's weights under the official names of EVA02-CLIP's file, in 16 bit."""
     from timm.models.eva import checkpoint_filter_fn
 
     shapes = tower_shapes(WIDTH, OUTPUT, DEPTH, HIDDEN)
@@ -93,7 +92,7 @@ class Lesson(nn.Module):
             nn.init.normal_(layer.get_parameter("weight"), std=0.01)
 
     def loss(self, images: Tensor, labels: Tensor, chosen: Tensor | None, who: Tensor, traits: Tensor, numbers: Tensor):
-        """images [B, 3, 336, 336], labels [B, 576] of the patches, chosen [B, K] patches, who [B] -> loss, figures."""
+        """Computes loss and figures of images [B, 3, 336, 336], labels [B, 576], chosen patches [B, K], and who [B]."""
         self.tower.trunk.patch_drop.chosen = chosen
         token, hidden = self.tower(images)
         labels = labels if chosen is None else labels.gather(1, chosen)
@@ -113,7 +112,7 @@ class Lesson(nn.Module):
 
 
 def gray_face(crop: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As faces.face_features: the crop, uint8 RGB [S, S, 3], in gray on white, uint8 [S, S]; where it is white."""
+    """Converts a crop, uint8 RGB [S, S, 3], as faces.face_features: gray on white, uint8 [S, S]; where it is white."""
     white = cv2.GaussianBlur(np.isin(labels, WHITE_LABELS).astype(np.float32), (0, 0), 2.0) > 0.5
     return np.where(white, 255, cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)).astype(np.uint8), white
 
@@ -138,7 +137,7 @@ def batch_of(data: Labeled, chosen: np.ndarray, rng: np.random.Generator | None,
 def train(
     folder: Path, people: int, steps: int, batch: int, rate: float, minutes: float | None, kept: int
 ) -> VisionTower:
-    """Trains the tower or goes on training it. kept: patches that it sees of 576; 0 for all."""
+    """Trains the tower or resumes its training. kept: how many of the 576 patches it sees; 0: all."""
     data = Labeled(Drawn(folder, people))
     faces = data.faces
     lesson = Lesson(build(), faces.numbers.shape[1])
@@ -165,7 +164,7 @@ def save(tower: VisionTower, path: Path) -> None:
 
 @torch.no_grad()
 def figures(path: Path, folder: Path, people: int = 64) -> dict[str, float]:
-    """Of a written tower, on people that training never saw: top-1; traits by a linear fit to token and states."""
+    """Evaluates a written tower on people not seen in training: top-1; traits by a linear fit to token and states."""
     tower, data = load_vision_tower(path), Labeled(Drawn(folder, people, HELD_OUT), sharp=0)
     faces = data.faces
     rows: list[tuple[Tensor, ...]] = []
@@ -192,7 +191,7 @@ def figures(path: Path, folder: Path, people: int = 64) -> dict[str, float]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"))
     parser.add_argument("--people", type=int, default=3000)

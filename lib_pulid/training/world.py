@@ -1,4 +1,4 @@
-"""The drawn world: people and scenes as images, prompts and labels, to train and test a miniature on.
+"""Draws the world to train and test a miniature on: people and scenes as images, prompts and labels.
 
 A sheet of it: python -m lib_pulid.training.world --seed 0 -o sheet.png
 """
@@ -59,7 +59,7 @@ def draw(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray
 
 
 def _rim(persons: Sequence[Person], scene: Scene, size: int) -> Image.Image:
-    """The people and a rim around them: the white of a sticker, an L image of the fine size."""
+    """Draws people with a rim around them, the white of a sticker: an L image of the fine size."""
     seen = Image.fromarray(np.uint8(255) * (labels(persons, scene, size) != NOTHING))
     grown = seen.filter(ImageFilter.GaussianBlur(size / 36)).resize(
         (size * FINE, size * FINE), Image.Resampling.BILINEAR
@@ -68,7 +68,7 @@ def _rim(persons: Sequence[Person], scene: Scene, size: int) -> Image.Image:
 
 
 def labels(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray:
-    """What each pixel shows, classes of BiSeNet's face parsing, uint8 [size, size]."""
+    """Labels each pixel with BiSeNet's face parsing classes, uint8 [size, size]."""
     pen = Pen(size, labels=True)
     _people(pen, persons, scene)
     return np.asarray(pen.image)[FINE // 2 :: FINE, FINE // 2 :: FINE].copy()
@@ -84,7 +84,7 @@ def _people(pen: Pen, persons: Sequence[Person], scene: Scene) -> None:
 
 
 def head_mask(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray:
-    """Where heads are, hair and neck too, and a little around them: bool [size, size]."""
+    """Masks the heads with hair, neck and a small margin: bool [size, size]."""
     classes = labels(persons, scene, size)
     head = Image.fromarray(np.uint8(255) * ((classes != NOTHING) & (classes != CLOTH)))
     margin = round(3 * size / 128)
@@ -92,17 +92,17 @@ def head_mask(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.nd
 
 
 def landmarks(person: Person, placement: Placement, size: int = 128) -> np.ndarray:
-    """Eyes, nose tip, corners of the mouth in pixels, those on the left first: float32 [5, 2]."""
+    """Returns eyes, nose tip and corners of the mouth in pixels, the left ones first: float32 [5, 2]."""
     return (Face(person, placement).landmarks() * size).astype(np.float32)
 
 
 def face_box(person: Person, placement: Placement, size: int = 128) -> np.ndarray:
-    """x0, y0, x1, y1 of the face in pixels, forehead to chin without ears: float32 [4]."""
+    """Returns x0, y0, x1, y1 of the face in pixels, forehead to chin without ears: float32 [4]."""
     return (Face(person, placement).box() * size).astype(np.float32)
 
 
 def _sheet() -> None:
-    """Command line: rows are persons, columns are scenes."""
+    """Runs the command line: draws a sheet with a row per person and a column per scene."""
     parser = argparse.ArgumentParser(description="Draws a contact sheet: a row per person, a column per scene.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=6)

@@ -1,1 +1,1 @@
-"""The extension's side of the WebUI: what it shows, reads, writes and keeps. Only this package imports gradio."""
+"""Implements the extension's page, API, settings and infotext. Only this package imports gradio."""

@@ -1,7 +1,9 @@
-"""The accordion: its widgets and where they stand. What they do is in actions.py.
+"""Builds the accordion's widgets. What they do is in actions.py.
 
-Written for gradio 3.41 and 4.40; the hosts add `tooltip=` and `_js=` to both. Photos and the region travel as text in
-hidden fields, so that a unit's values are plain JSON whoever sends them.
+Written for gradio 3.41 and 4.40; the hosts add `tooltip=` and `_js=` to both. Photos and the mask travel as text in
+hidden fields, so that a unit's values are plain JSON, from the page as from the API.
+
+The host translates the page by whole texts (`localizations/`), so every label, hint and paragraph is one literal.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 import gradio as gr
 
+from lib_pulid import __version__
 from lib_pulid.fields import FIELD, FIELDS, NONE, Field
 from lib_pulid.units import PulidUnit
 from lib_pulid.webui import canvas
@@ -24,7 +27,7 @@ from lib_pulid.webui.missing import Missing
 
 @dataclass(frozen=True)
 class Built:
-    """What a script's ui() has to hand over. controls: in the order of the positional list."""
+    """The widgets that a script's ui() returns. controls: in the order of the positional list."""
 
     controls: list[Any]
     infotext_fields: list[tuple[Any, PastedField]]
@@ -32,12 +35,15 @@ class Built:
 
 
 def build(tab: str, count: int, library: Library, actions: Actions, families: Sequence[str]) -> Built:
-    """tab: "txt2img" or "img2img". count: number of units. families: of the checkpoints that the host can load."""
+    """Builds the accordion of a tab.
+
+    tab: "txt2img" or "img2img". count: number of units. families: of the checkpoints that the host can load.
+    """
     with _switch(tab) as on:
         missing = Missing(tab, library, lambda: actions.family(""))
         gr.HTML(
-            "<p>One tab is one person. Drop a photo in which the face is large and sharp, describe the picture in the "
-            f"prompt, generate. {on.hint}</p>",
+            "<p>One tab is one person. Drop a photo with a large, sharp face, describe the image in the prompt, and "
+            f"generate.</p><p>{on.hint}</p><p class='pulid-version'>PuLID {__version__}</p>",
             elem_classes=["pulid-hint"],
         )
         family = families[0] if len(families) == 1 else ""
@@ -58,10 +64,10 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
 
 
 class _switch:
-    """The accordion that is its own on/off; where the host has none, a checkbox in a plain accordion.
+    """The host's accordion with a checkbox in its title; without one in the host, a checkbox in a plain accordion.
 
-    hint: how it is switched. The hosts' accordion is on while it is open, until its checkbox was clicked once; from
-    then on the title opens and closes only.
+    hint: how to enable PuLID. The hosts' accordion is on while it is open, until its checkbox has been clicked; from
+    then on the title only opens and closes it.
     """
 
     def __init__(self, tab: str) -> None:
@@ -76,7 +82,8 @@ class _switch:
             self._box = self.value = InputAccordion(False, label="PuLID", elem_id=elem_id)
             self._plain = False
             self.hint = (
-                "Open, PuLID is on; closed, it is off. After a click on the checkbox in the title, that alone switches."
+                "Opening this panel enables PuLID and closing it disables it. Once you use the checkbox, only the "
+                "checkbox counts."
             )
         self._elem_id = elem_id
 
@@ -91,7 +98,7 @@ class _switch:
 
 
 def _follow_checkpoint(tab: str, units: Sequence[_Unit], actions: Actions, shown: Any) -> None:
-    """A button for the page's script: it knows the checkpoint that is chosen, and when that changes."""
+    """Adds a hidden button for the page's script, which knows the selected checkpoint and when it changes."""
     name = _silent(gr.Textbox(value="", visible=False, label="PuLID checkpoint"))
     button = gr.Button("PuLID: follow the checkpoint", visible=False, elem_id=f"pulid_{tab}_checkpoint")
     button.click(
@@ -106,7 +113,7 @@ def _follow_checkpoint(tab: str, units: Sequence[_Unit], actions: Actions, shown
 class _Unit:
     """The widgets of one person, by field name.
 
-    shown: the hidden field that has the family that the page shows. following: what changes with it.
+    shown: the hidden field with the model family that the page shows. following: the widgets that change with it.
     """
 
     def __init__(self, tab: str, number: int, library: Library, actions: Actions, shown: Any) -> None:
@@ -128,7 +135,7 @@ class _Unit:
 
     def _common(self, field: Field, tip: bool = True) -> dict[str, Any]:
         value = self._defaults[FIELDS.index(field)]
-        # The hosts keep settings of the page by their labels: equal ones would be one setting of all persons.
+        # The hosts save the page's settings by label: equal labels would be one setting for all people.
         common = {
             "label": self._label(field.label),
             "value": value,
@@ -143,7 +150,7 @@ class _Unit:
     def _hidden(self, name: str) -> None:
         label = f"PuLID {self._number} {name}"
         widget = _silent(gr.Textbox(value="", visible=False, elem_id=self._id(name), label=label))
-        widget.preprocess = Unspoken.of  # what gradio calls with the page's value
+        widget.preprocess = Unspoken.of  # gradio calls it with the page's value
         self.widgets[name] = widget
 
     # ------------------------------------------------------------ rows
@@ -151,10 +158,10 @@ class _Unit:
     def _photos(self) -> None:
         self._hidden("images")
         enabled = self.widgets["enabled"] = gr.Checkbox(**self._common(FIELD["enabled"], tip=False))
-        enabled.do_not_save_to_config = True  # kept by its label, it would be one and the same for all units
+        enabled.do_not_save_to_config = True  # saved by label, it would be one setting for all units
         with gr.Row(elem_classes=["pulid-photos"]):
             self.drop = gr.File(
-                label="Photos: drop, paste or click",
+                label="Photos: drop, paste, or click",
                 file_count="multiple",
                 file_types=["image"],
                 height=150,
@@ -201,7 +208,7 @@ class _Unit:
                     "label": self._label("Or a saved identity"),
                 },
             )
-            self.refresh = _tool("\U0001f504", self._id("refresh"), "Look for new identities and models")
+            self.refresh = _tool("\U0001f504", self._id("refresh"), "Refresh identities and models")
             self.name = _silent(
                 gr.Textbox(
                     label="Save this person as",
@@ -238,14 +245,14 @@ class _Unit:
             self._choice("fusion")
             self._choice("hires")
         self._hidden("mask")
-        with gr.Accordion("Region: where this person's face may act", open=False, elem_id=self._id("region")):
+        with gr.Accordion("Mask: where this person's face may appear", open=False, elem_id=self._id("region")):
             gr.HTML(
-                "<p>Drop a picture (white yes, black no), or take an empty one and paint over the place. "
-                "Empty: everywhere.</p>",
+                "<p>Drop an image (white yes, black no), or start with a blank one and paint the area white. "
+                "No mask: everywhere.</p>",
                 elem_classes=["pulid-hint"],
             )
             self.canvas = canvas.build(self._id("canvas"))
-            self.blank = gr.Button("Empty picture to paint on", size="sm", elem_id=self._id("blank"))
+            self.blank = gr.Button("Blank image to paint on", size="sm", elem_id=self._id("blank"))
 
     def _slider(self, name: str) -> None:
         field = FIELD[name]
@@ -289,7 +296,7 @@ class _Unit:
         self.blank.click(act.empty_picture, [width, height], [self.canvas.picture], _js=size, **AT_ONCE)
 
     def _wire_preview(self, of: list[Any]) -> None:
-        """of: the widgets that say what it shows; it goes when one of them changes."""
+        """Shows a preview. of: the widgets that determine it; it disappears when one of them changes."""
         act, shown = self._actions, [self.shown, self.seen]
         self.preview.click(act.asked, of, [self.asked], **AT_ONCE)
         made = self.preview.click(act.preview, of, shown, queue=False)
@@ -299,13 +306,13 @@ class _Unit:
 
 
 def _silent(widget: Any) -> Any:
-    """Not to be kept in the host's ui-config.json."""
+    """Keeps a widget out of the host's ui-config.json."""
     widget.do_not_save_to_config = True
     return widget
 
 
 class Unspoken(str):
-    """A photo as text. After an error the hosts print what a request was called with; this shows its length only."""
+    """A photo as text whose repr is its length: after an error the hosts print a request's arguments."""
 
     @classmethod
     def of(cls, text: str | None) -> Unspoken | None:

@@ -1,4 +1,4 @@
-"""What the accordion's buttons do: values of widgets in, values of widgets out."""
+"""Implements the accordion's buttons: widget values in, widget values out."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
     from lib_pulid.identity import Identity
 
 THUMBNAIL = 256
-PRESET_FIELDS = ("projection", "num_zero", "start_step")  # what presets set
-FOLLOWING = ("weight", "fusion", *PRESET_FIELDS)  # what is looked at when the checkpoint changes
+PRESET_FIELDS = ("projection", "num_zero", "start_step")  # the fields that presets set
+FOLLOWING = ("weight", "fusion", *PRESET_FIELDS)  # the fields that are read when the checkpoint changes
 
 
-# How the page asks: not through gradio's queue. A press would wait there behind a picture that is being made; and
-# gradio 3.41 leaves a waiting request open when its page is closed (`Queue.clean_event`); Reload UI may wait for it.
+# The page bypasses gradio's queue, where a click would wait until the current image is done. Also, gradio 3.41 leaves a
+# queued request open when its page is closed (`Queue.clean_event`), and Reload UI may wait for it.
 AT_ONCE: Mapping[str, Any] = {"queue": False, "show_progress": False}
 
 
 class Actions:
-    """See the module.
+    """The accordion's buttons.
 
     Args:
-        family: tells the family of a checkpoint by its name, with "" of the chosen one; "" where it cannot be told.
+        family: returns the model family of a checkpoint by name, or of the selected one by ""; "" if it is not known.
     """
 
     def __init__(self, library: Library, family: Callable[[str], str]) -> None:
@@ -64,25 +64,25 @@ class Actions:
         return [AUTO, *(file.name for file in self._library.adapters())]
 
     def refresh(self, identity: str = NONE) -> tuple[Any, Any]:
-        """-> the lists of identities and of models. identity: the chosen one; one that is gone is chosen no longer."""
+        """Lists the identities and the models again. identity: the selected one; it is deselected if it is gone."""
         chosen = {} if self._is_there(identity) else {"value": NONE}
         return gr.update(choices=self.identity_choices(), **chosen), gr.update(choices=self.model_choices())
 
     def _is_there(self, identity: str) -> bool:
         try:
             return not _saved(identity) or self._library.find(identity) is not None
-        except SettingError:  # several have that name: generating says so
+        except SettingError:  # several have this name: generating reports it
             return True
 
     # ------------------------------------------------------------ photos
 
     def add_photos(self, files: Any, images: str) -> tuple[Any, str, Any, str]:
-        """-> the drop zone emptied, all photos, the unit's checkbox ticked, a note."""
+        """Adds files. Returns an empty drop zone, all photos, the unit's checkbox (checked), and a note."""
         known, problems = list(_images(images)), []
         for file in files if isinstance(files, list) else [files] if files else []:
             path = Path(getattr(file, "name", None) or str(file))
             if len(known) == MOST_PHOTOS:
-                problems.append(f"{path.name} and what follows is left out: {MOST_PHOTOS} photos are the most.")
+                problems.append(f"{path.name} and all after it were skipped: {MOST_PHOTOS} photos is the maximum.")
                 break
             try:
                 known.append(pictures.packed(load_image(path)))
@@ -91,7 +91,7 @@ class Actions:
         return None, json.dumps(known) if known else "", gr.update(value=True) if known else gr.update(), _bad(problems)
 
     def show_photos(self, images: str) -> tuple[Any, int]:
-        """-> the gallery, no photo selected."""
+        """Shows the photos. Returns the gallery, and that no photo is selected."""
         photos = _images(images)
         return gr.update(value=[thumbnail(pictures.decode(photo, "photo"), THUMBNAIL) for photo in photos]), -1
 
@@ -105,27 +105,27 @@ class Actions:
         rest = photos[:index] + photos[index + 1 :] if photos else []
         return json.dumps(rest) if rest else ""
 
-    # ------------------------------------------------------------ photos, or a saved identity: one of them is there
+    # ------------------------------------------------------------ either photos or a saved identity
 
     def photos_count(self, images: str, identity: str, note: str) -> tuple[Any, Any]:
-        """After photos have come. -> the identity no longer chosen, and the note with that in it."""
+        """Deselects the identity after photos were added, and says so in the note."""
         if not (images and _saved(identity)):
             return gr.update(), gr.update()
-        told = f"The photos count now; the saved identity {identity} is no longer chosen."
+        told = f"The photos are used now; the saved identity {identity} was deselected."
         return gr.update(value=NONE), gr.update(value=(note or "") + _warn(told))
 
     def identity_counts(self, identity: str, images: str) -> Any:
-        """After an identity was chosen. -> no photos: they would do nothing, and mix with the next person's."""
+        """Removes the photos after an identity was selected: unused, they would mix with the next person's."""
         return "" if images and _saved(identity) else gr.update()
 
     # ------------------------------------------------------------ faces
 
     def asked(self, images: str, identity: str, order: str, index: float) -> str:
-        """Names what a preview is of."""
+        """Returns a hash of what a preview shows."""
         return hashlib.sha256(json.dumps([images, identity, order, int(index)]).encode()).hexdigest()
 
     def still_asked(self, images: str, identity: str, order: str, index: float, asked: str) -> tuple[Any, Any]:
-        """After a preview was made, which takes a while: it goes if it is of something else by now."""
+        """Hides a finished preview if something else has been selected meanwhile."""
         same = asked == self.asked(images, identity, order, index)
         return (gr.update(), gr.update()) if same else self.no_preview()
 
@@ -133,14 +133,14 @@ class Actions:
         return gr.update(value=[], visible=False), ""
 
     def preview(self, images: str, identity: str, order: str, index: float) -> tuple[Any, str]:
-        """-> the gallery of what was found, and what to know of it."""
+        """Finds the faces. Returns the gallery, and notes on what was found."""
         shown: list[tuple[np.ndarray, str]] = []
         lines: list[str] = []
         try:
             if _saved(identity):
                 shown, lines = self._preview_identity(identity)
             elif not images:
-                lines = [_bad(["There is no photo yet: drop one above."])]
+                lines = [_bad(["No photo yet: drop one above."])]
             else:
                 self._preview_photos(_images(images), FaceChoice(order, int(index)), shown, lines)
         except PulidError as error:
@@ -168,26 +168,26 @@ class Actions:
             except PulidError as error:
                 lines.append(_bad([str(error)]))
                 continue
-            found = "1 face" if len(face.detections) == 1 else f"{len(face.detections)} faces, the green one is taken"
+            found = "1 face" if len(face.detections) == 1 else f"{len(face.detections)} faces, the green one is used"
             shown += [
                 (pictures.marked(photo, face), f"{name}: {found}"),
                 (face.aligned, f"{name}: aligned"),
-                (pictures.parsed(face), f"{name}: what is read"),
+                (pictures.parsed(face), f"{name}: encoder input"),
             ]
             notes = pictures.warnings(face)
-            lines.append(_warn(f"{name}: {'; '.join(notes)}.") if notes else _good(f"{name}: a good face."))
+            lines.append(_warn(f"{name}: {'; '.join(notes)}.") if notes else _good(f"{name}: the face is good to use."))
 
     def save(
         self, name: str, images: str, model: str, order: str, index: float, fusion: str, identity: str = NONE
     ) -> tuple[Any, Any, str]:
-        """-> the list of identities with the new one chosen, the name field emptied, a note.
+        """Saves the person. Returns the list with the new identity selected, an empty name field, and a note.
 
-        Without photos the chosen identity is saved under another name, or in another format.
+        Without photos, the selected identity is saved under another name, or in another format.
         """
         told: list[str] = []
         try:
             if not name.strip():
-                raise SettingError("Give the identity a name first.")
+                raise SettingError("Enter a name for the identity first.")
             made = self._library.saved(identity) if _saved(identity) and not images else None
             saved = self._library.save(
                 name, made or self._encoded(images, model, FaceChoice(order, int(index)), fusion, told)
@@ -196,50 +196,48 @@ class Actions:
             return gr.update(), gr.update(), _bad([str(error)])
         finally:
             self._library.release()
-        note = _good(
-            f"{saved.name} ({saved.short_hash}) is saved for {saved.adapter}; it is chosen below and counts now."
-        )
+        note = _good(f"Saved {saved.name} ({saved.short_hash}) for {saved.adapter}. It is selected below and used now.")
         listed = gr.update(choices=self.identity_choices(), value=saved.name)
         return listed, gr.update(value=""), "".join([note, *told])
 
     def _encoded(self, images: str, model: str, choice: FaceChoice, fusion: str, told: list[str]) -> Identity:
         photos = [pictures.photo(text, f"photo {i}") for i, text in enumerate(_images(images), 1)]
         if not photos:
-            raise SettingError("There is no photo to save: drop one above.")
+            raise SettingError("No photo to save: drop one above.")
         adapter = self._library.adapter(model or AUTO, self._family_for(model))
         return self._library.encode(photos, adapter, choice, fusion, warn=lambda text: told.append(_warn(text)))
 
     def _family_for(self, model: str) -> str:
-        """A named file's own; with auto the checkpoint's, or the only one there are files for."""
+        """Returns the family of a named file; with auto the checkpoint's, or the only one with files."""
         files = self._library.adapters()
         named = [file.family for file in files if model in (file.name, file.path.stem) and file.family]
         family = named[0] if named else self.family("")
         if not family:
             families = {file.family for file in files if file.family} or {"sdxl"}
             if len(families) > 1:
-                raise SettingError("Choose a PuLID model first: an identity is saved for SDXL or for FLUX.")
+                raise SettingError("Select a PuLID model first: an identity is saved either for SDXL or for FLUX.")
             family = families.pop()
         return family
 
-    # ------------------------------------------------------------ settings that belong together
+    # ------------------------------------------------------------ presets and the checkpoint's family
 
     def apply_preset(self, preset: str) -> list[Any]:
-        """-> the widgets of PRESET_FIELDS."""
+        """Sets the widgets of PRESET_FIELDS."""
         values = preset_values(preset)
         return [gr.update(value=values[name]) if name in values else gr.update() for name in PRESET_FIELDS]
 
     def name_preset(self, family: str, shown: str, *values: Any) -> Any:
-        """After a setting of `family` was moved. shown: the family of the page. values: of PRESET_FIELDS."""
+        """Names the preset after a setting of `family` changed. shown: the page's family. values: of PRESET_FIELDS."""
         if shown not in ("", family):
             return gr.update()
         return gr.update(value=_preset_name(family, values))
 
     def follow_checkpoint(self, shown: str, name: str, *values: Any) -> list[Any]:
-        """Shows what the checkpoint's family has, of every unit.
+        """Shows the settings of the checkpoint's family in every unit.
 
-        shown: the family of the page, "" for all. name: the checkpoint's. values: of FOLLOWING, unit by unit.
+        shown: the page's family, "" for all. name: of the checkpoint. values: of FOLLOWING, unit by unit.
 
-        -> the family; then of every unit weight, preset, fusion, and the lines of SDXL and of FLUX.
+        Returns the family; then for every unit weight, preset, fusion, and the rows of SDXL and of FLUX.
         """
         family, count = self.family(name or ""), len(FOLLOWING)
         units = [values[i : i + count] for i in range(0, len(values), count)]
@@ -247,16 +245,16 @@ class Actions:
             return [gr.update()] * (1 + 5 * len(units))
         return [family, *(update for unit in units for update in _for_family(family, *unit))]
 
-    # ------------------------------------------------------------ region
+    # ------------------------------------------------------------ mask
 
     def keep_region(self, picture: Any, strokes: Any = None) -> str:
-        """gradio 3 hands over both in a dict."""
+        """Returns the mask as text. gradio 3 passes image and strokes in a dict."""
         if isinstance(picture, dict):
             picture, strokes = picture.get("image"), picture.get("mask")
         return pictures.drawn_region(picture, strokes)
 
     def empty_picture(self, width: float, height: float) -> np.ndarray:
-        """Black, as large as the picture will be."""
+        """Returns a black image of the size that will be generated."""
         return np.zeros((int(height or 512), int(width or 512), 3), np.uint8)
 
 
@@ -273,7 +271,7 @@ def _for_family(family: str, weight: float, fusion: str, *values: Any) -> list[A
 
 
 def preset_choices(family: str) -> list[str]:
-    """family: "" for all."""
+    """Lists a family's presets; "": all."""
     return [*(name for name, own in PRESET_FAMILY.items() if family in ("", own)), CUSTOM]
 
 
@@ -282,7 +280,7 @@ def _preset_name(family: str, values: Sequence[Any]) -> str:
 
 
 def _saved(identity: str) -> str:
-    """The chosen identity, or ""."""
+    """Returns the selected identity, or ""."""
     return "" if identity in (None, "", NONE) else identity
 
 

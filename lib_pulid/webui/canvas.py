@@ -1,4 +1,4 @@
-"""A widget that takes a picture and lets one paint on it; each host has another one."""
+"""Builds a widget for an image that one can paint on; every host has a different one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WHITE = "#ffffff"
 
 @dataclass(frozen=True)
 class Canvas:
-    """Args: values: what holds picture and strokes. changed: gradio's events. picture: takes a new picture."""
+    """Args: values: widgets with image and strokes. changed: gradio's events. picture: the widget for a new image."""
 
     values: list[Any]
     changed: list[Callable[..., Any]]
@@ -22,8 +22,10 @@ class Canvas:
 
 
 def build(elem_id: str) -> Canvas:
-    """Forge's own canvas; gradio 3's sketch pad; elsewhere an upload without a brush (gradio 4's editor, hidden in an
-    accordion, freezes the page)."""
+    """Builds Forge's own canvas, or gradio 3's sketch pad, or else an upload without a brush.
+
+    gradio 4's editor freezes the page when it is hidden in an accordion.
+    """
     try:
         from modules_forge.forge_canvas.canvas import ForgeCanvas
     except ImportError:
@@ -41,7 +43,7 @@ def build(elem_id: str) -> Canvas:
         )
         values = [made.background, made.foreground]
         return Canvas(values, [value.change for value in values], made.background)
-    common = {"type": "numpy", "label": "Region", "show_label": False, "height": HEIGHT, "elem_id": elem_id}
+    common = {"type": "numpy", "label": "Mask", "show_label": False, "height": HEIGHT, "elem_id": elem_id}
     if gr.__version__.startswith("3."):
         sketch = gr.Image(source="upload", tool="sketch", brush_color=WHITE, **common)
         return Canvas([sketch], [sketch.change, sketch.edit], sketch)

@@ -1,6 +1,6 @@
-"""Injections that were compiled last, kept in the computer's memory: the next picture of a person needs them again.
+"""Keeps recently compiled injections in the computer's memory for the next image of the same person.
 
-Compiling reads all weights of an adapter, 0.7 GB for SDXL and 0.8 GB for FLUX; what comes out is small.
+Compiling reads all weights of an adapter, 0.7 GB for SDXL and 0.8 GB for FLUX; the result is small.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from lib_pulid.identity import Identity
 from lib_pulid.injection import Injection, compile_injection
 from lib_pulid.weights import Adapter
 
-MOST = 600_000_000  # bytes; two persons on FLUX, with the rows of the negative prompt
+MOST = 600_000_000  # bytes; two people on FLUX, with the negative prompt's rows
 
 
 class CompiledInjections:
-    """See the module."""
+    """A cache of compiled injections on the CPU, least recently used first."""
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, Injection] = {}  # the one used last stands last
+        self._kept: dict[Hashable, Injection] = {}  # most recently used last
 
     def get(
         self, adapter: Adapter, stamp: Hashable, identity: Identity, device: torch.device, **settings: Any
     ) -> Injection:
-        """As `compile_injection`. stamp: names the adapter's file and its state."""
+        """Returns the result of `compile_injection`. stamp: identifies the adapter's file and its state."""
         key = (stamp, _named(identity), *((name, _named(value)) for name, value in sorted(settings.items())))
         injection = self._kept.pop(key, None)
         if injection is None:
@@ -39,7 +39,7 @@ class CompiledInjections:
 
 
 def _named(value: Any) -> Hashable:
-    """Something small that is equal where the value is: of tensors their content."""
+    """Returns a small key that is equal if the value is: for tensors, a hash of their content."""
     if isinstance(value, Identity):
         return _named(value.cond), _named(value.uncond)
     if not isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Downloads for the page and the API: in the background, one file after another, whoever closes which page."""
+"""Downloads files for the page and the API in the background, one after another, even if the page is closed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib_pulid import catalog
-from lib_pulid.catalog import WeightFile
 from lib_pulid.errors import PulidError
+from lib_pulid.files import catalog
+from lib_pulid.files.catalog import WeightFile
 
 
 @dataclass(frozen=True)
 class State:
-    """running: whether something is under way. name: of what is being fetched; done, total: bytes of it. note: what it
-    waits for. waiting: names of those to come. problems: in words, of those that failed."""
+    """The progress of the downloads.
+
+    running: whether one is in progress. name: of the current file; done, total: its bytes. note: what it waits for.
+    waiting: names of the files to come. problems: messages of those that failed.
+    """
 
     running: bool = False
     name: str = ""
@@ -31,10 +34,10 @@ class _Stopped(Exception):
 
 
 class Downloads:
-    """See the module.
+    """A queue of downloads with one background thread.
 
     Args:
-        models_dir: gives the models folder.
+        models_dir: returns the models folder.
     """
 
     def __init__(self, models_dir: Callable[[], Path]) -> None:
@@ -49,7 +52,7 @@ class Downloads:
         return self._state
 
     def start(self, files: Sequence[WeightFile]) -> None:
-        """Adds files to those that are under way."""
+        """Adds files to the queue, and starts it."""
         with self._lock:
             queued = [file.name for file in self._queue] + [self._state.name]
             self._queue += [file for file in files if file.name not in queued]
@@ -62,7 +65,7 @@ class Downloads:
         threading.Thread(target=self._work, name="PuLID download", daemon=True).start()
 
     def stop(self) -> None:
-        """Ends at the next block; what has come is kept, and the next start goes on from there."""
+        """Ends at the next block; what was received is kept, and the next start resumes there."""
         with self._lock:
             self._queue.clear()
             self._stop = True
@@ -77,19 +80,19 @@ class Downloads:
                 self._state = State(running=True, name=file.name, total=file.size, problems=self._state.problems)
                 self._told()
             try:
-                catalog.download(file, self._models_dir(), self._tell)
+                catalog.download(file, self._models_dir(), self._progress)
             except _Stopped:
                 pass
             except PulidError as error:
                 self._failed(str(error))
-            except Exception as error:  # a fault of ours: told here, or nobody would ever see it
+            except Exception as error:  # a fault of ours: shown here, or nobody would ever see it
                 self._failed(f"{file.name}: {type(error).__name__}: {error}")
 
     def _failed(self, problem: str) -> None:
         with self._lock:
             self._state = replace(self._state, problems=(*self._state.problems, problem))
 
-    def _tell(self, done: int, total: int, note: str) -> None:
+    def _progress(self, done: int, total: int, note: str) -> None:
         if self._stop:
             raise _Stopped
         with self._lock:

@@ -1,7 +1,7 @@
-"""The parameters in the picture, and back.
+"""Writes a unit's settings into the image's parameters (infotext), and reads them back.
 
 One entry per unit, `PuLID 1: "hash: 0123456789, identity: Anna, model: auto, weight: 0.8, ..."`. The face itself is
-there as a hash only; it is found again where it was saved, or is still in the cache.
+there only as a hash; it is found again if the identity is saved, or still in the cache.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def key(number: int) -> str:
 
 
 def clear(parameters: MutableMapping[str, Any]) -> None:
-    """Removes our entries: the cells of a grid share one table."""
+    """Removes our entries: the cells of a grid share one dict."""
     for name in [name for name in parameters if name.startswith(PREFIX)]:
         del parameters[name]
 
 
 def write(unit: PulidUnit, family: str, facts: Mapping[str, str]) -> str:
-    """All settings of a unit that mean something to the family.
+    """Formats all settings of a unit that apply to the model family.
 
-    facts: "hash" of the identity, "file" and "weights" of the PuLID model; "experiment" where it is one.
+    facts: "hash" of the identity, "file" and "weights" of the PuLID model; "experiment" if it is one.
     """
     unit = unit.on(family)
     entries = {"hash": facts["hash"], "weights": facts["weights"]}
@@ -48,16 +48,15 @@ def write(unit: PulidUnit, family: str, facts: Mapping[str, str]) -> str:
 
 
 def read(text: str) -> dict[str, str]:
-    """The inverse of `write`; what is no entry is left out."""
+    """Parses the text that `write` formats; skips anything else."""
     pairs = (entry.partition(": ") for entry in text.split(", "))
     return {name.strip(): _unescape(value) for name, colon, value in pairs if colon}
 
 
 class PastedField(str):
-    """What the hosts want to know of a widget that is pasted into: a name, and a function from parameters to a value.
+    """Tells the hosts how to paste into a widget: a name, and a function from parameters to a value, in one object.
 
-    They take either; a name lets "Send to img2img" carry the widget's value over, a function lets us read our entries.
-    This is both.
+    They accept either; the name lets "Send to img2img" copy the widget's value, the function reads our entries.
     """
 
     _place: tuple[int, Field | None, Library]
@@ -72,7 +71,7 @@ class PastedField(str):
         if field is None:
             return any(name.startswith(PREFIX) and name[len(PREFIX) :].isdigit() for name in parameters)
         if not any(name.startswith(PREFIX) for name in parameters):
-            return None  # a picture without PuLID switches it off and leaves the rest as it is
+            return None  # an image without PuLID disables it and leaves the rest as it is
         text = parameters.get(key(number))
         if field.name == "enabled":
             return text is not None
@@ -80,7 +79,7 @@ class PastedField(str):
 
 
 def _value(field: Field, entries: Mapping[str, str], library: Library) -> Any:
-    """What to put into the widget, or None to leave it."""
+    """Returns the widget's new value, or None to leave it."""
     if field.name in ("identity", "images"):
         found = _find(entries, library)
         return {"identity": found or NONE, "images": "" if found else None}[field.name]
@@ -89,12 +88,12 @@ def _value(field: Field, entries: Mapping[str, str], library: Library) -> Any:
     text = entries[field.name]
     try:
         return check(field, {"float": float, "int": int}.get(field.kind, str)(text), 0)
-    except ValueError:  # someone wrote into the parameters; SettingError is one, too
+    except ValueError:  # someone edited the parameters; SettingError is one, too
         return None
 
 
 def _find(entries: Mapping[str, str], library: Library) -> str:
-    """The name of the saved identity with this hash; the hash, where only the cache has it; or ""."""
+    """Returns the name of the saved identity with this hash, or the hash if only the cache has it, or ""."""
     short_hash = entries.get("hash", "")
     saved = [one.name for one in library.identities() if one.short_hash == short_hash]
     if saved:
@@ -104,7 +103,7 @@ def _find(entries: Mapping[str, str], library: Library) -> str:
 
 
 def _text(value: Any) -> str:
-    """All digits, so that what is read back is the same to the bit."""
+    """Formats with all digits, so that the value read back is the same to the bit."""
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 

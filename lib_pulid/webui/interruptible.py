@@ -1,4 +1,4 @@
-"""Work that the user may interrupt: it runs in a thread of its own, which is left behind when they do."""
+"""Runs work in a thread of its own, which is abandoned when the user interrupts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 from lib_pulid.errors import Interrupted
 
 POLL = 0.1  # seconds until an interrupt is noticed
-MESSAGE = "Interrupted while photos were being read."
+MESSAGE = "Interrupted while reading photos."
 Result = TypeVar("Result")
 
 
@@ -22,11 +22,11 @@ class Interruptible:
 
     @property
     def is_busy(self) -> bool:
-        """Whether work that was left behind is still being done."""
+        """Whether abandoned work is still running."""
         return self._left is not None and self._left.is_alive()
 
     def settle(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Waits until work that was left behind is done, or until `stop`."""
+        """Waits until abandoned work is done, or until `stop` returns True."""
         while self._left is not None and self._left.is_alive() and not stop():
             self._left.join(POLL)
 
@@ -34,11 +34,11 @@ class Interruptible:
         """Does the work and returns its result, or raises its error.
 
         Args:
-            work: is given a function that tells whether it was left behind, to end early.
+            work: is given a function that says whether it was abandoned, to end early.
             stop: whether the user has interrupted.
 
         Raises:
-            Interrupted: they have. The work goes on for a while; `settle` waits for its end.
+            Interrupted: they have. The work continues for a while; `settle` waits for its end.
         """
         self.settle(stop)
         if self.is_busy:
@@ -49,7 +49,7 @@ class Interruptible:
         def do() -> None:
             try:
                 outcome.set_result(work(left.is_set))
-            except BaseException as error:  # also what only ends a process: it is raised where the work was asked for
+            except BaseException as error:  # SystemExit, too: it is raised in the thread that asked for the work
                 outcome.set_exception(error)
 
         thread = threading.Thread(target=do, name="PuLID", daemon=True)

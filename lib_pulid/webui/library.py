@@ -1,6 +1,6 @@
-"""What lies in the models folder and what of it is loaded: PuLID files, saved identities, the way from a photo.
+"""Finds and loads what is in the models folder: PuLID files, saved identities, and the encoders of photos.
 
-One adapter stays loaded on the CPU; the models that read photos are released after use.
+One adapter stays loaded on the CPU; the encoders are released after use.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib_pulid import catalog, disk, names
+from lib_pulid import disk, names
 from lib_pulid.disk import listed as _files
 from lib_pulid.errors import (
     IdentityMismatchError,
@@ -24,8 +24,9 @@ from lib_pulid.errors import (
     WrongWeightsError,
 )
 from lib_pulid.fields import AUTO
-from lib_pulid.heads import checkpoint_family, read_head
-from lib_pulid.pulidembd import SUFFIX as PULIDEMBD
+from lib_pulid.files import catalog
+from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
+from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.webui.fetching import Downloads
 from lib_pulid.webui.interruptible import Interruptible
 from lib_pulid.webui.readers import Readers
@@ -40,13 +41,13 @@ if TYPE_CHECKING:
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 IDENTITY_SUFFIXES = (".safetensors", PULIDEMBD)
-# What the identity encoder of a PuLID file has, and that of an IP-Adapter in the same layout has not.
+# Tensors of a PuLID file's identity encoder that an IP-Adapter in the same layout lacks.
 _ENCODERS = ("image_proj.body.0.weight", "image_proj.proj_out")
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A PuLID file. family: "sdxl", "flux", or "" where only loading it would tell."""
+    """A PuLID file. family: "sdxl", "flux", or "" if it has to be loaded to find out."""
 
     path: Path
     family: str
@@ -65,11 +66,11 @@ class SavedIdentity:
 
 
 class Library:
-    """See the module.
+    """The models folder, and what of it is loaded.
 
     Args:
-        models_dir: gives the models folder, see `catalog`. device: gives the encoders' device.
-        keep: tells whether encoders stay loaded.
+        models_dir: returns the models folder, see `catalog`. device: returns the encoders' device.
+        keep: whether encoders stay loaded.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Library:
         self._adapter: tuple[Any, Adapter] | None = None
         self._compiled: CompiledInjections | None = None
         self._cache: tuple[Path, IdentityCache] | None = None
-        self._read: dict[Any, Any] = {}  # what was read of a file, by its path, size and time
+        self._read: dict[Any, Any] = {}  # results of reading a file, by its path, size and time
 
     @property
     def models_dir(self) -> Path:
@@ -94,7 +95,7 @@ class Library:
 
     @property
     def folder(self) -> Path:
-        """Where PuLID files lie; a models folder without a `pulid` in it is taken for it."""
+        """The folder of PuLID files: `pulid` in the models folder, or the models folder itself if it has the files."""
         folder = self.models_dir / "pulid"
         here = disk.is_folder(folder) or not disk.is_folder(self.models_dir)
         return folder if here else _flat(self.models_dir) or folder
@@ -106,14 +107,12 @@ class Library:
     # ------------------------------------------------------------ PuLID files
 
     def adapters(self) -> list[AdapterFile]:
-        """The PuLID files, those of the catalogue first, in its order, and these wherever `catalog.find` sees them."""
+        """Lists the PuLID files, those of the catalog first and in its order, wherever `catalog.status` finds them."""
         order = {file.name: i for i, file in enumerate(catalog.CATALOG)}
         skip = {file.name for file in catalog.in_group("encoders")}
         paths = [path for path in _files(self.folder, WEIGHT_SUFFIXES) if path.name not in skip]
         names = {path.name for path in paths}
-        elsewhere = (
-            catalog.find(file, self.models_dir) for family in catalog.FAMILIES for file in catalog.in_group(family)
-        )
+        elsewhere = (catalog.status(file, self.models_dir).path for file in catalog.CATALOG if file.name not in skip)
         paths += [path for path in elsewhere if path is not None and path.name not in names]
         found = [AdapterFile(path, self._of(path, _family)) for path in paths]
         found = [file for file in found if file.family != "other"]
@@ -122,7 +121,7 @@ class Library:
     def adapter(self, name: str, family: str, encoder: str = "") -> Adapter:
         """Loads a PuLID file. name: of the file, with or without its suffix, or "auto".
 
-        encoder: with "auto", the fingerprint that a saved identity needs.
+        encoder: with "auto", the fingerprint of the encoder that a saved identity needs.
 
         Raises:
             MissingWeightsError, WrongWeightsError, UnsupportedModelError.
@@ -134,20 +133,14 @@ class Library:
             adapters = self._of_family(family, encoder, left_out)
             first = next(adapters, None)
             if first is None:
-                wanted = catalog.in_group(family)
-                raise MissingWeightsError("\n".join([
-                    f"no PuLID file for {family.upper()} in {self.folder}. One of these is needed:",
-                    catalog.by_hand(wanted, self.models_dir),
-                    catalog.how_to_get(wanted[:1]),
-                    *(f"Left out: {problem}" for problem in left_out),
-                ]))  # fmt: skip
+                raise catalog.no_adapter(family, self.folder, self.models_dir, left_out)
             if not encoder or first.is_encoder(encoder):
                 return first
             return next((adapter for adapter in adapters if adapter.is_encoder(encoder)), first)
 
     def _of_family(self, family: str, encoder: str, left_out: list[str]) -> Iterator[Adapter]:
         files = [file for file in self.adapters() if file.family in (family, "")]
-        if self._adapter is not None and encoder:  # what is loaded costs nothing to look at
+        if self._adapter is not None and encoder:  # the loaded file is checked at no cost
             loaded = self._adapter[1].path
             files.sort(key=lambda file: file.path != loaded)
         for file in files:
@@ -155,14 +148,14 @@ class Library:
                 adapter = self._load(file.path)
             except (WrongWeightsError, MissingWeightsError) as error:
                 if file.family:
-                    raise  # its head says that it is one: damaged
-                left_out.append(str(error))  # something else that lies in the folder
+                    raise  # its header says that it is a PuLID file: damaged
+                left_out.append(str(error))  # some other file in the folder
                 continue
             if adapter.family == family:
                 yield adapter
 
     def _named(self, name: str) -> Path:
-        """Also of a file that is none: loading it says what it is."""
+        """Returns the path of a file by name, even if it is not a PuLID file: loading it says what it is."""
         paths = [*(file.path for file in self.adapters()), *_files(self.folder, WEIGHT_SUFFIXES)]
         for spelled in (lambda path: path.name, lambda path: path.stem):
             by_name: dict[str, Path] = {}
@@ -170,14 +163,14 @@ class Library:
                 by_name.setdefault(spelled(path), path)
             if (found := names.find(name, by_name)) is not None:
                 return found
-        known = ", ".join(file.name for file in self.adapters()) or "there is none"
-        raise MissingWeightsError(f"{name} is not among the PuLID files in {self.folder} ({known}).")
+        known = ", ".join(file.name for file in self.adapters()) or "none"
+        raise MissingWeightsError(f"{name} is not in {self.folder}. PuLID files there: {known}.")
 
     def _checked(self, adapter: Adapter, family: str) -> Adapter:
         if adapter.family != family:
             raise UnsupportedModelError(
-                f"{adapter.path.name} is {adapter.label}, but the checkpoint is of the {family.upper()} kind; "
-                "choose auto or another PuLID file."
+                f"{adapter.path.name} is {adapter.label}, but the checkpoint is {family.upper()}. "
+                "Choose auto or another PuLID file."
             )
         return adapter
 
@@ -186,12 +179,12 @@ class Library:
         if self._adapter is None or self._adapter[0] != stamp:
             from lib_pulid.weights import load_adapter
 
-            self._adapter = None  # before the next is loaded, so that both are never in memory
+            self._adapter = None  # first, so that two are never in memory
             self._adapter = stamp, load_adapter(path)
         return self._adapter[1]
 
     def injection(self, adapter: Adapter, identity: Identity, **settings: Any) -> Injection:
-        """As `compile_injection`; what was compiled last is not compiled again."""
+        """Returns the result of `compile_injection`, recent ones from memory."""
         if self._compiled is None:
             from lib_pulid.webui.compiled import CompiledInjections
 
@@ -199,7 +192,7 @@ class Library:
         return self._compiled.get(adapter, _stamp(adapter.path), identity, **settings)
 
     def checkpoint_family(self, path: Path) -> str:
-        """Of a checkpoint's file, by its head: "sdxl", "flux", or "" where that does not tell."""
+        """Returns a checkpoint's family by its header: "sdxl", "flux", or "" if that does not tell."""
         try:
             return self._of(path, checkpoint_family)
         except OSError:
@@ -208,15 +201,15 @@ class Library:
     # ------------------------------------------------------------ saved identities
 
     def identities(self) -> list[SavedIdentity]:
-        """The saved identities by name; files that are none are left out."""
+        """Lists the saved identities by name; skips other files."""
         found = (self._of(path, _saved) for path in _files(self.identities_dir, IDENTITY_SUFFIXES))
         return sorted((saved for saved in found if saved is not None), key=lambda saved: saved.name.lower())
 
     def find(self, name_or_hash: str) -> Path | None:
-        """Where an identity lies: saved, by name (however it is spelled) or short hash, or by hash in the cache.
+        """Returns an identity's path: saved, by name (in any spelling) or short hash; or cached, by hash.
 
         Raises:
-            SettingError: the name could be that of several.
+            SettingError: the name fits several.
         """
         paths = _files(self.identities_dir, IDENTITY_SUFFIXES)
         for spelled in (_shown_name, lambda path: path.stem, lambda path: path.name):
@@ -233,28 +226,28 @@ class Library:
         """Loads an identity.
 
         Raises:
-            IdentityMismatchError: there is none of that name or hash, or its file is damaged.
-            SettingError: the name could be that of several.
+            IdentityMismatchError: no identity has this name or hash, or its file is damaged.
+            SettingError: the name fits several.
         """
         from lib_pulid.identity import Identity
 
         path = self.find(name_or_hash)
         if path is None:
-            known = ", ".join(one.name for one in self.identities()) or "nothing is saved yet"
-            raise IdentityMismatchError(f"{name_or_hash} is not saved in {self.identities_dir} ({known}).")
+            known = ", ".join(one.name for one in self.identities()) or "none"
+            raise IdentityMismatchError(f"{name_or_hash} is not in {self.identities_dir}. Saved identities: {known}.")
         return Identity.load(path)
 
     def save(self, name: str, identity: Identity) -> SavedIdentity:
-        """Saves under a new name; under one that ends in `.pulidembd` in that format.
+        """Saves an identity under a new name; if the name ends in `.pulidembd`, in that format.
 
         Raises:
-            SettingError: the name is taken, by however it is spelled, or cannot be one. StorageError.
+            SettingError: the name is taken, in any spelling, or is not a valid name. StorageError.
         """
         from dataclasses import replace
 
         name = names.new(name)
         path = self.identities_dir / (name if name.lower().endswith(PULIDEMBD) else f"{name}.safetensors")
-        with self._lock:  # of two who save under one name, the second is told
+        with self._lock:  # of two who save under one name, the second gets an error
             self._check_free(path, [])
             replace(identity, info={**identity.info, "name": name}).save(path)
             try:
@@ -268,7 +261,7 @@ class Library:
         for other in _files(self.identities_dir, IDENTITY_SUFFIXES):
             if names.key(other.name) == names.key(path.name) and other not in own:
                 shown = _shown_name(other)
-                raise SettingError(f"{shown} is saved already; take another name, or delete {other} first.")
+                raise SettingError(f"{shown} is already saved. Choose another name, or delete {other} first.")
 
     # ------------------------------------------------------------ photos
 
@@ -282,14 +275,14 @@ class Library:
         warn: Callable[[str], None] = lambda text: None,
         stop: Callable[[], bool] | None = None,
     ) -> Identity:
-        """Photos, uint8 RGB [H, W, 3], of one person -> Identity; each set of photos is encoded once.
+        """Encodes photos of one person, uint8 RGB [H, W, 3], each set of photos once.
 
-        tell: is told what is being done. warn: what the user should know afterwards. stop: whether to leave it be,
-        asked several times a second.
+        tell: is called with the progress. warn: is called with notes for the user. stop: whether to abandon the work,
+        polled several times a second.
 
         Raises:
             ImageError, NoFaceError, MissingWeightsError, WrongWeightsError, SettingError.
-            Interrupted: `stop` said so.
+            Interrupted: `stop` returned True.
         """
 
         def work(is_left: Callable[[], bool]) -> Identity:
@@ -309,13 +302,13 @@ class Library:
         return work(lambda: False) if stop is None else self._work.run(work, stop)
 
     def settle(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Waits for photos that are still being read after an interrupt, or until `stop`."""
+        """Waits for photos that are still being read after an interrupt, or until `stop` returns True."""
         self._work.settle(stop)
 
     def read_face(
         self, photo: np.ndarray, choice: FaceChoice, name: str, warn: Callable[[str], None] = lambda text: None
     ) -> Face:
-        """The face of one photo, for a preview; needs the face models only.
+        """Reads the face of one photo for a preview; needs only the face models.
 
         Raises:
             NoFaceError, MissingWeightsError, WrongWeightsError.
@@ -324,7 +317,7 @@ class Library:
             return self._readers.read_face(photo, choice, name, self.models_dir, warn)
 
     def release(self) -> None:
-        """Lets go of the encoders, unless the settings keep them; after an interrupt, when their work is done."""
+        """Releases the encoders unless the settings keep them; after an interrupt, once their work is done."""
         if self._work.is_busy:
             return
         with self._lock:
@@ -340,7 +333,7 @@ class Library:
         return self._cache[1]
 
     def _of(self, path: Path, read: Callable[[Path], Any]) -> Any:
-        """What `read` says of a file; asked once as long as the file does not change."""
+        """Returns `read(path)`, remembered until the file changes."""
         key = (read.__qualname__, _stamp(path))
         if key not in self._read:
             self._read[key] = read(path)
@@ -348,7 +341,7 @@ class Library:
 
 
 def _shown_name(path: Path) -> str:
-    """Of a saved identity: that of its file; in another program's format with its ending."""
+    """Returns a saved identity's name: its file's stem, or the full file name for another program's format."""
     return path.name if path.suffix.lower() == PULIDEMBD else path.stem
 
 
@@ -360,18 +353,18 @@ def _flat(models_dir: Path) -> Path | None:
 def _stamp(path: Path) -> tuple[str, int, int]:
     try:
         stat = path.stat()
-    except OSError:  # deleted since it was listed, or closed: who reads it sees that
+    except OSError:  # deleted since it was listed, or not accessible: reading it reports that
         return str(path), 0, 0
     return str(path), stat.st_size, stat.st_mtime_ns
 
 
 def _family(path: Path) -> str:
-    """By the names of a safetensors file's tensors, which stand at its head; of a pickle only the catalogue tells."""
+    """Returns a PuLID file's family by the tensor names in a safetensors header; for a pickle, by the catalog."""
     if path.suffix.lower() != ".safetensors":
         return next((file.group for file in catalog.CATALOG if file.name == path.name), "")
-    keys = read_head(path)
+    keys = read_header(path)
     if not keys:
-        return ""  # damaged: listed, and loading it says what is wrong
+        return ""  # damaged: listed, and loading it reports what is wrong
     if any(key.startswith("pulid_ca.") for key in keys):
         return "flux"
     if any(key.startswith("id_adapter") for key in keys):

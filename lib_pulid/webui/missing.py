@@ -1,5 +1,4 @@
-"""The part of the accordion that is there only while files are missing: which, how large, under which licence, and the
-button that gets them."""
+"""Builds the part of the accordion that shows missing files: names, sizes, licenses, and a button to download them."""
 
 from __future__ import annotations
 
@@ -9,19 +8,19 @@ from typing import Any
 
 import gradio as gr
 
-from lib_pulid import catalog
-from lib_pulid.catalog import FAMILIES, WeightFile
-from lib_pulid.download import in_words
+from lib_pulid.files import catalog
+from lib_pulid.files.catalog import FAMILIES, WeightFile
+from lib_pulid.files.download import format_size
 from lib_pulid.webui.actions import AT_ONCE
 from lib_pulid.webui.fetching import State
 from lib_pulid.webui.library import Library
 
 
 class Missing:
-    """Widgets and what they do.
+    """The widgets for missing files, hidden while none is missing.
 
     Args:
-        family: tells the family of the loaded checkpoint, "" where it cannot be told.
+        family: returns the loaded checkpoint's model family, "" if it is not known.
     """
 
     def __init__(self, tab: str, library: Library, family: Callable[[], str]) -> None:
@@ -41,7 +40,7 @@ class Missing:
         self.outputs = [self.panel, self.note, self.accept, self.start, self.stop]
 
     def wire(self, units: Sequence[Any], refresh: Callable[[str], tuple[Any, Any]]) -> None:
-        """units: of the accordion; `refresh` gives the lists of identities and of models to one's chosen identity."""
+        """Connects the buttons. units: of the accordion; refresh: lists identities and models again."""
         lists = [unit.widgets[name] for unit in units for name in ("identity", "model")]
 
         def look(accepted: bool, *identities: str) -> list[Any]:
@@ -64,15 +63,15 @@ class Missing:
         self.accept.change(look, **asks)
 
     def files(self) -> tuple[WeightFile, ...]:
-        """What the loaded checkpoint's family lacks; without one, the family of which there is a PuLID file."""
+        """Lists the files missing for the loaded checkpoint's family; without one, for a family with a PuLID file."""
         folder = self._library.models_dir
         with_file = (family for family in FAMILIES if catalog.find_adapter(family, folder))
         lacking = catalog.missing(self._family() or next(with_file, FAMILIES[0]), folder)
-        own = {file.family for file in self._library.adapters()}  # of any name: told by what is in them
+        own = {file.family for file in self._library.adapters()}  # under any name: recognized by content
         return tuple(file for file in lacking if file.group not in own)
 
     def values(self, accepted: bool) -> tuple[Any, ...]:
-        """Of the widgets, as things stand; the page asks for them again while something is under way."""
+        """Returns the widgets' current values; the page polls them during a download."""
         state, files = self._downloads.state, self.files()
         restricted = any(file.restricted for file in files)
         return (
@@ -92,17 +91,17 @@ class Missing:
             return "".join(lines)
         rows = "".join(
             f"<li><a href='{html.escape(file.url)}' target='_blank' rel='noopener'>{html.escape(file.name)}</a>, "
-            f"{html.escape(file.purpose)}, {file.told_size}, {html.escape(file.licence)}<br>to "
+            f"{html.escape(file.purpose)}, {file.size_text}, {html.escape(file.licence)}<br>to "
             f"<code>{html.escape(str(folder / file.folder))}</code></li>"
             for file in files
         )
-        return "".join([*lines, f"<p class='pulid-warn'>PuLID needs files that are not there yet:</p><ul>{rows}</ul>"])
+        return "".join([*lines, f"<p class='pulid-warn'>PuLID needs files that are missing:</p><ul>{rows}</ul>"])
 
 
 def _progress(state: State) -> str:
-    share = f"{in_words(state.done)} of {in_words(state.total)}" if state.total else "asking"
+    share = f"{format_size(state.done)} of {format_size(state.total)}" if state.total else "connecting"
     note = f"; {html.escape(state.note)}" if state.note else ""
-    rest = f" Then: {html.escape(', '.join(state.waiting))}." if state.waiting else ""
+    rest = f" Next: {html.escape(', '.join(state.waiting))}." if state.waiting else ""
     bar = f"<progress max='{max(1, state.total)}' value='{state.done}'></progress>"
     return f"<p>{html.escape(state.name)}: {share}{note}.{rest}</p>{bar}"
 
@@ -110,15 +109,15 @@ def _progress(state: State) -> str:
 def _notice(files: Sequence[WeightFile]) -> str:
     restricted = [file for file in files if file.restricted]
     licences = "; ".join(dict.fromkeys(file.licence for file in restricted))
-    return f"I accept for {' and '.join(file.name for file in restricted)}: {licences}"
+    return f"I accept the license of {' and '.join(file.name for file in restricted)}: {licences}"
 
 
 def _label(files: Sequence[WeightFile], accepted: bool) -> str:
     ready = [file for file in files if accepted or not file.restricted]
     chosen = ready or files
     known, more = sum(file.size for file in chosen), " or more" * any(not file.size for file in chosen)
-    what = f"{len(chosen)} file{'s' * (len(chosen) != 1)} ({in_words(known)}{more})"
-    return f"Download {what}" if ready else f"To download {what}, accept the licence above"
+    what = f"{len(chosen)} file{'s' * (len(chosen) != 1)} ({format_size(known)}{more})"
+    return f"Download {what}" if ready else f"To download {what}, accept the license above"
 
 
 def _lines(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The units of one generation, compiled when a model first asks for them."""
+"""Compiles the units of one generation when a model first needs them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class UnitPlan:
-    """What the hosts ask for the injections of a denoiser; see `lib_pulid.hosts.Plan`.
+    """Gives the hosts the injections for a denoiser; see `lib_pulid.hosts.Plan`.
 
     Args:
-        units: with their numbers, for messages. tell: is told what is being done, for the progress line.
-        warn: is told what the user should know when the picture is there. stop: whether the user has interrupted.
+        units: with their numbers, for messages. tell: is called with the progress, for the progress line.
+        warn: is called with notes to show below the image. stop: whether the user has interrupted.
     """
 
     units: Sequence[tuple[int, PulidUnit]]
@@ -39,40 +39,40 @@ class UnitPlan:
     _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
 
     def injections(self, model: LoadedModel, *, hires: bool) -> list[Injection]:
-        """Those that act in this pass. Compiled at the first call for a family, device and dtype.
+        """Returns the injections of this pass, compiled at the first call for a family, device and dtype.
 
         Raises:
-            PulidError: its message begins with the unit and the field at fault.
+            PulidError: the message begins with unit and field.
         """
         self._experiment(model)
         wanted = [(number, unit) for number, unit in self.units if unit.in_pass(hires)]
         return [injection for injection, _ in self._compiled(wanted, model).values()]
 
     def prepare(self, model: LoadedModel) -> dict[int, dict[str, str]]:
-        """Compiles all units and returns, by unit, what to write into the picture's parameters beside the settings."""
+        """Compiles all units. Returns, by unit, what the infotext says besides the settings."""
         for number, unit in self.units:
             unit.check_family(model.family, number)
         experiment = self._experiment(model)
         return {number: facts | experiment for number, (_, facts) in self._compiled(self.units, model).items()}
 
     def _experiment(self, model: LoadedModel) -> dict[str, str]:
-        """What the picture's parameters and, once, a note say of a model that PuLID was not trained for."""
+        """Returns the infotext entry of a model that PuLID was not trained for; warns once."""
         if not is_chroma(model.denoiser):
             return {}
         if not self._is_experiment:
             self._is_experiment = True
-            self.warn("PuLID was not trained for Chroma: this is an experiment with the file for FLUX.")
+            self.warn("PuLID was not trained for Chroma. This is an experiment with the PuLID file for FLUX.")
         return {"experiment": "Chroma"}
 
     def check_steps(self, model: LoadedModel, steps: int, *, hires: bool) -> None:
-        """See `lib_pulid.hosts.Plan`. The second pass has few steps and a face already, unless it alone has one."""
+        """See `lib_pulid.hosts.Plan`. Skips a second pass that follows a first one with the face."""
         for number, unit in self.units:
             if not unit.in_pass(hires) or (hires and unit.in_pass(False)):
                 continue
             unit.check_steps(model.family, steps, number)
 
     def cfg_start_step(self, model: LoadedModel, *, hires: bool) -> int:
-        """The largest of the units that act in this pass: it is one and the same for the whole picture."""
+        """Returns the largest value of the units in this pass: there is one for the whole image."""
         if model.family != "flux":
             return 0
         return max(
@@ -101,10 +101,10 @@ class UnitPlan:
         self.tell(f"PuLID: loading the model for unit {number}")
         unit = unit.on(model.family)
         identity, adapter = self._identity(number, unit, model.family)
-        # Without negative rows: half of the memory.
+        # Without negative rows it takes half the memory.
         identity = with_uncond(identity, adapter) if model.guided else replace(identity, uncond=None)
         with _at(number, "mask"):
-            mask = region(unit.mask, "the region") if unit.mask else None
+            mask = region(unit.mask, "the mask") if unit.mask else None
         with _at(number, "model"):
             injection = self.library.injection(
                 adapter,
@@ -131,7 +131,7 @@ class UnitPlan:
                 adapter = self.library.adapter(unit.model, family, encoder)
             return identity, adapter
         if not unit.images:
-            raise at_unit(number, "images", SettingError("add a photo or choose a saved identity, or switch it off."))
+            raise at_unit(number, "images", SettingError("add a photo, choose a saved identity, or disable this unit."))
         with _at(number, "model"):
             adapter = self.library.adapter(unit.model, family)
         with _at(number, "fusion"):
@@ -151,7 +151,7 @@ class UnitPlan:
 
 
 class _at:
-    """Errors inside are told with unit and field."""
+    """Adds unit and field to errors raised inside."""
 
     def __init__(self, number: int, field_name: str) -> None:
         self._place = number, field_name

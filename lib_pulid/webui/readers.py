@@ -1,5 +1,7 @@
-"""The models that read photos (face models and vision tower): loaded for a photo that is not in the cache, released
-after use. Where a GPU's memory does not suffice for them, they work on the CPU until then."""
+"""Loads the encoders (face models and vision tower) for a photo that is not in the cache, and releases them after use.
+
+If they do not fit into the GPU's memory, they run on the CPU until then.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from lib_pulid import catalog
 from lib_pulid.errors import is_out_of_memory
+from lib_pulid.files import catalog
 
 if TYPE_CHECKING:
     from lib_pulid.faces import Face, FaceChoice, FaceModels
@@ -20,23 +22,16 @@ if TYPE_CHECKING:
     from lib_pulid.vision import VisionTower
     from lib_pulid.weights import Adapter
 
-FACE_FILES = {
-    "detector": "scrfd_10g_bnkps.onnx",
-    "recogniser": "glintr100.onnx",
-    "landmarker": "detection_Resnet50_Final.pth",
-    "parser": "parsing_bisenet.pth",
-}
-TOWER_FILE = "EVA02_CLIP_L_336_psz14_s6B.pt"
 CPU = "cpu"
-MOVED = "the GPU's memory did not suffice to read photos; they were read on the CPU, which takes longer."
+MOVED = "not enough GPU memory to read photos; they were read on the CPU, which takes longer."
 Result = TypeVar("Result")
 
 
 class Readers:
-    """See the module.
+    """The encoders of photos.
 
     Args:
-        device: gives their device. fingerprint: of a file's content.
+        device: returns their device. fingerprint: returns a hash of a file's content.
     """
 
     def __init__(self, device: Callable[[], str], fingerprint: Callable[[Path], str]) -> None:
@@ -60,7 +55,7 @@ class Readers:
         tell: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> Identity:
-        """Photos, uint8 RGB [H, W, 3], of one person -> Identity; see `photos.make_identity`."""
+        """Encodes photos of one person, uint8 RGB [H, W, 3]; see `photos.make_identity`."""
         from lib_pulid.photos import make_identity
 
         files = catalog.require_encoders(models_dir)
@@ -84,7 +79,7 @@ class Readers:
     def read_face(
         self, photo: np.ndarray, choice: FaceChoice, name: str, models_dir: Path, warn: Callable[[str], None]
     ) -> Face:
-        """One face, uint8 RGB [H, W, 3]; needs the face models only."""
+        """Reads one face of a photo, uint8 RGB [H, W, 3]; needs only the face models."""
         from lib_pulid.faces import read_face
 
         files = catalog.require_encoders(models_dir)
@@ -95,13 +90,13 @@ class Readers:
         self._moved = False
 
     def _where_memory_suffices(self, work: Callable[[], Result], warn: Callable[[str], None]) -> Result:
-        """On the chosen device, or else on the CPU."""
+        """Runs the work on the selected device, or on the CPU if memory runs out."""
         try:
             return work()
         except Exception as error:
             if self._place() == CPU or not is_out_of_memory(error):
                 raise
-        # Outside of the `except`: the exception held on to what had been computed.
+        # Outside of the `except`: the exception keeps tensors alive.
         self.release()
         _free_memory()
         self._moved = True
@@ -119,15 +114,14 @@ class Readers:
         faces = self._face_models(files)
         if self._tower is None:
             tell("loading the vision tower")
-            self._tower = load_vision_tower(files[TOWER_FILE]).to(self._place())
+            self._tower = load_vision_tower(files["tower"]).to(self._place())
         return Encoders(faces, self._tower)
 
     def _face_models(self, files: dict[str, Path]) -> FaceModels:
         from lib_pulid.face_models import FaceFiles, load_face_models
 
         if self._faces is None:
-            paths = {kind: files[name] for kind, name in FACE_FILES.items()}
-            self._faces = load_face_models(FaceFiles(**paths), self._place())
+            self._faces = load_face_models(FaceFiles.among(files), self._place())
         return self._faces
 
 

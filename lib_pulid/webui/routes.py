@@ -1,5 +1,4 @@
-"""HTTP: /pulid/models, /pulid/download, /pulid/identities, /pulid/detect, /pulid/schema; and how our errors look to API
-callers."""
+"""Adds the HTTP routes /pulid/models, /download, /identities, /detect and /schema, and answers errors as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lib_pulid import catalog
 from lib_pulid.errors import (
     IdentityMismatchError,
     MissingWeightsError,
@@ -21,19 +19,20 @@ from lib_pulid.errors import (
     WrongWeightsError,
 )
 from lib_pulid.fields import FIELD, FIELDS, PRESETS, WEIGHTS, check, schema, spelled
-from lib_pulid.pulidembd import SUFFIX as PULIDEMBD
+from lib_pulid.files import catalog
+from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui import pictures
 from lib_pulid.webui.fetching import Downloads
 from lib_pulid.webui.library import Library
 
 LARGEST_BODY = 100 << 20  # bytes; the largest photo of a phone takes about 50 MB as base64
-DOWNLOAD_FIELDS = ("names", "accept_licence")
+DOWNLOAD_FIELDS = ("names", "accept_license", "accept_licence")  # the last is the old spelling
 DETECT_FIELDS = ("images", "face_order", "face_index")
 
 
 def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
-    """app: FastAPI. api_auth: "user:password,..." as given to --api-auth."""
+    """Adds the routes. app: FastAPI. api_auth: "user:password,..." as given to --api-auth."""
     from fastapi import Depends, Request
     from fastapi.concurrency import run_in_threadpool
 
@@ -45,7 +44,7 @@ def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
     async def post_detect(request: Any) -> dict:
         return await run_in_threadpool(detect, await _body(request), library)
 
-    post_detect.__annotations__["request"] = Request  # FastAPI goes by it; as text it would not find the class
+    post_detect.__annotations__["request"] = Request  # FastAPI reads it, and cannot resolve it from a string
 
     async def post_download(request: Any) -> dict:
         return download(await _body(request), library.downloads)
@@ -62,9 +61,9 @@ def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
 
 
 def add_error_handler(app: Any) -> None:
-    """A PulidError that ends a request becomes an answer with its message, on both hosts in the same form.
+    """Answers a PulidError with its message, in the same form on all hosts.
 
-    Without it Forge answers "Internal Server Error" and nothing else.
+    Without it, Forge only answers "Internal Server Error".
     """
     from fastapi.responses import JSONResponse
 
@@ -74,12 +73,12 @@ def add_error_handler(app: Any) -> None:
         return JSONResponse(status_code=500 if ours else 422, content=content)
 
     app.add_exception_handler(PulidError, answer)
-    if getattr(app, "middleware_stack", None) is not None:  # built by an early request: build it again
+    if getattr(app, "middleware_stack", None) is not None:  # already built by an early request: rebuild it
         app.middleware_stack = app.build_middleware_stack()
 
 
 async def _body(request: Any) -> dict[str, Any]:
-    """The JSON object that was posted. FastAPI itself would read gigabytes, and would read them before the login."""
+    """Reads the posted JSON object. FastAPI itself would read gigabytes, and before checking the login."""
     from fastapi import HTTPException
 
     parts, size = [], 0
@@ -93,53 +92,56 @@ async def _body(request: Any) -> dict[str, Any]:
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
-        raise SettingError(f"PuLID: the body is no JSON object; detect takes {', '.join(DETECT_FIELDS)}.")
+        raise SettingError("PuLID: the body is not a JSON object; see docs/api.md for what this route takes.")
     return body
 
 
-# ---------------------------------------------------------------- what the routes answer
+# ---------------------------------------------------------------- the routes' answers
 
 
 def models(library: Library) -> dict[str, Any]:
-    """What can be chosen as a unit's model, and every file of the catalogue with its state: there, missing or differs
-    (another size than the catalogue's)."""
+    """Lists what a unit's model can be, and every file of the catalog with its state: there, missing or differs (in
+    size)."""
     files = [{"name": file.name, "family": file.family or None} for file in library.adapters()]
     catalogue = [_in_catalogue(file, library) for file in catalog.CATALOG]
     return {"folder": str(library.folder), "models": files, "files": catalogue}
 
 
 def _in_catalogue(file: catalog.WeightFile, library: Library) -> dict[str, Any]:
-    path = catalog.find(file, library.models_dir)
-    wrong = catalog.problem(file, path) if path else ""
+    found = catalog.status(file, library.models_dir)
     return {
         "name": file.name,
         "for": file.group,
         "purpose": file.purpose,
-        "state": "differs" if wrong else "there" if path else "missing",
+        "state": found.state,
         "size": file.size or None,
-        "licence": file.licence,
+        "license": file.licence,
+        "licence": file.licence,  # the old spelling
         "restricted": file.restricted,
-        "folder": str(path.parent if path else library.models_dir / file.folder),
+        "folder": str(found.path.parent if found.path else library.models_dir / file.folder),
         "url": file.url,
     }
 
 
 def download(body: Mapping[str, Any], downloads: Downloads) -> dict[str, Any]:
-    """Starts to fetch files of the catalogue. body: names, and accept_licence (true for restricted ones).
+    """Starts to download files of the catalog. body: names, and accept_license (true for restricted ones).
 
     Raises:
-        SettingError: a name is not in the catalogue, or a licence is not accepted.
+        SettingError: a name is not in the catalog, or a license is not accepted.
     """
-    names, accepted = body.get("names"), body.get("accept_licence", False)
+    names, accepted = body.get("names"), body.get("accept_license", body.get("accept_licence", False))
     if not isinstance(names, list) or not names or not isinstance(accepted, bool) or set(body) - set(DOWNLOAD_FIELDS):
-        raise SettingError("PuLID: download takes names (a list of file names) and accept_licence (true or false).")
+        raise SettingError("PuLID: download takes names (a list of file names) and accept_license (true or false).")
     files = []
     for name in names:
         file = catalog.named(name) if isinstance(name, str) else None
         if file is None:
-            raise SettingError(f"PuLID, field names: {str(name)[:60]} is not in the catalogue, see /pulid/models.")
+            raise SettingError(f"PuLID, field names: {str(name)[:60]} is not in the catalog; see /pulid/models.")
         if file.restricted and not accepted:
-            raise SettingError(f"PuLID, field accept_licence: {file.name} is under a licence: {file.licence}.")
+            raise SettingError(
+                f"PuLID, field accept_license: {file.name} has a restricted license ({file.licence}). "
+                "Set accept_license to true to accept it."
+            )
         files.append(file)
     downloads.start(files)
     return progress(downloads)
@@ -155,10 +157,10 @@ def identities(library: Library) -> dict[str, Any]:
 
 
 def identity_file(name: str, library: Library) -> tuple[str, bytes]:
-    """Name and content of a saved identity's file; `NAME.pulidembd` is made of NAME where it is not there.
+    """Returns name and content of a saved identity's file; `NAME.pulidembd` is made from NAME if it does not exist.
 
     Raises:
-        PulidError: there is none of that name, or it is for SDXL, which that format is not.
+        PulidError: there is no such identity, or it is for SDXL, which `.pulidembd` does not support.
     """
     path = library.find(name)
     if path is None and name.lower().endswith(PULIDEMBD):
@@ -166,7 +168,7 @@ def identity_file(name: str, library: Library) -> tuple[str, bytes]:
         with tempfile.TemporaryDirectory() as folder:
             return name, identity.save(Path(folder) / f"identity{PULIDEMBD}").read_bytes()
     if path is None or path.parent != library.identities_dir:
-        raise IdentityMismatchError(f"{name} is not saved in {library.identities_dir}.")
+        raise IdentityMismatchError(f"{name} is not in {library.identities_dir}.")
     return path.name, path.read_bytes()
 
 
@@ -180,17 +182,17 @@ def _file(name: str, content: bytes) -> Any:
 
 
 def describe() -> dict[str, Any]:
-    """The unit's JSON schema; weight and presets by the checkpoint's family; and the positional order."""
+    """Returns the unit's JSON schema, the weight and presets of each family, and the positional order."""
     presets = {family: {name: dict(values) for name, values in some.items()} for family, some in PRESETS.items()}
     order = [field.name for field in FIELDS]
     return {**schema(), "weights": dict(WEIGHTS), "presets": presets, "order": order}
 
 
 def detect(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
-    """The faces of photos; body as a unit's dict with images, face_order, face_index. Boxes are in pixels of the photo.
+    """Finds the faces of photos. body: a unit's images, face_order, face_index. Boxes are in pixels of the photo.
 
     Raises:
-        PulidError: a field is wrong, a photo cannot be read or has no such face.
+        PulidError: a field is wrong, or a photo cannot be read or has no such face.
     """
     for name in body:
         if name not in DETECT_FIELDS:
@@ -198,7 +200,7 @@ def detect(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
     checked = {name: check(FIELD[name], value, 0) for name, value in body.items() if value is not None}
     unit = PulidUnit(**checked)
     if not unit.images:
-        raise SettingError("PuLID, field images: there is none.")
+        raise SettingError("PuLID, field images: no photo; send at least one, as base64.")
     try:
         return {"photos": [_photo(text, f"photo {i}", unit, library) for i, text in enumerate(unit.images, 1)]}
     except PulidError as error:
@@ -223,7 +225,7 @@ def _photo(text: str, name: str, unit: PulidUnit, library: Library) -> dict[str,
 
 
 def _authenticator(api_auth: str) -> Any:
-    """The check of the host's own API."""
+    """Returns the same check as the host's own API."""
     from secrets import compare_digest
 
     from fastapi import Depends, HTTPException

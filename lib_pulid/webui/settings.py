@@ -1,4 +1,4 @@
-"""The settings page, the command line flags, and what follows from both."""
+"""Adds the settings page, and reads its settings and the command line flags."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from lib_pulid.hosts.webui import CHROMA
 
 SECTION = ("pulid", "PuLID")
 UNITS, FOLDER, DEVICE, KEEP = "pulid_units", "pulid_models_dir", "pulid_device", "pulid_keep_encoders"
-KEPT = [SUFFICES, ALWAYS, NEVER] = ["where memory suffices", "always", "never"]
-ROOM = 8e9  # bytes that have to be left for others: a checkpoint, a VAE, the system
+KEPT = [SUFFICES, ALWAYS, NEVER] = ["where memory suffices", "always", "never"]  # saved in users' settings
+ROOM = 8e9  # bytes to leave free for a checkpoint, a VAE and the system
 
 
 def add_settings() -> None:
-    """To be called from on_ui_settings."""
+    """Adds the settings; to be called from on_ui_settings."""
     import gradio as gr
     from modules.shared import OptionInfo, opts
 
     infos = {
-        UNITS: OptionInfo(3, "Persons in one picture", gr.Slider, {"minimum": 1, "maximum": MOST_UNITS, "step": 1})
-        .info("number of tabs")
+        UNITS: OptionInfo(3, "People in one image", gr.Slider, {"minimum": 1, "maximum": MOST_UNITS, "step": 1})
+        .info("the number of tabs")
         .needs_reload_ui(),
         FOLDER: OptionInfo("", "Models folder").info(
-            "empty: the WebUI's own, that is pulid, insightface/models/antelopev2 and facexlib below models"
+            "empty: the WebUI's own models folder, with pulid, insightface/models/antelopev2 and facexlib in it"
         ),
-        DEVICE: OptionInfo("CPU", "Photos are read on", gr.Radio, {"choices": ["CPU", "GPU"]}).info(
-            "CPU takes some seconds per photo and no video memory; each photo is read once"
+        DEVICE: OptionInfo("CPU", "Read photos on", gr.Radio, {"choices": ["CPU", "GPU"]}).info(
+            "CPU: a few seconds per photo and no video memory; each photo is read only once"
         ),
-        KEEP: OptionInfo(SUFFICES, "Keep the models that read photos in memory", gr.Radio, {"choices": KEPT}).info(
-            "about 2 GB, and a new photo is read in a fraction of the time; where memory suffices: on the CPU, while "
-            f"{ROOM / 1e9:.0f} GB of it are free"
+        KEEP: OptionInfo(SUFFICES, "Keep the encoders of photos in memory", gr.Radio, {"choices": KEPT}).info(
+            "about 2 GB; a new photo then takes a fraction of the time. where memory suffices: on the CPU, while "
+            f"{ROOM / 1e9:.0f} GB are free"
         ),
         CHROMA: OptionInfo(False, "Try PuLID on Chroma").info(
-            "an experiment with the PuLID file for FLUX, which was not trained for Chroma: expect less likeness"
+            "experimental: uses the PuLID file for FLUX, which was not trained for Chroma; expect less likeness"
         ),
     }
     for name, info in infos.items():
@@ -49,7 +49,7 @@ def units() -> int:
 
 
 def models_dir() -> Path:
-    """The flag, else the setting, else the host's models folder."""
+    """Returns the models folder: the flag's, else the setting's, else the host's."""
     from modules import paths
     from modules.shared import cmd_opts
 
@@ -71,7 +71,7 @@ def keep_encoders() -> bool:
 
 
 def _free_memory() -> int:
-    """Bytes of the computer's memory that are free; 0 where that cannot be told."""
+    """Returns the computer's free memory in bytes; 0 if it is not known."""
     try:
         import psutil  # the WebUIs bring it
     except ImportError:
@@ -80,8 +80,10 @@ def _free_memory() -> int:
 
 
 def make_temp_folder() -> None:
-    """Makes the folder of the host's setting temp_dir, where gradio shows images from. In a fresh Forge Neo nobody else
-    does, and the first photo that is dropped would fail."""
+    """Creates the folder of the host's setting temp_dir, from which gradio serves images.
+
+    A fresh Forge Neo does not create it, and the first dropped photo would fail.
+    """
     from modules.shared import opts
 
     folder = getattr(opts, "temp_dir", "")

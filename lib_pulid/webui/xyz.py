@@ -1,4 +1,4 @@
-"""Axes of the X/Y/Z plot: every setting of every unit, and the photo by its file."""
+"""Adds axes to the X/Y/Z plot: every setting of every unit, and the photo by its file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lib_pulid.webui.library import Library
 from lib_pulid.webui.pictures import packed
 
 CHANGES = "pulid_changes"  # attribute of a cell's StableDiffusionProcessing
-LOADING = 0.5  # "cost" of another model or photo: the grid changes costly axes least often
+LOADING = 0.5  # "cost" of loading a model or photo: the grid changes costly axes least often
 
 
 def changes_of(p: Any) -> Mapping[int, Mapping[str, Any]]:
-    """What the grid sets in this cell, by unit."""
+    """Returns what the grid sets in this cell, by unit."""
     return getattr(p, CHANGES, {})
 
 
 def axes(option: type, count: int, library: Library) -> list[Any]:
-    """option: the host's AxisOption. count: number of units."""
+    """Makes the axes. option: the host's AxisOption. count: number of units."""
     return [axis for number in range(1, count + 1) for axis in _unit_axes(option, number, library)]
 
 
 def add_axes(count: int, library: Library) -> None:
-    """Into the host's X/Y/Z script, once."""
+    """Adds the axes to the host's X/Y/Z script, once."""
     from modules import scripts
 
     for data in scripts.scripts_data:
@@ -70,13 +70,13 @@ def _photo_axis(option: type, number: int) -> Any:
 
 
 def _path(p: Any, value: str, number: int) -> Path:
-    """A path that someone at the page typed. The API can run a grid as well, and its callers must not read files."""
+    """Reads a path typed in the page. The API can run a grid as well, but its callers must not read files."""
     from modules.shared import cmd_opts
 
     if getattr(p, "is_api", False) or getattr(cmd_opts, "hide_ui_dir_config", False):
         raise SettingError(
-            place(number, "images") + "the axis Photo file reads files of this machine, which is for its own page only"
-            " (and not with --hide-ui-dir-config). Send photos in the unit's field images, one request for each."
+            place(number, "images") + "the axis Photo file reads files of this machine, so it works only in the page "
+            "(without --hide-ui-dir-config). Send photos in the unit's field images, one request for each."
         )
     return user_path(value.strip().strip('"'))
 
@@ -89,7 +89,7 @@ def _setter(number: int, field: Field) -> Callable[[Any, Any, Any], None]:
 
 
 def _confirm(number: int, field: Field) -> Callable[[Any, list[Any]], None]:
-    """Before the grid begins, so that a slip does not show after an hour."""
+    """Checks the values before the grid starts, so that a typo does not show up after an hour."""
 
     def confirm(p: Any, values: list[Any]) -> None:
         for value in values:
@@ -115,7 +115,7 @@ def _choices(field: Field, library: Library) -> Callable[[], list[str]] | None:
 
 
 def _change(p: Any, number: int, name: str, value: Any) -> None:
-    """On this cell alone: cells are shallow copies of one another."""
+    """Sets a value for this cell alone: cells are shallow copies of one another."""
     changes = {unit: dict(values) for unit, values in changes_of(p).items()}
     changes.setdefault(number, {})[name] = value
     setattr(p, CHANGES, changes)

@@ -36,6 +36,11 @@ def fill(module: ModuleType, cached: bool) -> None:
             for callback in [c for c in callbacks if c.callback == function]:
                 callbacks.remove(callback)
 
+    def clear_callbacks() -> None:
+        for callbacks in listed.values():
+            callbacks.clear()
+        ordered.clear()
+
     def call(event: str) -> Callable[[Any], None]:
         def run(params: Any) -> None:
             for callback in in_order(event):
@@ -58,6 +63,7 @@ def fill(module: ModuleType, cached: bool) -> None:
     module.callback_map, module.reported, module.ScriptCallback = listed, [], ScriptCallback
     module.add_callback = add_callback_from_1_9_on if cached else add_callback
     module.remove_callbacks_for_function = remove_callbacks_for_function
+    module.clear_callbacks = clear_callbacks
     if cached:
         module.ordered_callbacks_map = ordered
     for event in EVENTS:

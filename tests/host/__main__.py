@@ -24,6 +24,7 @@ from tests.host import (
     rows_grid,
     rows_img2img,
     rows_long,
+    rows_miniature,
     rows_neo,
     rows_page,
     rows_sequences,
@@ -31,7 +32,7 @@ from tests.host import (
     rows_weights,
     rows_works_with,
 )
-from tests.host.models import checkpoints, flux, pulid
+from tests.host.models import checkpoints, flux, miniature, pulid
 from tests.host.table import Result, Row, as_markdown, run
 from tests.host.webui import NAMES, ROOT, Checkout, Running, running
 
@@ -50,9 +51,11 @@ GROUPS = {
     "flux-settings": rows_flux_settings,
     "neo": rows_neo,
     "page": rows_page,
+    "miniature": rows_miniature,
     "long": rows_long,
     "sequences": rows_sequences,
 }
+WITH_MINIATURE = ("page", "miniature")  # somebody looks at their images
 ON_DEMAND = ("long", "sequences")  # they take many minutes
 
 
@@ -64,9 +67,12 @@ def main() -> int:
     generated = generate(args.work / "generated", checkout)
     write_detector(generated, checkout, args.extension)
     rows_page.SCREENSHOTS = args.screenshots
-    chosen = [row for name in args.only or GROUPS for row in rows_of(name, args) if checkout.kind in row.hosts]
     before, packages = checkout.changes(), checkout.packages()
-    results = in_one_run(checkout, generated, chosen, args.extension) if chosen else []
+    results = []
+    for folder, is_small in ((generated, False), (generated / "miniature", True)):
+        names = [name for name in args.only or GROUPS if (name in WITH_MINIATURE) == is_small]
+        chosen = [row for name in names for row in rows_of(name, args) if checkout.kind in row.hosts]
+        results += in_one_run(checkout, folder, chosen, args.extension) if chosen else []
     if not args.only or "flags" in args.only:
         results += rows_flags.run_all(checkout, generated, args.match)
     if not args.only or "weights" in args.only:
@@ -117,7 +123,8 @@ def generate(folder: Path, checkout: Checkout) -> Path:
     models = sorted(Path(__file__).with_name("models").glob("*.py"))
     large = [path for path in models if path.stem not in ("pulid", "configs", "flux", "gguf")]
     kinds = [path for path in models if path.stem in ("flux", "gguf")]
-    small = [*large, ROOT / "tests" / "face_standins.py", ROOT / "lib_pulid" / "standin.py"]
+    small = [*large, ROOT / "tests" / "face_standins.py", ROOT / "tests" / "small_models" / "__init__.py"]
+    drawn = [*models, *(ROOT / "lib_pulid" / "miniature").iterdir(), *(ROOT / "lib_pulid" / "training").glob("*.py")]
 
     def checkpoints_and_companions() -> None:
         print(f"Writing small models into {folder} (2 GB) ...", flush=True)
@@ -134,8 +141,11 @@ def generate(folder: Path, checkout: Checkout) -> Path:
     unless_made(folder / "large.txt", fingerprint(large), checkpoints_and_companions)
     unless_made(folder / "flux.txt", fingerprint([*large, *kinds]), flux_kinds)
     unless_made(folder / "small.txt", fingerprint([*small, *models]), pulid_and_photos)
+    drawn = [path for path in drawn if path.is_file()]
+    unless_made(folder / "miniature.txt", fingerprint(drawn), lambda: miniature.write(folder / "miniature"))
     if (merge_table := checkout.merge_table()) is not None:
         checkpoints.write_configs(folder / "checkpoints", merge_table)
+        miniature.write_configs(folder / "miniature", merge_table)
     return folder
 
 

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ class Pictures:
 
 
 class Api:
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, checkpoint: str = "tiny-sdxl.safetensors") -> None:
+        self.url, self.checkpoint = url, checkpoint
 
     # ------------------------------------------------------------------------------------------------------- HTTP
 
@@ -84,27 +85,32 @@ class Api:
 
     def txt2img(self, *units: Mapping[str, Any], **changes: Any) -> Pictures:
         """With these PuLID units, each a dict; without any, PuLID is not mentioned at all."""
-        return pictures(self._checked("POST", "/sdapi/v1/txt2img", request(units, changes)))
+        return pictures(self._checked("POST", "/sdapi/v1/txt2img", self._request(units, changes)))
 
     def img2img(self, *units: Mapping[str, Any], **changes: Any) -> Pictures:
-        return pictures(self._checked("POST", "/sdapi/v1/img2img", request(units, changes)))
+        return pictures(self._checked("POST", "/sdapi/v1/img2img", self._request(units, changes)))
 
     def try_txt2img(self, *units: Mapping[str, Any], **changes: Any) -> Answer:
-        return self.send("POST", "/sdapi/v1/txt2img", request(units, changes))
+        return self.send("POST", "/sdapi/v1/txt2img", self._request(units, changes))
+
+    def _request(self, units: tuple[Mapping[str, Any], ...], changes: Mapping[str, Any]) -> dict[str, Any]:
+        changes = dict(changes)
+        beside = changes.pop("alwayson_scripts", {})
+        settings = {"sd_model_checkpoint": self.checkpoint} | changes.pop("override_settings", {})
+        scripts = ({"PuLID": {"args": list(units)}} if units else {}) | beside
+        return BODY | {"override_settings": settings, "alwayson_scripts": scripts} | changes
 
     def options(self, **changes: Any) -> None:
         self.post("/sdapi/v1/options", changes)
 
+    @cached_property
+    def upscaler(self) -> str:
+        """For hires passes: of the latents, or of the image in hosts that have none for latents (Forge Neo)."""
+        latent = [mode["name"] for mode in self.get("/sdapi/v1/latent-upscale-modes")]
+        return "Latent" if "Latent" in latent else "Lanczos"
+
     def state(self) -> dict[str, Any]:
         return self.get("/host-test/state")
-
-
-def request(units: tuple[Mapping[str, Any], ...], changes: Mapping[str, Any]) -> dict[str, Any]:
-    changes = dict(changes)
-    beside = changes.pop("alwayson_scripts", {})
-    settings = {"sd_model_checkpoint": "tiny-sdxl.safetensors"} | changes.pop("override_settings", {})
-    scripts = ({"PuLID": {"args": list(units)}} if units else {}) | beside
-    return BODY | {"override_settings": settings, "alwayson_scripts": scripts} | changes
 
 
 def pictures(answer: Answer) -> Pictures:

@@ -145,16 +145,16 @@ def odd_sizes(host: Running) -> str:
     return ", ".join(seen)
 
 
-def hires(**changes: Any) -> dict[str, Any]:
+def hires(host: Running, **changes: Any) -> dict[str, Any]:
     """At a higher denoising strength the second pass begins with noise alone."""
-    body = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.5}
+    body = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": host.api.upscaler, "denoising_strength": 0.5}
     body |= {"hr_second_pass_steps": STEPS, "hr_cfg": 1.0, "hr_additional_modules": ["Use same choices"]}
     return asked(**(body | {"hr_scheduler": "Simple"} | changes))
 
 
 @rows.row("FLUX: hires fix: both passes, first, second; weight 0 bit-identical", FORGES)
 def hires_fix(host: Running) -> str:
-    unit, body = {**MILD, "weight": 2.0}, hires()
+    unit, body = {**MILD, "weight": 2.0}, hires(host)
     made = {"none": host.api.txt2img(**body).image}
     made |= {name: host.api.txt2img({**unit, "hires": name}, **body).image for name in ("both", "first", "second")}
     equal(made["none"], host.api.txt2img({**unit, "weight": 0}, **body).image, "weight 0")
@@ -167,7 +167,7 @@ def hires_switch(host: Running) -> str:
     """The pass with the other model needs a picture to begin with, not a latent."""
     unit, sdxl, seen, made = person(host, weight=1.5), "tiny-sdxl.safetensors", [], []
     for first, second in ((sdxl, CHECKPOINT), (CHECKPOINT, sdxl)):
-        body = hires(checkpoint=first, hr_checkpoint_name=second, hr_upscaler="Lanczos")
+        body = hires(host, checkpoint=first, hr_checkpoint_name=second, hr_upscaler="Lanczos")
         plain, both = host.api.txt2img(**body).image, host.api.txt2img(unit, **body).image
         only_first = host.api.txt2img({**unit, "hires": "first"}, **body).image
         differ(both, only_first, "the face in the second pass", FAINT)

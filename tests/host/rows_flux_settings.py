@@ -89,8 +89,13 @@ def cfg_start_step(host: Running) -> str:
 @rows.row("FLUX: hires fix with a CFG of its own: 1 and 3, 3 and 1", FORGES)
 def hires_guidance(host: Running) -> str:
     """At CFG 1 nothing is compiled for negative rows; the other pass has to get it."""
-    asked = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7, "steps": 4}
-    asked |= {"hr_second_pass_steps": 4, "hr_additional_modules": ["Use same choices"], "hr_scheduler": "Simple"}
+    asked: dict[str, Any] = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": host.api.upscaler, "steps": 4}
+    asked |= {
+        "denoising_strength": 0.7,
+        "hr_second_pass_steps": 4,
+        "hr_additional_modules": ["Use same choices"],
+        "hr_scheduler": "Simple",
+    }
     seen = []
     for first, second in ((1.0, 3.0), (3.0, 1.0)):
         scales = {"cfg_scale": first, "hr_cfg": second, "negative_prompt": "blurry"}
@@ -106,12 +111,12 @@ def hires_guidance(host: Running) -> str:
 def presets(host: Running) -> str:
     default = host.api.txt2img(person(host), **FLUX)
     equal(default.image, made(host, person(host, weight=1.0, start_step=0)), "the default is weight 1")
-    equal(default.image, made(host, person(host, preset="stylised")), "stylised is the default")
+    equal(default.image, made(host, person(host, preset="stylized")), "stylized is the default")
     differ(default.image, made(host, person(host, weight=0.8)), "weights 1 and 0.8", FAINT)
     real = host.api.txt2img(person(host, preset="realistic"), **FLUX)
     equal(real.image, made(host, person(host, start_step=4)), "realistic is start step 4")
     for text, wanted in (
-        (default.parameters[0], ("weight: 1,", "preset: stylised", "start_step: 0", "cfg_start_step: 0")),
+        (default.parameters[0], ("weight: 1,", "preset: stylized", "start_step: 0", "cfg_start_step: 0")),
         (real.parameters[0], ("preset: realistic", "start_step: 4")),
     ):
         for entry in wanted:
@@ -137,7 +142,7 @@ def defaults(host: Running) -> None:
 # ------------------------------------------------------------------------------------------------------ the page
 
 SDXL_ONLY, FLUX_ONLY = ("projection", "num_zero"), ("start_step", "cfg_start_step")
-PRESETS = {"sdxl": ["v1.1", "fidelity", "style", "neutral", "custom"], "flux": ["realistic", "stylised", "custom"]}
+PRESETS = {"sdxl": ["v1.1", "fidelity", "style", "neutral", "custom"], "flux": ["realistic", "stylized", "custom"]}
 
 
 def choose(page: Page, checkpoint: str) -> None:
@@ -168,7 +173,7 @@ def follows(host: Running) -> str:
         choose(page, "tiny-flux")
         shows(page, "flux")
         page.until(rows_page.value("1_weight", "1"), "weight 1")
-        expect(page.part("1_preset").locator("input:checked").get_attribute("value") == "stylised", "the preset")
+        expect(page.part("1_preset").locator("input:checked").get_attribute("value") == "stylized", "the preset")
         page.keep(rows_page.SCREENSHOTS, "flux", "#pulid_txt2img")
         page.part("1_preset").locator("label").filter(has_text="realistic").first.click()
         page.until(rows_page.value("1_start_step", "4"), "start step 4")

@@ -67,7 +67,7 @@ def axes(host: Running) -> str:
 def photo_file(host: Running) -> str:
     for path in (host.photo("anna"), host.photo("anna").with_name("gone.png"), "/etc/passwd"):
         answer = host.api.try_txt2img(ANNA, **grid(host, [("[PuLID 1] Photo file", str(path))]))
-        expect(answer.status == 422 and "own page only" in answer.text, f"{answer.status} {answer.text[:300]}")
+        expect(answer.status == 422 and "works only in the page" in answer.text, f"{answer.status} {answer.text[:300]}")
     return answer.text[:200]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+from lib_pulid import miniature
 from tests.host.page import Page, opened
 from tests.host.table import Rows, differ, equal, expect
 from tests.host.webui import Running
@@ -15,8 +16,11 @@ OOM = "OutOfMemoryError"
 SCREENSHOTS: Path | None = None  # set by the command line
 
 
+PROMPT = "a portrait of a smiling person in a red striped shirt, in front of yellow and white dots, flat illustration"
+
+
 def ready(page: Page) -> None:
-    page.describe("a photo of a cat", width=192, height=128, steps=4, seed=1)
+    page.describe(PROMPT, width=128, height=128, steps=miniature.STEPS, cfg_scale=miniature.GUIDANCE, seed=1)
 
 
 @rows.row("Page: a closed accordion is off; a click opens it and switches it on; three persons; the badge")
@@ -37,7 +41,7 @@ def accordion(host: Running) -> str:
 def title_and_checkbox(host: Running) -> None:
     with opened(host) as page:
         page.open()
-        expect("closed, it is off" in page.find("#pulid_txt2img .pulid-hint").first.inner_text(), "no hint")
+        expect("closing it disables it" in page.find("#pulid_txt2img .pulid-hint").first.inner_text(), "no hint")
         title = page.part("").locator(".label-wrap").first
         title.click()
         page.until("!(new Pulid('txt2img')).isOn()", "closed, it is off")
@@ -110,7 +114,7 @@ def send(host: Running) -> str:
         page.until("(new Pulid('img2img')).units()[0]?.ready", "the person in img2img")
         page.keep(SCREENSHOTS, "img2img", "#pulid_img2img")
         before = page.badge()
-        page.describe("a photo of a cat", width=192, height=128, steps=4, seed=1)
+        ready(page)
         page.generate()
         expect("PuLID 1:" in page.parameters(), f"below the picture: {page.parameters()}")
         return before
@@ -186,9 +190,7 @@ def one_of_them(host: Running) -> str:
         page.until(f"{chosen} === 'Anna then the next' && !{shown.format('photos')}", "the identity counts")
         page.drop("ben")
         page.until(f"{chosen} === 'None' && {shown.format('photos')} === 1", "the next person's photo counts, alone")
-        page.until(
-            "gradioApp().querySelector('#pulid_txt2img_1_note').innerText.includes('no longer chosen')", "a note"
-        )
+        page.until("gradioApp().querySelector('#pulid_txt2img_1_note').innerText.includes('was deselected')", "a note")
         page.until("(new Pulid('txt2img')).units()[0].text.includes('1 photo')", "the badge")
         page.part("1_preview").click()
         page.until(f"{shown.format('shown')} === 3", "the preview")
@@ -223,7 +225,7 @@ def out_of_memory(host: Running) -> str:
         page.drop("anna")
         host.api.post("/host-test/fail", {"place": "denoiser.forward", "call": 2, "after": False, "error": OOM})
         page.find("#txt2img_generate").click()
-        page.until("document.body.innerText.includes('the memory did not suffice')", "the message")
+        page.until("document.body.innerText.includes('not enough memory')", "the message")
         expect(host.api.post("/host-test/fail", {})["came"], "nothing has failed")
         page.keep(SCREENSHOTS, "memory")
         said = page.parameters()[:200]

@@ -124,7 +124,7 @@ def fail(host: Running, settings: Settings, fault: tuple[str, int, bool], number
     came = host.api.post("/host-test/fail")["came"]
     if came and not (place == "os.replace" and error == "OSError"):  # a full disk: it goes without the cache
         expect(answer.status >= 400 and not answer.has_picture, f"{fault}, {error}: {answer.status}")
-        expect(error != "OutOfMemoryError" or not settings.on or "What helps" in answer.text, answer.text[:300])
+        expect(error != "OutOfMemoryError" or not settings.on or "not enough memory" in answer.text, answer.text[:300])
     else:
         expect(answer.status < 400, f"{answer.status}: {answer.text[:300]}")
     return came

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.host.api import Api
-from tests.host.models import pulid
+from tests.host.models import miniature, pulid
 
 ROOT = Path(__file__).resolve().parents[2]
 HELPER = Path(__file__).resolve().parent / "helper"
 READY = "Startup time"
 SETTINGS = {
-    "sd_model_checkpoint": "tiny-sdxl.safetensors",
     "show_progress_type": "Approx cheap",  # the default preview downloads a model
     "live_previews_enable": False,
     "auto_launch_browser": "Disable",
@@ -155,7 +154,8 @@ def running(
                 stdout=sink,
                 stderr=subprocess.STDOUT,
             )
-        host = Running(checkout.kind, Api(f"http://127.0.0.1:{port}"), data, generated, log, process)
+        api = Api(f"http://127.0.0.1:{port}", first_checkpoint(generated))
+        host = Running(checkout.kind, api, data, generated, log, process)
         try:
             host.wait_until_ready()
             yield host
@@ -192,7 +192,8 @@ def environment(checkout: Checkout) -> dict[str, str]:
 
 
 def fill(data: Path, generated: Path, extensions: Sequence[Path], kind: str) -> None:
-    (data / "config.json").write_text(json.dumps(SETTINGS | OWN_SETTINGS.get(kind, {})), encoding="utf-8")
+    settings = {"sd_model_checkpoint": first_checkpoint(generated)} | SETTINGS | OWN_SETTINGS.get(kind, {})
+    (data / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     links = data / "extensions"
     links.mkdir()
     (links / "sd-webui-pulid").symlink_to(ROOT)
@@ -208,6 +209,12 @@ def fill(data: Path, generated: Path, extensions: Sequence[Path], kind: str) -> 
         links.mkdir()
         for path in (generated / folder).iterdir():
             (links / path.name).symlink_to(path)
+
+
+def first_checkpoint(generated: Path) -> str:
+    """The one that is loaded at the start and used where a row names none."""
+    names = (miniature.CHECKPOINT, "tiny-sdxl.safetensors")
+    return next(name for name in names if (generated / "checkpoints" / name).is_file())
 
 
 def free_port() -> int:

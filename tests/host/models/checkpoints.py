@@ -137,7 +137,7 @@ def write_configs(folder: Path, bpe: Path) -> None:
     clip_folder = (folder / configs.CLIP_FOLDER).resolve()
     for name, (_, _, config) in KINDS.items():
         configs.write_json(folder / f"{name}.yaml", config(CHANNELS, clip_folder))  # JSON is YAML
-    configs.write_clip_folder(clip_folder, bpe)
+    configs.write_clip_folder(clip_folder, bpe, configs.clip_config())
     configs.write_json(folder / f"{configs.OPEN_CLIP_NAME}.json", configs.open_clip_config())
 
 

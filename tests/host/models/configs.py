@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lib_pulid.hosts.diffusers_checkpoint import read_merges, write_tokenizer
 from tests.host.models.parts import CLIP_POSITIONS, CLIP_VOCAB, TIME_ROWS, VAE_CHANNELS, VAE_MULT
 from tests.host.models.unet import UNetSpec, refiner_spec, sd15_spec, sdxl_spec
 
-OPEN_CLIP_NAME = "tiny-bigG"
+OPEN_CLIP_NAME, MINIATURE_OPEN_CLIP = "tiny-bigG", "tiny-bigG-miniature"
 CLIP_FOLDER = "tiny-clip-l"
 
 
@@ -40,12 +39,13 @@ def unet_params(spec: UNetSpec) -> dict[str, Any]:
     }
 
 
-def sdxl_conditioner(clip_folder: Path, refiner: bool) -> dict[str, Any]:
+def sdxl_conditioner(clip_folder: Path, refiner: bool, layers: int = 2, arch: str = OPEN_CLIP_NAME) -> dict[str, Any]:
+    """layers: of CLIP-L. arch: name of the other one's architecture."""
     encoders = "sgm.modules.encoders.modules."
-    clip_l = node(f"{encoders}FrozenCLIPEmbedder", version=str(clip_folder), layer="hidden", layer_idx=1)
+    clip_l = node(f"{encoders}FrozenCLIPEmbedder", version=str(clip_folder), layer="hidden", layer_idx=layers - 1)
     clip_g = node(
         f"{encoders}FrozenOpenCLIPEmbedder2",
-        arch=OPEN_CLIP_NAME,
+        arch=arch,
         version="",
         layer="penultimate",
         freeze=True,
@@ -72,7 +72,16 @@ def sdxl_config(channels: int, clip_folder: Path) -> dict[str, Any]:
     return _sgm_config(sizes, sdxl_conditioner(clip_folder, refiner=False))
 
 
-def _sgm_config(sizes: dict[str, Any], conditioner: dict[str, Any]) -> dict[str, Any]:
+def miniature_config(clip_folder: Path) -> dict[str, Any]:
+    """Of lib_pulid/miniature's SDXL, which predicts v."""
+    spec = UNetSpec(64, (1, 1, 1), (0, 2, 10), 10, context=64, vector=40 + 6 * TIME_ROWS)
+    sizes = unet_params(spec) | {"adm_in_channels": spec.vector, "transformer_depth": [1, 2, 10]}
+    config = _sgm_config(sizes, sdxl_conditioner(clip_folder, False, 3, MINIATURE_OPEN_CLIP), "V")
+    config["model"]["params"]["first_stage_config"]["params"]["ddconfig"]["ch_mult"] = [1, 1, 2, 2]
+    return config
+
+
+def _sgm_config(sizes: dict[str, Any], conditioner: dict[str, Any], predicts: str = "Eps") -> dict[str, Any]:
     parts = "sgm.modules.diffusionmodules."
     unet = sizes | {
         "num_classes": "sequential",
@@ -83,8 +92,8 @@ def _sgm_config(sizes: dict[str, Any], conditioner: dict[str, Any]) -> dict[str,
     denoiser = node(
         f"{parts}denoiser.DiscreteDenoiser",
         num_idx=1000,
-        weighting_config=node(f"{parts}denoiser_weighting.EpsWeighting"),
-        scaling_config=node(f"{parts}denoiser_scaling.EpsScaling"),
+        weighting_config=node(f"{parts}denoiser_weighting.{predicts}Weighting"),
+        scaling_config=node(f"{parts}denoiser_scaling.{predicts}Scaling"),
         discretization_config=node(f"{parts}discretizer.LegacyDDPMDiscretization"),
     )
     return {
@@ -126,38 +135,23 @@ def sd15_config(channels: int, clip_folder: Path) -> dict[str, Any]:
     }
 
 
-def open_clip_config() -> dict[str, Any]:
+def open_clip_config(width: int = 1280, layers: int = 2) -> dict[str, Any]:
     vision = {"image_size": 32, "layers": 1, "width": 64, "head_width": 64, "patch_size": 32}
-    text = {"context_length": CLIP_POSITIONS, "vocab_size": CLIP_VOCAB, "width": 1280, "heads": 20, "layers": 2}
-    return {"embed_dim": 1280, "vision_cfg": vision, "text_cfg": text}
+    text = {"context_length": CLIP_POSITIONS, "vocab_size": CLIP_VOCAB, "width": width, "layers": layers}
+    return {"embed_dim": width, "vision_cfg": vision, "text_cfg": text | {"heads": max(1, width // 64)}}
 
 
-def clip_config() -> dict[str, Any]:
-    sizes = {"hidden_size": 768, "intermediate_size": 768, "projection_dim": 768, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 12, "max_position_embeddings": CLIP_POSITIONS, "vocab_size": CLIP_VOCAB}
+def clip_config(width: int = 768, inner: int = 768, layers: int = 2) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": inner, "projection_dim": width, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": max(1, width // 64)}
+    sizes |= {"max_position_embeddings": CLIP_POSITIONS, "vocab_size": CLIP_VOCAB}
     return {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", **sizes}
 
 
-def byte_symbols() -> Iterator[str]:
-    """CLIP's byte alphabet: printable Latin-1 bytes stand for themselves, the others for code points from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    yield from map(chr, printable)
-    yield from map(chr, range(256, 512 - len(printable)))
-
-
-def write_clip_folder(folder: Path, bpe: Path) -> None:
-    """Write CLIP's published merge table the way transformers reads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = gzip.decompress(bpe.read_bytes()).decode().split("\n")
-    merges = lines[1 : CLIP_VOCAB - 2 * 256 - 2 + 1]
-    symbols = list(byte_symbols())
-    words = [*symbols, *(symbol + "</w>" for symbol in symbols), *(merge.replace(" ", "") for merge in merges)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    if len(words) != CLIP_VOCAB:
-        raise ValueError(f"{bpe} gives {len(words)} words, not {CLIP_VOCAB}")
-    write_json(folder / "vocab.json", {word: index for index, word in enumerate(words)})
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-    write_json(folder / "config.json", clip_config())
+def write_clip_folder(folder: Path, bpe: Path, config: dict[str, Any]) -> None:
+    """Writes CLIP's tokenizer and a text encoder's configuration. bpe: the merge table in the open_clip package."""
+    write_tokenizer(folder, read_merges(bpe), "<|endoftext|>")
+    write_json(folder / "config.json", config)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from lib_pulid import standin
 from lib_pulid.identity import Identity
+from tests import small_models
 from tests.face_standins import blank, draw_face, write_face_files
 from tests.host.models.checkpoints import FLUX_WIDTH, sdxl_layout
 from tests.host.models.unet import cross_attention_widths
@@ -23,10 +23,10 @@ TOKENS = 32  # of an identity in v1.1
 
 
 def write_models(models: Path) -> None:
-    """Below a models folder, under the real names; all three PuLID files have a token width of standin.TOKEN_WIDTH."""
+    """Below a models folder, under the real names; all three PuLID files have tokens TOKEN_WIDTH wide."""
     folder = models / "pulid"
     widths = cross_attention_widths(sdxl_layout())
-    made = standin.write_files(folder, widths, FLUX_WIDTH)
+    made = small_models.write_files(folder, widths, FLUX_WIDTH)
     _write_v1(folder / "pulid_v1.bin", widths)
     made.sdxl.rename(folder / "pulid_v1.1.safetensors")
     made.flux.rename(folder / "pulid_flux_v0.9.1.safetensors")
@@ -54,9 +54,9 @@ def as_of_old(path: Path) -> None:
 
 
 def _write_v1(path: Path, widths: list[int]) -> None:
-    encoder = standin.random_weights(standin.id_encoder().state_dict(), seed=11)
-    pairs = nn.ModuleList(standin.cross_attention_pair(width, standin.TOKEN_WIDTH) for width in widths)
-    state = standin.sdxl_file(encoder, standin.random_weights(pairs.state_dict(), seed=12))
+    encoder = small_models.random_weights(small_models.id_encoder().state_dict(), seed=11)
+    pairs = nn.ModuleList(small_models.cross_attention_pair(width, small_models.TOKEN_WIDTH) for width in widths)
+    state = small_models.sdxl_file(encoder, small_models.random_weights(pairs.state_dict(), seed=12))
     nested: dict[str, dict[str, torch.Tensor]] = {}  # the real file is a pickle of two tables
     for key, value in state.items():
         table, name = key.split(".", 1)
@@ -74,7 +74,7 @@ def write_marked_identities(folder: Path) -> None:
     """Identities whose tokens are drawn, not read off a photo: "marked A" has other tokens for the negative rows than
     for the positive ones, "marked B" has them exchanged, and "marked C" shares A's positive ones only."""
     draw = torch.Generator().manual_seed(21)
-    one, two, three = (torch.randn(1, TOKENS, standin.TOKEN_WIDTH, generator=draw) for _ in range(3))
+    one, two, three = (torch.randn(1, TOKENS, small_models.TOKEN_WIDTH, generator=draw) for _ in range(3))
     info = {"adapter": "PuLID v1.1 for SDXL", "photos": "1"}
     for name, cond, uncond in (("A", one, two), ("B", two, one), ("C", one, three)):
         Identity(cond, uncond, {**info, "name": f"marked {name}"}).save(folder / f"marked {name}.safetensors")

@@ -8,7 +8,7 @@ import os
 from dataclasses import replace
 
 if listed := os.environ.get("PULID_TEST_CATALOGUE"):
-    from lib_pulid import catalog  # its folder is on the path: it was loaded before
+    from lib_pulid.files import catalog  # its folder is on the path: it was loaded before
 
     facts = json.loads(listed)
     catalog.CATALOG = tuple(

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from modules import script_callbacks
 
 StateDict = Mapping[str, torch.Tensor]
 Sizes = dict[str, Any]
 MARK = "_pulid_test_helper"
 SMALL_CHANNELS = 32
+MINIATURE_TEXT, MINIATURE_GROUPS = 64, 8  # width of what the miniature's UNet reads, and groups of its norms
 
 
 def replace_once(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -38,6 +40,21 @@ def replace_once(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Cal
 def count(state: StateDict, prefix: str) -> int:
     """How many different numbers follow the prefix."""
     return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+# ----------------------------------------------------------------------------------------------------- miniature
+
+
+def settle_norms(sd_model: Any) -> None:
+    """The hosts have 32 groups in every norm; no shape in a checkpoint tells how many there are."""
+    objects = getattr(sd_model, "forge_objects", None)
+    unet = (sd_model if objects is None else objects.unet).model.diffusion_model
+    vae = sd_model.first_stage_model if objects is None else objects.vae.first_stage_model
+    reads = {module.attn2.to_k.weight.shape[-1] for module in unet.modules() if hasattr(module, "attn2")}
+    if reads == {MINIATURE_TEXT}:
+        for module in (*unet.modules(), *vae.modules()):
+            if isinstance(module, torch.nn.GroupNorm):
+                module.num_groups = MINIATURE_GROUPS
 
 
 # --------------------------------------------------------------------------------------------------------- A1111
@@ -70,7 +87,7 @@ def clip_sizes(state: StateDict) -> Sizes:
         "projection_dim": hidden,
         "intermediate_size": state[f"{root}encoder.layers.0.mlp.fc1.weight"].shape[0],
         "num_hidden_layers": count(state, f"{root}encoder.layers."),
-        "num_attention_heads": hidden // 64,
+        "num_attention_heads": max(1, hidden // 64),
     }
 
 
@@ -188,10 +205,12 @@ def wrap_model_matching(original: Callable[..., Any]) -> Callable[..., Any]:
             return found
         if channels >= 320:
             return original(config, *state)
-        usual = 384 if config.get("context_dim") == 1280 else 320  # SDXL's refiner is wider
-        found = original(config | {"model_channels": usual}, *state)
+        usual = {"model_channels": 384 if config.get("context_dim") == 1280 else 320}  # SDXL's refiner is wider
+        if config.get("context_dim") == MINIATURE_TEXT:
+            usual |= {"context_dim": 2048, "adm_in_channels": 2816}
+        found = original(config | usual, *state)
         if found is not None:
-            found.unet_config["model_channels"] = channels
+            found.unet_config.update({name: config[name] for name in usual})
         return found
 
     return match
@@ -324,7 +343,6 @@ if importlib.util.find_spec("huggingface_guess") is not None:
 elif importlib.util.find_spec("ldm_patched") is not None:
     patch_first_forge()
 else:
-    from modules import script_callbacks
-
     register_open_clip()
     script_callbacks.on_before_ui(narrow_controlnet)
+script_callbacks.on_model_loaded(settle_norms)

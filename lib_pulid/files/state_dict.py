@@ -1,11 +1,12 @@
-"""A weight file -> a table of tensors, without trusting the file.
+"""Reads a weight file into a state dict, without trusting the file.
 
 safetensors hold numbers only. A pickle is a program: it is read with torch's `weights_only`, which knows a few harmless
-instructions, after what that does not cover has been refused. Whatever is wrong, the message names the file.
+instructions, after what that does not cover has been refused. Every message names the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -19,9 +20,15 @@ from torch import Tensor
 
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
-from lib_pulid.heads import LARGEST_HEAD
+from lib_pulid.files.checkpoint_header import LARGEST_HEADER, read_safetensors_header
 
 HARMLESS = 2**29  # bytes
+_NO_WEIGHTS = (  # by what a file begins with
+    (rb"\Z", "empty"),
+    (rb"version https://git-lfs", "a Git LFS pointer"),
+    (rb"GGUF", "a GGUF file, which no PuLID file or encoder is"),
+    (rb"\s*<", "a web page, not a weight file"),
+)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -38,8 +45,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise MissingWeightsError(f"{path.name} was not found in {path.parent}.")
     try:
         with path.open("rb") as file:
-            head = file.read(64)
-        loaded = read_safetensors(path)[0] if _looks_like_safetensors(head) else _load_pickle(path, head)
+            start = file.read(64)
+        is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < LARGEST_HEADER
+        loaded = read_safetensors(path)[0] if is_safetensors else _load_pickle(path, start)
     except WrongWeightsError:
         raise
     except PermissionError as error:
@@ -53,12 +61,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return _flat(loaded, path)
 
 
-def _looks_like_safetensors(head: bytes) -> bool:
-    return len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
-
-
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, also of one whose metadata has more than text in it, which the
+    """Reads tensors and metadata of a safetensors file, also of one whose metadata has more than text in it, which the
     library refuses though the tensors are right. Raises what the library raises."""
     from safetensors import safe_open
 
@@ -66,58 +70,47 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except Exception:
-        if (mended := _with_text_metadata(path)) is None:
-            raise
-    return mended
+        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return _with_text_metadata(path)
+        raise
 
 
-def _with_text_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+def _with_text_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors.torch import load
 
     with path.open("rb") as file:
-        try:
-            entries = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEAD)))
-            facts = entries["__metadata__"].items()
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            return None
-        told = {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in facts}
-        if told == entries["__metadata__"]:
-            return None  # that is not what is wrong
-        head = json.dumps({**entries, "__metadata__": told}).encode()
-        return load(len(head).to_bytes(8, "little") + head + file.read()), told
+        header = read_safetensors_header(file)
+        values = header["__metadata__"].items()
+        metadata = {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in values}
+        if metadata == header["__metadata__"]:
+            raise ValueError("something else is wrong")
+        mended = json.dumps({**header, "__metadata__": metadata}).encode()
+        return load(len(mended).to_bytes(8, "little") + mended + file.read()), metadata
 
 
-def _load_pickle(path: Path, head: bytes) -> Mapping[str, object]:
-    if not head:
-        raise WrongWeightsError(f"{path.name} is empty. Download it again.")
-    if head.startswith(b"version https://git-lfs"):
-        raise WrongWeightsError(f"{path.name} is a Git LFS pointer, not the file itself. Download the file.")
-    if head.startswith(b"GGUF"):
-        raise WrongWeightsError(f"{path.name} is a GGUF file, which PuLID files and encoders are not.")
-    if head.lstrip()[:1] in (b"{", b"E") and head.isascii() and path.stat().st_size < 10_000:
-        raise WrongWeightsError(f"{path.name} is a server's answer ({head.decode().strip()!r}), not a weight file. "
-                                "Download the file itself.")  # fmt: skip
-    if head.lstrip()[:1] == b"<":
-        raise WrongWeightsError(f"{path.name} is a web page, not a weight file. Download the file itself.")
-    _check_archive(path, head)
+def _load_pickle(path: Path, start: bytes) -> Mapping[str, object]:
+    for pattern, what in _NO_WEIGHTS:
+        if re.match(pattern, start, re.DOTALL):
+            raise WrongWeightsError(f"{path.name} is {what}. Download the original file.")
+    if re.match(rb"\s*[{E][\0-\x7f]*$", start) and path.stat().st_size < 10_000:
+        raise WrongWeightsError(f"{path.name} is a server's answer ({start.decode().strip()!r}), not a weight file. "
+                                "Download the original file.")  # fmt: skip
+    _check_archive(path, start)
     # Not `torch.load`, which A1111 replaces by a guard of its own that refuses files written by torch 2.1 and later.
     return torch.serialization.load(str(path), map_location="cpu", weights_only=True)
 
 
-def _check_archive(path: Path, head: bytes) -> None:
+def _check_archive(path: Path, start: bytes) -> None:
     """Refuses what `weights_only` does not cover in older torch versions: TorchScript, which brings code of its own,
-    and the tar files of 2017, which are unpacked to disk; and archives that claim to hold more than they can.
-
-    `torch.save` stores without compression, so what is unpacked is never larger than the file.
-    """
+    the tar files of 2017, which are unpacked to disk, and compressed archives, which `torch.save` does not write."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
         if any(entry.filename.endswith("constants.pkl") for entry in entries):
             raise WrongWeightsError(f"{path.name} is a TorchScript program, not a table of weights.")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise WrongWeightsError(f"{path.name} is refused for safety: unpacked it would be larger than it can be.")
-    elif head.strip(b"\0") and tarfile.is_tarfile(path):  # zeros count as the end of an empty one
+            raise WrongWeightsError(f"{path.name} is refused for safety: unpacked it would be larger than the file.")
+    elif start.strip(b"\0") and tarfile.is_tarfile(path):  # zeros count as the end of an empty one
         raise WrongWeightsError(f"{path.name} is a tar archive, not a weight file. Unpack it.")
 
 
@@ -134,31 +127,31 @@ def _flat(loaded: object, path: Path) -> dict[str, Tensor]:
             flat.update(inner if wrapper else {f"{key}.{k}": v for k, v in inner.items()})
     if not flat:
         raise WrongWeightsError(f"{path.name} holds no weights.")
-    _check_honest(flat, path)
+    _check_declared_size(flat, path)
     return flat
 
 
-def _check_honest(state: Mapping[str, Tensor], path: Path) -> None:
+def _check_declared_size(state: Mapping[str, Tensor], path: Path) -> None:
     """A pickle may describe a tensor that repeats one number a billion times, or no numbers at all."""
     plain = all(t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized for t in state.values())
     # Twice, for weights that two names share; and what fits into any memory does no harm.
     most = max(2 * path.stat().st_size, HARMLESS)
     if not plain or sum(t.numel() * t.element_size() for t in state.values()) > most:
-        raise WrongWeightsError(f"{path.name} is refused for safety: it describes more numbers than it holds.")
+        raise WrongWeightsError(f"{path.name} is refused for safety: its tensors claim more data than it contains.")
 
 
 def check_numbers(state: Mapping[str, Tensor], path: Path) -> None:
-    """Raises WrongWeightsError where a weight is not a finite number: the picture would come out black, or worse."""
+    """Raises WrongWeightsError where a weight is not a finite number: the image would be black, or worse."""
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             raise WrongWeightsError(f"{path.name}: {name} holds {tensor.dtype} values; a float file is needed.")
-        # The sum is a number if all of them are; twice as fast as isfinite, and there for float8, too.
+        # The sum is finite if all of them are; twice as fast as isfinite, and there for float8, too.
         if not math.isfinite(tensor.sum(dtype=torch.float32)):
-            raise WrongWeightsError(f"{path.name} is damaged: {name} holds values that are no numbers. Get it again.")
+            raise WrongWeightsError(f"{path.name} is corrupt: {name} contains NaN or infinity. Download it again.")
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
-    """What a table of weights most likely is, in words, for error messages."""
+    """Says what a state dict most likely is, for error messages."""
     for pattern, words in _KNOWN_FILES:
         if any(re.search(pattern, key) for key in state):
             return words
@@ -174,12 +167,10 @@ _KNOWN_FILES: tuple[tuple[str, str], ...] = (
     (r"^pulid_(encoder|ca)\.", "a PuLID file for FLUX, or a part of one"),
     (r"^id_adapter", "a PuLID file for SDXL, or a part of one"),
     (r"^visual\.blocks\.|^blocks\.\d+\.attn\.", "a vision transformer (EVA-CLIP), not PuLID itself"),
-    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, but no PuLID"),
-    (r"^ip_adapter_proj_model\.|\.processor\.ip_adapter_|^image_proj_model\.", "an IP-Adapter, but no PuLID"),
+    (r"^(image_proj|ip_adapter)(_proj)?(_model)?\.|\.processor\.ip_adapter_", "an IP-Adapter, but no PuLID"),
     (r"lora_|\.lora[_.]|_lora\d*\.|\.alpha$|lokr_|hada_|oft_(blocks|diag)|dora_scale|lycoris_", "a LoRA"),
     (r"^control_model\.|input_hint_block|controlnet_", "a ControlNet"),
-    (r"^(model\.diffusion_model\.)?double_blocks\.|^transformer_blocks\.", "a FLUX transformer"),
-    (r"^single_transformer_blocks\.", "a FLUX transformer"),
+    (r"^(model\.diffusion_model\.)?double_blocks\.|^(single_)?transformer_blocks\.", "a FLUX transformer"),
     (r"^model\.diffusion_model\.|^down_blocks\.|^input_blocks\.", "a Stable Diffusion checkpoint"),
     (r"^(first_stage_model\.|encoder\.down|decoder\.)", "a VAE"),
     (r"^(module\.)?(body\.conv1|fpn\.|ssh1|BboxHead)", "a RetinaFace detector"),

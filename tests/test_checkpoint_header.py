@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lib_pulid.heads import checkpoint_family, read_head
+from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
 
 FLUX = {
     **{f"double_blocks.{i}.img_attn.qkv.weight": (3, 4) for i in range(19)},
@@ -55,6 +55,7 @@ KINDS = {
     "flux": (FLUX, "flux"),
     "flux with everything": ({**rooted(FLUX), "vae.x": (1,)}, "flux"),
     "sdxl": (rooted(SDXL), "sdxl"),
+    "sdxl in miniature": ({f"x.{i}.attn2.to_k.weight": (4, 64) for i in range(70)}, "sdxl"),
     "chroma": ({**FLUX, "distilled_guidance_layer.in_proj.weight": (2, 2)}, ""),
     "more blocks": ({**FLUX, "single_blocks.38.linear1.weight": (2, 2)}, ""),
     "fewer blocks": ({name: FLUX[name] for name in FLUX if not name.startswith("double_blocks.18")}, ""),
@@ -69,7 +70,7 @@ KINDS = {
 def test_families(tmp_path, kind, write):
     shapes, family = KINDS[kind]
     path = write(tmp_path / f"model.{write.__name__}", shapes)
-    assert dict(read_head(path)) == shapes
+    assert dict(read_header(path)) == shapes
     assert checkpoint_family(path) == family
 
 

@@ -1,23 +1,17 @@
-"""Small seeded random weights in the real file formats, for machines without the real ones.
-
-The demo and the tests load them with the real loaders into the real architectures. Pictures made with them show that
-the machinery works, not what PuLID can do.
-"""
+"""Small seeded random weights in the real file formats, of any size; the real loaders read them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lib_pulid.encoders import IDEncoder, IDFormer
-from lib_pulid.faces import Detection, FaceModels
-from lib_pulid.haar import EllipseParser, HaarDetector
-from lib_pulid.vision import HEAD_DIM
+from lib_pulid.vision import HEAD_DIM, tower_shapes
 
 TOKEN_WIDTH = 64  # 2048 in the real files
 TOWER_WIDTH = 128  # 1024 in the real tower
@@ -25,7 +19,7 @@ ID_COND = 512 + 768
 
 
 @dataclass(frozen=True)
-class StandInFiles:
+class SmallFiles:
     """What `write_files` wrote. Args: sdxl, flux: PuLID files. tower: an EVA-CLIP file."""
 
     sdxl: Path
@@ -33,7 +27,7 @@ class StandInFiles:
     tower: Path
 
 
-def write_files(folder: str | Path, sdxl_widths: Sequence[int], flux_width: int, sites: int = 20) -> StandInFiles:
+def write_files(folder: str | Path, sdxl_widths: Sequence[int], flux_width: int, sites: int = 20) -> SmallFiles:
     """Writes a PuLID v1.1 file, a PuLID FLUX file and a vision tower, of sizes that fit small denoisers.
 
     Args:
@@ -44,7 +38,7 @@ def write_files(folder: str | Path, sdxl_widths: Sequence[int], flux_width: int,
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = StandInFiles(
+    files = SmallFiles(
         folder / "standin_pulid_sdxl.safetensors", folder / "standin_pulid_flux.safetensors", folder / "standin_eva.pt"
     )
     encoders = [random_weights(id_former().state_dict(), seed) for seed in (1, 6)]
@@ -55,6 +49,17 @@ def write_files(folder: str | Path, sdxl_widths: Sequence[int], flux_width: int,
     tower = random_weights(tower_shapes(TOWER_WIDTH, 768), seed=4)
     torch.save({f"visual.{key}": value for key, value in tower.items()}, files.tower)
     return files
+
+
+@cache
+def pulid_files(widths: tuple[int, ...], stream_width: int, sites: int, seed: int = 1) -> dict[str, dict[str, Tensor]]:
+    """The contents of a PuLID file of each layout, "v1", "v1.1" and "flux"; sizes as in `write_files`."""
+    pairs = nn.ModuleList(cross_attention_pair(width, TOKEN_WIDTH) for width in widths).state_dict()
+    modules = nn.ModuleList(image_stream(stream_width, TOKEN_WIDTH) for _ in range(sites)).state_dict()
+    v1, v11 = (random_weights(encoder.state_dict(), seed) for encoder in (id_encoder(), id_former()))
+    layers = random_weights(pairs, 2)
+    flux = flux_file(v11, random_weights(modules, 3))
+    return {"v1": sdxl_file(v1, layers), "v1.1": sdxl_file(v11, layers), "flux": flux}
 
 
 def random_weights(shapes: Mapping[str, Tensor | tuple[int, ...]], seed: int, gain: float = 1.0) -> dict[str, Tensor]:
@@ -121,58 +126,3 @@ def image_stream(width: int, token_width: int, inner: int = 128) -> nn.ModuleDic
             "to_out": nn.Linear(inner, width, bias=False),
         }
     )
-
-
-def tower_shapes(width: int, classes: int, depth: int = 24, hidden: int = 0) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the visual half of EVA02_CLIP_L_336_psz14_s6B.pt, with other widths."""
-    hidden = hidden or int(width * 2.6667)
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, width),
-        "pos_embed": (1, 577, width),
-        "patch_embed.proj.weight": (width, 3, 14, 14),
-        "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-        "head.weight": (classes, width),
-        "head.bias": (classes,),
-    }
-    linear = {
-        "attn.proj": (width, width),
-        "mlp.w1": (hidden, width),
-        "mlp.w2": (hidden, width),
-        "mlp.w3": (width, hidden),
-    }
-    norms = {"norm1": width, "norm2": width, "attn.inner_attn_ln": width, "mlp.ffn_ln": hidden}
-    for block in (f"blocks.{i}" for i in range(depth)):
-        shapes |= {f"{block}.attn.{name}_proj.weight": (width, width) for name in "qkv"}
-        shapes |= {f"{block}.attn.{name}_bias": (width,) for name in "qv"}
-        shapes |= {f"{block}.{name}.weight": shape for name, shape in linear.items()}
-        shapes |= {f"{block}.{name}.bias": shape[:1] for name, shape in linear.items()}
-        shapes |= {f"{block}.{name}.{part}": (size,) for name, size in norms.items() for part in ("weight", "bias")}
-    return shapes
-
-
-# ---------------------------------------------------------------- faces
-
-
-class RandomRecogniser:
-    """In the place of ArcFace: a seeded random projection of the 112 x 112 crop that ArcFace would see. [512]."""
-
-    def __init__(self, seed: int = 5) -> None:
-        self._projection = torch.randn(512, 3 * 28 * 28, generator=torch.Generator().manual_seed(seed)).numpy()
-
-    def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
-        from insightface.utils.face_align import norm_crop
-
-        return self.embed_crop(norm_crop(image_bgr, detection.landmarks))
-
-    def embed_crop(self, aligned_bgr: np.ndarray) -> np.ndarray:
-        import cv2
-
-        small = cv2.resize(aligned_bgr, (28, 28), interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
-        return self._projection @ ((small - small.mean()) / (small.std() + 1e-6)) / small.size**0.5
-
-
-def face_models() -> FaceModels:
-    """Faces are really found, by OpenCV's Haar cascades; who they are is a random projection of how they look."""
-    return FaceModels(detector=HaarDetector(), recogniser=RandomRecogniser(), landmarker=None, parser=EllipseParser())

@@ -1,0 +1,131 @@
+"""Runs the command `evaluate`: loads the models and the judges, and runs the trial."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib_pulid import fields, miniature
+from lib_pulid.errors import SettingError, UnsupportedModelError
+from lib_pulid.evaluate import options, results
+from lib_pulid.evaluate.clip import open_clip_model
+from lib_pulid.evaluate.judges import HOW_TO_GET, OWN, DrawnJudge, FaceJudge, open_judges, own_judge
+from lib_pulid.evaluate.subjects import Prompt, Subject, drawn_people, read_folder, read_prompts
+from lib_pulid.evaluate.trial import Method, Panel, Row, Studio, count_images, read_sitters, run_trial
+from lib_pulid.files import catalog
+from lib_pulid.injection import compile_injection
+from lib_pulid.photos import Encoders, IdentityCache, make_identity
+from lib_pulid.standalone import Workshop, open_workshop
+from lib_pulid.weights import load_adapter
+
+
+def run(arguments: argparse.Namespace, device: str) -> int:
+    """Runs the command."""
+    weights = options.check(arguments)
+    if arguments.faces is None and arguments.model not in miniature.MODELS:
+        raise SettingError("Give --faces, a folder with a photo or a subfolder of photos of each person.")
+    variants = [options.variant(text) for text in arguments.variant] or [("", {})]
+    files = [options.named_file(text) for text in arguments.pulid]
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else []
+    workshop = open_workshop(arguments.model, arguments.models_dir, files[0][1] if files else None, device)
+    methods = _methods(workshop, files, variants)
+    for note in dict.fromkeys(note for prompt in prompts for note in workshop.check_prompt(prompt.text)):
+        print(f"note: {note}", file=sys.stderr)
+    encoders = lru_cache(1)(workshop.encoders)
+    panel = _panel(arguments, encoders(), device)
+    sitters = read_sitters(_subjects(arguments, panel, prompts), panel)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = _watched(_studio(workshop, encoders, arguments), panel, methods, sitters, weights, arguments)
+    settings = {**vars(arguments), "weights": weights}
+    results.write(results.collect(settings, methods, panel, sitters, rows), arguments.out, arguments.json)
+    return 0
+
+
+def _methods(
+    workshop: Workshop, files: Sequence[tuple[str, Path]], variants: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[Method]:
+    family = workshop.base.family
+    for name, settings in variants:
+        if foreign := [key for key in settings if fields.FIELD[key].family not in ("", family)]:
+            raise SettingError(f"--variant {name}: {foreign[0]} has no effect on {family.upper()}. Leave it out.")
+    adapters = [(workshop.adapter.path.stem, workshop.adapter)]
+    if files:
+        adapters = [(files[0][0], workshop.adapter), *((name, load_adapter(path)) for name, path in files[1:])]
+    for _, adapter in adapters:
+        if adapter.family != family:
+            raise UnsupportedModelError(
+                f"{adapter.path.name} is for {adapter.family.upper()}, but --model is {family.upper()}."
+            )
+    alone = len({name for name, _ in adapters}) == 1
+    return [
+        Method(variant if alone and variant else ", ".join(filter(None, (name, variant))), adapter, settings)
+        for name, adapter in adapters
+        for variant, settings in variants
+    ]
+
+
+# ---------------------------------------------------------------- models and judges
+
+
+def _studio(workshop: Workshop, encoders, arguments: argparse.Namespace) -> Studio:
+    workshop.base.pipeline.set_progress_bar_config(disable=True)
+    settings = {"steps": arguments.steps, "size": arguments.size, "guidance": arguments.guidance}
+    cache = IdentityCache()  # in memory only: there may be hundreds of people
+
+    def paint(injections, prompt: str, seed: int) -> np.ndarray:
+        return np.asarray(workshop.paint(injections, prompt, seed=seed, **settings)[0].convert("RGB"))
+
+    def identity(adapter, photo: np.ndarray, name: str):
+        return make_identity([photo], adapter, encoders=encoders, encoders_id=workshop.encoders_id, cache=cache)
+
+    def inject(adapter, identity, weight: float, settings: Mapping[str, Any]):
+        device, dtype = workshop.device, workshop.base.dtype
+        return compile_injection(adapter, identity, weight=weight, device=device, dtype=dtype, **settings)
+
+    return Studio(paint, identity, inject)
+
+
+def _panel(arguments: argparse.Namespace, encoders: Encoders, device: str) -> Panel:
+    drawn = arguments.model in miniature.MODELS
+    own = None if drawn else catalog.require_encoders(arguments.models_dir)["recogniser"]
+    judges: list[FaceJudge] = [DrawnJudge(miniature.judge())] if drawn else []
+    if arguments.judge or not drawn:
+        judges += open_judges(arguments.judge, own, arguments.models_dir, device)
+    if not judges:
+        print(f"note: the only judge is {OWN} recognizer, which overestimates likeness. {HOW_TO_GET}", file=sys.stderr)
+    return Panel(
+        models=encoders.faces,
+        judges=(*judges, own_judge(encoders.faces)),
+        scene=miniature.scene_judge() if drawn else None,
+        clip=open_clip_model(arguments.clip, device) if arguments.clip else None,
+    )
+
+
+def _subjects(arguments: argparse.Namespace, panel: Panel, prompts: Sequence[Prompt]) -> list[Subject]:
+    if arguments.faces:
+        return read_folder(arguments.faces, prompts or read_prompts(), arguments.each or 4)
+    return drawn_people(arguments.people, arguments.each or 1, lambda image: bool(panel.faces(image)), prompts)
+
+
+def _watched(studio, panel, methods, sitters, weights, arguments: argparse.Namespace) -> list[Row]:
+    """Collects all rows, with a progress bar."""
+    from PIL import Image
+    from tqdm import tqdm
+
+    def save(row: Row, image: np.ndarray) -> None:
+        words = (row.person, row.method, row.file, f"{row.weight:g}", row.prompt[:40], str(row.seed))
+        name = re.sub(r"[^\w.,]+", "-", "_".join(filter(None, words)))
+        (arguments.out / "images").mkdir(exist_ok=True)
+        Image.fromarray(image).save(arguments.out / "images" / f"{name}.png")
+
+    keep = {"keep_image": save} if arguments.save_images else {}
+    rows = run_trial(studio, panel, methods, sitters, weights, arguments.seeds, **keep)
+    total = count_images(sitters, methods, weights, arguments.seeds)
+    return list(tqdm(rows, total=total, desc="generating", unit="image"))

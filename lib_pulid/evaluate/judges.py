@@ -1,0 +1,154 @@
+"""Opens the judges: recognizers that say whether two faces are the same person, and what drawn images show."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from lib_pulid import disk
+from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
+from lib_pulid.face_models import ArcFaceRecogniser, onnx_providers
+from lib_pulid.faces import Detection, FaceModels, Recogniser
+from lib_pulid.judge import Judge, Reading
+from lib_pulid.photos import fingerprint_files
+
+OWN = "the adapter's own"
+BUFFALO, FACENET = "w600k_r50.onnx", "20180402-114759-vggface2.pt"
+HOW_TO_GET = (
+    f"Give --judge with the path of {BUFFALO} (from insightface's buffalo_l), or --judge facenet=FILE with that of "
+    f"facenet-pytorch's {FACENET}."
+)
+
+
+class FaceJudge(Protocol):
+    """A recognizer with a name."""
+
+    name: str
+
+    def read(self, image: np.ndarray, face: Detection) -> Reading:
+        """Reads a face of an image, uint8 RGB [H, W, 3]."""
+        ...
+
+
+class RecogniserJudge:
+    """An ArcFace recognizer: the adapter's own, or another."""
+
+    def __init__(self, name: str, recogniser: Recogniser) -> None:
+        self.name, self._recogniser = name, recogniser
+
+    def read(self, image: np.ndarray, face: Detection) -> Reading:
+        """See FaceJudge."""
+        bgr = np.ascontiguousarray(image[:, :, ::-1])
+        return Reading(np.asarray(self._recogniser.embed(bgr, face), np.float32), {})
+
+
+class DrawnJudge:
+    """The miniature's judge of faces, which also names traits."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.name, self._judge = "miniature", judge
+
+    def read(self, image: np.ndarray, face: Detection) -> Reading:
+        """See FaceJudge."""
+        return self._judge.read(image, face.landmarks)
+
+
+class FacenetJudge:
+    """facenet-pytorch's InceptionResnetV1, on the face's box at 160 x 160, as its MTCNN crops it with margin 0."""
+
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        from lib_pulid.files.state_dict import read_state_dict
+
+        self.name, self._device = "facenet vggface2" if path.name == FACENET else path.stem, device
+        try:
+            from facenet_pytorch import InceptionResnetV1
+        except ImportError as error:
+            raise PulidError(
+                f"--judge facenet needs facenet-pytorch, which cannot be imported ({error}): "
+                "pip install --no-deps facenet-pytorch"
+            ) from error
+        if not disk.is_file(path):
+            raise MissingWeightsError(f"{path.name} (a judge of faces) was not found in {path.parent}.")
+        state = {key: value for key, value in read_state_dict(path).items() if not key.startswith("logits.")}
+        network = InceptionResnetV1(pretrained=None, classify=False)
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            raise WrongWeightsError(
+                f"{path.name} is not facenet-pytorch's InceptionResnetV1. ({error})"[:400]
+            ) from error
+        self._network = network.eval().to(device)
+
+    def read(self, image: np.ndarray, face: Detection) -> Reading:
+        """See FaceJudge."""
+        import cv2
+        import torch
+
+        height, width = image.shape[:2]
+        x0, y0, x1, y1 = (int(value) for value in face.box)
+        part = image[max(y0, 0) : min(y1, height), max(x0, 0) : min(x1, width)]
+        if not part.size:
+            part = image
+        seen = cv2.resize(part, (160, 160), interpolation=cv2.INTER_AREA).astype(np.float32)
+        data = torch.from_numpy((seen.transpose(2, 0, 1)[None] - 127.5) / 128).to(self._device)
+        with torch.no_grad():
+            return Reading(self._network(data)[0].float().cpu().numpy(), {})
+
+
+def own_judge(models: FaceModels) -> FaceJudge:
+    """Returns the recognizer that makes the identities. It overestimates, since the adapter was trained with it."""
+    return RecogniserJudge(OWN, models.recogniser)
+
+
+def open_judges(names: Sequence[str], own: Path | None, models_dir: Path, device: str) -> list[FaceJudge]:
+    """Opens the judges that a user names: "facenet", "facenet=FILE" or an ONNX file; without names, those it finds.
+
+    Args:
+        own: the file of the adapter's own recognizer, which is refused.
+    """
+    if not names:
+        buffalo, facenet = (_find(name, models_dir) for name in (BUFFALO, FACENET))
+        names = [str(buffalo)] * (buffalo is not None)
+        names += [f"facenet={facenet}"] * (facenet is not None and _importable("facenet_pytorch"))
+    return [_open(name, own, models_dir, device) for name in dict.fromkeys(names)]
+
+
+def _open(name: str, own: Path | None, models_dir: Path, device: str) -> FaceJudge:
+    kind, _, file = name.partition("=")
+    if kind == "facenet":
+        path = Path(file) if file else _find(FACENET, models_dir)
+        if path is None:
+            raise MissingWeightsError(f"{FACENET} was not found in any of its usual folders. {HOW_TO_GET}")
+        return FacenetJudge(path, device)
+    path = Path(name)
+    if not disk.is_file(path):
+        raise MissingWeightsError(f"No judge at {path}. {HOW_TO_GET}")
+    if own is not None and fingerprint_files([path]) == fingerprint_files([own]):
+        raise SettingError(
+            f"--judge {path.name} is the adapter's own recognizer, which overestimates likeness and is always "
+            f"measured. {HOW_TO_GET}"
+        )
+    return RecogniserJudge(path.stem, ArcFaceRecogniser(path, onnx_providers(device)))
+
+
+def _find(name: str, models_dir: Path) -> Path | None:
+    return next((folder / name for folder in _folders(models_dir) if disk.is_file(folder / name)), None)
+
+
+def _folders(models_dir: Path) -> Iterator[Path]:
+    pack = Path("models") / "buffalo_l"
+    yield models_dir
+    for root in (models_dir / "insightface", disk.user_path("~/.insightface")):
+        yield from (root, root / pack, root / pack / "buffalo_l")
+    home = os.environ.get("TORCH_HOME", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch")
+    yield from (disk.user_path(home) / deeper for deeper in ("checkpoints", "hub/checkpoints"))
+
+
+def _importable(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None

@@ -1,0 +1,77 @@
+"""Computes the measures on arrays: likeness, copy-paste, change outside the head, attributes kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Computes the cosine of two embeddings [D], -1..1; 0 if one is all zeros."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(np.clip(a @ b / lengths, -1, 1)) if lengths else 0.0
+
+
+def angle(a: np.ndarray, b: np.ndarray) -> float:
+    """Computes the angle between two embeddings [D], 0..pi."""
+    return float(np.arccos(cosine(a, b)))
+
+
+def copy_paste(image: np.ndarray, target: np.ndarray, reference: np.ndarray) -> float | None:
+    """Measures whether an image copies the reference photo more than it shows the person; as in WithAnyone (996d152b).
+
+    (angle(image, target) - angle(image, reference)) / angle(target, reference), on embeddings [D].
+
+    Args:
+        target: of another photo of the person.
+
+    Returns:
+        1 for a copy of the reference, 0 midway, -1 for the target; None if the two photos are the same.
+    """
+    apart = angle(target, reference)
+    return (angle(image, target) - angle(image, reference)) / apart if apart > 1e-4 else None
+
+
+def change(image: np.ndarray, other: np.ndarray, leave_out: np.ndarray) -> float | None:
+    """Computes the mean absolute difference of two images, uint8 [H, W, 3], outside leave_out, bool [H, W]: 0..1.
+
+    None: nothing is left to compare.
+    """
+    if leave_out.all():
+        return None
+    return float(np.abs(image.astype(np.float32) - other)[~leave_out].mean() / 255)
+
+
+def kept(wanted: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, bool]:
+    """Returns attribute -> whether it was seen as wanted, for those that can be seen."""
+    return {name: seen[name] == value for name, value in wanted.items() if name in seen}
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Computes the mean of the measured values; None if there are none."""
+    measured = [value for value in values if value is not None]
+    return float(np.mean(measured)) if measured else None
+
+
+def spread(values: Sequence[float | None]) -> float | None:
+    """Computes the sample standard deviation of the measured values; None for fewer than two."""
+    measured = [value for value in values if value is not None]
+    return float(np.std(measured, ddof=1)) if len(measured) > 1 else None
+
+
+def change_at(likeness: float, curve: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """Interpolates the change at which a likeness is first reached, on a curve in order of weight.
+
+    Args:
+        curve: (likeness, change) of each weight.
+
+    Returns:
+        None: it is not reached.
+    """
+    points = [(x, y) for x, y in curve if x is not None and y is not None]
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= likeness <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (likeness - x0) / (x1 - x0)
+    return None

@@ -1,0 +1,291 @@
+"""Runs the trial: generates images of each person with each method, weight, prompt and seed, and judges them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lib_pulid.errors import NoFaceError
+from lib_pulid.evaluate.clip import Clip
+from lib_pulid.evaluate.judges import FaceJudge
+from lib_pulid.evaluate.measures import change, copy_paste, cosine, kept, mean
+from lib_pulid.evaluate.subjects import Prompt, Subject
+from lib_pulid.faces import CROP_BORDER_BGR, CROP_LANDMARKS, CROP_SIZE, Detection, FaceModels, order_faces
+from lib_pulid.identity import Identity
+from lib_pulid.images import resize_long_edge
+from lib_pulid.injection import Injection
+from lib_pulid.judge import Judge, Reading, similarity
+from lib_pulid.weights import Adapter
+
+WITHOUT = "without"
+NOT_HEAD = (0, 16)  # BiSeNet's background and cloth
+# The parser's own crop cuts off long or high hair; a wider crop labels the rest.
+ZOOMS = (0.75, 1.0)
+MARGIN = 3 / 128  # of the image's long edge, around a head
+
+
+@dataclass(frozen=True, eq=False)
+class Studio:
+    """What generates images.
+
+    Args:
+        paint: injections, prompt, seed -> uint8 RGB [H, W, 3].
+        identity: adapter, photo uint8 RGB [H, W, 3], its name -> identity.
+        inject: adapter, identity, weight, settings of `compile_injection` -> injection.
+    """
+
+    paint: Callable[[Sequence[Injection], str, int], np.ndarray]
+    identity: Callable[[Adapter, np.ndarray, str], Identity]
+    inject: Callable[[Adapter, Identity, float, Mapping[str, Any]], Injection]
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A PuLID file with settings. Files with the same name are trainings of one method."""
+
+    name: str
+    adapter: Adapter
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What was read from an image. face: the largest of `faces` (a number); None: there is none."""
+
+    image: np.ndarray
+    faces: int
+    face: Detection | None
+    readings: Mapping[str, Reading]
+    scene: Mapping[str, str]
+    clip: np.ndarray | None
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """The judges of images. judges: the first is the main one. scene: reads what a drawn image shows."""
+
+    models: FaceModels
+    judges: tuple[FaceJudge, ...]
+    scene: Judge | None = None
+    clip: Clip | None = None
+
+    def faces(self, image: np.ndarray) -> list[Detection]:
+        """Detects the faces of an image, uint8 RGB [H, W, 3], the largest first."""
+        found = self.models.detector.detect(np.ascontiguousarray(image[:, :, ::-1]))
+        return order_faces(found, "largest", image.shape[:2]) if found else []
+
+    def look(self, image: np.ndarray) -> Look:
+        """Reads an image, uint8 RGB [H, W, 3]."""
+        image = resize_long_edge(image)
+        faces = self.faces(image)
+        return Look(
+            image=image,
+            faces=len(faces),
+            face=faces[0] if faces else None,
+            readings={judge.name: judge.read(image, faces[0]) for judge in self.judges} if faces else {},
+            scene=self.scene.read(image).named if self.scene else {},
+            clip=self.clip.image(image) if self.clip else None,
+        )
+
+    def head(self, look: Look) -> np.ndarray:
+        """Finds the head with hair, neck and a small margin: bool [H, W]; all False without a face."""
+        import cv2
+
+        height, width = look.image.shape[:2]
+        if look.face is None:
+            return np.zeros((height, width), bool)
+        head = np.zeros((height, width), np.uint8)
+        for zoom in ZOOMS:
+            wanted = (CROP_LANDMARKS - CROP_SIZE / 2) * zoom + CROP_SIZE / 2
+            self._label(look.image, similarity(look.face.landmarks, wanted), head)
+        margin = 2 * round(MARGIN * max(height, width)) + 1
+        return cv2.dilate(head, np.ones((margin, margin), np.uint8)) > 0
+
+    def _label(self, image: np.ndarray, crop_from_image: np.ndarray, head: np.ndarray) -> None:
+        """Writes 1 and 0 into head [H, W] within the crop of an image, by a matrix [2, 3]."""
+        import cv2
+
+        size, border = (CROP_SIZE, CROP_SIZE), CROP_BORDER_BGR[::-1]
+        labels = self.models.parser.labels(cv2.warpAffine(image, crop_from_image, size, borderValue=border))
+        flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+        shown = 1 + (~np.isin(labels, NOT_HEAD)).astype(np.uint8)  # 0 is outside the crop
+        back = cv2.warpAffine(shown, crop_from_image, head.shape[::-1], flags=flags)
+        head[back > 0] = back[back > 0] - 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image's figures; None: not measured.
+
+    Args:
+        file: of the adapter, "" for images without.
+        likeness, copy_paste: by judge. kept: of the prompt's attributes. traits: of the person's.
+        change: outside the head, against the image without the identity. other_seed: what another seed changes there.
+    """
+
+    person: str
+    method: str
+    file: str
+    weight: float
+    prompt: str
+    seed: int
+    faces: int
+    likeness: dict[str, float]
+    copy_paste: dict[str, float | None]
+    change: float | None
+    other_seed: float | None
+    clip_t: float | None
+    clip_i: float | None
+    kept: dict[str, bool]
+    traits: dict[str, bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Sitter:
+    """A subject, and what was read from their photos."""
+
+    subject: Subject
+    reference: Look
+    targets: tuple[Look, ...]
+    traits: Mapping[str, str]
+
+
+def read_sitters(subjects: Sequence[Subject], panel: Panel) -> list[Sitter]:
+    """Reads all photos before generating anything.
+
+    Raises:
+        NoFaceError: the message names all photos without a face.
+    """
+    sitters, blank = [], []
+    for subject in subjects:
+        looks = [panel.look(photo) for photo in (subject.reference, *subject.targets)]
+        blank += [f"{subject.name}, photo {i + 1}" for i, look in enumerate(looks) if look.face is None]
+        traits = {name: subject.traits.get(name, value) for name, value in _named(looks[0]).items()}
+        sitters.append(Sitter(subject, looks[0], tuple(looks[1:]), traits))
+    if blank:
+        raise NoFaceError(
+            f"No face was found in {'; '.join(blank)}. Use photos with an upright, uncovered, large face."
+        )
+    return sitters
+
+
+def count_images(sitters: Sequence[Sitter], methods: Sequence[Method], weights: Sequence[float], seeds: int) -> int:
+    """Returns the number of rows of `run_trial`."""
+    prompts = sum(len(sitter.subject.prompts) for sitter in sitters)
+    return prompts * seeds * (1 + len(methods) * sum(weight != 0 for weight in weights))
+
+
+class _Plain:
+    """Images without an identity, each generated once."""
+
+    def __init__(self, studio: Studio, panel: Panel, seeds: int) -> None:
+        self._studio, self._panel, self._seeds = studio, panel, max(seeds, 2)
+        self._known: dict[tuple[str, int], tuple[Look, np.ndarray]] = {}
+
+    def get(self, prompt: str, seed: int) -> tuple[Look, np.ndarray]:
+        """Returns the image, and where its head is."""
+        if (prompt, seed) not in self._known:
+            look = self._panel.look(self._studio.paint([], prompt, seed))
+            self._known[prompt, seed] = look, self._panel.head(look)
+        return self._known[prompt, seed]
+
+    def other_seed(self, prompt: str, seed: int) -> float | None:
+        """Measures how much the next seed changes outside both heads."""
+        (look, head), (other, other_head) = (self.get(prompt, s) for s in (seed, (seed + 1) % self._seeds))
+        return change(look.image, other.image, head | other_head)
+
+
+def run_trial(
+    studio: Studio,
+    panel: Panel,
+    methods: Sequence[Method],
+    sitters: Sequence[Sitter],
+    weights: Sequence[float],
+    seeds: int,
+    keep_image: Callable[[Row, np.ndarray], None] = lambda row, image: None,
+) -> Iterator[Row]:
+    """Generates and judges all images. Weight 0 is the image without, generated once for all methods."""
+    plain = _Plain(studio, panel, seeds)
+    texts: dict[str, np.ndarray] = {}
+
+    def shot(sitter: Sitter, method: Method | None, weight: float, prompt: Prompt, seed: int, injections: Any) -> Row:
+        before, head = plain.get(prompt.text, seed)
+        after = panel.look(studio.paint(injections, prompt.text, seed)) if injections else before
+        row = Row(
+            person=sitter.subject.name,
+            method=method.name if method else WITHOUT,
+            file=method.adapter.path.name if method else "",
+            weight=weight,
+            prompt=prompt.text,
+            seed=seed,
+            change=change(after.image, before.image, head | panel.head(after) if injections else head),
+            other_seed=plain.other_seed(prompt.text, seed),
+            clip_t=_clip_t(panel.clip, after, prompt.text, texts),
+            clip_i=None if after.clip is None or before.clip is None else cosine(after.clip, before.clip),
+            kept=kept(prompt.wanted, after.scene),
+            **_person_figures(sitter, after),
+        )
+        keep_image(row, after.image)
+        return row
+
+    for sitter in sitters:
+        cases = [(prompt, seed) for prompt in sitter.subject.prompts for seed in range(seeds)]
+        for prompt, seed in cases:
+            yield shot(sitter, None, 0.0, prompt, seed, [])
+        for method in methods:
+            identity = studio.identity(method.adapter, sitter.subject.reference, sitter.subject.name)
+            for weight in filter(None, weights):
+                injections = [studio.inject(method.adapter, identity, weight, method.settings)]
+                for prompt, seed in cases:
+                    yield shot(sitter, method, weight, prompt, seed, injections)
+
+
+def _person_figures(sitter: Sitter, look: Look) -> dict[str, Any]:
+    """Measures how much an image shows the person; likeness is 0 without a face."""
+    likeness, copied = {}, {}
+    for name, wanted in sitter.reference.readings.items():
+        seen = look.readings.get(name)
+        likeness[name] = wanted.likeness(seen) if seen else 0.0
+        photos = [target.readings[name].embedding for target in sitter.targets]
+        scores = [copy_paste(seen.embedding, photo, wanted.embedding) for photo in photos] if seen else []
+        copied[name] = mean(scores)
+    named = _named(look)
+    traits = {name: named.get(name) == value for name, value in sitter.traits.items()}
+    return {"faces": look.faces, "likeness": likeness, "copy_paste": copied, "traits": traits}
+
+
+def _clip_t(clip: Clip | None, look: Look, prompt: str, texts: dict[str, np.ndarray]) -> float | None:
+    """Computes CLIP's cosine of image and prompt, times 100 as in papers."""
+    if clip is None or look.clip is None:
+        return None
+    if prompt not in texts:
+        texts[prompt] = clip.text(prompt)
+    return 100 * cosine(look.clip, texts[prompt])
+
+
+def traits_on_photos(sitters: Sequence[Sitter]) -> dict[str, float]:
+    """Measures how often the judge reads each trait correctly in other photos of the people: an upper bound.
+
+    For people with one photo, in that photo.
+    """
+    read: dict[str, list[float]] = {}
+    for sitter in sitters:
+        for photo in sitter.targets or (sitter.reference,):
+            for name, right in kept(sitter.traits, _named(photo)).items():
+                read.setdefault(name, []).append(float(right))
+    return {name: float(np.mean(values)) for name, values in read.items()}
+
+
+def _named(look: Look) -> Mapping[str, str]:
+    """Returns the traits by the first judge that names any."""
+    return next((reading.named for reading in look.readings.values() if reading.named), {})
+
+
+def judge_range(sitters: Sequence[Sitter], judge: str) -> tuple[float | None, float | None]:
+    """Computes a judge's mean cosines for two photos of one person, and for photos of different people."""
+    faces = [sitter.reference.readings[judge] for sitter in sitters]
+    same = [face.likeness(t.readings[judge]) for face, sitter in zip(faces, sitters) for t in sitter.targets]
+    return mean(same), mean([a.likeness(b) for i, a in enumerate(faces) for b in faces[:i]])

@@ -1,0 +1,299 @@
+"""The catalog of weight files: what each is for, where it comes from, where it lies, and whether it is the right one.
+
+Folders are those of the WebUIs: `pulid`, `insightface/models/antelopev2`, `facexlib` below the models folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from lib_pulid import disk
+from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
+from lib_pulid.files import download as downloads
+from lib_pulid.files.download import Download, ProgressCallback, RetryPolicy, format_size, no_progress
+
+MODELS_DIR_VARIABLE = "PULID_MODELS_DIR"
+FAMILIES = ("sdxl", "flux")
+_NON_COMMERCIAL = "InsightFace model license: non-commercial research purposes only"
+_ANTELOPE = "insightface/models/antelopev2"
+_ANTELOPE_REVISION = "ba0c3e10f4548361eb9a63265d87ce1140ab5a05"
+_FACEXLIB = "https://github.com/xinntao/facexlib/releases/download/"
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file.
+
+    Args:
+        name: file name. folder: below the models folder. purpose: in words.
+        source: "owner/repository" on the Hugging Face Hub, or a URL. origin: a URL to try where the source fails.
+        group: "sdxl", "flux" (one file of a group is enough) or "encoders" (all are needed).
+        licence: in words; `restricted` licenses have to be accepted.
+        size: bytes, or 0 where it is not known. sha256: or "" where it is not known.
+        role: of an encoder: "tower", or its name in `face_models.FaceFiles`.
+        others: sizes of well-known other files that people put under this name, and what they are.
+    """
+
+    name: str
+    folder: str
+    purpose: str
+    source: str
+    group: str
+    licence: str = "Apache-2.0"
+    restricted: bool = False
+    size: int = 0
+    sha256: str = ""
+    revision: str = "main"
+    origin: str = ""
+    role: str = ""
+    others: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def url(self) -> str:
+        """For a person; the program asks huggingface_hub, which knows mirrors."""
+        hub = f"https://huggingface.co/{self.source}/resolve/{self.revision}/{self.name}"
+        return self.source if "://" in self.source else self.origin or hub
+
+    @property
+    def size_text(self) -> str:
+        return format_size(self.size) if self.size else "size not known"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is there of a file. path: None where it is missing. problem: what is wrong with it, or ""."""
+
+    file: WeightFile
+    path: Path | None = None
+    problem: str = ""
+
+    @property
+    def state(self) -> str:
+        """ "there", "missing" or "differs"."""
+        return "missing" if self.path is None else "differs" if self.problem else "there"
+
+    @property
+    def usable(self) -> bool:
+        """Files of other sizes pass, and loading them shows what they are. But another face recognizer loads like the
+        right one and gives a stranger's face, so those that are known do not."""
+        return self.path is not None and disk.size_of(self.path) not in dict(self.file.others)
+
+
+# Sizes and checksums were not measured here. They are what public lists say, each checksum found in several with the
+# same size: pulid_v1.1, EVA02_CLIP, antelopev2: a script that pins them at the revisions named here;
+# pulid_flux_v0.9.1: utensils/mold's manifest and experiment notes; the others, and those that are mistaken for
+# glintr100: model lists of several projects, facexlib's GitHub release and leonelhs/facexlib on the hub being the same.
+CATALOG = (
+    WeightFile("pulid_v1.1.safetensors", "pulid", "PuLID v1.1 for SDXL", "guozinan/PuLID", "sdxl",
+               size=984_405_232, sha256="4cb8ceec1078e0165399b88332ab3c5971619111b8e1730e6bae64144aabae41"),
+    WeightFile("pulid_v1.bin", "pulid", "PuLID v1 for SDXL", "guozinan/PuLID", "sdxl"),
+    WeightFile("ip-adapter_pulid_sdxl_fp16.safetensors", "pulid", "PuLID v1 for SDXL, half precision",
+               "huchenlei/ipadapter_pulid", "sdxl"),
+    WeightFile("pulid_flux_v0.9.1.safetensors", "pulid", "PuLID v0.9.1 for FLUX", "guozinan/PuLID", "flux",
+               size=1_142_099_520, sha256="92c41c3af322b02e58e1b32842e4601e08c8f16ec1fe80089dbe957df510f51d"),
+    WeightFile("pulid_flux_v0.9.0.safetensors", "pulid", "PuLID v0.9.0 for FLUX", "guozinan/PuLID", "flux"),
+    WeightFile("EVA02_CLIP_L_336_psz14_s6B.pt", "pulid", "vision tower", "QuanSun/EVA-CLIP", "encoders", "MIT",
+               role="tower", revision="11afd202f2ae80869d6cef18b1ec775e79bd8d12",
+               size=856_461_210, sha256="84c3a17a228c567a155259b2245b0b59072bf7da510260a0a02ec54de6d50b05"),
+    WeightFile("scrfd_10g_bnkps.onnx", _ANTELOPE, "face detector", "DIAMONIK7777/antelopev2", "encoders",
+               _NON_COMMERCIAL, restricted=True, role="detector", revision=_ANTELOPE_REVISION,
+               size=16_923_827, sha256="5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91"),
+    WeightFile("glintr100.onnx", _ANTELOPE, "face recognizer", "DIAMONIK7777/antelopev2", "encoders",
+               _NON_COMMERCIAL, restricted=True, role="recogniser", revision=_ANTELOPE_REVISION,
+               size=260_665_334, sha256="4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
+               others=((174_383_860, "w600k_r50.onnx of buffalo_l"), (13_616_099, "w600k_mbf.onnx of buffalo_s"),
+                       (260_694_151, "AuraFace's file of the same name"))),
+    WeightFile("detection_Resnet50_Final.pth", "facexlib", "face landmarks (RetinaFace)", "leonelhs/facexlib",
+               "encoders", "MIT", role="landmarker", origin=_FACEXLIB + "v0.1.0/detection_Resnet50_Final.pth",
+               size=109_497_761, sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d"),
+    WeightFile("parsing_bisenet.pth", "facexlib", "face parser (BiSeNet)", "leonelhs/facexlib",
+               "encoders", "MIT", role="parser", origin=_FACEXLIB + "v0.2.0/parsing_bisenet.pth",
+               size=53_289_463, sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567"),
+)  # fmt: skip
+
+
+def default_models_dir() -> Path:
+    """Gives $PULID_MODELS_DIR, or `models` below the current folder."""
+    return disk.user_path(os.environ.get(MODELS_DIR_VARIABLE, "").strip() or "models").absolute()
+
+
+def in_group(group: str) -> tuple[WeightFile, ...]:
+    return tuple(file for file in CATALOG if file.group == group)
+
+
+def named(name: str) -> WeightFile | None:
+    return next((file for file in CATALOG if file.name == name), None)
+
+
+# ---------------------------------------------------------------- what is there
+
+
+def status(file: WeightFile, models_dir: Path, verify: ProgressCallback | None = None) -> Status:
+    """Looks for a file in its folder and wherever else it may lie. A right one goes before one of another size, and
+    one that may be read before one that may not.
+
+    verify: compares the checksum of all bytes, too, which takes seconds; called for each block.
+    """
+    found = (Status(file, path, _problem(file, path)) for path in _places(file, models_dir) if disk.is_file(path))
+    best = min(found, key=lambda one: (one.problem != "", not os.access(str(one.path), os.R_OK)), default=Status(file))
+    if best.path and not best.problem and verify:
+        return Status(file, best.path, _damage(file, best.path, downloads.sha256_of(best.path, verify)))
+    return best
+
+
+def find_adapter(family: str, models_dir: Path) -> Path | None:
+    """Finds the first PuLID file of a family that is there, in the order of the catalog."""
+    return next((path for file in in_group(family) if (path := status(file, models_dir).path)), None)
+
+
+def missing(family: str, models_dir: Path) -> tuple[WeightFile, ...]:
+    """Lists what a family ("sdxl", "flux") lacks: encoder files, and if there is no PuLID file at all, the first."""
+    lacking = [file for file in in_group("encoders") if not status(file, models_dir).usable]
+    if family and find_adapter(family, models_dir) is None:
+        lacking.insert(0, in_group(family)[0])
+    return tuple(lacking)
+
+
+def require_encoders(models_dir: Path) -> dict[str, Path]:
+    """Finds all encoder files, by role.
+
+    Raises:
+        MissingWeightsError: names every missing file, its folder and address.
+        WrongWeightsError: a file is known to be another one, which would give a stranger's face.
+    """
+    found = [status(file, models_dir) for file in in_group("encoders")]
+    if lacking := [one.file for one in found if one.path is None]:
+        raise MissingWeightsError(f"PuLID needs files that are missing:\n{by_hand(lacking, models_dir)}\n"
+                                  f"{how_to_get(lacking)}")  # fmt: skip
+    for one in found:
+        if not one.usable:
+            raise WrongWeightsError(f"{one.problem}; with this file you would get the wrong person's face. "
+                                    f"{how_to_get([one.file])}")  # fmt: skip
+    return {one.file.role: one.path for one in found if one.path is not None}
+
+
+def no_adapter(family: str, folder: Path, models_dir: Path, left_out: Iterable[str] = ()) -> MissingWeightsError:
+    """Makes the error for a family without a PuLID file. left_out: what is wrong with the files in the folder."""
+    files = in_group(family)
+    return MissingWeightsError("\n".join([
+        f"no PuLID file for {family.upper()} in {folder}. One of these is needed:",
+        by_hand(files, models_dir),
+        how_to_get(files[:1]),
+        *(f"Left out: {problem}" for problem in left_out),
+    ]))  # fmt: skip
+
+
+def fingerprint(encoders: Mapping[str, Path], fingerprint_of: Callable[[Path], str]) -> str:
+    """Names the content of encoder files, given by role. fingerprint_of: gives the start of a file's sha256.
+
+    Raises:
+        WrongWeightsError: a file of the right size has other bytes: it is damaged.
+    """
+    files = {file.role: file for file in in_group("encoders")}
+    found = {role: fingerprint_of(path) for role, path in encoders.items()}
+    for role, path in encoders.items():
+        if files[role].size == disk.size_of(path) and (wrong := _damage(files[role], path, found[role])):
+            raise WrongWeightsError(f"{wrong}. Download it again. {how_to_get([files[role]])}")
+    return "-".join(found.values())
+
+
+def by_hand(files: Iterable[WeightFile], models_dir: Path) -> str:
+    """Writes a line per file for someone who has to bring it: name, size, folder, address."""
+    line = "  {0.name} ({0.purpose}, {0.size_text}) -> {1}   from {0.url}"
+    return "\n".join(line.format(file, models_dir / file.folder) for file in files)
+
+
+def how_to_get(files: Iterable[WeightFile]) -> str:
+    names = " ".join(file.name for file in files)
+    return f"Use the download button in the PuLID accordion, or run: python -m lib_pulid models download {names}"
+
+
+def _problem(file: WeightFile, path: Path) -> str:
+    """Says what is wrong with a file, as far as its size shows."""
+    size = disk.size_of(path)
+    if file.size in (0, size):
+        return ""
+    other = dict(file.others).get(size)
+    return f"{path} is {other}, not {file.name}" if other else f"{path} has {size:,} bytes, not {file.size:,}"
+
+
+def _damage(file: WeightFile, path: Path, found: str) -> str:
+    if not file.sha256 or file.sha256.startswith(found):
+        return ""
+    return f"{path} is damaged: its checksum is {found[:8]}..., not {file.sha256[:8]}..."
+
+
+# ---------------------------------------------------------------- where files lie
+
+# Folders below the models folder where other programs keep these files.
+_ELSEWHERE = {
+    "pulid": ("clip", "clip_vision", "ControlNet", "ipadapter", "photomaker"),  # ComfyUI, sd-webui-controlnet
+    _ANTELOPE: ("insightface/antelopev2", "antelopev2", "antelopev2/antelopev2"),  # the official demo
+    "facexlib": ("facexlib/weights", "facexlib/detection", "facexlib/parsing", "GFPGAN", "Codeformer"),  # the WebUIs
+}
+
+
+def _places(file: WeightFile, models_dir: Path) -> Iterator[Path]:
+    """Lists where a file may lie: in its folder, a folder too deep (a usual slip), where other programs keep it, and in
+    the caches of torch and huggingface_hub."""
+    home = models_dir / file.folder
+    folders = [home, home / home.name, models_dir, *(models_dir / name for name in _ELSEWHERE.get(file.folder, ()))]
+    if file.folder == "pulid":
+        folders.append(models_dir.parent / "extensions" / "sd-webui-controlnet" / "models")
+    elif file.folder == "facexlib":
+        folders += _package("facexlib")
+    else:
+        folders += [disk.user_path("~/.insightface/models") / home.name / deeper for deeper in ("", home.name)]
+    cache = _folder_of("XDG_CACHE_HOME")
+    folders.append(_folder_of("TORCH_HOME", default=cache / "torch") / "hub" / "checkpoints")
+    if "://" not in file.source:  # as huggingface_hub.constants says, whose import takes a third of a second
+        home = _folder_of("HF_HOME", default=cache / "huggingface")
+        hub = _folder_of("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=home / "hub")
+        folders += disk.listed(hub / f"models--{file.source.replace('/', '--')}" / "snapshots")
+    return (folder / file.name for folder in folders)
+
+
+def _package(name: str) -> list[Path]:
+    spec = find_spec(name)
+    return [Path(spec.origin).parent / "weights"] if spec is not None and spec.origin else []
+
+
+def _folder_of(*variables: str, default: str | Path = "~/.cache") -> Path:
+    """Reads the first of these variables that is set and not empty, or takes the default."""
+    return disk.user_path(next(filter(None, map(os.environ.get, variables)), default))
+
+
+# ---------------------------------------------------------------- getting it
+
+
+def download(
+    file: WeightFile,
+    models_dir: Path,
+    progress: ProgressCallback = no_progress,
+    replace: bool = False,
+    policy: RetryPolicy = RetryPolicy(),  # noqa: B008
+) -> Path:
+    """Downloads a file into its folder, completely or not at all; one that is there and usable is left alone.
+
+    replace: download it also where another file has its name and place, which is kept as NAME.other.
+
+    Raises:
+        DownloadError: why it failed, and where to put the file by hand.
+    """
+    there, target = status(file, models_dir), models_dir / file.folder / file.name
+    if there.path is not None and there.usable and not replace:
+        return there.path
+    errors = []
+    for source in filter(None, (file.source, file.origin)):
+        try:
+            url, headers = (source, {}) if "://" in source else downloads.address(source, file.name, file.revision)
+            downloads.fetch(Download(url, target, file.size, file.sha256), headers, progress, policy)
+            return target
+        except DownloadError as error:
+            errors.append(error)
+    by_hand_text = by_hand([file], models_dir)
+    raise DownloadError(f"{file.name} could not be downloaded: {errors[0]}.\nBy hand:\n{by_hand_text}") from errors[0]

@@ -1,0 +1,205 @@
+"""Drawn people in the miniature: the host's images are as like them as those of diffusers, by the same judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lib_pulid import miniature
+from lib_pulid.hosts.diffusers import apply
+from lib_pulid.injection import Injection, compile_injection
+from lib_pulid.photos import IdentityCache, make_identity
+from lib_pulid.standalone import Workshop, open_workshop
+from lib_pulid.training.world import Placement, Scene, describe
+from tests.host.api import encoded
+from tests.host.table import Rows, expect
+from tests.host.webui import Running
+
+rows = Rows()
+PEOPLE = range(4)
+SEEDS = (1, 2)
+STEPS = miniature.STEPS
+WEIGHT = 1.0
+NEAR = 0.02  # of likeness
+SCENE = Scene((Placement(expression="smiling", clothes="striped shirt", clothes_color="red"),), "dots", "yellow")
+BODY: dict[str, Any] = {"prompt": describe(SCENE), "negative_prompt": "", "cfg_scale": miniature.GUIDANCE}
+BODY |= {"width": miniature.SIZE, "height": miniature.SIZE, "steps": STEPS}
+FACE = (32, 16, 96, 80)  # left, top, right, bottom of the repainted part; multiples of 8, as latents have them
+PADDING = 16
+STRENGTH = 0.6
+
+Make = Callable[[int, int], np.ndarray]  # number of a person, seed -> image
+
+
+# ---------------------------------------------------------------- what diffusers gives
+
+
+@cache
+def workshop() -> Workshop:
+    from pathlib import Path
+
+    return open_workshop("miniature", Path())
+
+
+@cache
+def injection(number: int) -> Injection:
+    shop = workshop()
+    identity = make_identity(
+        [miniature.portrait(number)], shop.adapter, encoders=shop.encoders, encoders_id="", cache=IdentityCache()
+    )
+    return compile_injection(shop.adapter, identity, weight=WEIGHT)
+
+
+def pipeline(kind: str) -> Any:
+    """kind: "", "Img2Img" or "Inpaint", on the noise levels of the hosts' samplers."""
+    found = getattr(diffusers, f"StableDiffusionXL{kind}Pipeline")(**workshop().base.pipeline.components)
+    config = found.scheduler.config
+    found.scheduler = diffusers.EulerDiscreteScheduler.from_config(config, timestep_spacing="linspace")
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def drawn(kind: str, number: int | None, seed: int, **asked: Any) -> Any:
+    pipe = pipeline(kind)
+    with apply(pipe, [] if number is None else [injection(number)]):
+        made = pipe(
+            BODY["prompt"],
+            num_inference_steps=STEPS,
+            guidance_scale=BODY["cfg_scale"],
+            generator=torch.Generator().manual_seed(seed),
+            **asked,
+        )
+    return made.images if asked.get("output_type") == "latent" else np.asarray(made.images[0])
+
+
+SQUARE = {"height": miniature.SIZE, "width": miniature.SIZE}
+
+
+def text_to_image(number: int | None, seed: int) -> np.ndarray:
+    return drawn("", number, seed, **SQUARE)
+
+
+def high_resolution(number: int, seed: int) -> np.ndarray:
+    latents: Tensor = drawn("", number, seed, **SQUARE, output_type="latent")
+    larger = torch.nn.functional.interpolate(latents, scale_factor=1.5, mode="bilinear")
+    return drawn("Img2Img", number, seed, image=larger, strength=strength())
+
+
+def strength() -> float:
+    """The hosts take one step more than STRENGTH says."""
+    return (int(STRENGTH * STEPS) + 1.5) / STEPS
+
+
+@cache
+def somebody(seed: int) -> np.ndarray:
+    """An image of nobody in particular, uint8 RGB, whose face is repainted."""
+    return text_to_image(None, seed)
+
+
+def mask(box: Sequence[int] = FACE) -> np.ndarray:
+    marked = np.zeros((miniature.SIZE, miniature.SIZE, 3), np.uint8)
+    marked[box[1] : box[3], box[0] : box[2]] = 255
+    return marked
+
+
+def inpainted(number: int, seed: int) -> np.ndarray:
+    return repainted(somebody(seed), mask(), number, seed)
+
+
+def repainted(image: np.ndarray, marked: np.ndarray, number: int, seed: int) -> np.ndarray:
+    asked = {"image": Image.fromarray(image), "mask_image": Image.fromarray(marked), "strength": strength()}
+    made = drawn("Inpaint", number, seed, **asked, **SQUARE)
+    return np.where(marked > 0, made, image)
+
+
+def detailed(number: int, seed: int) -> np.ndarray:
+    """The part alone, enlarged to the whole image's size, and put back."""
+    image = somebody(seed)
+    box = tuple(side + PADDING * sign for side, sign in zip(FACE, (-1, -1, 1, 1)))
+    square = (miniature.SIZE, miniature.SIZE)
+    lanczos = Image.Resampling.LANCZOS
+    large, marked = (np.asarray(Image.fromarray(one).crop(box).resize(square, lanczos)) for one in (image, mask()))
+    made = Image.fromarray(repainted(large, np.where(marked > 127, np.uint8(255), np.uint8(0)), number, seed))
+    whole = Image.fromarray(image)
+    whole.paste(made.resize((box[2] - box[0], box[3] - box[1]), lanczos), box[:2])
+    return np.where(mask() > 0, np.asarray(whole), image)
+
+
+# ---------------------------------------------------------------- rows
+
+
+@cache
+def eyes() -> tuple[Any, Any]:
+    return miniature.face_models().detector, miniature.judge()
+
+
+def reading(image: np.ndarray) -> Any:
+    """What the judge reads off the largest face; None without a face."""
+    detector, judge = eyes()
+    found = detector.detect(np.ascontiguousarray(image[:, :, ::-1]))
+    if not found:
+        return None
+    return judge.read(image, max(found, key=lambda face: np.prod(face.box[2:] - face.box[:2])).landmarks)
+
+
+def likeness(make: Make) -> float:
+    """Mean over people and seeds; an image without a face counts 0."""
+    wanted = {number: reading(miniature.portrait(number)) for number in PEOPLE}
+    seen = [(number, reading(make(number, seed))) for number in PEOPLE for seed in SEEDS]
+    return float(np.mean([0.0 if read is None else read.likeness(wanted[number]) for number, read in seen]))
+
+
+def unit(number: int) -> dict[str, Any]:
+    return {"images": [encoded(miniature.portrait(number))], "weight": WEIGHT}
+
+
+def compare(here: Make, there: Make) -> str:
+    ours, theirs = likeness(here), likeness(there)
+    expect(abs(ours - theirs) <= NEAR, f"likeness {ours:.3f}, diffusers {theirs:.3f}")
+    return f"likeness {ours:.3f}, diffusers {theirs:.3f}, {len(PEOPLE)} people x {len(SEEDS)} seeds"
+
+
+@rows.row("Miniature: the likeness in txt2img is that of diffusers")
+def txt2img(host: Running) -> str:
+    return compare(lambda number, seed: host.api.txt2img(unit(number), **BODY, seed=seed).image, text_to_image)
+
+
+@rows.row("Miniature: without PuLID nobody is alike")
+def without(host: Running) -> str:
+    found = likeness(lambda number, seed: host.api.txt2img(**BODY, seed=seed).image)
+    expect(found < 0.2, f"likeness {found:.3f}")
+    return f"likeness {found:.3f}"
+
+
+@rows.row("Miniature: the likeness after hires fix is that of diffusers")
+def hires(host: Running) -> str:
+    asked = BODY | {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": host.api.upscaler}
+    asked["denoising_strength"] = STRENGTH
+    return compare(lambda number, seed: host.api.txt2img(unit(number), **asked, seed=seed).image, high_resolution)
+
+
+def repaint(host: Running, only_masked: bool, there: Make) -> str:
+    asked = BODY | {"mask": encoded(mask()), "mask_blur": 0, "denoising_strength": STRENGTH, "inpainting_fill": 1}
+    asked |= {"inpaint_full_res": only_masked, "inpaint_full_res_padding": PADDING}
+
+    def here(number: int, seed: int) -> np.ndarray:
+        return host.api.img2img(unit(number), **asked, init_images=[encoded(somebody(seed))], seed=seed).image
+
+    return compare(here, there)
+
+
+@rows.row("Miniature: the likeness of an inpainted face is that of diffusers")
+def inpaint(host: Running) -> str:
+    return repaint(host, False, inpainted)
+
+
+@rows.row("Miniature: the likeness of a face painted at full size, as ADetailer does, is that of diffusers")
+def detail(host: Running) -> str:
+    return repaint(host, True, detailed)

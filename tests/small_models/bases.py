@@ -1,0 +1,144 @@
+"""diffusers pipelines around a small UNet, with 7 sites, and a transformer with the real number of blocks, 20 sites.
+
+They have no text encoder: a prompt becomes seeded noise.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from lib_pulid import miniature
+from lib_pulid.hosts.diffusers import denoiser_of
+from lib_pulid.hosts.diffusers_base import Base
+from lib_pulid.photos import Encoders, IdentityCache
+from lib_pulid.sites import find_sites
+from lib_pulid.standalone import Workshop
+from lib_pulid.vision import load_vision_tower
+from lib_pulid.weights import Adapter, load_adapter
+from tests.small_models import random_weights, write_files
+
+_folder = TemporaryDirectory(prefix="pulid-small-")  # goes with the process
+TEXT_WIDTH = 32
+POOLED_WIDTH = 16
+
+
+def small_base(family: str) -> Base:
+    """family: "sdxl" or "flux"."""
+    pipeline = {"sdxl": _sdxl, "flux": _flux}[family]()
+    pipeline.set_progress_bar_config(disable=True)
+    guidance = {"sdxl": 7.0, "flux": 4.0}[family]
+    return Base(pipeline, family, lambda prompt: _text(family, prompt), size=64, steps=2, guidance=guidance)
+
+
+@cache
+def small_parts(family: str) -> tuple[Base, Adapter, nn.Module]:
+    """A base, a PuLID file and a vision tower that fit each other."""
+    base = small_base(family)
+    widths = [site.width for site in find_sites(denoiser_of(base.pipeline)).sites]
+    files = write_files(Path(_folder.name, family), widths, widths[0])
+    return base, load_adapter(getattr(files, family)), load_vision_tower(files.tower)
+
+
+def open_small_workshop(real: Callable[..., Workshop]) -> Callable[..., Workshop]:
+    """`standalone.open_workshop` that also knows tiny-sdxl and tiny-flux: `small_parts`."""
+
+    def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, device: str = "cpu") -> Workshop:
+        if not model.startswith("tiny-"):
+            return real(model, models_dir, pulid, device)
+        base, adapter, tower = small_parts(model[5:])
+
+        def encoders() -> Encoders:
+            return Encoders(miniature.face_models(), tower)
+
+        return Workshop(base, adapter, encoders, "small", IdentityCache(models_dir / "pulid" / "cache"))
+
+    return open_workshop
+
+
+def _sdxl() -> Any:
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64, 64),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=1,
+        attention_head_dim=(2, 2, 2),
+        cross_attention_dim=TEXT_WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=POOLED_WIDTH + 6 * 8,
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=_vae(scaling_factor=0.13025),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=_seeded(unet, 11),
+        scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        add_watermarker=False,
+    )
+
+
+def _flux() -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=19,
+        num_single_layers=38,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(scaling_factor=0.3611),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=_seeded(transformer, 12),
+    )
+
+
+def _vae(scaling_factor: float) -> Any:
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 16, 16, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=scaling_factor,
+        shift_factor=0.0,
+    )
+    return _seeded(vae, 13)
+
+
+def _seeded(module: Any, seed: int) -> Any:
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    module.load_state_dict(random_weights(shapes, seed), strict=False)  # buffers stay as they are
+    return module.eval().requires_grad_(False)
+
+
+def _text(family: str, prompt: str) -> dict[str, Tensor]:
+    """What a text encoder would give, as noise that depends on the prompt alone."""
+    names = {"prompt_embeds": (1, 16, TEXT_WIDTH), "pooled_prompt_embeds": (1, POOLED_WIDTH)}
+    negative = {f"negative_{name}": shape for name, shape in names.items()} if family == "sdxl" else {}
+    texts = {**{name: (shape, prompt) for name, shape in names.items()}, **{n: (s, "") for n, s in negative.items()}}
+    return {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32((name[-13:] + text).encode())))
+        for name, (shape, text) in texts.items()
+    }

@@ -1,0 +1,677 @@
+"""The command `evaluate`: measures on vectors with known angles, people of a folder, a trial with known images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import cos, pi, radians
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib_pulid import cli
+from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError, WrongWeightsError
+from lib_pulid.evaluate import command, measures, options, report, results
+from lib_pulid.evaluate.clip import clip_input, open_clip_model
+from lib_pulid.evaluate.judges import OWN, RecogniserJudge, open_judges
+from lib_pulid.evaluate.plot import Axes, Point, draw_plot, ticks
+from lib_pulid.evaluate.subjects import Prompt, Subject, drawn_people, read_folder, read_prompts
+from lib_pulid.evaluate.trial import (
+    Method,
+    Panel,
+    Studio,
+    count_images,
+    judge_range,
+    read_sitters,
+    run_trial,
+    traits_on_photos,
+)
+from lib_pulid.faces import CROP_LANDMARKS, CROP_SIZE, Detection, FaceModels
+from lib_pulid.files import catalog
+from lib_pulid.judge import Reading
+from tests.face_standins import write_arcface
+
+# ---------------------------------------------------------------- measures
+
+
+def at(degrees: float, length: float = 1.0) -> np.ndarray:
+    """An embedding at an angle; two of them are as far apart as their angles."""
+    vector = np.zeros(512, np.float32)
+    vector[:2] = length * np.cos(radians(degrees)), length * np.sin(radians(degrees))
+    return vector
+
+
+@pytest.mark.parametrize(("degrees", "value"), [(0, 1.0), (60, 0.5), (90, 0.0), (120, -0.5), (180, -1.0)])
+def test_cosine_and_angle(degrees, value):
+    assert measures.cosine(at(10), at(10 + degrees, length=23)) == pytest.approx(value, abs=1e-6)
+    assert measures.angle(at(10), at(10 + degrees, length=23)) == pytest.approx(degrees / 180 * pi, abs=1e-3)
+    assert measures.cosine(at(10), np.zeros(512)) == 0
+
+
+@pytest.mark.parametrize(
+    ("image", "value"),
+    [(0, 1.0), (40, -1.0), (20, 0.0), (10, 0.5), (-20, 1.0), (90, -1.0)],
+    ids=["the reference", "the target", "midway", "nearer the reference", "beyond it", "beyond the target"],
+)
+def test_copy_paste(image, value):
+    """Reference at 0 degrees, target at 40."""
+    assert measures.copy_paste(at(image), at(40), at(0)) == pytest.approx(value, abs=1e-3)
+
+
+def test_copy_paste_needs_two_different_photos():
+    assert measures.copy_paste(at(10), at(40), at(40)) is None
+
+
+def test_change_leaves_the_head_out():
+    before = np.full((4, 4, 3), 100, np.uint8)
+    after = before.copy()
+    after[0] = 151  # a quarter of the image by 51 of 255
+    after[3] = 255
+    head = np.zeros((4, 4), bool)
+    head[3] = True
+    assert measures.change(after, before, head) == pytest.approx(0.2 / 3)
+    assert measures.change(before, after, head) == pytest.approx(0.2 / 3)  # and no byte wraps around
+    assert measures.change(after, before, np.ones((4, 4), bool)) is None
+
+
+def test_kept_counts_what_can_be_seen():
+    assert measures.kept({"style": "pencil", "light": "dim"}, {"style": "pencil", "skin": "tan"}) == {"style": True}
+    assert measures.kept({"style": "pencil"}, {"style": "flat"}) == {"style": False}
+
+
+def test_mean_and_spread():
+    assert measures.mean([1.0, None, 3.0]) == 2
+    assert measures.mean([None]) is None
+    assert measures.spread([1.0, None, 3.0]) == pytest.approx(2**0.5)
+    assert measures.spread([1.0]) is None
+
+
+def test_change_at_a_likeness():
+    curve = [(0.1, 0.0), (0.5, 0.02), (0.7, 0.06), (0.6, 0.1)]
+    assert measures.change_at(0.6, curve) == pytest.approx(0.04)  # where it is reached first
+    assert measures.change_at(0.3, curve) == pytest.approx(0.01)
+    assert measures.change_at(0.8, curve) is None
+    assert measures.change_at(0.5, [(0.1, 0.0), (None, 0.01), (0.9, 0.04)]) == pytest.approx(0.02)
+
+
+# ---------------------------------------------------------------- people
+
+
+def photo(path: Path, shade: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(path)
+
+
+PROMPTS = [Prompt("one"), Prompt("two"), Prompt("three")]
+
+
+def test_people_of_a_folder(tmp_path):
+    """A person is a photo or a subfolder; in it 2 comes before 10, and the first is the reference."""
+    for shade, name in enumerate(("anna/2.jpg.png", "anna/10.png", "anna/1.webp", "ben.png", "Carla/x.bmp")):
+        photo(tmp_path / name, 40 * shade)
+    (tmp_path / "notes.txt").write_text("no photo")
+    (tmp_path / ".hidden.png").write_text("no photo")
+    people = read_folder(tmp_path, PROMPTS, each=2)
+    assert [person.name for person in people] == ["anna", "ben", "Carla"]
+    assert [round(int(t[4, 4, 0]), -1) for t in (people[0].reference, *people[0].targets)] == [80, 0, 40]
+    assert people[1].targets == ()
+    texts = [[prompt.text for prompt in person.prompts] for person in people]
+    assert texts == [["one", "two"], ["three", "one"], ["two", "three"]]
+    assert len(read_folder(tmp_path, PROMPTS, each=9)[0].prompts) == 3
+
+
+def empty(folder: Path) -> None:
+    folder.mkdir()
+
+
+def empty_person(folder: Path) -> None:
+    (folder / "anna").mkdir(parents=True)
+
+
+def twice(folder: Path) -> None:
+    photo(folder / "ben.png")
+    photo(folder / "Ben" / "1.png")
+
+
+def two_endings(folder: Path) -> None:
+    photo(folder / "ben.png")
+    photo(folder / "ben.webp")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: None, "has to be a folder"),
+        (photo, "has to be a folder"),
+        (empty, "has no photos"),
+        (empty_person, "anna has no photos"),
+        (twice, "the same name for two people"),
+        (two_endings, "the same name for two people"),
+    ],
+    ids=["missing", "a file", "empty", "empty person", "photo and folder", "two endings"],
+)
+def test_a_folder_that_cannot_be_used(tmp_path, make, words):
+    folder = tmp_path / "people.png"
+    make(folder)
+    with pytest.raises(SettingError, match=words):
+        read_folder(folder, PROMPTS, each=1)
+
+
+def test_all_unreadable_photos_are_named(tmp_path):
+    photo(tmp_path / "ben.png")
+    for name in ("anna/1.jpg", "carla.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image at all")
+    with pytest.raises(ImageError, match=r"(?s)anna.1\.jpg.*carla\.png"):
+        read_folder(tmp_path, PROMPTS, each=1)
+
+
+def test_prompts_of_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# ours\na sailor\n\n  a baker \na sailor\n", encoding="utf-8")
+    assert [prompt.text for prompt in read_prompts(path)] == ["a sailor", "a baker"]
+    path.write_text("# nothing\n")
+    with pytest.raises(SettingError, match="has no prompts"):
+        read_prompts(path)
+    for wrong in (tmp_path / "missing.txt", tmp_path):
+        with pytest.raises(SettingError, match="has to be a UTF-8 text file"):
+            read_prompts(wrong)
+    path.write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(SettingError, match="UTF-8"):
+        read_prompts(path)
+
+
+def test_our_own_prompts():
+    assert 15 < len(read_prompts()) < 40
+
+
+def test_drawn_people_are_the_same_each_time():
+    seen = []
+
+    def has_face(image: np.ndarray) -> bool:
+        seen.append(image)
+        return len(seen) != 1  # the first drawing is drawn again
+
+    people = drawn_people(2, 2, has_face, size=64)
+    assert np.array_equal(people[0].reference, seen[1])
+    assert [len(person.targets) for person in people] == [2, 2]
+    assert people[0].traits["skin"] == drawn_people(3, 1, lambda image: True, size=64)[0].traits["skin"]
+    for prompt in people[0].prompts:
+        colors = [word for word in prompt.wanted["clothes_color"].split() if word in prompt.text]
+        assert colors
+        assert ("second_color" in prompt.wanted) == ("plain" not in prompt.text)
+    with pytest.raises(NoFaceError, match="found no face"):
+        drawn_people(1, 1, lambda image: False, size=64)
+
+
+# ---------------------------------------------------------------- a trial of known images
+
+SIZE, HEAD = 64, (slice(24, 40), slice(24, 40))
+
+
+def picture(person: int | None, background: int = 100, style: int = 0) -> np.ndarray:
+    """An image whose middle is a face, at an angle of so many degrees; None: there is nobody."""
+    image = np.full((SIZE, SIZE, 3), background, np.uint8)
+    if person is not None:
+        image[HEAD] = (person, 200, style)
+    return image
+
+
+class Seer:
+    """Detector, recogniser, parser and judge of such images."""
+
+    name = "seer"
+
+    def detect(self, image_bgr: np.ndarray) -> list[Detection]:
+        x, y = HEAD[1].start, HEAD[0].start
+        landmarks = (CROP_LANDMARKS * (16 / CROP_SIZE) + (x, y)).astype(np.float32)
+        found = Detection(np.array([x, y, x + 16, y + 16], np.float32), landmarks, 0.9)
+        return [found] if image_bgr[32, 32, 1] == 200 else []
+
+    def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
+        return at(float(image_bgr[32, 32, 2]) / 2, length=20)  # the adapter's own: everybody is more alike
+
+    def labels(self, aligned_rgb: np.ndarray) -> np.ndarray:
+        return np.ones((CROP_SIZE, CROP_SIZE), np.int64)  # the crop is the head
+
+    def read(self, image: np.ndarray, face: Detection | None = None) -> Reading:
+        named = {"glasses": "round" if image[32, 32, 0] < 50 else "none"}
+        return Reading(at(float(image[32, 32, 0])), named if face else {"style": str(image[32, 32, 2])})
+
+
+@dataclass(frozen=True)
+class File:
+    """Stands for an adapter: its path, and how far from the person it paints at weight 1, in degrees."""
+
+    path: Path
+    miss: int = 0
+
+
+def paint(injections, prompt: str, seed: int) -> np.ndarray:
+    """Somebody at 90 degrees, or the person, nearer with the weight; the seed and the weight move the background."""
+    if prompt == "nobody":
+        return picture(None, 100 + 20 * seed)
+    if not injections:
+        return picture(90, 100 + 20 * seed, style=1)
+    ((person, weight, miss),) = injections
+    near = round(weight * person + (1 - weight) * 90) + miss
+    return picture(near, 100 + 20 * seed + round(10 * weight), style=1 if weight < 1 else 2)
+
+
+STUDIO = Studio(
+    paint,
+    identity=lambda adapter, photo, name: int(photo[32, 32, 0]),
+    inject=lambda adapter, identity, weight, settings: (identity, weight, adapter.miss),
+)
+
+
+@pytest.fixture(scope="module")
+def panel() -> Panel:
+    seer = Seer()
+    return Panel(FaceModels(seer, seer, None, seer), (seer, RecogniserJudge(OWN, seer)), scene=seer)
+
+
+def subject(name: str = "anna", person: int = 0, *prompts: str) -> Subject:
+    asked = tuple(Prompt(prompt, {"style": "1"}) for prompt in prompts or ("a sailor",))
+    return Subject(name, picture(person), (picture(person + 40),), asked)
+
+
+def trial(panel: Panel, methods, subjects, weights=(0.5, 1.0), seeds=2):
+    sitters = read_sitters(subjects, panel)
+    rows = list(run_trial(STUDIO, panel, methods, sitters, weights, seeds))
+    assert len(rows) == count_images(sitters, methods, weights, seeds)
+    return rows, sitters
+
+
+@pytest.fixture(scope="module")
+def one(panel):
+    """Rows, and lines by weight, of one person and one method."""
+    rows, sitters = trial(panel, [Method("pulid", File(Path("a.bin")))], [subject()], weights=(0.0, 0.5, 1.0))
+    return rows, {line.weight: line for line in report.summarize(rows)}
+
+
+def test_likeness_is_the_angle_to_the_reference(one):
+    _, lines = one
+    assert [lines[w].figures["likeness, seer"] for w in (0, 0.5, 1)] == pytest.approx([0, cos(pi / 4), 1], abs=1e-6)
+    own = [lines[w].figures[f"likeness, {OWN}"] for w in (0, 0.5, 1)]
+    assert own == pytest.approx([cos(pi / 4), cos(pi * 22 / 180), 1], abs=1e-2)
+
+
+def test_copy_paste_is_measured_against_the_other_photo(one):
+    """At weight 1 the image is the reference; at 0 and 0.5 it is beyond the target."""
+    assert [one[1][w].figures["copy-paste, seer"] for w in (0, 0.5, 1)] == pytest.approx([-1, -1, 1], abs=1e-2)
+
+
+def test_change_is_that_outside_the_head(one):
+    """The background moves by 10 levels with the weight, by 20 with the seed; the faces differ by far more."""
+    _, lines = one
+    assert [lines[w].figures["change"] for w in (0, 0.5, 1)] == pytest.approx([0, 5 / 255, 10 / 255])
+    assert lines[1].figures["change / another seed's"] == pytest.approx(0.5)
+
+
+def test_traits_and_prompt_are_read_off_the_image(one, panel):
+    """The reference has round glasses, ben's other photo none; the prompt's style is 1."""
+    _, lines = one
+    assert [lines[w].figures["trait glasses"] for w in (0, 0.5, 1)] == [0, 1, 1]
+    assert traits_on_photos(read_sitters([subject(), subject("ben", 30)], panel)) == {"glasses": 0.5}
+    assert [lines[w].figures["prompt kept"] for w in (0, 0.5, 1)] == [1, 1, 0]
+    assert [lines[w].figures["prompt kept / without's"] for w in (0, 0.5, 1)] == [1, 1, 0]
+
+
+def test_weight_0_is_the_image_without_and_painted_once(one):
+    rows, _ = one
+    assert [(row.method, row.weight) for row in rows if row.weight == 0] == [("without", 0), ("without", 0)]
+
+
+def test_an_image_without_a_face_shows_nobody(panel):
+    rows, _ = trial(panel, [Method("pulid", File(Path("a.bin")))], [subject("anna", 0, "a sailor", "nobody")])
+    line = report.summarize(rows)[-1]
+    assert line.figures["no face"] == 0.5
+    assert line.figures["likeness, seer"] == pytest.approx(0.5)  # 1 and 0
+    assert line.figures["trait glasses"] == 0.5
+    assert line.figures["copy-paste, seer"] == pytest.approx(1, abs=1e-2)  # of the image that has one
+
+
+def test_all_photos_without_a_face_are_named_before_anything_is_painted(panel):
+    blank = [Subject(name, picture(None), (picture(1),), (Prompt("x"),)) for name in ("anna", "ben")]
+    with pytest.raises(NoFaceError, match="anna, photo 1; ben, photo 1"):
+        read_sitters([subject("carla"), *blank], panel)
+
+
+def test_with_one_seed_another_one_is_painted_to_compare(panel):
+    rows, _ = trial(panel, [Method("pulid", File(Path("a.bin")))], [subject()], seeds=1)
+    assert rows[0].other_seed == pytest.approx(20 / 255)
+    assert report.summarize(rows)[-1].spreads["likeness, seer"] is None
+
+
+def test_error_bars_are_over_the_trainings_of_a_method(panel):
+    files = [Method("ours", File(Path(f"{miss}.bin"), miss)) for miss in (0, 60)]
+    line = report.summarize(trial(panel, files, [subject()])[0])[-1]
+    assert line.images == 4
+    assert line.figures["likeness, seer"] == pytest.approx(0.75)  # 1 and cos 60 degrees
+    assert line.spreads["likeness, seer"] == pytest.approx(0.5 / 2**0.5)
+    assert sorted(line.runs) == ["0.bin", "60.bin"]
+
+
+def test_methods_are_compared_at_the_likeness_that_all_reach(panel):
+    """The second reaches cos 60 degrees at most; the first has that after two thirds of the way from 0 to cos 45."""
+    methods = [Method("first", File(Path("a.bin"))), Method("second", File(Path("b.bin"), 60))]
+    lines = report.summarize(trial(panel, methods, [subject()])[0])
+    sentences = report.equal_likeness(lines, "seer")
+    expected = 5 / 255 * 0.5 / cos(pi / 4)
+    assert sentences[0].startswith(f"At likeness 0.500 first changes {expected:.4f} ±")
+    assert "second changes 0.0392" in sentences[1]
+    assert report.equal_likeness([line for line in lines if line.method != "second"], "seer") == []
+
+
+def test_what_a_judge_says_of_photos(panel):
+    """Two photos of one person are 40 degrees apart, anna and ben 90."""
+    sitters = read_sitters([subject("anna", 0), subject("ben", 90)], panel)
+    same, different = judge_range(sitters, "seer")
+    assert same == pytest.approx(cos(radians(40)), abs=1e-5)
+    assert different == pytest.approx(0, abs=1e-5)
+
+
+# ---------------------------------------------------------------- what is written
+
+
+@pytest.fixture(scope="module")
+def written(panel, tmp_path_factory):
+    """results.json, table.md and plot.png of two people and two methods."""
+    out = tmp_path_factory.mktemp("out")
+    files = []
+    for name in ("a.bin", "b.bin"):
+        files.append(out / name)
+        files[-1].write_bytes(name.encode())
+    methods = [Method("first", File(files[0])), Method("second", File(files[1], 30), {"num_zero": 8})]
+    rows, sitters = trial(panel, methods, [subject(), subject("ben", 10)])
+    results.write(results.collect({"seeds": 2, "out": out, "run": print}, methods, panel, sitters, rows), out, False)
+    return out
+
+
+def test_results_are_json_with_settings_versions_and_a_row_per_image(written):
+    found = json.loads((written / "results.json").read_text(encoding="utf-8"))
+    assert found["settings"] == {"seeds": 2, "out": str(written)}
+    assert found["methods"][1]["settings"] == {"num_zero": 8}
+    assert len(found["methods"][1]["fingerprint"]) == 16
+    assert {"torch", "python", "sd-webui-pulid"} <= set(found["versions"])
+    assert len(found["images"]) == 2 * 2 * (1 + 2 * 2)
+    assert found["images"][-1]["likeness"]["seer"] == pytest.approx(cos(radians(30)))
+    assert found["people"] == [{"name": "anna", "photos": 2}, {"name": "ben", "photos": 2}]
+
+
+def test_the_table_names_who_flatters_and_what_was_not_measured(written):
+    text = (written / "table.md").read_text(encoding="utf-8")
+    heading, _, *lines = text.splitlines()
+    assert "likeness by seer" in heading
+    assert "the adapter's own recognizer (overestimates)" in heading
+    assert "prompt attributes kept" in heading
+    assert [line.split("|")[1].strip() for line in lines[:5]] == ["without", "first", "first", "second", "second"]
+    assert "± is the standard deviation between seeds" in text
+    assert "| their photos |" in text
+    assert "By seer: two photos of one person 0.766" in text
+
+
+def test_clip_is_not_measured_where_there_is_none(panel):
+    """Without a judge of scenes the columns are there, and say so."""
+    plain = Panel(panel.models, panel.judges)
+    rows, _ = trial(plain, [Method("pulid", File(Path("a.bin")))], [subject()])
+    cells = [cell.strip() for cell in report.table(report.summarize(rows), ["seer"]).splitlines()[2].split("|")]
+    heads = [cell.strip() for cell in report.table(report.summarize(rows), ["seer"]).splitlines()[0].split("|")]
+    assert [cells[heads.index(name)] for name in ("CLIP-T", "CLIP-I")] == ["not measured"] * 2
+    assert "prompt attributes kept" not in heads
+
+
+def test_the_plot_has_a_line_per_method(written):
+    image = np.asarray(Image.open(written / "plot.png").convert("RGB")).reshape(-1, 3)
+    for color in ((0, 114, 178), (213, 94, 0)):
+        assert (np.abs(image.astype(int) - color).max(axis=1) < 8).sum() > 300
+    assert not (written / "plot_clip.png").exists()
+
+
+def test_a_plot_of_nothing_and_of_one_point():
+    axes = Axes("title", "text", "x", "y")
+    for curves in ([], [("a", [])], [("a", [Point(0.0, -0.2, "0")])]):
+        assert draw_plot(curves, axes).size == (1200, 800)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.034), (-0.13, 1), (0, 0), (0, 87.0)])
+def test_ticks_are_few_and_cover_all(low, high):
+    marks = ticks(low, high)
+    assert 2 <= len(marks) <= 9
+    assert marks[0] <= low + 1e-9
+    assert marks[-1] >= high - 1e-9
+
+
+# ---------------------------------------------------------------- judges and CLIP
+
+
+def test_another_recogniser_is_a_judge_and_the_own_one_is_refused(tmp_path):
+    own, other, copy = (tmp_path / name for name in ("glintr100.onnx", "w600k_r50.onnx", "copy.onnx"))
+    write_arcface(own, seed=0)
+    write_arcface(other, seed=1)
+    copy.write_bytes(own.read_bytes())
+    (judge,) = open_judges([], own, tmp_path, "cpu")  # found where models are
+    assert judge.name == "w600k_r50"
+    face = Seer().detect(picture(0))[0]
+    assert judge.read(picture(0), face).embedding.shape == (512,)
+    with pytest.raises(SettingError, match="own recognizer, which overestimates"):
+        open_judges([str(copy)], own, tmp_path, "cpu")
+
+
+def test_a_judge_that_is_not_there_or_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert open_judges([], None, tmp_path, "cpu") == []
+    with pytest.raises(MissingWeightsError, match="No judge at .*buffalo_l"):
+        open_judges([str(tmp_path / "gone.onnx")], None, tmp_path, "cpu")
+    (tmp_path / "wrong.onnx").write_bytes(b"no network")
+    with pytest.raises(WrongWeightsError):
+        open_judges([str(tmp_path / "wrong.onnx")], None, tmp_path, "cpu")
+    with pytest.raises((MissingWeightsError, PulidError), match="vggface2|facenet-pytorch"):
+        open_judges(["facenet"], None, tmp_path, "cpu")
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def test_variants_and_files():
+    assert options.variant("loose:projection=ortho,num_zero=16") == ("loose", {"projection": "ortho", "num_zero": 16})
+    assert options.variant("fid:preset=fidelity") == ("fid", {"projection": "ortho_v2", "num_zero": 8})
+    assert options.variant("late:start=0.25") == ("late", {"start": 0.25})
+    assert options.named_file("plain=x/a.bin") == ("plain", Path("x/a.bin"))
+    assert options.named_file("x/a.bin") == ("a", Path("x/a.bin"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("loose", "has to be like"),
+        (":num_zero=1", "has to be like"),
+        ("a:num_zero", "has to be like"),
+        ("a:num_zer=1", "did you mean num_zero"),
+        ("a:num_zero=81", "81 is out of range; use 0 to 80"),
+        ("a:num_zero=many", "'many' is not a number"),
+        ("a:projection=up", "is not one of"),
+        ("a:weight=1", "cannot be compared"),
+    ],
+)
+def test_a_variant_that_cannot_be(text, words):
+    with pytest.raises(SettingError, match=words):
+        options.variant(text)
+
+
+# ---------------------------------------------------------------- CLIP
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    """A small CLIP with random weights in transformers' layout."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    from lib_pulid.hosts.diffusers_checkpoint import merge_table, write_tokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = {**sizes, "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
+    torch.manual_seed(0)
+    vision = {**sizes, "image_size": 32, "patch_size": 16}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=6)).save_pretrained(folder)
+    write_tokenizer(folder, merge_table(), "<|endoftext|>")
+    return folder
+
+
+def stripes(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def test_transformers_clip_gives_what_its_own_forward_gives(clip_folder):
+    import torch
+    from transformers import CLIPModel, CLIPTokenizer
+
+    clip = open_clip_model(str(clip_folder))
+    tokens = CLIPTokenizer.from_pretrained(clip_folder)(["a sailor"], return_tensors="pt")
+    with torch.no_grad():
+        wanted = CLIPModel.from_pretrained(clip_folder).eval()(pixel_values=clip_input(stripes(32, 32), 32), **tokens)
+    assert measures.cosine(clip.image(stripes(32, 32)), wanted.image_embeds[0].numpy()) == pytest.approx(1, abs=1e-5)
+    assert measures.cosine(clip.text("a sailor"), wanted.text_embeds[0].numpy()) == pytest.approx(1, abs=1e-5)
+    assert clip.text("word " * 200).shape == (6,)
+
+
+def test_open_clip_gives_what_its_own_preprocessing_gives(tmp_path):
+    import open_clip
+    import torch
+
+    (tmp_path / "configs").mkdir()
+    sizes = {"width": 64, "layers": 1}
+    config = {"embed_dim": 6, "vision_cfg": {**sizes, "image_size": 32, "patch_size": 16}}
+    config["text_cfg"] = {**sizes, "heads": 1, "context_length": 77, "vocab_size": 49408}
+    (tmp_path / "configs" / "small-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "configs")
+    torch.manual_seed(0)
+    model, _, preprocess = open_clip.create_model_and_transforms("small-clip")
+    torch.save(model.state_dict(), tmp_path / "small.pt")
+    clip = open_clip_model(f"small-clip={tmp_path / 'small.pt'}")
+    image = np.kron(stripes(6, 9), np.ones((8, 8, 1), np.uint8))
+    with torch.no_grad():
+        wanted = model.eval().encode_image(preprocess(Image.fromarray(image))[None])[0].numpy()
+        text = model.encode_text(open_clip.get_tokenizer("small-clip")(["a sailor"]))[0].numpy()
+    assert measures.cosine(clip.image(image), wanted) == pytest.approx(1, abs=1e-3)
+    assert measures.cosine(clip.text("a sailor"), text) == pytest.approx(1, abs=1e-5)
+
+
+def test_clip_figures_of_a_trial(panel, clip_folder):
+    clip = open_clip_model(str(clip_folder))
+    rows, _ = trial(Panel(panel.models, panel.judges, clip=clip), [Method("pulid", File(Path("a.bin")))], [subject()])
+    seen = [clip.image(paint(injections, "a sailor", 1)) for injections in ([], [(0, 1.0, 0)])]
+    assert rows[0].clip_i == pytest.approx(1)
+    assert rows[-1].clip_i == pytest.approx(measures.cosine(*seen), abs=1e-6)
+    assert rows[-1].clip_t == pytest.approx(100 * measures.cosine(seen[1], clip.text("a sailor")), abs=1e-4)
+    assert "CLIP-T" in report.table(report.summarize(rows), ["seer"])
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "words"),
+    [
+        ("{tmp}/gone", MissingWeightsError, "--clip: nothing found at"),
+        ("{tmp}/file.pt", SettingError, "ViT-L-14=FILE"),
+        ("ViT-L-14={tmp}", SettingError, "ViT-L-14=FILE"),
+        ("ViT-Q={tmp}/file.pt", SettingError, "no architecture ViT-Q"),
+        ("{tmp}", WrongWeightsError, "cannot be opened as CLIP"),
+    ],
+)
+def test_a_clip_that_cannot_be_opened(tmp_path, source, error, words):
+    (tmp_path / "file.pt").write_bytes(b"nothing")
+    with pytest.raises(error, match=words):
+        open_clip_model(source.format(tmp=tmp_path))
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def workshop():
+    """A small SDXL with random weights, a PuLID file and a tower that fit it; faces are those of Seer."""
+    from lib_pulid.photos import Encoders, IdentityCache
+    from lib_pulid.standalone import Workshop
+    from tests.small_models.bases import small_parts
+
+    base, adapter, tower = small_parts("sdxl")
+    encoders = Encoders(FaceModels(Seer(), Seer(), None, Seer()), tower)
+    return Workshop(base, adapter, lambda: encoders, "small", IdentityCache())
+
+
+@pytest.fixture
+def evaluate(workshop, tmp_path, monkeypatch, capsys):
+    """Runs `evaluate` on the small model; gives status, stdout and stderr."""
+    monkeypatch.setattr(command, "open_workshop", lambda *args: workshop)
+    models = tmp_path / "models"
+    for file in catalog.in_group("encoders"):
+        (models / file.folder).mkdir(parents=True, exist_ok=True)
+        (models / file.folder / file.name).write_bytes(file.name.encode())
+    write_arcface(models / "w600k_r50.onnx", seed=1)
+
+    def _evaluate(*rest: object) -> tuple[int, str, str]:
+        given = ("--model", "m.safetensors", "--models-dir", models, "--seeds", 1, "--weights", 1, "--each", 1)
+        status = cli.main(["evaluate", *map(str, (*given, "--steps", 1, "--size", 64, *rest))])
+        return status, *capsys.readouterr()
+
+    return _evaluate
+
+
+def people(folder: Path) -> Path:
+    for name, person in (("anna/1.png", 10), ("anna/2.png", 40), ("ben.png", 90)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(person)).save(folder / name)
+    return folder
+
+
+def test_the_command(evaluate, tmp_path):
+    """From a folder of photos to table, JSON, plot and images, with two variants."""
+    out = tmp_path / "out"
+    variants = ("--variant", "kept:num_zero=8", "--variant", "plain:projection=none")
+    status, said, notes = evaluate("--faces", people(tmp_path / "p"), "-o", out, *variants, "--json", "--save-images")
+    assert status == 0, notes
+    found = json.loads(said)
+    assert [line["method"].split(", ")[-1] for line in found["summary"]] == ["without", "kept", "plain"]
+    assert [judge["name"] for judge in found["judges"]] == ["w600k_r50", OWN]
+    changes = [line["figures"]["change"] for line in found["summary"]]
+    assert changes[0] == 0
+    assert 0 < changes[1] != changes[2] > 0  # the face was injected, each time in its own way
+    assert {path.name for path in out.iterdir()} == {"table.md", "results.json", "plot.png", "images"}
+    assert len(list((out / "images").iterdir())) == len(found["images"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        ((), "Give --faces"),
+        (("--faces", "{tmp}/p", "--seeds", 0), "--seeds is 0"),
+        (("--faces", "{tmp}/p", "--size", 100), "multiple of 16"),
+        (("--faces", "{tmp}/p", "--weights", "1,x"), "numbers separated by commas"),
+        (("--faces", "{tmp}/p", "--weights", "9"), "use 0 to 5"),
+        (("--faces", "{tmp}/p", "--variant", "a:start_step=4"), "has no effect on SDXL"),
+        (("--faces", "{tmp}/p", "-o", "{tmp}/p/ben.png"), "which is a file"),
+        (("--faces", "{tmp}/p", "--judge", "{tmp}/gone.onnx"), "No judge at"),
+        (("--faces", "{tmp}/blank"), "No face was found in nobody, photo 1"),
+    ],
+)
+def test_what_the_command_refuses(evaluate, tmp_path, rest, words):
+    people(tmp_path / "p")
+    (tmp_path / "blank").mkdir()
+    Image.fromarray(picture(None)).save(tmp_path / "blank" / "nobody.png")
+    status, said, notes = evaluate(*(str(part).format(tmp=tmp_path) for part in rest))
+    assert (status, said) == (1, "")
+    assert words in notes
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_judge_of_its_own_it_says_who_flatters(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    (tmp_path / "models" / "w600k_r50.onnx").unlink()
+    status, said, notes = evaluate("--faces", people(tmp_path / "p"), "-o", tmp_path / "out")
+    assert status == 0, notes
+    assert "the adapter's own recognizer, which overestimates" in notes
+    assert "(overestimates)" in said

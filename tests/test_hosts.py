@@ -1,0 +1,237 @@
+"""What holds in A1111 and Forge alike, on small stand-ins for both: what a face changes, what ends a generation, and
+that nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lib_pulid import hosts
+from lib_pulid.errors import PulidError, SettingError, UnsupportedModelError
+from tests.fake_modules import a1111, forge, installed
+from tests.fake_modules.models import SD1_BLOCKS, UNet, count_hooks, small_unet
+from tests.fake_modules.plan import RandomPlan
+
+
+def text(seed: int) -> Tensor:
+    return torch.randn(1, 77, 2048, generator=torch.Generator().manual_seed(seed))
+
+
+def sample_a1111(p: Any, **how: Any) -> list[Tensor]:
+    return a1111.sample(p, text(1), text(2), **how)
+
+
+def sample_forge(p: Any, **how: Any) -> list[Tensor]:
+    return forge.sample(p, [text(1)], [text(2)], before_sampling=hosts.current().before_sampling, **how)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A host. processing: makes a StableDiffusionProcessing of a denoiser and a name."""
+
+    name: str
+    processing: Callable[..., Any]
+    sample: Callable[..., list[Tensor]]
+    denoiser: Callable[[Any], nn.Module]
+    modules: Any = None
+
+    def run(self, p: Any, plan: RandomPlan | None = None, **how: Any) -> list[Tensor]:
+        """A batch as the script drives it. Returns the denoiser's outputs."""
+        if plan is not None:
+            hosts.current().start(p, plan)
+        try:
+            return self.sample(p, **how)
+        finally:
+            hosts.current().stop()
+
+    def left(self, p: Any) -> int:
+        """Hooks, and callbacks, that are still there."""
+        return count_hooks(self.denoiser(p)) + sum(map(len, self.modules.script_callbacks.callback_map.values()))
+
+
+KINDS = {
+    "a1111": ("AUTOMATIC1111", a1111.P, sample_a1111, lambda p: p.sd_model.model.diffusion_model),
+    "forge": ("Forge", forge.P, sample_forge, lambda p: p.sd_model.forge_objects.unet.model.diffusion_model),
+}
+
+
+@pytest.fixture(params=[("a1111", True), ("a1111", False), ("forge", True)], ids=["a1111", "a1111 1.8", "forge"])
+def kind(request, small_sdxl) -> Iterator[Kind]:
+    name, cached = request.param
+    with installed(name, cached) as modules, torch.no_grad():
+        yield Kind(*KINDS[name], modules)
+        hosts.current().stop()
+
+
+@pytest.fixture
+def p(kind) -> Any:
+    return kind.processing(small_unet(), "base")
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_face_changes_the_picture_and_leaves_nothing(kind, p):
+    assert kind.name == hosts.current().NAME
+    before = kind.run(p)
+    after = kind.run(p, RandomPlan())
+    assert not torch.allclose(after[0], before[0])
+    assert kind.left(p) == 0
+    assert same(kind.run(p), before)
+    assert same(kind.run(p, RandomPlan(weight=0.0)), before)
+
+
+def test_start_and_end_follow_the_step(kind, p):
+    before = kind.run(p, steps=4)
+    after = kind.run(p, RandomPlan(start=0.25, end=0.75), steps=4)
+    assert [not torch.equal(a, b) for a, b in zip(after, before)] == [False, True, True, False]
+
+
+def test_a_mask_where_only_a_crop_is_inpainted(kind, p):
+    """The crop has the mask's own part: nothing of it, all of it, its left half."""
+    image, mask, half = Image.new("RGB", (128, 64)), torch.zeros(8, 16), torch.zeros(8, 8)
+    mask[:, :8] = half[:, :4] = 1
+    vars(p).update(init_images=[image], image_mask=image, inpaint_full_res=True, resize_mode=0, width=64, height=64)
+    for left, part in {64: torch.zeros(8, 8), 0: torch.ones(8, 8), 32: half}.items():
+        p.paste_to = (left, 0, 64, 64)
+        found = kind.run(p, RandomPlan(mask=mask))
+        assert same(found, kind.run(kind.processing(kind.denoiser(p)), RandomPlan(mask=part))), left
+
+
+def test_a_face_that_would_never_act_ends_the_generation(kind, p, monkeypatch):
+    error = SettingError("never")
+    monkeypatch.setattr(RandomPlan, "check_steps", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(SettingError, match="never"):
+        kind.run(p, RandomPlan())
+    assert kind.left(p) == 0
+
+
+# ---------------------------------------------------------------- another model in the middle
+
+
+def switch(p: Any, denoiser: nn.Module, name: str) -> Callable[[int], None]:
+    """Exchanges the model before the second step."""
+    return lambda step: p.load(denoiser, name) if step == 1 else None
+
+
+def refiner_unet() -> UNet:
+    """SDXL's own; reads a narrower text, as the hosts would hand it."""
+    unet = small_unet(1280, seed=3)
+    whole = unet.forward
+    unet.forward = lambda x, timesteps, context, **rest: whole(x, timesteps, context[..., :1280], **rest)
+    return unet
+
+
+def test_follows_a_refiner(kind, p):
+    first, second, plan = kind.denoiser(p), small_unet(seed=3), RandomPlan()
+    before = kind.run(p, before_step=switch(p, second, "refined"))
+    p.load(first, "base")
+    after = kind.run(p, plan, before_step=switch(p, second, "refined"))
+    assert not torch.allclose(after[1], before[1])
+    assert [name for name, *_ in plan.asked] == ["base", "refined"]
+    assert count_hooks(first) == count_hooks(second) == 0
+
+
+def test_sdxls_own_refiner_finishes_what_the_face_began(kind, p):
+    """It has no place for a face; its steps are those without one, on what the base model made of the face."""
+    plan, refiner = RandomPlan(), refiner_unet()
+    kind.run(p, plan, before_step=switch(p, refiner, "sd_xl_refiner"))
+    assert [name for name, *_ in plan.asked] == ["base"]
+    assert count_hooks(refiner) == 0
+
+
+def test_sdxls_own_refiner_where_no_face_is_to_act(kind, p):
+    """Weight 0: the image is that without PuLID, to the bit."""
+    refiner, first = refiner_unet(), kind.denoiser(p)
+    before = kind.run(p, before_step=switch(p, refiner, "sd_xl_refiner"))
+    p.load(first)
+    assert same(kind.run(p, RandomPlan(weight=0.0), before_step=switch(p, refiner, "sd_xl_refiner")), before)
+
+
+def test_sdxls_own_refiner_before_the_face_is_refused_with_the_reason(kind, p):
+    with pytest.raises(SettingError, match="Field start: SDXL's refiner takes over before PuLID starts"):
+        kind.run(p, RandomPlan(start=0.5), before_step=switch(p, refiner_unet(), "sd_xl_refiner"))
+
+
+def test_sdxls_own_refiner_from_the_first_step_is_refused(kind, p):
+    p.load(refiner_unet(), "sd_xl_refiner")
+    with pytest.raises(UnsupportedModelError, match="refiner"):
+        kind.run(p, RandomPlan())
+
+
+def test_a_switch_to_an_unsupported_model_ends_the_generation(kind, p):
+    with pytest.raises(UnsupportedModelError, match="old-model: this is a Stable Diffusion 1.x model"):
+        kind.run(p, RandomPlan(), before_step=switch(p, UNet(768, SD1_BLOCKS), "old-model"))
+
+
+# ---------------------------------------------------------------- ends
+
+
+class Interrupted(BaseException):
+    """Not an Exception: PyTorch does not call the hooks that are always called."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Interrupted])
+def test_nothing_stays_after_an_error_in_the_denoiser(kind, p, error):
+    def fail(*_: Any) -> None:
+        raise error
+
+    before = kind.run(p)
+    failing = kind.denoiser(p).last.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        kind.run(p, RandomPlan())
+    failing.remove()
+    assert kind.left(p) == 0
+    assert same(kind.run(p), before)
+
+
+def test_the_plans_error_comes_out_of_the_denoiser_and_meets_nobody_else(kind, p):
+    other = kind.processing(kind.denoiser(p))
+    hosts.current().start(p, RandomPlan(error=PulidError("unit 2: no")))
+    with pytest.raises(PulidError, match="unit 2: no"):
+        kind.sample(p)
+    kind.sample(other)  # no script of ours has run since
+    hosts.current().stop()
+    assert kind.left(p) == 0
+
+
+def test_another_generation_is_left_alone(kind, p):
+    inner = kind.processing(kind.denoiser(p))
+    before = kind.run(inner)
+    hosts.current().start(p, RandomPlan())
+    assert same(kind.sample(inner), before)
+    assert not torch.allclose(kind.sample(p)[0], before[0])
+    assert same(kind.sample(inner), before)
+
+
+def test_stop_lets_go_of_the_plan(kind, p):
+    plan = RandomPlan()
+    hosts.current().start(p, plan)
+    kind.sample(p)
+    kept = weakref.ref(plan)
+    hosts.current().stop()
+    hosts.current().stop()
+    del plan
+    gc.collect()
+    assert kept() is None
+
+
+def test_loaded_model(kind, p):
+    model = hosts.current().loaded_model(p)
+    assert (model.family, model.name) == ("sdxl", "base")
+    assert model.denoiser is kind.denoiser(p)
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    with pytest.raises(UnsupportedModelError, match="No checkpoint is loaded"):
+        hosts.current().loaded_model(SimpleNamespace(sd_model=None))
+    with pytest.raises(UnsupportedModelError, match="SDXL or FLUX.1 checkpoint|an SDXL checkpoint"):
+        hosts.current().loaded_model(kind.processing(UNet(1280), "refiner"))

@@ -1,0 +1,307 @@
+"""The miniature as it is shipped: who is in its images, by a judge that no training of the adapter saw."""
+
+from __future__ import annotations
+
+import lzma
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lib_pulid import miniature
+from lib_pulid.errors import MissingWeightsError, NoFaceError, WrongWeightsError
+from lib_pulid.identity import Identity
+from lib_pulid.injection import Injection, compile_injection
+from lib_pulid.standalone import Workshop, open_workshop
+from lib_pulid.training import checkpoint, world
+
+PEOPLE = (10, 11, 12)
+SEED, STEPS = 5, 6
+DEFAULTS = {"weight": 1.0, "projection": "ortho_v2", "num_zero": 20, "start": 0.0, "end": 1.0, "start_step": 0}
+STANDING = world.Placement(y=0.45, scale=0.74, expression="smiling", clothes="striped shirt", clothes_color="red")
+SCENE = world.Scene((STANDING,), "dots", "green")
+TWO = replace(SCENE, placements=tuple(replace(STANDING, x=x, scale=0.4) for x in (0.25, 0.75)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shop(tmp_path_factory) -> Workshop:
+    made = open_workshop("miniature", tmp_path_factory.mktemp("models"))
+    made.base.pipeline.set_progress_bar_config(disable=True)
+    encoders = made.encoders()
+    return replace(made, encoders=lambda: encoders)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return miniature.judge()
+
+
+@pytest.fixture(scope="module")
+def likeness(shop, judge):
+    """Of the face at a place, counted from the left, to somebody's portrait; 0 without a face."""
+    detector = shop.encoders().faces.detector
+
+    def read(image: np.ndarray, place: int) -> Any:
+        found = sorted(detector.detect(np.ascontiguousarray(image[:, :, ::-1])), key=lambda face: face.box[0])
+        return judge.read(image, found[place].landmarks) if place < len(found) else None
+
+    wanted = {number: read(miniature.portrait(number), 0) for number in PEOPLE}
+
+    def _likeness(image: np.ndarray, number: int, place: int = 0) -> float:
+        seen = read(image, place)
+        return 0.0 if seen is None else seen.likeness(wanted[number])
+
+    return _likeness
+
+
+@pytest.fixture(scope="module")
+def identities(shop) -> dict[int, Identity]:
+    return {number: shop.identity([miniature.portrait(number)]) for number in PEOPLE}
+
+
+@pytest.fixture(scope="module")
+def paint(shop):
+    kept: dict[Any, tuple[np.ndarray, Identity | None]] = {}
+
+    def _paint(identity: Identity | None = None, **settings: Any) -> np.ndarray:
+        """SCENE with an identity; made once for the same object and settings."""
+        key = (id(identity), *(DEFAULTS | settings).values()) if identity else None
+        if key not in kept:
+            given = [compiled(shop, identity, **(DEFAULTS | settings))] if identity else []
+            kept[key] = image_of(shop, given), identity  # which keeps its number, too
+        return kept[key][0]
+
+    return _paint
+
+
+def compiled(shop: Workshop, identity: Identity, **settings: Any) -> Injection:
+    return compile_injection(shop.adapter, identity, **settings)
+
+
+def image_of(shop: Workshop, injections: Sequence[Injection], scene: world.Scene = SCENE) -> np.ndarray:
+    return np.asarray(shop.paint(injections, world.describe(scene), seed=SEED, steps=STEPS)[0])
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one.astype(float) - other).mean())
+
+
+# ---------------------------------------------------------------- who is in the image
+
+
+def test_likeness_rises_with_the_weight(paint, identities, likeness):
+    seen = np.array([[likeness(paint(identities[n], weight=w), n) for w in (0.0, 0.5, 1.0)] for n in PEOPLE])
+    assert (seen[:, 2] > seen[:, 0]).all(), seen
+    assert seen[:, 1].mean() - seen[:, 0].mean() > 0.2, seen
+    assert seen[:, 2].mean() - seen[:, 0].mean() > 0.2, seen
+
+
+def test_it_is_that_person_and_not_another(paint, identities, likeness):
+    seen = np.array([[likeness(paint(identities[n]), other) for other in PEOPLE] for n in PEOPLE])
+    assert (seen.argmax(1) == np.arange(len(PEOPLE))).all(), seen
+
+
+@pytest.mark.xfail(strict=True, reason="not reached: the faces of two people, of half the size, are not legible yet")
+@pytest.mark.parametrize("pair", [PEOPLE[:2], PEOPLE[:0:-1]])
+def test_two_people_in_two_regions(shop, identities, likeness, pair):
+    left = torch.zeros(32, 32)
+    left[:, :16] = 1
+    masks = (left, 1 - left)
+    image = image_of(shop, [compiled(shop, identities[n], mask=mask) for n, mask in zip(pair, masks)], TWO)
+    seen = np.array([[likeness(image, n, place) for n in pair] for place in (0, 1)])
+    assert seen[0, 0] > seen[0, 1], seen
+    assert seen[1, 1] > seen[1, 0], seen
+
+
+def test_several_photos_beat_one(shop, paint, likeness):
+    """One is dark, tilted and a pencil drawing; the others are better."""
+    poor = world.Scene((world.Placement(tilt=12.0, turn=0.9, scale=0.45),), light="dim", style="pencil")
+    views = [world.Scene((world.Placement(turn=turn, expression="smiling"),), "dots") for turn in (-0.5, 0.4)]
+    one, several = [], []
+    for number in PEOPLE:
+        photos = [miniature.portrait(number, scene) for scene in (poor, *views)]
+        one.append(likeness(paint(shop.identity(photos[:1])), number))
+        several.append(likeness(paint(shop.identity(photos)), number))
+    assert np.mean(several) > np.mean(one), (one, several)
+
+
+def test_the_face_is_chosen_out_of_a_group(shop, paint, likeness):
+    from lib_pulid.faces import FaceChoice
+
+    group = miniature.group(PEOPLE)
+    image = paint(shop.identity([group], FaceChoice("left-to-right", 2)))
+    seen = [likeness(image, other) for other in PEOPLE]
+    assert int(np.argmax(seen)) == 2, seen
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_weight_0_changes_nothing(paint, identities):
+    assert np.array_equal(paint(), paint(identities[PEOPLE[0]], weight=0.0))
+
+
+def test_a_shorter_time_is_less(paint, identities, likeness):
+    """The later it starts, the less changes and the less the face is like the person; so with an early end."""
+    number = PEOPLE[0]
+    changed = {
+        span: distance(paint(), paint(identities[number], start=span[0], end=span[1]))
+        for span in ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (0.75, 1.0))
+    }
+    assert changed[0.75, 1.0] < changed[0.5, 1.0] < changed[0.0, 1.0], changed
+    assert 0 < changed[0.0, 0.5] < changed[0.0, 1.0], changed
+    late, whole = (paint(identities[number], start=start, end=1.0) for start in (0.75, 0.0))
+    assert likeness(late, number) < likeness(whole, number)
+
+
+def test_a_start_step_is_a_start(paint, identities):
+    """Half of the steps come before the step in the middle."""
+    person = identities[PEOPLE[0]]
+    by_step = paint(person, start_step=STEPS // 2)
+    assert np.array_equal(by_step, paint(person, start=0.5))
+
+
+def test_zero_tokens_leave_more_to_the_prompt(paint, identities):
+    changed = [
+        np.mean([distance(paint(), paint(identities[n], num_zero=zeros)) for n in PEOPLE[:2]]) for zeros in (0, 80)
+    ]
+    assert changed[1] < changed[0], changed
+
+
+def test_projections(paint, identities):
+    """ortho leaves most to the prompt."""
+    kinds = ("none", "ortho", "ortho_v2")
+    images = {kind: [paint(identities[n], projection=kind) for n in PEOPLE] for kind in kinds}
+    changed = {kind: np.mean([distance(paint(), image) for image in images[kind]]) for kind in kinds}
+    assert changed["ortho"] < changed["none"], changed
+    assert changed["ortho"] < changed["ortho_v2"], changed
+
+
+@pytest.mark.xfail(strict=True, reason="not reached: their likeness differs by less than the chance of a seed")
+def test_projections_and_likeness(paint, identities, likeness):
+    kinds = ("ortho", "ortho_v2")
+    alike = {k: np.mean([likeness(paint(identities[n], projection=k), n) for n in PEOPLE]) for k in kinds}
+    assert alike["ortho"] < alike["ortho_v2"], alike
+
+
+def test_a_saved_identity_is_the_photo(paint, identities, tmp_path):
+    identities[PEOPLE[0]].save(tmp_path / "person.safetensors")
+    saved = Identity.load(tmp_path / "person.safetensors")
+    assert np.array_equal(paint(saved), paint(identities[PEOPLE[0]]))
+
+
+# ---------------------------------------------------------------- input that it cannot work with
+
+
+def photograph() -> Path:
+    import insightface
+
+    return Path(insightface.__file__).parent / "data" / "images" / "t1.jpg"
+
+
+@pytest.mark.parametrize("kind", ["scenery", "gray", "noise", "photograph"])
+def test_an_image_without_a_drawn_face(shop, kind):
+    images = {
+        "scenery": world.draw([], world.Scene((), "hills", "teal"), 256),
+        "gray": np.full((256, 256, 3), 128, np.uint8),
+        "noise": np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8),
+    }
+    said = r"no face was found.* The miniature knows only drawn people\. .*models download"
+    with pytest.raises(NoFaceError, match=said):
+        shop.identity([images.get(kind, photograph())])
+
+
+def test_unknown_words_are_named():
+    known = world.describe(SCENE)
+    assert miniature.check_prompt(known) == []
+    assert miniature.check_prompt(f"{known.upper()}!") == []
+    (note,) = miniature.check_prompt("A smiling Astronaut in a red spaceship, astronaut")
+    assert "does not know the words astronaut, spaceship. Example of a prompt it knows: " in note
+    assert miniature.check_prompt(note.partition("knows: ")[2]) == []
+
+
+def test_every_prompt_of_the_world_is_known():
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        scene = world.sample_scene(rng, int(rng.integers(1, 4)))
+        people = [world.sample_person(rng) for _ in scene.placements]
+        assert miniature.check_prompt(world.describe(scene, people)) == []
+
+
+@pytest.fixture
+def copy(monkeypatch, tmp_path) -> Path:
+    """The files at another place, to be damaged."""
+    for path in miniature.FOLDER.iterdir():
+        if path.suffix in (".safetensors", ".onnx", ".xz"):
+            shutil.copyfile(path, tmp_path / path.name)
+    for packed in tmp_path.glob("*.xz"):
+        shutil.copyfile(miniature.checkpoint("sdxl"), tmp_path / packed.stem)
+        packed.unlink()
+    monkeypatch.setattr(miniature, "FOLDER", tmp_path)
+    return tmp_path
+
+
+FILES = ("sdxl.safetensors", "pulid_sdxl.safetensors", "judge.onnx", *miniature.ENCODERS)
+
+
+def use(name: str, folder: Path) -> None:
+    if name == "judge.onnx":
+        miniature.judge()
+    elif name in miniature.ENCODERS:
+        miniature.encoders()
+    else:
+        open_workshop("miniature", folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_missing(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(MissingWeightsError, match=rf"{name}, a part of the miniature, is missing in .*git checkout"):
+        use(name, copy)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_damaged(copy, name):
+    (copy / name).write_bytes((copy / name).read_bytes()[:-5000])
+    with pytest.raises(WrongWeightsError, match=name):
+        use(name, copy)
+
+
+def test_a_packed_file(copy, monkeypatch, tmp_path):
+    """Unpacked once for its content; elsewhere if its own folder may not be written to; named if it is damaged."""
+    content = (copy / "sdxl.safetensors").read_bytes()[:5000]
+    (copy / "sdxl.safetensors").write_bytes(content)
+    checkpoint.pack(copy / "sdxl.safetensors")
+    path = miniature.checkpoint("sdxl")
+    assert path.read_bytes() == content
+    assert path.is_relative_to(copy)
+    monkeypatch.setattr(lzma, "decompress", None)  # not a second time
+    assert miniature.checkpoint("sdxl") == path
+    monkeypatch.undo()
+    monkeypatch.setattr(miniature, "FOLDER", copy)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    shutil.rmtree(copy / "unpacked")
+    (tmp_path / "elsewhere").mkdir()
+    (copy / "unpacked").write_text("a file")
+    path = miniature.checkpoint("sdxl")
+    assert path.read_bytes() == content
+    assert path.is_relative_to(tmp_path / "elsewhere")
+    (copy / "sdxl.safetensors.xz").write_bytes((copy / "sdxl.safetensors.xz").read_bytes()[:-20])
+    with pytest.raises(WrongWeightsError, match=r"sdxl.safetensors.xz in .* is damaged"):
+        miniature.checkpoint("sdxl")
+
+
+def test_all_of_it_is_small():
+    assert sum(path.stat().st_size for path in miniature.FOLDER.iterdir() if path.is_file()) < 30e6
+
+
+def test_people_are_drawn_alike_each_time():
+    assert np.array_equal(miniature.portrait(3), miniature.portrait(3))
+    assert miniature.person(3) != miniature.person(4)
+    assert Image.fromarray(miniature.group((1, 2))).size == (512, 512)
