@@ -96,7 +96,7 @@ TOO_MUCH = {
 @pytest.mark.parametrize("what", TOO_MUCH)
 def test_too_many_units_take_no_time(what):
     began = time.process_time()
-    with pytest.raises(SettingError, match=r"^PuLID: \d+ (units|arguments) are too many; \d+ (units )?at most"):
+    with pytest.raises(SettingError, match=r"^PuLID: \d+ (units|arguments) are too many; send \d+ (units )?at most"):
         parse_args(TOO_MUCH[what])
     assert time.process_time() - began < 1
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from lib_pulid import bench, bench_cases, cli, gpu_cost
 from lib_pulid.gpu_cost import Cost, count
-from lib_pulid.hosts.diffusers_base import bench_call
+from lib_pulid.hosts.diffusers_bench import bench_call
 from lib_pulid.injection import DenoiseStep, inject
 from lib_pulid.sites import Sites, cross_attention_site, image_stream_site
 

@@ -179,7 +179,7 @@ def test_parser_file_takes_the_crop(tmp_path):
     with pytest.raises(WrongWeightsError, match="not a face parser"):
         OnnxParser(path)
     path.write_bytes(b"nothing")
-    with pytest.raises(WrongWeightsError, match="download it again"):
+    with pytest.raises(WrongWeightsError, match="Download it again"):
         OnnxParser(path)
 
 

@@ -85,7 +85,7 @@ def test_page_and_api_beside_generations(host, restless):
             assert routes.detect({"images": [PHOTOS[name]]}, host.library)["photos"] == aligned[name]
             actions.preview(json.dumps([PHOTOS[name]]), "None", "largest", 0)
             note = actions.save(f"{name} {number}", json.dumps([PHOTOS[name]]), FILES[0], "largest", 0, "official")[2]
-            assert f"({hashes[name, FILES[0]]}) is saved" in note
+            assert f"({hashes[name, FILES[0]]}) for PuLID" in note
             assert host.library.saved(f"{name} {number}").short_hash == hashes[name, FILES[0]]
 
     at_once(generate, lambda: encode(1), lambda: encode(2), look)
