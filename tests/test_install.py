@@ -247,7 +247,8 @@ def test_make_takes_the_newest_python(tmp_path):
     def chosen(pyenv: Path) -> str:
         path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, "PYENV_ROOT": str(pyenv)}
-        environment.pop("PYTHON", None)
+        for told in ("PYTHON", "MAKEFLAGS", "MFLAGS"):  # what the make that runs these tests was told
+            environment.pop(told, None)
         command = ["make", "-s", "--eval", "show: ; @echo $(PYTHON)", "show"]
         return subprocess.run(command, cwd=PATH.parent, env=environment, capture_output=True, text=True).stdout.strip()
 
