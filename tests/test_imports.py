@@ -201,3 +201,8 @@ def test_heavy_libraries_load_when_used(module, forbidden):
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+def test_the_rows_for_real_hosts_can_be_imported():
+    """They are run by hand, so nothing else would notice a name that is gone."""
+    subprocess.run([sys.executable, "-c", "import tests.host.__main__"], cwd=ROOT, check=True, timeout=600)

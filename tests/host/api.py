@@ -93,6 +93,9 @@ class Api:
     def try_txt2img(self, *units: Mapping[str, Any], **changes: Any) -> Answer:
         return self.send("POST", "/sdapi/v1/txt2img", self._request(units, changes))
 
+    def try_img2img(self, *units: Mapping[str, Any], **changes: Any) -> Answer:
+        return self.send("POST", "/sdapi/v1/img2img", self._request(units, changes))
+
     def _request(self, units: tuple[Mapping[str, Any], ...], changes: Mapping[str, Any]) -> dict[str, Any]:
         changes = dict(changes)
         beside = changes.pop("alwayson_scripts", {})

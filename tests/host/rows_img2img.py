@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.host.api import encoded, request
+from tests.host.api import encoded
 from tests.host.rows_basics import ANNA
 from tests.host.rows_works_with import MILD
 from tests.host.table import Failed, Rows, differ, equal
@@ -94,7 +94,7 @@ def tiles(host: Running) -> str:
     values = [32, "None", 1.0, False] if host.kind == "neo" else [None, 32, "None", 1.0]
     asked |= {"script_name": titles["sd upscale"], "script_args": values}
     face, plain = host.api.img2img(ANNA, **asked).image, host.api.img2img(**asked).image
-    answer = host.api.send("POST", "/sdapi/v1/img2img", request(({**ANNA, "mask": half(left=True)},), asked))
+    answer = host.api.try_img2img({**ANNA, "mask": half(left=True)}, **asked)
     if answer.status != 422 or "processes parts of the image" not in answer.text:
         raise Failed(f"{answer.status}: {answer.text[:200]}")
     return f"{differ(plain, face, 'with and without'):.1f}"
