@@ -16,8 +16,9 @@ from typing import Any
 
 from lib_pulid import hosts
 from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
+from lib_pulid.hosts.base import add_callback
+from lib_pulid.hosts.families import chosen_checkpoint
 from lib_pulid.hosts.frame import remember_images
-from lib_pulid.hosts.webui import add_callback, chosen_checkpoint
 from lib_pulid.units import PulidUnit, at_unit, parse_args
 from lib_pulid.webui import accordion, infotext, routes, settings, xyz
 from lib_pulid.webui.actions import Actions
@@ -41,7 +42,7 @@ class PulidScript(scripts.Script):
     def ui(self, is_img2img: bool) -> list[Any]:
         tab = "img2img" if is_img2img else "txt2img"
         actions = Actions(self.library, checkpoint_family)
-        built = accordion.build(tab, settings.units(), self.library, actions, hosts.current().FAMILIES)
+        built = accordion.build(tab, settings.units(), self.library, actions, hosts.current().families)
         self.infotext_fields, self.paste_field_names = built.infotext_fields, built.paste_field_names
         return built.controls
 
@@ -73,7 +74,7 @@ class PulidScript(scripts.Script):
             with ends_the_request(p):
                 p.sample = Sampling(p, plan)
                 if not hasattr(scripts.Script, "process_before_every_sampling"):  # A1111 1.8
-                    hosts.current().start(p, plan)
+                    hosts.current().before_sampling(p, plan)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
         plan = getattr(p, PLAN, None)
@@ -128,10 +129,7 @@ def forget(p: Any) -> None:
 
 
 class Sampling:
-    """Replaces `p.sample` for one call, so that hooks are removed even when sampling raises.
-
-    After an error the hosts call no script.
-    """
+    """Replaces `p.sample` for one call, so that hooks are removed even when sampling raises."""
 
     def __init__(self, p: Any, plan: hosts.Plan) -> None:
         self._p, self._plan = p, plan
@@ -147,19 +145,11 @@ class Sampling:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.leave()
         sample = self._before or partial(type(self._p).sample, self._p)
-        host, run = hosts.current(), None
         try:
-            run = host.start(self._p, self._plan)
-            run.is_sampling = True
-            samples = sample(*args, **kwargs)
-            run.check()
-            return samples
+            with hosts.current().sampling(self._p, self._plan):
+                return sample(*args, **kwargs)
         except Exception as error:
             raise short_of_memory(error) or error  # noqa: B904  its cause is set
-        finally:
-            if run is not None:
-                run.is_sampling = False
-            host.stop()
 
 
 class Refusal:
@@ -223,6 +213,6 @@ for event, callback in {
     "app_started": on_app_started,
     "ui_settings": settings.add_settings,
     "before_ui": lambda: xyz.add_axes(settings.units(), PulidScript.library),
-    "script_unloaded": lambda: hosts.current().stop(),
+    **hosts.current().callbacks(),
 }.items():
     add_callback(event, callback, __file__)

@@ -55,7 +55,7 @@ def small_sdxl(monkeypatch) -> None:
     """The hosts take `small_unet` for an SDXL."""
     from tests.fake_modules.models import SMALL_SITES
 
-    monkeypatch.setattr("lib_pulid.hosts.webui.SDXL_SITES", SMALL_SITES)
+    monkeypatch.setattr("lib_pulid.hosts.families.SDXL_SITES", SMALL_SITES)
 
 
 # ---------------------------------------------------------------- a WebUI with the real face models' code

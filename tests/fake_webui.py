@@ -210,7 +210,8 @@ class WebUI:
     def generate(self, script: Any, p: Any, args: Sequence[Any], between: Any = lambda batch: None) -> list:
         """process_images. p: Generation or ForgeGeneration. between: what other extensions do after a batch."""
         state = self.modules.shared.state
-        p.before_sampling = lambda p: self.hook("process_before_every_sampling", script, p, *args)
+        if hasattr(script, "process_before_every_sampling"):
+            p.before_sampling = lambda p: self.hook("process_before_every_sampling", script, p, *args)
         self.hook("process", script, p, *args)
         pictures = []
         for batch in range(p.batches):
@@ -230,7 +231,7 @@ def webui(host: str, models_dir: Path, gradio_version: str = "3.41.2") -> Iterat
     import lib_pulid.webui as package
 
     with installed(host) as modules, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib_pulid.hosts.webui.SDXL_SITES", SMALL_SITES)
+        patch.setattr("lib_pulid.hosts.families.SDXL_SITES", SMALL_SITES)
         before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("lib_pulid.webui.")}
         sys.modules["gradio"] = gradio(gradio_version)
         try:

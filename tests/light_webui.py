@@ -202,8 +202,8 @@ class Host:
         self.library.settle()
         found = {f"hooks on {name}": count_hooks(unet) for name, unet in self.unets.items()}
         callbacks = self.ui.modules.script_callbacks.callback_map
-        found |= {event: len(callbacks[event]) for event in ("callbacks_cfg_denoiser", "callbacks_cfg_denoised")}
-        found["runs"] = len(hosts.current()._running)
+        found |= {event: len(callbacks[event]) - 1 for event in ("callbacks_cfg_denoiser", "callbacks_cfg_denoised")}
+        found["runs"] = len(hosts.current().running)
         found["models that read photos"] = self.library._readers.loaded
         found["a line of progress"] = self.state.textinfo
         found["a patch"] = (
@@ -236,5 +236,5 @@ class Light:
                 yield host
             finally:
                 gc.unfreeze()
-                while hosts.current()._running:
-                    hosts.current()._running.pop().end()
+                while hosts.current().running:
+                    hosts.current().running.pop().end()

@@ -191,7 +191,7 @@ class TestKill:
         _, faced = expected(host)
 
         def generate() -> None:
-            place = hosts.current()._Run
+            place = hosts.current().run_class
             pytest.MonkeyPatch().setattr(place, "begin", kill)
             host.generate(TWO)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib_pulid import hosts
 from lib_pulid.errors import SettingError, UnsupportedModelError
-from lib_pulid.hosts.webui import Progress
+from lib_pulid.hosts.base import Progress
 from tests.fake_modules import installed
 from tests.fake_modules.a1111 import Denoiser, P, sample
 from tests.fake_modules.models import SD1_BLOCKS, SDXL_BLOCKS, Flux, UNet, small_unet
@@ -73,7 +73,7 @@ def test_rows_of_tiles_that_repeat_the_stack(p):
         x=torch.zeros(2, 4, 8, 8), sigma=torch.ones(1), text_cond=text(1, 77, 1), text_uncond=None, denoiser=denoiser
     )
     script_callbacks.cfg_denoiser_callback(params)
-    spy = unet.first.register_forward_hook(lambda *_: seen.append(run._running[0]._step.is_cond))
+    spy = unet.first.register_forward_hook(lambda *_: seen.append(run.running[0]._step.is_cond))
     for _ in range(2):
         unet(torch.randn(4, 4, 4, 4), None, torch.randn(4, 77, 2048))
     spy.remove()
@@ -112,22 +112,6 @@ def test_looks_at_a_unet_once(p, monkeypatch):
     assert len(seen) == 2
 
 
-def test_another_extensions_callback_does_not_hide_ours(p, modules):
-    """Later hosts keep sorted callbacks until their number changes."""
-    script_callbacks = modules.script_callbacks
-
-    def other(params):
-        pass
-
-    script_callbacks.on_cfg_denoiser(other)
-    sample(p, text(1, 77, 1), text(1, 77, 2))  # the list of one is kept
-    script_callbacks.remove_callbacks_for_function(other)
-    plan = RandomPlan()
-    host().start(p, plan)
-    sample(p, text(1, 77, 1), text(1, 77, 2))
-    assert plan.asked
-
-
 def test_refuses_when_the_layers_do_not_run(p):
     """TensorRT and the like take the UNet's place."""
     unet = p.sd_model.model.diffusion_model
@@ -140,8 +124,7 @@ def test_refuses_when_the_layers_do_not_run(p):
 
 
 def test_refuses_what_is_not_a_samplers_call(p):
-    host().start(p, RandomPlan())
-    with pytest.raises(UnsupportedModelError, match="img2img alternative"):
+    with host().sampling(p, RandomPlan()), pytest.raises(UnsupportedModelError, match="img2img alternative"):
         p.sd_model.model.diffusion_model(torch.zeros(2, 4, 8, 8), None, text(2, 77, 1))
 
 

@@ -7,6 +7,7 @@ import gc
 import importlib
 import sys
 import weakref
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -267,6 +268,19 @@ def test_chains_another_wrapper(p, first):
         host().stop()
 
 
+def test_another_wrapper_in_the_place_of_ours_in_every_step_is_refused(p, modules):
+    """One that is put there after our callback, and does not call what it found."""
+
+    def other(apply_model, args):
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    modules.script_callbacks.on_cfg_denoiser(lambda _: unet(p).set_model_unet_function_wrapper(other))
+    plain = run(p, None)
+    for weight, expected in ((0.0, nullcontext()), (1.0, pytest.raises(UnsupportedModelError, match="wrapper"))):
+        with expected, host().sampling(p, RandomPlan(weight=weight)):
+            assert same(sample(p, [text()], [text(seed=2)], before_sampling=host().before_sampling), plain)
+
+
 def tiled(apply_model, args):
     """As MultiDiffusion, between our wrapper and the denoiser: repeats the stack of rows for each of three tiles."""
     c = {**args["c"], "c_crossattn": args["c"]["c_crossattn"].repeat(3, 1, 1)}
@@ -286,7 +300,7 @@ def test_tiles(p):
     seen = []
     host().start(p, RandomPlan())
     denoiser = unet(p).model.diffusion_model
-    spy = denoiser.first.register_forward_hook(lambda *_: seen.append(host()._running[0]._step))
+    spy = denoiser.first.register_forward_hook(lambda *_: seen.append(host().running[0]._step))
     sample_tiled(p)
     spy.remove()
     del unet(p).model_options[SLOT]
@@ -320,7 +334,7 @@ def test_a_guidance_that_calls_with_the_negative_prompt_alone(p, modules):
 
     host().start(p, RandomPlan())
     layer = unet(p).model.diffusion_model.first
-    spy = layer.register_forward_hook(lambda *_: seen.append(host()._running[0]._step.is_cond))
+    spy = layer.register_forward_hook(lambda *_: seen.append(host().running[0]._step.is_cond))
     sample(p, [text()], [negative], before_sampling=before, steps=1)
     spy.remove()
     assert seen == [[False], [False, True]]

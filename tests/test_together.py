@@ -17,6 +17,7 @@ from lib_pulid import hosts
 from lib_pulid.errors import SettingError
 from lib_pulid.identity import Identity
 from tests import light_webui
+from tests.fake_modules.models import count_hooks
 from tests.light_webui import FILES, PHOTOS, Host, equal, unit
 
 PEOPLE = ("anna", "ben", "cleo")
@@ -249,8 +250,11 @@ def test_another_extension_in_the_place_of_sample(host):
         assert host.left_behind() == []
 
 
-def test_a_script_after_ours_that_puts_something_else_in_the_place_of_sample(host):
+@pytest.mark.parametrize("since", ["1.9", "1.8"])
+def test_a_script_after_ours_that_puts_something_else_in_the_place_of_sample(host, monkeypatch, since):
     """The face is there all the same, and nothing stays."""
+    if since == "1.8":
+        as_in_1_8(host, monkeypatch)
     expected, p, ours = host.generate([unit("anna")]), host.processing(), host.script.process_batch
 
     def process_batch(p: Any, *args: Any, **kwargs: Any) -> None:
@@ -260,6 +264,24 @@ def test_a_script_after_ours_that_puts_something_else_in_the_place_of_sample(hos
     host.script.process_batch = process_batch
     assert equal(host.generate([unit("anna")], p=p), expected)
     assert host.left_behind() == []
+
+
+def as_in_1_8(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A1111 1.8 calls no script between process_batch and the first step."""
+    if host.kind != "a1111":
+        pytest.skip("A1111 only")
+    monkeypatch.delattr(host.ui.modules.scripts.Script, "process_before_every_sampling")
+    monkeypatch.delattr(type(host.script), "process_before_every_sampling")
+
+
+def test_nothing_is_hooked_where_1_8_fails_before_the_first_step(host, monkeypatch):
+    as_in_1_8(host, monkeypatch)
+    plain, p = host.generate([]), host.processing()
+    for hook in ("process", "process_batch"):
+        host.ui.hook(hook, host.script, p, unit("anna"))
+    assert count_hooks(host.unets["sdxl"]) == 0
+    assert equal([host.processing().sample()], plain)  # another extension's, without scripts
+    assert equal(host.generate([]), plain) and host.left_behind() == []
 
 
 def test_a_family_that_comes_in_the_middle_leaves_no_encoder_loaded(host):

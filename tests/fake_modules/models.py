@@ -56,7 +56,7 @@ class UNet(nn.Module):
 
 
 SMALL_BLOCKS = (2, 1, 2)
-SMALL_SITES = sum(SMALL_BLOCKS)  # in the place of hosts.webui.SDXL_SITES
+SMALL_SITES = sum(SMALL_BLOCKS)  # in the place of hosts.families.SDXL_SITES
 
 
 def small_unet(text_width: int = 2048, seed: int = 0) -> UNet:
