@@ -7,7 +7,7 @@ here, and raised where the hosts let it end the request: when they ask the gener
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -134,7 +134,7 @@ class Sampling:
     def __init__(self, p: Any, plan: hosts.Plan) -> None:
         self._p, self._plan = p, plan
         before = vars(p).get("sample")
-        self._before = before._before if isinstance(before, Sampling) else before  # another extension's
+        self._before: Any = before._before if isinstance(before, Sampling) else before  # another extension's
 
     def leave(self) -> None:
         if vars(self._p).get("sample") is self:
@@ -209,10 +209,11 @@ def on_app_started(demo: Any, app: Any) -> None:
         routes.add_routes(app, PulidScript.library, shared.cmd_opts.api_auth)
 
 
-for event, callback in {
+CALLBACKS: dict[str, Callable[..., Any]] = {
     "app_started": on_app_started,
     "ui_settings": settings.add_settings,
     "before_ui": lambda: xyz.add_axes(settings.units(), PulidScript.library),
     **hosts.current().callbacks(),
-}.items():
+}
+for event, callback in CALLBACKS.items():
     add_callback(event, callback, __file__)
