@@ -23,6 +23,12 @@ settings.register_profile("fixed", derandomize=True, deadline=None, suppress_hea
 settings.load_profile("fixed")
 
 
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
 # ---------------------------------------------------------------- a WebUI whose images take milliseconds
 
 

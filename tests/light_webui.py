@@ -59,10 +59,6 @@ def unit(name: str, **settings: Any) -> dict[str, Any]:
     return {"images": [PHOTOS[name]], **settings}
 
 
-def equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
-
-
 class Detector:
     """Sees one face in every picture that is not black."""
 

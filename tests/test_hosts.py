@@ -18,20 +18,16 @@ from torch import Tensor, nn
 from lib_pulid import hosts
 from lib_pulid.errors import PulidError, SettingError, UnsupportedModelError
 from tests.fake_modules import a1111, forge, installed
-from tests.fake_modules.models import SD1_BLOCKS, UNet, count_hooks, small_unet
+from tests.fake_modules.models import SD1_BLOCKS, UNet, count_hooks, same, small_unet, text
 from tests.fake_modules.plan import RandomPlan
 
 
-def text(seed: int) -> Tensor:
-    return torch.randn(1, 77, 2048, generator=torch.Generator().manual_seed(seed))
-
-
 def sample_a1111(p: Any, **how: Any) -> list[Tensor]:
-    return a1111.sample(p, text(1), text(2), **how)
+    return a1111.sample(p, text(), text(seed=2), **how)
 
 
 def sample_forge(p: Any, **how: Any) -> list[Tensor]:
-    return forge.sample(p, [text(1)], [text(2)], before_sampling=hosts.current().before_sampling, **how)
+    return forge.sample(p, [text()], [text(seed=2)], before_sampling=hosts.current().before_sampling, **how)
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,6 @@ def kind(request, small_sdxl) -> Iterator[Kind]:
 @pytest.fixture
 def p(kind) -> Any:
     return kind.processing(small_unet(), "base")
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_a_face_changes_the_picture_and_leaves_nothing(kind, p):

@@ -18,16 +18,12 @@ from lib_pulid import hosts
 from lib_pulid.errors import SettingError, UnsupportedModelError
 from tests.fake_modules import installed
 from tests.fake_modules.forge import P, sample
-from tests.fake_modules.models import SD1_BLOCKS, Flux, UNet, count_hooks, pack_layers, small_unet
+from tests.fake_modules.models import SD1_BLOCKS, Flux, UNet, count_hooks, pack_layers, same, small_unet, text
 from tests.fake_modules.plan import RandomPlan
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 SLOT = "model_function_wrapper"
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +42,6 @@ def host():
     return hosts.current()
 
 
-def text(length: int = 77, seed: int = 1, pictures: int = 1, width: int = 2048) -> Tensor:
-    return torch.randn(pictures, length, width, generator=torch.Generator().manual_seed(seed))
-
-
 def run(p: P, plan: RandomPlan | None, conds=None, unconds=None, **how) -> list[Tensor]:
     """A batch as the script drives it."""
     conds, unconds = conds or [text()], unconds if unconds is not None else [text(seed=2)]
@@ -63,10 +55,6 @@ def run(p: P, plan: RandomPlan | None, conds=None, unconds=None, **how) -> list[
 
 def unet(p: P):
     return p.sd_model.forge_objects.unet
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 @pytest.mark.parametrize("pictures", [1, 2])

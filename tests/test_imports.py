@@ -190,6 +190,7 @@ OF_INJECTION = "insightface onnxruntime timm facexlib diffusers cv2 torchvision 
         ("lib_pulid", HEAVY),
         ("lib_pulid.errors", HEAVY),
         ("lib_pulid.files.catalog", f"{HEAVY} huggingface_hub requests httpx tqdm filelock"),
+        ("lib_pulid.face_models", f"torch {OF_INJECTION}"),
         ("lib_pulid.injection", OF_INJECTION),
         ("lib_pulid.hosts.diffusers", OF_INJECTION),
         ("lib_pulid.photos", "insightface onnxruntime timm facexlib diffusers cv2 torchvision transformers"),

@@ -13,7 +13,8 @@ from lib_pulid.errors import Interrupted
 from lib_pulid.webui import settings
 from lib_pulid.webui.interruptible import Interruptible
 from tests import light_webui
-from tests.light_webui import equal, unit
+from tests.fake_modules.models import same
+from tests.light_webui import unit
 
 
 def never() -> bool:
@@ -103,8 +104,8 @@ def test_interrupted_while_a_photo_is_read(host, monkeypatch, place):
         gate.open()
         host.library.settle()
     assert host.left_behind(p) == []
-    assert equal(host.generate([]), plain)
-    assert equal(host.generate([unit("anna")]), faced)
+    assert same(host.generate([]), plain)
+    assert same(host.generate([unit("anna")]), faced)
 
 
 def loads(monkeypatch) -> list[str]:

@@ -21,16 +21,12 @@ from lib_pulid.fields import FIELDS, MOST_PHOTOS, PRESETS
 from lib_pulid.units import PulidUnit, default_args
 from tests import small_models
 from tests.face_standins import packed, photo
-from tests.fake_modules.models import SD1_BLOCKS, SMALL_SITES, WIDTH, UNet, count_hooks, small_unet
+from tests.fake_modules.models import SD1_BLOCKS, SMALL_SITES, WIDTH, UNet, count_hooks, same, small_unet
 from tests.fake_webui import AxisOption, Generation, webui
 
 pytest.importorskip("insightface")
 pytest.importorskip("facexlib")
 ROOT = Path(__file__).parents[1]
-
-
-def same(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 class TestAGeneration:
