@@ -336,6 +336,6 @@ def _mask(path: Path | None):
         return None
     import torch
 
-    from lib_pulid.images import load_region
+    from lib_pulid.masks import load_mask
 
-    return torch.from_numpy(load_region(path, path.name))
+    return torch.from_numpy(load_mask(path, path.name))

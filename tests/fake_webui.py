@@ -2,7 +2,7 @@
 
     with webui("a1111", models_dir) as ui:
         script = ui.script()
-        pictures = ui.generate(script, p, args)      # raises what would end the request
+        images = ui.generate(script, p, args)      # raises what would end the request
 
 Exceptions of script hooks are swallowed, as in the hosts; those of sampling end the generation. Interrupt and skip end
 a pass with what there is, at its next step; an interrupted generation begins no further batch.

@@ -1,4 +1,4 @@
-"""A WebUI whose pictures take milliseconds: the whole chain from photo to picture, with next to nothing in its models.
+"""A WebUI whose images take milliseconds: the whole chain from photo to image, with next to nothing in its models.
 
     light = Light("forge", folder, monkeypatch)
     with light.running() as host:            # one start of the program
@@ -60,7 +60,7 @@ def unit(name: str, **settings: Any) -> dict[str, Any]:
 
 
 class Detector:
-    """Sees one face in every picture that is not black."""
+    """Sees one face in every image that is not black."""
 
     def detect(self, image_bgr: np.ndarray) -> list[Detection]:
         if not image_bgr.any():
@@ -156,7 +156,7 @@ class Host:
         return made(self.unets[checkpoint], checkpoint, **{"steps": STEPS} | how)
 
     def generate(self, args: Sequence[Any], checkpoint: str = "sdxl", p: Any = None, **how: Any) -> list[Tensor]:
-        """The pictures of one request; raises what ends it."""
+        """The images of one request; raises what ends it."""
         self.state.interrupted = self.state.skipped = False  # as the hosts do when a job begins
         return self.ui.generate(self.script, p or self.processing(checkpoint, **how), args)
 

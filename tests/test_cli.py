@@ -70,7 +70,7 @@ def run(capsys, models_dir, tmp_path, monkeypatch):
 
 @pytest.fixture
 def generate(run, tmp_path):
-    """Runs `generate`; gives what was said and the picture, if there is one."""
+    """Runs `generate`; gives what was said and the image, if there is one."""
 
     def _generate(*rest: object, name: str = "picture.png") -> tuple[Said, np.ndarray | None]:
         path = tmp_path / "pictures" / name
@@ -384,7 +384,7 @@ def test_download_of_everything(run, hub, tmp_path, accept):
     assert len(written) == len(hub) == 7
     assert {path.name for path in catalog.require_encoders(tmp_path / "m").values()} == set(ENCODERS)
     assert said.out.count("non-commercial research purposes only") == 2
-    hub.clear()  # what is there is left alone, and no licence is asked for again
+    hub.clear()  # what is there is left alone, and no license is asked for again
     assert run("models", "download", models=tmp_path / "m").status == 0
     assert hub == {}
 

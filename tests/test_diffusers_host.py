@@ -1,4 +1,4 @@
-"""apply() on whole diffusers pipelines: what changes, what does not, what each call is told, what is left behind."""
+"""apply() on whole diffusers pipelines: what changes, what does not, what each call gets, what is left behind."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def every_step(base: Base, injections: list[Injection] | None, **options: Any) -
 
 @dataclass
 class Calls:
-    """What the denoiser was told, and the text that it was really called with."""
+    """What `inject` got for each call, and the text of the call."""
 
     steps: list[DenoiseStep] = field(default_factory=list)
     texts: list[Tensor] = field(default_factory=list)
@@ -131,7 +131,7 @@ def calls(monkeypatch, bases) -> Calls:
         handle.remove()
 
 
-# ---------------------------------------------------------------- the picture
+# ---------------------------------------------------------------- the image
 
 
 def test_nothing_asked_nothing_changed(bases, adapters, family):
@@ -174,7 +174,7 @@ def test_start_and_end(bases, adapters, family):
 
 
 def test_masks(bases, adapters, family):
-    """On a picture that is not square: white is no mask, black is no identity, a part is neither."""
+    """On an image that is not square: white is no mask, black is no identity, a part is neither."""
     base, adapter, size = bases[family], adapters[family], {"height": 64, "width": 128}
     left = torch.zeros(16, 32)
     left[:, :8] = 1
@@ -188,7 +188,7 @@ def test_masks(bases, adapters, family):
 
 
 def test_paint(bases, adapters, family):
-    """The picture itself, as the command line makes it."""
+    """The image itself, as the command line makes it."""
     base = bases[family]
     plain = paint(base, "a sailor", seed=1, steps=2, size=64)
     assert plain.size == (64, 64)
@@ -200,7 +200,7 @@ def test_paint(bases, adapters, family):
         assert not np.array_equal(plain, paint(base, "a sailor", seed=1, steps=2, size=64))
 
 
-# ---------------------------------------------------------------- what each call is told
+# ---------------------------------------------------------------- what each call gets
 
 
 def test_progress_over_the_steps(bases, family, calls):
@@ -373,7 +373,7 @@ def test_flux_true_cfg_after_a_run_that_broke_off(bases, calls):
 
 
 def _unwrapped(base: Base, **options: Any) -> Tensor:
-    """A picture inside an apply() of the caller's."""
+    """An image inside an apply() of the caller's."""
     return draw(base, None, **text(base.family), **options)
 
 

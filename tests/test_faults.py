@@ -1,4 +1,4 @@
-"""Whatever fails, and wherever: nothing is left behind, nothing is changed, and the next picture is the right one.
+"""Whatever fails, and wherever: nothing is left behind, nothing is changed, and the next image is the right one.
 
 One table of stages and faults, on the stand-ins of both hosts. A fault is raised, or a button is pressed, where a stage
 begins; of a stage that comes often (a denoiser call, the writing of a file), in the first, a middle or the last one.
@@ -67,7 +67,7 @@ def test_a_fault_leaves_nothing_and_the_next_picture_is_right(host, stage, fault
 
 
 def check_the_end(host: Host, stage: Stage, fault: str, pictures: Any, error: Any, faced: list) -> None:
-    """An error that tells, or nothing but right pictures; never one without the face."""
+    """An error that tells, or nothing but right images; never one without the face."""
     if fault in ("interrupt", "skip"):
         assert error is None
         whole = [picture for picture in pictures if len(picture) == len(faced[0])]
@@ -105,7 +105,7 @@ def is_free(lock: Any) -> bool:
 
 
 def test_reload_ui_lets_go_of_what_was_loaded(host):
-    """Models and compiled identities go with the script that loaded them, whatever the program was told of it."""
+    """Models and compiled identities go with the script that loaded them, whatever callbacks it registered."""
     gone = []
     for _ in range(3):
         host.generate(TWO)
@@ -201,7 +201,7 @@ class TestKill:
         assert same(host.generate(TWO), faced[:1])
 
 
-# ---------------------------------------------------------------- memory that does not suffice
+# ---------------------------------------------------------------- not enough memory
 
 
 def onnx_error(text: str) -> Exception:

@@ -26,7 +26,8 @@ from lib_pulid.errors import PulidError
 from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector
 from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
 from lib_pulid.identity import Identity
-from lib_pulid.images import load_image, load_region
+from lib_pulid.images import load_image
+from lib_pulid.masks import load_mask
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
@@ -130,13 +131,13 @@ def pictures() -> list[tuple[str, bytes]]:
 
 
 def test_damaged_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 2_000_000)  # so that memory and time are those of small pictures
+    monkeypatch.setattr(images, "MAX_PIXELS", 2_000_000)  # so that memory and time are those of small images
 
     def read(path: Path) -> None:
         for image in (load_image(path.read_bytes(), "photo"), load_image(path)):
             assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
             assert 0 < image.shape[0] * image.shape[1] <= images.MAX_PIXELS
-        region = load_region(path)
+        region = load_mask(path)
         assert region.min() >= 0 and region.max() <= 1
 
     assert fuzz(pictures(), read, tmp_path, 1000, seed=1) > 500

@@ -115,7 +115,7 @@ def test_start_step(calls):
 
 
 def true_cfg(plan: RandomPlan | None, before_sampling=None, **settings) -> list[int]:
-    """Rows in each step's call with two pictures: two where the negative prompt is left out, else four."""
+    """Rows in each step's call with two images: two where the negative prompt is left out, else four."""
     p = P(Flux(), "flux-dev")
     vars(p).update(settings)
     if plan is not None:
@@ -204,7 +204,7 @@ def test_reference_tokens_of_kontext_get_no_identity(hw):
 
 @pytest.mark.parametrize("denoiser, width, family", [(small_unet, 2048, "sdxl"), (Flux, 6, "flux")])
 def test_packed_weights_are_not_taken_for_sizes(small_sdxl, denoiser, width, family):
-    """nf4: what is told of the model, and the picture, are those of the same layers in 16 bits."""
+    """nf4: family and image are those of the same layers in 16 bits."""
     seen = []
     for packed in (False, True):
         p = P(denoiser(), "nf4")
@@ -297,7 +297,7 @@ def test_tiles(p):
 
 
 def test_regions_in_tiles_are_refused(p):
-    """A tile does not know its place in the picture; the region would act in each of them."""
+    """A tile does not know its place in the image; the region would act in each of them."""
     host().start(p, RandomPlan(mask=torch.ones(4, 4)))
     with pytest.raises(SettingError, match="mask.*MultiDiffusion"):
         sample_tiled(p)

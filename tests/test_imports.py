@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("contact_sheet", "disk", "names", "camera_files", "encoders", "sites", "gpu_cost"),
     ("images", "files"),
-    ("weights", "faces", "watch"),
+    ("weights", "faces", "masks", "watch"),
     ("vision", "face_models", "attention", "judge"),
     ("identity",),
     ("photos", "injection"),

@@ -263,7 +263,7 @@ def test_flux_sites(flux):
 
 
 def test_reference_tokens_get_no_identity(flux, flux_adapter):
-    """Kontext appends tokens to the image; only the picture's own tokens may be touched by the first site."""
+    """Kontext appends tokens to the image; only the image's own tokens may be touched by the first site."""
     bfl, seen = layouts.BflFlux(flux), []
     injection = compile_injection(flux_adapter, person(79, 64))
     for injections in ([], [injection]):

@@ -76,7 +76,7 @@ def test_an_interrupt_does_not_wait_for_the_work():
 
 @pytest.mark.parametrize("place", ["load_face_models", "load_vision_tower", "detect"])
 def test_interrupted_while_a_photo_is_read(host, monkeypatch, place):
-    """Generate ends while the model is still being loaded; the next picture waits for that, and is the right one."""
+    """Generate ends while the model is still being loaded; the next image waits for that, and is the right one."""
     plain, faced = host.generate([]), host.generate([unit("anna")])
     host.start_anew()
     gate, p = Gate(), host.processing()
@@ -131,7 +131,7 @@ def loads(monkeypatch) -> list[str]:
         (9e9, None, "cpu", True),
         (7e9, None, "cpu", False),
         (0, None, "cpu", False),
-        (99e9, None, "cuda:0", False),  # its memory is for pictures
+        (99e9, None, "cuda:0", False),  # its memory is for images
         (0, "always", "cuda:0", True),
         (99e9, "never", "cpu", False),
         (9e9, False, "cpu", True),  # what the setting was once

@@ -217,7 +217,7 @@ def test_a_generation_that_fails_inside_another(host):
 
 
 def test_reload_ui_while_a_picture_is_made(host):
-    """The program unloads scripts; the picture under way keeps its face."""
+    """The program unloads scripts; the image under way keeps its face."""
     expected, p = host.generate([unit("anna")]), host.processing()
 
     def reload(step: int) -> None:

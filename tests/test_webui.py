@@ -50,7 +50,7 @@ class TestAGeneration:
         assert p.extra_generation_params == {}
 
     def test_a_detailers_calls_in_between_leave_the_parameters(self, ui, script, one):
-        """Of a batch of pictures ADetailer calls `postprocess` at the first and `process` at the last, both with a
+        """Of a batch of images ADetailer calls `postprocess` at the first and `process` at the last, both with a
         copy of `p`; the others get their parameters in between."""
         p, args = Generation(batches=2), [{"images": [one]}]
         seen = []
@@ -110,7 +110,7 @@ class TestNeverAStranger:
         ui.generate(script, Generation(unet, "old"), default_args(3))
 
     def test_where_the_page_is_not_told_there_is_no_picture(self, ui, script, nobody, monkeypatch):
-        """The comment is below a result without pictures; an exception would only be printed."""
+        """The comment is below a result without images; an exception would only be printed."""
         monkeypatch.setattr(hosts.current(), "tells_errors", lambda p: False)
         p = Generation()
         assert ui.generate(script, p, [{"images": [nobody]}]) == [] and "no face" in p.comments[0]

@@ -1,4 +1,4 @@
-"""Weight files of every layout are told apart by what is in them; whatever is no PuLID file is called what it is."""
+"""Weight files of every layout, recognized by their content; other files are refused by their kind."""
 
 from __future__ import annotations
 
