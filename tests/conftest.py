@@ -166,7 +166,7 @@ def adapter(tmp_path_factory, unet) -> Any:
     """PuLID v1 for `unet`."""
     from tests import layouts
 
-    return layouts.unet_adapter(tmp_path_factory.mktemp("sdxl") / "v1.bin", unet)
+    return layouts.unet_adapter(tmp_path_factory.mktemp("sdxl") / "v1.safetensors", unet)
 
 
 @pytest.fixture(scope="session")

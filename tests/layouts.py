@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,18 +13,12 @@ from torch import Tensor, nn
 from lib_pulid import sites
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.weights import Adapter, ImageStreamWeights, load_adapter
+from tests.host.models.parts import add_flux
+from tests.host.models.unet import Layout
 from tests.reference import cases
 from tests.small_models import flux_file, image_stream
 
 # ---------------------------------------------------------------- files
-
-
-def write(path: Path, state: Mapping[str, Tensor]) -> Path:
-    if path.suffix == ".safetensors":
-        save_file({key: value.contiguous() for key, value in state.items()}, path)
-    else:
-        torch.save(dict(state), path)
-    return path
 
 
 def v1_encoder(seed: int = 11, **sizes: int) -> dict[str, Tensor]:
@@ -32,55 +26,34 @@ def v1_encoder(seed: int = 11, **sizes: int) -> dict[str, Tensor]:
     official = {**cases.ID_ENCODER, **sizes}
     dim, wide = official["context_dim"], official["context_dim"] * official["num_token"]
     body = [official["width"], min(wide // 4, 1024), min(wide // 2, 1024), wide]
-    return _filled(IDEncoder(body, [1024, 1024, 1024, dim]), seed)
+    return cases.fill(IDEncoder(body, [1024, 1024, 1024, dim]), seed).state_dict()
 
 
 def v11_encoder(seed: int = 12) -> dict[str, Tensor]:
     """The IDFormer of `cases.ID_FORMER`."""
-    p = cases.ID_FORMER
+    p, dim = cases.ID_FORMER, cases.ID_FORMER["dim"]
     former = IDFormer(
-        dim=p["dim"],
-        depth=p["depth"],
-        inner_dim=p["dim_head"] * p["heads"],
-        ff_dim=4 * p["dim"],
-        num_queries=p["num_queries"],
-        output_dim=p["output_dim"],
-        id_mapping=[1280, 1024, 1024, 5 * p["dim"]],
-        mapping=[1024, 1024, 1024, p["dim"]],
-    )
-    return _filled(former, seed)
-
-
-def _filled(module: nn.Module, seed: int) -> dict[str, Tensor]:
-    return cases.fill(module, seed).state_dict()
-
-
-def pairs(widths: Sequence[int], token_width: int, seed: int = 18) -> dict[str, Tensor]:
-    """ "{i}.id_to_k.weight" and "{i}.id_to_v.weight", i = 1, 3, 5, ... as in the official files."""
-    shapes = {f"{2 * n + 1}.id_to_{x}.weight": (width, token_width) for n, width in enumerate(widths) for x in "kv"}
-    return cases.fill_shapes(shapes, seed)
-
-
-def write_sdxl(path: Path, encoder: Mapping[str, Tensor], attention: Mapping[str, Tensor]) -> Path:
-    state = cases.prefixed(encoder, "id_adapter.") | cases.prefixed(attention, "id_adapter_attn_layers.")
-    return write(path, state)
-
-
-def write_flux(path: Path, encoder: Mapping[str, Tensor], modules: nn.Module) -> Path:
-    return write(path, flux_file(encoder, modules.state_dict()))
+        dim=dim, depth=p["depth"], inner_dim=p["dim_head"] * p["heads"], ff_dim=4 * dim, num_queries=p["num_queries"],
+        output_dim=p["output_dim"], id_mapping=[1280, 1024, 1024, 5 * dim], mapping=[1024, 1024, 1024, dim],
+    )  # fmt: skip
+    return cases.fill(former, seed).state_dict()
 
 
 def unet_adapter(path: Path, model: nn.Module) -> Adapter:
     """PuLID v1 for `unet()`, with the weights that the official one was recorded with."""
     width = cases.UNET["cross_attention_dim"]
     widths = [site.width for site in sites.find_sites(model).sites]
-    return load_adapter(write_sdxl(path, v1_encoder(context_dim=width), pairs(widths, width)))
+    shapes = {f"{2 * n + 1}.id_to_{x}.weight": (size, width) for n, size in enumerate(widths) for x in "kv"}
+    pairs = cases.prefixed(cases.fill_shapes(shapes, 18), "id_adapter_attn_layers.")
+    save_file(cases.prefixed(v1_encoder(context_dim=width), "id_adapter.") | pairs, path)
+    return load_adapter(path)
 
 
 def flux_adapter(path: Path) -> Adapter:
     """PuLID for `diffusers_flux()`, likewise."""
-    modules = streams(20, cases.FLUX["hidden_size"], 64, seed=20)
-    return load_adapter(write_flux(path, v11_encoder(), modules))
+    modules = nn.ModuleList(image_stream(cases.FLUX["hidden_size"], 64, inner=256) for _ in range(20))
+    save_file(flux_file(v11_encoder(), cases.fill(modules, 20).state_dict()), path)
+    return load_adapter(path)
 
 
 def image_stream_weights(module: nn.Module) -> ImageStreamWeights:
@@ -93,10 +66,6 @@ def image_stream_weights(module: nn.Module) -> ImageStreamWeights:
         to_kv=module["to_kv"].weight,
         to_out=module["to_out"].weight,
     )
-
-
-def streams(count: int, width: int, token_width: int, seed: int) -> nn.ModuleList:
-    return cases.fill(nn.ModuleList(image_stream(width, token_width, inner=256) for _ in range(count)), seed)
 
 
 # ---------------------------------------------------------------- UNets
@@ -132,25 +101,11 @@ class SgmUNet(nn.Module):
 
 def flux_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of a FLUX.1-dev checkpoint in BFL's layout, with the sizes of `cases.FLUX`."""
-    p, w = cases.FLUX, cases.FLUX["hidden_size"]
-    head, hidden = w // p["num_heads"], int(w * p["mlp_ratio"])
-    linear = {"img_in": (w, p["in_channels"]), "txt_in": (w, p["context_in_dim"])}
-    for name, size in (("time_in", 256), ("guidance_in", 256), ("vector_in", p["vec_in_dim"])):
-        linear |= {f"{name}.in_layer": (w, size), f"{name}.out_layer": (w, w)}
-    linear |= {"final_layer.linear": (p["in_channels"], w), "final_layer.adaLN_modulation.1": (2 * w, w)}
-    scales = []
-    for i in range(p["depth"]):
-        for stream in (f"double_blocks.{i}.img", f"double_blocks.{i}.txt"):
-            linear |= {f"{stream}_mod.lin": (6 * w, w), f"{stream}_attn.qkv": (3 * w, w), f"{stream}_attn.proj": (w, w)}
-            linear |= {f"{stream}_mlp.0": (hidden, w), f"{stream}_mlp.2": (w, hidden)}
-            scales += [f"{stream}_attn.norm.query_norm.scale", f"{stream}_attn.norm.key_norm.scale"]
-    for block in (f"single_blocks.{i}" for i in range(p["depth_single_blocks"])):
-        linear |= {f"{block}.linear1": (3 * w + hidden, w), f"{block}.linear2": (w, w + hidden)}
-        linear |= {f"{block}.modulation.lin": (3 * w, w)}
-        scales += [f"{block}.norm.query_norm.scale", f"{block}.norm.key_norm.scale"]
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linear.items()}
-    shapes |= {f"{name}.bias": shape[:1] for name, shape in linear.items()}
-    return shapes | dict.fromkeys(scales, (head,))
+    p, w, layout = cases.FLUX, cases.FLUX["hidden_size"], Layout()
+    add_flux(layout, "", w, p["context_in_dim"], w // p["num_heads"])
+    ends = {"img_in.weight": (w, p["in_channels"]), "vector_in.in_layer.weight": (w, p["vec_in_dim"])}
+    ends |= {"final_layer.linear.weight": (p["in_channels"], w), "final_layer.linear.bias": (p["in_channels"],)}
+    return layout.shapes | ends
 
 
 def diffusers_flux(seed: int = 19) -> FluxTransformer2DModel:

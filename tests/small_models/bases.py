@@ -24,6 +24,7 @@ from lib_pulid.sites import find_sites
 from lib_pulid.standalone import Workshop
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.weights import Adapter, load_adapter
+from tests.reference import cases
 from tests.small_models import random_weights, write_files
 
 _folder = TemporaryDirectory(prefix="pulid-small-")  # goes with the process
@@ -65,20 +66,8 @@ def open_small_workshop(real: Callable[..., Workshop]) -> Callable[..., Workshop
 
 
 def _sdxl() -> Any:
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64, 64),
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        transformer_layers_per_block=1,
-        attention_head_dim=(2, 2, 2),
-        cross_attention_dim=TEXT_WIDTH,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=POOLED_WIDTH + 6 * 8,
-    )
+    few = {"layers_per_block": 1, "transformer_layers_per_block": 1}
+    unet = diffusers.UNet2DConditionModel(**{**cases.UNET, "cross_attention_dim": TEXT_WIDTH, **few})
     return diffusers.StableDiffusionXLPipeline(
         vae=_vae(scaling_factor=0.13025),
         text_encoder=None,
