@@ -35,8 +35,7 @@ _PARTS = {
     "the text encoder OpenCLIP-bigG": f"{_OPEN_CLIP}token_embedding.weight",
     "the VAE": f"{_VAE}decoder.conv_in.weight",
 }
-_SIZES = 6  # original height and width, the crop's corner, target height and width; each becomes TIME_WIDTH numbers
-_TIME_WIDTH = 256
+_TIME_WIDTH = 256  # of each of six sizes: original height and width, the crop's corner, target height and width
 _HEAD = 64  # width of an attention head
 _START, _END = 49406, 49407  # tokens; CLIP's last
 _VOCABULARY = 49408

@@ -27,7 +27,7 @@ class Interruptible:
 
     def settle(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Waits until abandoned work is done, or until `stop` returns True."""
-        while self._left is not None and self._left.is_alive() and not stop():
+        while self._left is not None and self.is_busy and not stop():
             self._left.join(POLL)
 
     def run(self, work: Callable[[Callable[[], bool]], Result], stop: Callable[[], bool]) -> Result:
