@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Operations besides views that start no kernel: they allocate memory or query a tensor.
-_FREE = set("empty empty_like empty_strided new_empty new_empty_strided _unsafe_view device lift_fresh".split())
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_FREE |= {"_unsafe_view", "device", "lift_fresh"}
 _WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_"}  # their first argument
 
 
