@@ -167,7 +167,7 @@ def hires_switch(host: Running) -> str:
     """The pass with the other model needs a picture to begin with, not a latent."""
     unit, sdxl, seen, made = person(host, weight=1.5), "tiny-sdxl.safetensors", [], []
     for first, second in ((sdxl, CHECKPOINT), (CHECKPOINT, sdxl)):
-        body = hires(host, checkpoint=first, hr_checkpoint_name=second, hr_upscaler="Lanczos")
+        body = hires(host, checkpoint=first, hr_checkpoint_name=second, hr_upscaler=host.api.image_upscaler)
         plain, both = host.api.txt2img(**body).image, host.api.txt2img(unit, **body).image
         only_first = host.api.txt2img({**unit, "hires": "first"}, **body).image
         differ(both, only_first, "the face in the second pass", FAINT)
