@@ -1,4 +1,4 @@
-"""Opens the miniature's FLUX as diffusers' FluxPipeline. It reads the text encoders and the VAE of the SDXL beside it."""
+"""Opens the miniature's FLUX as diffusers' FluxPipeline, with the text encoders and VAE of its SDXL."""
 
 from __future__ import annotations
 
