@@ -136,9 +136,9 @@ def _miniature_base(family: str, device: str) -> Base:
     base = replace(load_base(miniature.checkpoint("sdxl"), device), name="miniature", **settings)
     if family == "sdxl":
         return base
-    from lib_pulid.miniature.flux import load_flux, prompt_encoder
+    from lib_pulid.training.flux import load_pipeline, prompt_encoder
 
-    pipeline, text = load_flux(miniature.checkpoint(family), base.pipeline), prompt_encoder(base.pipeline)
+    pipeline, text = load_pipeline(miniature.checkpoint(family), base.pipeline), prompt_encoder(base.pipeline)
     return replace(base, pipeline=pipeline, family=family, text=text, guidance_argument="true_cfg_scale")
 
 
