@@ -90,7 +90,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def load_pipeline(path: Path, sdxl: Any) -> Any:
-    """Loads a transformer with diffusers' names into a FluxPipeline. sdxl: a StableDiffusionXLPipeline, whose VAE and device it shares.
+    """Loads a transformer with diffusers' names into a FluxPipeline.
+
+    sdxl: a StableDiffusionXLPipeline, whose VAE and device it shares.
 
     Raises:
         WrongWeightsError.
