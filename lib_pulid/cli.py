@@ -232,7 +232,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
     if bool(arguments.face) == bool(arguments.identity):
         raise SettingError("Give either --face (once or more) or --identity.")
-    unit, mask, saved = cli_checks.checked(arguments), _mask(arguments.mask, arguments.box), cli_checks.saved(arguments.identity)
+    unit, saved = cli_checks.checked(arguments), cli_checks.saved(arguments.identity)
+    mask = _mask(arguments.mask, arguments.box)
     workshop = _workshop(arguments)
     for note in workshop.check_prompt(arguments.prompt):
         print(f"note: {note}")

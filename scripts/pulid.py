@@ -222,7 +222,7 @@ def on_app_started(demo: Any, app: Any) -> None:
 for event, callback in {
     "app_started": on_app_started,
     "ui_settings": settings.add_settings,
-    "before_ui": lambda: xyz.add_axes(settings.units(), PulidScript.library),
+    "before_ui": lambda: xyz.add_axes(settings.units(), PulidScript.library, hosts.current().FAMILIES),
     "script_unloaded": lambda: hosts.current().stop(),
 }.items():
     add_callback(event, callback, __file__)

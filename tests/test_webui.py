@@ -17,7 +17,7 @@ from PIL import Image
 
 from lib_pulid import hosts
 from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError
-from lib_pulid.fields import FIELDS, MOST_PHOTOS, PRESETS
+from lib_pulid.fields import FAMILIES, FIELDS, MOST_PHOTOS, PRESETS
 from lib_pulid.units import PulidUnit, default_args
 from tests import small_models
 from tests.face_standins import packed, photo
@@ -369,12 +369,19 @@ class TestXYZ:
     def axes(self, ui, library) -> dict:
         from lib_pulid.webui import xyz
 
-        xyz.add_axes(2, library)
-        xyz.add_axes(2, library)  # Reload UI
+        xyz.add_axes(2, library, FAMILIES)
+        xyz.add_axes(2, library, FAMILIES)  # Reload UI
         options = ui.modules.scripts.scripts_data[0].module.axis_options
         assert all(isinstance(option, AxisOption) for option in options)
         assert len({option.label for option in options}) == len(options)
         return {option.label: option for option in options}
+
+    def test_only_what_the_host_can_load(self, library):
+        from lib_pulid.webui import xyz
+
+        labels = {axis.label for axis in xyz.axes(AxisOption, 1, library, ("sdxl",))}
+        assert "[PuLID 1] Projection" in labels
+        assert "[PuLID 1] Start step" not in labels
 
     def test_every_setting_of_every_unit(self, ui, library):
         labels = self.axes(ui, library)
@@ -432,12 +439,12 @@ class TestActions:
         assert ticked["value"] is True
         assert "bad.png" in note
         assert len(json.loads(images)) == 2
-        gallery, selected = actions.show_photos(images)
-        assert len(gallery["value"]) == 2
-        assert selected == -1
+        strip = actions.show_photos(images)
+        assert strip.count("<img") == strip.count("<button") == 2
+        assert "data-index='1'" in strip
         assert json.loads(actions.remove_photo(images, 0)) == json.loads(images)[1:]
-        assert actions.remove_photo(actions.remove_photo(images, -1), -1) == ""
-        assert actions.remove_photo("", -1) == ""
+        assert actions.remove_photo(images, -1) == images  # a click from nowhere
+        assert actions.remove_photo(actions.remove_photo(images, 1), 0) == actions.show_photos("") == ""
 
     def test_no_more_photos_than_a_unit_may_have(self, actions, one, tmp_path):
         full = json.dumps([one] * MOST_PHOTOS)
