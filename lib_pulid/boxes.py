@@ -36,7 +36,7 @@ def read_box(value: str | Sequence[float]) -> Box:
     parts = value.replace(",", " ").split() if isinstance(value, str) else value
     try:
         x, y, width, height = (_number(part) for part in parts)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             "a box has four numbers: x, y, width and height, as fractions of the image (0 to 1)."
         ) from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import reprlib
 import unicodedata
 from collections.abc import Mapping
@@ -274,6 +275,16 @@ def spelled(name: Any) -> str:
 def place(number: int, field: str) -> str:
     """Returns the beginning of a message. number: of the unit, 0 if there is none."""
     return f"PuLID unit {number}, field {field}: " if number else f"PuLID, field {field}: "
+
+
+def page_words(message: str) -> str:
+    """Returns a message in the page's words: "Person 1, Photos: " instead of "PuLID unit 1, field images: "."""
+
+    def words(found: re.Match[str]) -> str:
+        field = FIELD.get(found[2])
+        return f"Person {found[1]}, {field.label}: " if field else found[0]
+
+    return re.sub(r"PuLID unit (\d+), field (\w+): ", words, message)
 
 
 def show(value: Any) -> str:

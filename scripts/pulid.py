@@ -16,6 +16,7 @@ from typing import Any
 
 from lib_pulid import hosts
 from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
+from lib_pulid.fields import page_words
 from lib_pulid.hosts.frame import remember_images
 from lib_pulid.hosts.webui import add_callback, chosen_checkpoint
 from lib_pulid.units import PulidUnit, at_unit, parse_args
@@ -195,6 +196,8 @@ def ends_the_request(p: Any) -> Iterator[None]:
     except Exception as raised:
         tell("")
         error = short_of_memory(raised) or raised
+        if isinstance(error, PulidError) and not getattr(p, "is_api", False):
+            error = type(error)(page_words(str(error))).with_traceback(error.__traceback__)
         refusal = Refusal(error)
         p.sample = refusal
         sampler = getattr(p, "sampler", None)

@@ -107,6 +107,13 @@ class TestNeverAStranger:
         assert ui.swallowed == []
         assert ui.modules.shared.state.textinfo is None
 
+    def test_the_page_gets_its_own_words(self, ui, script, nobody):
+        p = Generation()
+        p.is_api = False
+        with pytest.raises(NoFaceError, match="^Person 1, Photos: photo 1: no face was found"):
+            ui.generate(script, p, [{"images": [nobody]}])
+        assert p.comments[0].startswith("Person 1, Photos: ")
+
     @pytest.mark.parametrize("unet", [UNet(768, SD1_BLOCKS), UNet(1280)], ids=["SD 1.5", "refiner"])
     def test_a_model_that_cannot(self, ui, script, one, unet):
         with pytest.raises(PulidError, match="unit 1, field model: old: this is"):

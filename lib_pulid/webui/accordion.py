@@ -48,7 +48,7 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
         )
         family = families[0] if len(families) == 1 else ""
         shown = _silent(gr.Textbox(value=family, visible=False, label="PuLID family", elem_id=f"pulid_{tab}_family"))
-        with gr.Tabs(elem_id=f"pulid_{tab}_units"):
+        with gr.Tabs(elem_id=f"pulid_{tab}_units", elem_classes=["pulid-units"]):
             units = []
             for number in range(1, count + 1):
                 with gr.Tab(f"Person {number}", elem_id=f"pulid_{tab}_{number}"):
