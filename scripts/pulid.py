@@ -188,6 +188,16 @@ def short_of_memory(error: Exception) -> OutOfMemoryError | None:
     return short
 
 
+def in_page_words(error: Exception) -> Exception:
+    """Returns an error that names person and label, as the page does, where it named unit and field."""
+    words = page_words(str(error))
+    if not isinstance(error, PulidError) or words == str(error):
+        return error
+    told = type(error)(words)
+    told.__cause__ = error
+    return told
+
+
 @contextmanager
 def ends_the_request(p: Any) -> Iterator[None]:
     """Keeps any exception raised inside, even a bug of ours, and raises it again when the host asks for samples."""
@@ -196,8 +206,8 @@ def ends_the_request(p: Any) -> Iterator[None]:
     except Exception as raised:
         tell("")
         error = short_of_memory(raised) or raised
-        if isinstance(error, PulidError) and not getattr(p, "is_api", False):
-            error = type(error)(page_words(str(error))).with_traceback(error.__traceback__)
+        if not getattr(p, "is_api", False):
+            error = in_page_words(error)
         refusal = Refusal(error)
         p.sample = refusal
         sampler = getattr(p, "sampler", None)
