@@ -464,7 +464,7 @@ class TestActions:
     def test_preview(self, actions, two, nobody):
         gallery, note = actions.preview(json.dumps([two, nobody]), "None", "largest", 1)
         assert len(gallery["value"]) == 3
-        assert gallery["value"][0][1].endswith("2 faces, the green one is used")
+        assert gallery["value"][0][1].endswith("2 faces")
         assert "number 2" in note
         assert "photo 2: no face was found" in note
         gallery, note = actions.preview("", "None", "largest", 0)

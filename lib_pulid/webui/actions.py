@@ -167,7 +167,7 @@ class Actions:
             except PulidError as error:
                 lines.append(_bad([str(error)]))
                 continue
-            found = "1 face" if len(face.detections) == 1 else f"{len(face.detections)} faces, the green one is used"
+            found = "1 face" if len(face.detections) == 1 else f"{len(face.detections)} faces"
             shown += [
                 (pictures.marked(photo, face), f"{name}: {found}"),
                 (face.aligned, f"{name}: aligned"),
