@@ -344,9 +344,9 @@ def _mask(path: Path | None, box: Sequence[float] | None) -> Tensor | None:
     import torch
 
     from lib_pulid.boxes import read_box, within
-    from lib_pulid.images import load_region
+    from lib_pulid.masks import load_mask
 
-    mask = torch.from_numpy(load_region(path, path.name)) if path else None
+    mask = torch.from_numpy(load_mask(path, path.name)) if path else None
     try:
         return within(mask, read_box(box)) if box else mask
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What holds for every unit, every picture's parameters, every request and every region, not for examples only."""
+"""What holds for every unit, every image's parameters, every request and every region, not for examples only."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_any_text_is_an_image_or_a_message(text):
         pictures.decode(text, "photo 1")
 
 
-# ---------------------------------------------------------------- the picture's parameters
+# ---------------------------------------------------------------- the image's parameters
 
 
 FACTS = st.fixed_dictionaries({"hash": st.just("0123456789"), "file": NAMES, "weights": st.just("abcdef0123")})

@@ -21,16 +21,12 @@ from lib_pulid.fields import FAMILIES, FIELDS, MOST_PHOTOS, PRESETS
 from lib_pulid.units import PulidUnit, default_args
 from tests import small_models
 from tests.face_standins import packed, photo
-from tests.fake_modules.models import SD1_BLOCKS, SMALL_SITES, WIDTH, UNet, count_hooks, small_unet
+from tests.fake_modules.models import SD1_BLOCKS, SMALL_SITES, WIDTH, UNet, count_hooks, same, small_unet
 from tests.fake_webui import AxisOption, Generation, webui
 
 pytest.importorskip("insightface")
 pytest.importorskip("facexlib")
 ROOT = Path(__file__).parents[1]
-
-
-def same(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 class TestAGeneration:
@@ -54,7 +50,7 @@ class TestAGeneration:
         assert p.extra_generation_params == {}
 
     def test_a_detailers_calls_in_between_leave_the_parameters(self, ui, script, one):
-        """Of a batch of pictures ADetailer calls `postprocess` at the first and `process` at the last, both with a
+        """Of a batch of images ADetailer calls `postprocess` at the first and `process` at the last, both with a
         copy of `p`; the others get their parameters in between."""
         p, args = Generation(batches=2), [{"images": [one]}]
         seen = []
@@ -121,7 +117,7 @@ class TestNeverAStranger:
         ui.generate(script, Generation(unet, "old"), default_args(3))
 
     def test_where_the_page_is_not_told_there_is_no_picture(self, ui, script, nobody, monkeypatch):
-        """The comment is below a result without pictures; an exception would only be printed."""
+        """The comment is below a result without images; an exception would only be printed."""
         monkeypatch.setattr(hosts.current(), "tells_errors", lambda p: False)
         p = Generation()
         assert ui.generate(script, p, [{"images": [nobody]}]) == [] and "no face" in p.comments[0]

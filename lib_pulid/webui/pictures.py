@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lib_pulid.errors import ImageError
-from lib_pulid.images import MAX_BYTES, load_image, load_region, resize_long_edge, thumbnail
+from lib_pulid.images import MAX_BYTES, load_image, resize_long_edge, thumbnail
+from lib_pulid.masks import load_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,10 +82,10 @@ def photo(text: str, name: str) -> np.ndarray:
 
 
 def region(text: str, name: str) -> Tensor:
-    """Decodes a mask, base64 or a data URI, to [H, W] float32, 0..1; see `images.load_region`."""
+    """Decodes a mask, base64 or a data URI, to [H, W] float32, 0..1; see `masks.load_mask`."""
     import torch
 
-    return torch.from_numpy(decode(text, name, load_region))
+    return torch.from_numpy(decode(text, name, load_mask))
 
 
 def drawn_region(picture: np.ndarray | None, strokes: np.ndarray | None = None) -> str:
