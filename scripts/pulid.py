@@ -16,6 +16,7 @@ from typing import Any
 
 from lib_pulid import hosts
 from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
+from lib_pulid.fields import page_words
 from lib_pulid.hosts.base import add_callback
 from lib_pulid.hosts.families import chosen_checkpoint
 from lib_pulid.hosts.frame import remember_images
@@ -177,6 +178,16 @@ def short_of_memory(error: Exception) -> OutOfMemoryError | None:
     return short
 
 
+def in_page_words(error: Exception) -> Exception:
+    """Returns an error that names person and label, as the page does, where it named unit and field."""
+    words = page_words(str(error))
+    if not isinstance(error, PulidError) or words == str(error):
+        return error
+    told = type(error)(words)
+    told.__cause__ = error
+    return told
+
+
 @contextmanager
 def ends_the_request(p: Any) -> Iterator[None]:
     """Keeps any exception raised inside, even a bug of ours, and raises it again when the host asks for samples."""
@@ -185,6 +196,8 @@ def ends_the_request(p: Any) -> Iterator[None]:
     except Exception as raised:
         tell("")
         error = short_of_memory(raised) or raised
+        if not getattr(p, "is_api", False):
+            error = in_page_words(error)
         refusal = Refusal(error)
         p.sample = refusal
         sampler = getattr(p, "sampler", None)
@@ -212,7 +225,7 @@ def on_app_started(demo: Any, app: Any) -> None:
 CALLBACKS: dict[str, Callable[..., Any]] = {
     "app_started": on_app_started,
     "ui_settings": settings.add_settings,
-    "before_ui": lambda: xyz.add_axes(settings.units(), PulidScript.library),
+    "before_ui": lambda: xyz.add_axes(settings.units(), PulidScript.library, hosts.current().families),
     **hosts.current().callbacks(),
 }
 for event, callback in CALLBACKS.items():

@@ -145,6 +145,8 @@ class _Processing:
 class Generation(_Processing, a1111.P):
     """In A1111: a batch is a few UNet calls of `fake_modules.a1111.sample`."""
 
+    is_api = True  # the tests send dicts
+
     def __init__(
         self, unet: torch.nn.Module | None = None, name: str = "some-sdxl", batches: int = 1, steps: int = 2
     ) -> None:

@@ -40,6 +40,8 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "choice": [None, True, 1, 0.5, "", "no such choice", [], ["official"], {}, HUGE, DEEP, "x" * 10**6],
     "text": [True, 1, 0.5, [], ["a"], {}, HUGE, DEEP, "x" * 10**6, "a\nb", "\0", "\ud800"],
     "image": [True, 1, 0.5, [], ["a"], {}, HUGE, DEEP],
+    "box": [True, 1, 0.5, {}, [1], [[]], ["a"] * 4, [0, 0, 1, HUGE], [0, 0, 1, math.nan], HUGE, DEEP, "x" * 10**6,
+            "0 0 1", [0, 0, 0, 1], "2 2 1 1", "\ud800"],
     "images": [True, 1, 0.5, {}, {"a": 1}, [None], [1], [[]], [""], [" "], ["a", None], HUGE, DEEP, ["a"] * 1000, "[",
                "[1]", '["a", {}]', "[" * 100_000, "[" * 100_000 + "]" * 100_000, json.dumps(["a"] * 1000)],
 }  # fmt: skip

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("contact_sheet", "disk", "names", "camera_files", "encoders", "sites", "gpu_cost"),
+    ("boxes", "contact_sheet", "disk", "names", "camera_files", "encoders", "sites", "gpu_cost"),
     ("images", "files"),
     ("weights", "faces", "masks", "watch"),
     ("vision", "face_models", "attention", "judge"),

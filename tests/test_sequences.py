@@ -91,7 +91,7 @@ def fail(host: Host, settings: Settings, stage: int, fault: str) -> None:
 def cells(host: Host, settings: Settings, weights: tuple[float, ...]) -> None:
     from lib_pulid.webui import xyz
 
-    axes = {axis.label: axis for axis in xyz.axes(AxisOption, 1, host.library)}
+    axes = {axis.label: axis for axis in xyz.axes(AxisOption, 1, host.library, ("sdxl", "flux"))}
     p = host.processing(settings.checkpoint)
     for weight in weights:
         cell = copy(p)

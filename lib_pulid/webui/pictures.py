@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lib_pulid.errors import ImageError
-from lib_pulid.images import MAX_BYTES, load_image, resize_long_edge
+from lib_pulid.images import MAX_BYTES, load_image, resize_long_edge, thumbnail
 from lib_pulid.masks import load_mask
 
 if TYPE_CHECKING:
@@ -60,6 +60,15 @@ def encode(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def small(image: np.ndarray, side: int) -> str:
+    """Encodes an image, uint8 RGB [H, W, 3], for the page, at most side x side, as the data URI of a JPEG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(thumbnail(image, side)).save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def packed(photo: np.ndarray) -> str:
