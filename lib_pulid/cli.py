@@ -140,6 +140,7 @@ def _add_generate(commands) -> None:
     parser.add_argument(
         "--guidance", type=float, help="CFG on SDXL (default 7, miniature 2), distilled guidance on FLUX (default 4)"
     )
+    parser.add_argument("--likeness", action="store_true", help="measure how like the person the image is")
     parser.add_argument("-o", "--out", type=_path, default=Path("outputs/picture.png"), help="file to write")
 
 
@@ -250,6 +251,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
     picture, used = workshop.paint([injection], arguments.prompt, **settings)
     cli_checks.write_picture(picture, arguments.out)
     print(f"{arguments.out}: identity {identity.short_hash}, weight {weight}, injected at {used} sites")
+    if arguments.likeness:
+        print(f"likeness: {_likeness(workshop, picture, identity)}")
     return 0
 
 
@@ -328,7 +331,16 @@ def _identity(workshop, arguments: argparse.Namespace):
         print(f"{name}: face at ({x0}, {y0}), {x1 - x0} x {y1 - y0} pixels", *face.notes, sep="\n  ")
 
     choice = FaceChoice(arguments.face_order, arguments.face_index)
-    return workshop.identity(arguments.face, choice, arguments.fusion, tell)
+    judge = workshop.judges[0] if getattr(arguments, "likeness", False) and workshop.judges else None
+    return workshop.identity(arguments.face, choice, arguments.fusion, tell, judge)
+
+
+def _likeness(workshop, picture, identity) -> str:
+    """Measures an image that is written already: what goes wrong here costs only the number."""
+    try:
+        return workshop.likeness(picture, identity)
+    except Exception as error:
+        return f"not measured ({error})"
 
 
 def _mask(path: Path | None):

@@ -126,6 +126,8 @@ FIELDS = (
           advanced=True, pasted=False),
     Field("hires", "Hires fix passes", "choice", "both", "Which passes of hires fix use the face.",
           choices=HIRES_PASSES, advanced=True),
+    Field("keep_best", "Keep the best", "int", 0, "Keep so many of the images, those most like the person; 0: all.", 0,
+          100, 1, advanced=True, pasted=False),
 )  # fmt: skip
 FIELD = {field.name: field for field in FIELDS}
 

@@ -57,6 +57,7 @@ class PulidUnit:
     fusion: str = "official"
     mask: str = ""
     hires: str = "both"
+    keep_best: int = 0
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], number: int) -> PulidUnit:

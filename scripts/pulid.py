@@ -19,18 +19,18 @@ from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
 from lib_pulid.hosts.frame import remember_images
 from lib_pulid.hosts.webui import add_callback, chosen_checkpoint
 from lib_pulid.units import PulidUnit, at_unit, parse_args
-from lib_pulid.webui import accordion, infotext, routes, settings, xyz
+from lib_pulid.webui import accordion, infotext, likeness, routes, settings, xyz
 from lib_pulid.webui.actions import Actions
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.plan import UnitPlan
 
 from modules import scripts, shared  # isort: skip
 
-PLAN = "pulid_plan"  # attribute of a StableDiffusionProcessing
+PLAN, METER = "pulid_plan", "pulid_meter"  # attributes of a StableDiffusionProcessing
 
 
 class PulidScript(scripts.Script):
-    library = Library(settings.models_dir, settings.device, settings.keep_encoders)
+    library = Library(settings.models_dir, settings.device, settings.keep_encoders, settings.likeness)
 
     def title(self) -> str:
         return "PuLID"
@@ -60,11 +60,22 @@ class PulidScript(scripts.Script):
             if not units:
                 return
             plan = UnitPlan(units, self.library, tell, p.comment, is_interrupted)
+            meter = self.meter(p, plan)
             model = model_for(p, units)
             facts = plan.prepare(model)
             for number, unit in units:
                 p.extra_generation_params[infotext.key(number)] = infotext.write(unit, model.family, facts[number])
             setattr(p, PLAN, plan)
+            setattr(p, METER, meter)
+
+    def meter(self, p: Any, plan: UnitPlan) -> likeness.Meter | None:
+        """Makes the request's Meter if the settings or a unit ask for one."""
+        wanted = settings.likeness() or any(unit.keep_best for _, unit in plan.units)
+        if not wanted or getattr(p, likeness.INNER, False):
+            return None
+        judges = likeness.judges_of(self.library, p.comment)
+        plan.judge = judges[0] if judges else None
+        return likeness.start(plan, self.library, p, judges)
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         """Hooks one batch at a time: between two, detailers and upscalers may sample inside this generation."""
@@ -81,9 +92,26 @@ class PulidScript(scripts.Script):
             with ends_the_request(p):
                 hosts.current().before_sampling(p, plan)
 
+    def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
+        if not hasattr(scripts.Script, "postprocess_image_after_composite"):  # A1111 1.8
+            self.postprocess_image_after_composite(p, pp, *args)
+
+    def postprocess_image_after_composite(self, p: Any, pp: Any, *args: Any) -> None:
+        """Measures the finished image: after ADetailer, and with an inpainted part back in its place."""
+        meter = getattr(p, METER, None)
+        if meter is not None:
+            meter.add(p, pp.image)
+
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         """Leaves the infotext alone: ADetailer calls this, with a copy of `p`, before the last images get theirs."""
-        forget(p)
+        meter = getattr(p, METER, None)
+        try:
+            if meter is not None and getattr(processed, "images", None):  # ADetailer's call has none
+                p.extra_generation_params.pop(likeness.ENTRY, None)  # the text of a grid comes next
+                meter.finish(processed)
+                self.library.release()
+        finally:
+            forget(p)
 
 
 def model_for(p: Any, units: list[tuple[int, PulidUnit]]) -> hosts.LoadedModel:
@@ -121,6 +149,7 @@ def forget(p: Any) -> None:
     """Removes all of ours from `p` and the host; with PuLID off, too, as an error skips `postprocess`."""
     hosts.current().stop()
     vars(p).pop(PLAN, None)
+    vars(p).pop(METER, None)
     if isinstance(sample := vars(p).get("sample"), Refusal):
         del p.sample
     elif isinstance(sample, Sampling):
@@ -155,6 +184,7 @@ class Sampling:
             run.check()
             return samples
         except Exception as error:
+            PulidScript.library.release()  # what measured the likeness of earlier batches
             raise short_of_memory(error) or error  # noqa: B904  its cause is set
         finally:
             if run is not None:

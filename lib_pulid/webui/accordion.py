@@ -244,6 +244,7 @@ class _Unit:
         with gr.Row():
             self._choice("fusion")
             self._choice("hires")
+            self._slider("keep_best")
         self._hidden("mask")
         with gr.Accordion("Mask: where this person's face may appear", open=False, elem_id=self._id("region")):
             gr.HTML(

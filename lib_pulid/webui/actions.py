@@ -205,7 +205,8 @@ class Actions:
         if not photos:
             raise SettingError("No photo to save: drop one above.")
         adapter = self._library.adapter(model or AUTO, self._family_for(model))
-        return self._library.encode(photos, adapter, choice, fusion, warn=lambda text: told.append(_warn(text)))
+        told_of, judge = lambda text: told.append(_warn(text)), self._library.judge()  # noqa: E731
+        return self._library.encode(photos, adapter, choice, fusion, warn=told_of, judge=judge)
 
     def _family_for(self, model: str) -> str:
         """Returns the family of a named file; with auto the checkpoint's, or the only one with files."""

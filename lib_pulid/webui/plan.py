@@ -15,8 +15,11 @@ from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.pictures import photo, region
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lib_pulid.hosts import LoadedModel
     from lib_pulid.identity import Identity
+    from lib_pulid.likeness import Recognizer
     from lib_pulid.webui.library import Library
     from lib_pulid.weights import Adapter
 
@@ -28,6 +31,8 @@ class UnitPlan:
     Args:
         units: with their numbers, for messages. tell: is called with the progress, for the progress line.
         warn: is called with notes to show below the image. stop: whether the user has interrupted.
+        judge: the recognizer that the images' likeness will be measured with, or None.
+        people, masks: the compiled units' identities and masks, by unit.
     """
 
     units: Sequence[tuple[int, PulidUnit]]
@@ -35,6 +40,9 @@ class UnitPlan:
     tell: Callable[[str], None] = lambda text: None
     warn: Callable[[str], None] = lambda text: None
     stop: Callable[[], bool] | None = None
+    judge: Recognizer | None = None
+    people: dict[int, Identity] = field(default_factory=dict)
+    masks: dict[int, Tensor] = field(default_factory=dict)
     _is_experiment: bool = False
     _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
 
@@ -101,10 +109,13 @@ class UnitPlan:
         self.tell(f"PuLID: loading the model for unit {number}")
         unit = unit.on(model.family)
         identity, adapter = self._identity(number, unit, model.family)
+        self.people[number] = identity
         # Without negative rows it takes half the memory.
         identity = with_uncond(identity, adapter) if model.guided else replace(identity, uncond=None)
         with _at(number, "mask"):
             mask = region(unit.mask, "the mask") if unit.mask else None
+        if mask is not None:
+            self.masks[number] = mask
         with _at(number, "model"):
             injection = self.library.injection(
                 adapter,
@@ -125,7 +136,7 @@ class UnitPlan:
     def _identity(self, number: int, unit: PulidUnit, family: str) -> tuple[Identity, Adapter]:
         if unit.identity:
             with _at(number, "identity"):
-                identity = self.library.saved(unit.identity)
+                identity = self.library.with_embedding(self.library.saved(unit.identity), self.judge)
             with _at(number, "model"):
                 encoder = identity.info.get("encoder", "") if unit.model == AUTO else ""
                 adapter = self.library.adapter(unit.model, family, encoder)
@@ -146,6 +157,7 @@ class UnitPlan:
                 lambda text: self.tell(f"PuLID: unit {number}, {text}"),
                 lambda text: self.warn(f"PuLID unit {number}: {text}"),
                 self.stop,
+                self.judge,
             )
             return identity, adapter
 
