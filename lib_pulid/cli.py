@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m lib_pulid demo | generate | embed | evaluate | doctor | models | bench`."""
+"""Runs the command line: `python -m lib_pulid demo | generate | embed | blend | evaluate | doctor | models | bench`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sd-webui-pulid {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_generate, _add_embed, _add_evaluate, _add_doctor, _add_models, _add_bench):
+    for add in (_add_demo, _add_generate, _add_embed, _add_blend, _add_evaluate, _add_doctor, _add_models, _add_bench):
         add(commands)
     return parser
 
@@ -156,6 +156,15 @@ def _add_embed(commands) -> None:
         default=Path("outputs/identity.safetensors"),
         help="file to write: .safetensors, or .pulidembd for stable-diffusion.cpp (FLUX)",
     )
+
+
+def _add_blend(commands) -> None:
+    text = "blend saved identities into a new one"
+    parser = _command(commands, "blend", run_blend, text, f"{text}, in the folder pulid/identities of --models-dir")
+    parser.add_argument(
+        "people", nargs="+", metavar="NAME:SHARE", help="name of a saved identity and its share, as in anna:0.7 ben:0.3"
+    )
+    parser.add_argument("--name", required=True, help="name of the new identity")
 
 
 def _add_evaluate(commands) -> None:
@@ -273,6 +282,16 @@ def run_embed(arguments: argparse.Namespace) -> int:
     print(
         f"{arguments.out}: identity {identity.short_hash}, {identity.cond.shape[1]} tokens, {identity.info['adapter']}"
     )
+    return 0
+
+
+def run_blend(arguments: argparse.Namespace) -> int:
+    from lib_pulid.blend import read_share
+    from lib_pulid.webui.library import Library
+
+    people = [read_share(text) for text in arguments.people]
+    made = Library(lambda: arguments.models_dir).blend(people, arguments.name)
+    print(f"{made.path}: identity {made.short_hash}, {made.adapter}")
     return 0
 
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from lib_pulid import miniature
+from lib_pulid.blend import blend
 from lib_pulid.errors import MissingWeightsError, NoFaceError, WrongWeightsError
 from lib_pulid.identity import Identity
 from lib_pulid.injection import Injection, compile_injection
@@ -166,6 +167,16 @@ def test_the_face_is_chosen_out_of_a_group(shop, paint, likeness):
     image = paint(shop.identity([group], FaceChoice("left-to-right", 2)))
     seen = [likeness(image, other) for other in PEOPLE]
     assert int(np.argmax(seen)) == 2, seen
+
+
+def test_a_blend_is_between_two_people(shop, identities, likeness):
+    one, other = PEOPLE[:2]
+    images = [
+        image_of(shop, [compiled(shop, blend([("a", identities[one], share), ("b", identities[other], 4 - share)]))])
+        for share in (3, 1)
+    ]
+    assert likeness(images[0], one) > likeness(images[1], one)
+    assert likeness(images[0], other) < likeness(images[1], other)
 
 
 # ---------------------------------------------------------------- settings

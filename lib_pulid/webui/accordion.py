@@ -53,6 +53,7 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
             for number in range(1, count + 1):
                 with gr.Tab(f"Person {number}", elem_id=f"pulid_{tab}_{number}"):
                     units.append(_Unit(tab, number, library, actions, shown))
+        _blend(tab, units, actions)
         if not family:
             _follow_checkpoint(tab, units, actions, shown)
     missing.wire(units, actions.refresh)
@@ -108,6 +109,30 @@ def _follow_checkpoint(tab: str, units: Sequence[_Unit], actions: Actions, shown
         _js=f"(shown, name, ...values) => [shown, Pulid.follow('{tab}'), ...values]",
         **AT_ONCE,
     )
+
+
+def _blend(tab: str, units: Sequence[_Unit], actions: Actions) -> None:
+    """Adds the widgets that blend saved people into a new one."""
+
+    def elem(name: str) -> str:
+        return f"pulid_{tab}_blend_{name}"
+
+    with gr.Accordion("Blend saved people into a new one", open=False, elem_id=elem("panel")):
+        with gr.Row(elem_classes=["pulid-line"]):
+            listed = actions.identity_choices()[1:]
+            people = gr.Dropdown(choices=listed, multiselect=True, label="People to blend", elem_id=elem("people"))
+            refresh = _tool("\U0001f504", elem("refresh"), "Refresh identities and models")
+        with gr.Row(elem_classes=["pulid-line"]):
+            placeholder = "0.7, 0.3 in this order; empty: equal"
+            shares = gr.Textbox(label="Shares", placeholder=placeholder, max_lines=1, elem_id=elem("shares"))
+            name = gr.Textbox(label="Save the blend as", max_lines=1, elem_id=elem("name"))
+            save = gr.Button("Save blend", size="sm", elem_id=elem("save"), elem_classes=["pulid-tool"])
+        note = gr.HTML("", elem_id=elem("note"), elem_classes=["pulid-note"])
+    for widget in (people, shares, name):
+        _silent(widget)
+    refresh.click(actions.list_people, [], [people], **AT_ONCE)
+    lists = [unit.widgets["identity"] for unit in units]
+    save.click(partial(actions.blend, len(units)), [people, shares, name], [people, name, note, *lists], queue=False)
 
 
 class _Unit:

@@ -274,6 +274,17 @@ class Library:
                 raise
         return SavedIdentity(_shown_name(path), identity.short_hash, identity.info.get("adapter", ""), path)
 
+    def blend(self, people: Sequence[tuple[str, float]], name: str) -> SavedIdentity:
+        """Saves a blend of saved identities, given by name or short hash with their shares, under a new name.
+
+        Raises:
+            SettingError, IdentityMismatchError: see `blend.blend`, `saved` and `save`.
+        """
+        from lib_pulid.blend import blend
+
+        names.new(name)  # before the work
+        return self.save(name, blend([(one, self.saved(one), share) for one, share in people]))
+
     def _check_free(self, path: Path, own: Sequence[Path]) -> None:
         for other in _files(self.identities_dir, IDENTITY_SUFFIXES):
             if names.key(other.name) == names.key(path.name) and other not in own:
