@@ -15,12 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from lib_pulid import hosts
-from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
+from lib_pulid.errors import OutOfMemoryError, PulidError, SettingError, is_out_of_memory
 from lib_pulid.hosts.frame import remember_images
 from lib_pulid.hosts.webui import add_callback, chosen_checkpoint
 from lib_pulid.units import PulidUnit, at_unit, parse_args
 from lib_pulid.webui import accordion, infotext, likeness, routes, settings, xyz
 from lib_pulid.webui.actions import Actions
+from lib_pulid.webui.draws import Draws
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.plan import UnitPlan
 
@@ -31,6 +32,7 @@ PLAN, METER = "pulid_plan", "pulid_meter"  # attributes of a StableDiffusionProc
 
 class PulidScript(scripts.Script):
     library = Library(settings.models_dir, settings.device, settings.keep_encoders, settings.likeness)
+    draws = Draws(settings.photo_folder)
 
     def title(self) -> str:
         return "PuLID"
@@ -60,11 +62,9 @@ class PulidScript(scripts.Script):
             if not units:
                 return
             plan = UnitPlan(units, self.library, tell, p.comment, is_interrupted)
+            self.draw(p, plan, 0)
             meter = self.meter(p, plan)
-            model = model_for(p, units)
-            facts = plan.prepare(model)
-            for number, unit in units:
-                p.extra_generation_params[infotext.key(number)] = infotext.write(unit, model.family, facts[number])
+            prepare(p, plan)
             setattr(p, PLAN, plan)
             setattr(p, METER, meter)
 
@@ -77,11 +77,27 @@ class PulidScript(scripts.Script):
         plan.judge = judges[0] if judges else None
         return likeness.start(plan, self.library, p, judges)
 
-    def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+    def draw(self, p: Any, plan: UnitPlan, batch: int) -> bool:
+        """Draws the photos of a batch. Returns whether a unit wants one."""
+        size = getattr(p, "batch_size", 1)
+        seeds = getattr(p, "all_seeds", None) or [getattr(p, "seed", 0)]
+        seed = int(seeds[min(batch * size, len(seeds) - 1)])
+
+        def draw(number: int, rank: int, how: str) -> Path:
+            if size > 1:
+                raise SettingError("a batch has one person: set the batch size to 1, and use the batch count instead.")
+            inner = getattr(p, likeness.INNER, False)
+            return self.draws.last(number) if inner else self.draws.draw(number, rank, how, seed, batch)
+
+        return plan.draw(draw)
+
+    def process_batch(self, p: Any, *args: Any, batch_number: int = 0, **kwargs: Any) -> None:
         """Hooks one batch at a time: between two, detailers and upscalers may sample inside this generation."""
         plan = getattr(p, PLAN, None)
         if plan is not None:
             with ends_the_request(p):
+                if batch_number and self.draw(p, plan, batch_number):
+                    prepare(p, plan)
                 p.sample = Sampling(p, plan)
                 if not hasattr(scripts.Script, "process_before_every_sampling"):  # A1111 1.8
                     hosts.current().start(p, plan)
@@ -104,14 +120,25 @@ class PulidScript(scripts.Script):
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         """Leaves the infotext alone: ADetailer calls this, with a copy of `p`, before the last images get theirs."""
-        meter = getattr(p, METER, None)
+        plan, meter = getattr(p, PLAN, None), getattr(p, METER, None)
+        is_done = getattr(processed, "images", None) and not getattr(p, likeness.INNER, False)  # not ADetailer's calls
+        if is_done and plan is not None and plan.drawn:
+            self.draws.advance(getattr(p, "n_iter", 1))
         try:
-            if meter is not None and getattr(processed, "images", None):  # ADetailer's call has none
+            if is_done and meter is not None:
                 p.extra_generation_params.pop(likeness.ENTRY, None)  # the text of a grid comes next
                 meter.finish(processed)
                 self.library.release()
         finally:
             forget(p)
+
+
+def prepare(p: Any, plan: UnitPlan) -> None:
+    """Compiles the units, and writes them into the parameters."""
+    model = model_for(p, plan.units)
+    facts = plan.prepare(model)
+    for number, unit in plan.units:
+        p.extra_generation_params[infotext.key(number)] = infotext.write(unit, model.family, facts[number])
 
 
 def model_for(p: Any, units: list[tuple[int, PulidUnit]]) -> hosts.LoadedModel:

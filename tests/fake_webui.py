@@ -93,8 +93,11 @@ class State:
 
 
 class OptionInfo(SimpleNamespace):
-    def __init__(self, default: Any, label: str, component: Any = None, component_args: Any = None) -> None:
+    def __init__(
+        self, default: Any, label: str, component: Any = None, component_args: Any = None, restrict_api: bool = False
+    ) -> None:
         super().__init__(default=default, label=label, component=component, component_args=component_args)
+        self.restrict_api = restrict_api
 
     def info(self, text: str) -> OptionInfo:
         return self

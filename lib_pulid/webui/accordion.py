@@ -269,6 +269,8 @@ class _Unit:
         with gr.Row():
             self._choice("fusion")
             self._choice("hires")
+        with gr.Row():
+            self._choice("draw")
             self._slider("keep_best")
         self._hidden("mask")
         with gr.Accordion("Mask: where this person's face may appear", open=False, elem_id=self._id("region")):
@@ -298,6 +300,10 @@ class _Unit:
         images.change(act.show_photos, [images], [self.gallery, self.selected], **AT_ONCE)
         images.change(act.photos_count, [images, identity, self.note], [identity, self.note], **AT_ONCE)
         identity.change(act.identity_counts, [identity, images], [images], **AT_ONCE)
+        draw, enabled = w["draw"], w["enabled"]
+        draw.change(act.draw_counts, [draw, images, identity], [images, identity, enabled], **AT_ONCE)
+        for other in (images, identity):
+            other.change(act.draw_counts_no_more, [images, identity, draw], [draw], **AT_ONCE)
         self.gallery.select(act.select_photo, [], [self.selected], **AT_ONCE)
         self.remove.click(act.remove_photo, [images, self.selected], [images], **AT_ONCE)
         self.remove_all.click(lambda: "", [], [images], **AT_ONCE)

@@ -22,6 +22,7 @@ from lib_pulid.fields import (
     FIELD,
     MOST_PHOTOS,
     NONE,
+    NOT_DRAWN,
     PRESET_FAMILY,
     PRESET_TIPS,
     WEIGHTS,
@@ -118,6 +119,18 @@ class Actions:
     def identity_counts(self, identity: str, images: str) -> Any:
         """Removes the photos after an identity was selected: unused, they would mix with the next person's."""
         return "" if images and _saved(identity) else gr.update()
+
+    def draw_counts(self, draw: str, images: str, identity: str) -> tuple[Any, Any, Any]:
+        """Removes photos and identity after drawing was chosen, and checks the unit's checkbox."""
+        if draw in (None, NOT_DRAWN):
+            return gr.update(), gr.update(), gr.update()
+        gone = gr.update(value=NONE) if _saved(identity) else gr.update()
+        return "" if images else gr.update(), gone, gr.update(value=True)
+
+    def draw_counts_no_more(self, images: str, identity: str, draw: str) -> Any:
+        """Stops drawing after a photo or an identity was given."""
+        given = images or _saved(identity)
+        return gr.update(value=NOT_DRAWN) if given and draw not in (None, NOT_DRAWN) else gr.update()
 
     # ------------------------------------------------------------ faces
 

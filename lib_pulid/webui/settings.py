@@ -12,7 +12,7 @@ from lib_pulid.hosts.webui import CHROMA
 
 SECTION = ("pulid", "PuLID")
 UNITS, FOLDER, DEVICE, KEEP = "pulid_units", "pulid_models_dir", "pulid_device", "pulid_keep_encoders"
-LIKENESS = "pulid_likeness"
+LIKENESS, PHOTOS = "pulid_likeness", "pulid_photo_folder"
 KEPT = [SUFFICES, ALWAYS, NEVER] = ["where memory suffices", "always", "never"]  # saved in users' settings
 ROOM = 8e9  # bytes to leave free for a checkpoint, a VAE and the system
 
@@ -39,6 +39,10 @@ def add_settings() -> None:
         LIKENESS: OptionInfo(False, "Measure the likeness of each image").info(
             "compares the faces in each image with the person's photo; the number is shown below the image and in its "
             "parameters. The time it takes is shown, too"
+        ),
+        # restrict_api: whoever sends requests must not choose what is read from this machine.
+        PHOTOS: OptionInfo("", "Folder of photos to draw from", restrict_api=True).info(
+            "for Draw the photo: one person per photo, which whoever uses this WebUI may draw. empty: none"
         ),
         CHROMA: OptionInfo(False, "Try PuLID on Chroma").info(
             "experimental: uses the PuLID file for FLUX, which was not trained for Chroma; expect less likeness"
@@ -77,6 +81,12 @@ def keep_encoders() -> bool:
 
 def likeness() -> bool:
     return bool(_option(LIKENESS, False))
+
+
+def photo_folder() -> Path | None:
+    """Returns the folder of photos to draw from; None if there is none."""
+    chosen = str(_option(PHOTOS, "") or "").strip()
+    return user_path(chosen).absolute() if chosen else None
 
 
 def _free_memory() -> int:

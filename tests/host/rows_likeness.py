@@ -1,4 +1,4 @@
-"""Likeness per image, and the best of several, with drawn people: the adapter's own recognizer judges."""
+"""Likeness per image, the best of several, blended and drawn people; the adapter's own recognizer judges."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from lib_pulid import miniature
 from tests.host.api import Pictures, pictures
 from tests.host.rows_grid import grid
-from tests.host.rows_miniature import BODY, unit
-from tests.host.table import Rows, equal, expect
+from tests.host.rows_miniature import BODY, unit, workshop
+from tests.host.table import Rows, differ, equal, expect
 from tests.host.webui import Running
 
 rows = Rows()
@@ -117,6 +118,36 @@ def folder(host: Running) -> str:
     found = saved("not kept") - before
     expect(found == 2, f"{found} images in the folder “not kept”")
     return f"{found} images"
+
+
+@rows.row("Blend: two saved people become a third over the API, who is used like any other")
+def blend(host: Running) -> str:
+    shop, images = workshop(), {}
+    for name, number in (("blend-anna", 0), ("blend-ben", 1)):
+        path = host.identities / f"{name}.safetensors"
+        if not path.is_file():
+            shop.identity([miniature.portrait(number)]).save(path)
+    people = {"blend-anna": 0.7, "blend-ben": 0.3}
+    made = host.api.post("/pulid/blend", {"people": people, "name": "blend-carla"})
+    again = host.api.send("POST", "/pulid/blend", {"people": people, "name": "blend-carla"})
+    expect(again.status == 422 and "already saved" in again.text, f"{again.status} {again.text[:200]}")
+    for name in (*people, "blend-carla"):
+        found = host.api.txt2img({"identity": name, "weight": 1.0}, **BODY, seed=1)
+        images[name] = found.image
+    for name in people:
+        differ(images["blend-carla"], images[name], name, 0.1)
+    (host.identities / "blend-carla.safetensors").unlink()
+    return f"{made}"
+
+
+@rows.row("Draw: without a folder in the settings a message, and no image; the API cannot name one")
+def draw(host: Running) -> str:
+    settings = {"pulid_photo_folder": str(host.photo("anna").parent)}
+    for changes in ({}, {"override_settings": settings}):
+        answer = host.api.try_txt2img({"draw": "random"}, **BODY, seed=1, **changes)
+        expect(answer.status == 422 and not answer.has_picture, f"{answer.status} {answer.text[:300]}")
+        expect("no folder of photos to draw from is allowed" in answer.text, answer.text[:300])
+    return answer.text[:200]
 
 
 @rows.row("Likeness: in the parameters of each cell of an X/Y/Z plot")
