@@ -62,7 +62,8 @@ class PulidScript(scripts.Script):
             if not units:
                 return
             plan = UnitPlan(units, self.library, tell, p.comment, is_interrupted)
-            self.draw(p, plan, 0)
+            # ADetailer calls this in the middle of a request, before an image's parameters are written.
+            self.draw(p, plan, getattr(p, "iteration", 0))
             meter = self.meter(p, plan)
             prepare(p, plan)
             setattr(p, PLAN, plan)
@@ -78,8 +79,10 @@ class PulidScript(scripts.Script):
         return likeness.start(plan, self.library, p, judges)
 
     def draw(self, p: Any, plan: UnitPlan, batch: int) -> bool:
-        """Draws the photos of a batch. Returns whether a unit wants one."""
-        size = getattr(p, "batch_size", 1)
+        """Draws the photos of a batch, unless they are drawn already. Returns whether there are new ones."""
+        if batch == plan.batch:
+            return False
+        plan.batch, size = batch, getattr(p, "batch_size", 1)
         seeds = getattr(p, "all_seeds", None) or [getattr(p, "seed", 0)]
         seed = int(seeds[min(batch * size, len(seeds) - 1)])
 
@@ -96,7 +99,7 @@ class PulidScript(scripts.Script):
         plan = getattr(p, PLAN, None)
         if plan is not None:
             with ends_the_request(p):
-                if batch_number and self.draw(p, plan, batch_number):
+                if self.draw(p, plan, batch_number):
                     prepare(p, plan)
                 p.sample = Sampling(p, plan)
                 if not hasattr(scripts.Script, "process_before_every_sampling"):  # A1111 1.8

@@ -158,6 +158,27 @@ def test_a_generation_inside_another_has_its_photo(allowed):
     assert drawn(allowed, "in turn", [1])[0] == ["ben.png"]
 
 
+def test_between_the_images_the_parameters_stay(allowed):
+    """ADetailer runs `process` again, with a copy, after it has repainted an image and before its text is written."""
+    import copy
+
+    from PIL import Image
+
+    seen: list[str] = []
+    for first in (0, 2):  # a request may come with the number of the last batch of the one before
+        p = allowed.processing(batches=3)
+        p.all_seeds, p.n_iter, p.iteration = [1, 2, 3], 3, first
+
+        def decode(batch: int, p: Any = p) -> list[Image.Image]:
+            p.iteration = batch
+            allowed.ui.hook("process", allowed.script, copy.copy(p), {"draw": "in turn"})
+            seen.append(re.search(r"photo: (\w+)", p.extra_generation_params["PuLID 1"])[1])
+            return [Image.new("RGB", (8, 8))]
+
+        allowed.ui.generate(allowed.script, p, [{"draw": "in turn"}], decode=decode)
+    assert seen == ["anna", "ben", "cleo"] * 2
+
+
 def test_pasted_it_is_the_same_person(allowed):
     from lib_pulid.webui.infotext import PastedField
 

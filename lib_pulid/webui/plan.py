@@ -34,7 +34,8 @@ class UnitPlan:
         units: with their numbers, for messages. tell: is called with the progress, for the progress line.
         warn: is called with notes to show below the image. stop: whether the user has interrupted.
         judge: the recognizer that the images' likeness will be measured with, or None.
-        people, masks: the compiled units' identities and masks, by unit. drawn: the photos that were drawn.
+        people, masks: the compiled units' identities and masks, by unit. drawn: the photos that were drawn,
+            for `batch`.
     """
 
     units: Sequence[tuple[int, PulidUnit]]
@@ -45,6 +46,7 @@ class UnitPlan:
     judge: Recognizer | None = None
     people: dict[int, Identity] = field(default_factory=dict)
     drawn: dict[int, Path] = field(default_factory=dict)
+    batch: int | None = None
     masks: dict[int, Tensor] = field(default_factory=dict)
     _is_experiment: bool = False
     _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
