@@ -14,9 +14,11 @@ import torch
 from lib_pulid.errors import NoFaceError, SettingError
 from lib_pulid.units import PulidUnit, parse_args
 from lib_pulid.webui.draws import IN_TURN, RANDOM, Draws
-from tests.light_webui import PHOTOS, equal, unit
+from tests.fake_modules.models import same
+from tests.light_webui import PHOTOS, unit
 
 NAMES = ("anna.png", "ben.png", "cleo.png")
+PLACE = "(PuLID unit 1, field draw|Person 1, Draw the photo): "  # to the API, in the page
 
 
 @pytest.fixture
@@ -139,8 +141,8 @@ def test_every_image_has_its_own_photo(allowed):
     for name, seed, made in zip(names, seeds, latents):
         alone, (image,) = drawn(allowed, "random", [seed])
         assert alone == [name]
-        assert equal([image], [made])
-        assert equal(allowed.generate([unit(name[:-4])]), [made])  # as with the photo itself
+        assert same([image], [made])
+        assert same(allowed.generate([unit(name[:-4])]), [made])  # as with the photo itself
 
 
 def test_turns_go_on(allowed):
@@ -199,11 +201,11 @@ def test_pasted_it_is_the_same_person(allowed):
 def test_errors_name_the_photo(allowed, folder):
     for name in NAMES:
         (folder / name).write_bytes(base64.b64decode(PHOTOS["nobody"]))
-    with pytest.raises(NoFaceError, match=r"unit 1, field draw: (anna|ben|cleo)\.png: photo 1: no face was found"):
+    with pytest.raises(NoFaceError, match=PLACE + r"(anna|ben|cleo)\.png: photo 1: no face was found"):
         allowed.generate([{"draw": "random"}])
     for name in NAMES:
         (folder / name).write_text("no image")
-    with pytest.raises(Exception, match=r"unit 1, field draw: (anna|ben|cleo)\.png"):
+    with pytest.raises(Exception, match=PLACE + r"(anna|ben|cleo)\.png"):
         allowed.generate([{"draw": "random"}])
 
 
@@ -217,12 +219,12 @@ def test_a_later_batch_that_fails_ends_the_request(allowed, folder):
 def test_a_batch_has_one_person(allowed):
     p = allowed.processing()
     p.batch_size = 2
-    with pytest.raises(SettingError, match="field draw: a batch has one person: set the batch size to 1"):
+    with pytest.raises(SettingError, match=PLACE + "a batch has one person: set the batch size to 1"):
         allowed.generate([{"draw": "random"}], p=p)
 
 
 def test_without_a_folder(host):
-    with pytest.raises(SettingError, match="unit 1, field draw: no folder of photos to draw from is allowed"):
+    with pytest.raises(SettingError, match=PLACE + "no folder of photos to draw from is allowed"):
         host.generate([{"draw": "random"}])
 
 

@@ -87,7 +87,7 @@ def _value(field: Field, entries: Mapping[str, str], library: Library) -> Any:
     if field.name == "draw" and _find(entries, library):
         return NOT_DRAWN  # the same person, whatever is in the folder now
     if field.name not in entries:
-        return AUTO if field.name == "model" else None
+        return {"model": AUTO, "box": ""}.get(field.name)
     text = entries[field.name]
     try:
         return check(field, {"float": float, "int": int}.get(field.kind, str)(text), 0)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib_pulid.boxes import read_box, within
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
-from lib_pulid.fields import AUTO, NOT_DRAWN
+from lib_pulid.fields import AUTO, NOT_DRAWN, place
 from lib_pulid.identity import check_fusion, with_uncond
 from lib_pulid.images import load_image
 from lib_pulid.injection import Injection
@@ -138,8 +139,7 @@ class UnitPlan:
         self.people[number] = identity
         # Without negative rows it takes half the memory.
         identity = with_uncond(identity, adapter) if model.guided else replace(identity, uncond=None)
-        with _at(number, "mask"):
-            mask = region(unit.mask, "the mask") if unit.mask else None
+        mask = _mask(unit, number)
         if mask is not None:
             self.masks[number] = mask
         with _at(number, "model"):
@@ -189,6 +189,18 @@ class UnitPlan:
                 self.judge,
             )
             return identity, adapter
+
+
+def _mask(unit: PulidUnit, number: int) -> Tensor | None:
+    """Returns where the unit's face may appear, [H, W] float32; None: everywhere."""
+    with _at(number, "mask"):
+        mask = region(unit.mask, "the mask") if unit.mask else None
+    if not unit.box:
+        return mask
+    try:
+        return within(mask, read_box(unit.box))
+    except ValueError as error:
+        raise SettingError(place(number, "box") + str(error)) from error
 
 
 class _at:
