@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m lib_pulid demo | generate | embed | evaluate | doctor | models | bench`."""
+"""Runs the command line: `python -m lib_pulid demo | generate | embed | blend | evaluate | doctor | models | bench`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sd-webui-pulid {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_generate, _add_embed, _add_evaluate, _add_doctor, _add_models, _add_bench):
+    for add in (_add_demo, _add_generate, _add_embed, _add_blend, _add_evaluate, _add_doctor, _add_models, _add_bench):
         add(commands)
     return parser
 
@@ -147,6 +147,7 @@ def _add_generate(commands) -> None:
     parser.add_argument(
         "--guidance", type=float, help="CFG on SDXL (default 7, miniature 2), distilled guidance on FLUX (default 4)"
     )
+    parser.add_argument("--likeness", action="store_true", help="measure how like the person the image is")
     parser.add_argument("-o", "--out", type=_path, default=Path("outputs/picture.png"), help="file to write")
 
 
@@ -162,6 +163,15 @@ def _add_embed(commands) -> None:
         default=Path("outputs/identity.safetensors"),
         help="file to write: .safetensors, or .pulidembd for stable-diffusion.cpp (FLUX)",
     )
+
+
+def _add_blend(commands) -> None:
+    text = "blend saved identities into a new one"
+    parser = _command(commands, "blend", run_blend, text, f"{text}, in the folder pulid/identities of --models-dir")
+    parser.add_argument(
+        "people", nargs="+", metavar="NAME:SHARE", help="name of a saved identity and its share, as in anna:0.7 ben:0.3"
+    )
+    parser.add_argument("--name", required=True, help="name of the new identity")
 
 
 def _add_evaluate(commands) -> None:
@@ -258,6 +268,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
     picture, used = workshop.paint([injection], arguments.prompt, **settings)
     cli_checks.write_picture(picture, arguments.out)
     print(f"{arguments.out}: identity {identity.short_hash}, weight {weight}, injected at {used} sites")
+    if arguments.likeness:
+        print(f"likeness: {_likeness(workshop, picture, identity)}")
     return 0
 
 
@@ -278,6 +290,16 @@ def run_embed(arguments: argparse.Namespace) -> int:
     print(
         f"{arguments.out}: identity {identity.short_hash}, {identity.cond.shape[1]} tokens, {identity.info['adapter']}"
     )
+    return 0
+
+
+def run_blend(arguments: argparse.Namespace) -> int:
+    from lib_pulid.blend import read_share
+    from lib_pulid.webui.library import Library
+
+    people = [read_share(text) for text in arguments.people]
+    made = Library(lambda: arguments.models_dir).blend(people, arguments.name)
+    print(f"{made.path}: identity {made.short_hash}, {made.adapter}")
     return 0
 
 
@@ -336,7 +358,16 @@ def _identity(workshop, arguments: argparse.Namespace):
         print(f"{name}: face at ({x0}, {y0}), {x1 - x0} x {y1 - y0} pixels", *face.notes, sep="\n  ")
 
     choice = FaceChoice(arguments.face_order, arguments.face_index)
-    return workshop.identity(arguments.face, choice, arguments.fusion, tell)
+    judge = workshop.judges[0] if getattr(arguments, "likeness", False) and workshop.judges else None
+    return workshop.identity(arguments.face, choice, arguments.fusion, tell, judge)
+
+
+def _likeness(workshop, picture, identity) -> str:
+    """Measures an image that is written already: what goes wrong here costs only the number."""
+    try:
+        return workshop.likeness(picture, identity)
+    except Exception as error:
+        return f"not measured ({error})"
 
 
 def _mask(path: Path | None, box: Sequence[float] | None) -> Tensor | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
-from lib_pulid.faces import CROP_SIZE, Detection, FaceModels, Parser, normalise, to_tensor
+from lib_pulid.faces import CROP_SIZE, Detection, Detector, FaceModels, Parser, Recogniser, normalise, to_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,16 @@ def load_face_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
         parser=_load_parser(Path(files.parser), device),
         notes=() if set(providers) <= set(detector.providers) else (ON_THE_CPU,),
     )
+
+
+def load_detector(path: Path, device: str = "cpu") -> Detector:
+    """Loads the face detector alone, to measure likeness. Raises: MissingWeightsError, WrongWeightsError."""
+    return InsightFaceDetector(path, onnx_providers(device))
+
+
+def load_recogniser(path: Path, device: str = "cpu") -> Recogniser:
+    """Loads a face recognizer alone. Raises: MissingWeightsError, WrongWeightsError."""
+    return ArcFaceRecogniser(path, onnx_providers(device))
 
 
 def _load_parser(path: Path, device: str) -> Parser:

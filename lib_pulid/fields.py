@@ -29,6 +29,8 @@ from lib_pulid.names import NOBODY as NONE
 AUTO = "auto"
 CUSTOM = "custom"
 HIRES_PASSES = ("both", "first", "second")
+NOT_DRAWN = "off"
+DRAWS = (NOT_DRAWN, "random", "in turn")
 
 # Limits of one request, so that neither a typo nor a stranger can keep a machine busy for hours.
 MOST_UNITS = 10
@@ -130,6 +132,10 @@ FIELDS = (
           "everywhere.", advanced=True),
     Field("hires", "Hires fix passes", "choice", "both", "Which passes of hires fix use the face.",
           choices=HIRES_PASSES, advanced=True),
+    Field("draw", "Draw the photo", "choice", NOT_DRAWN, "From the folder in Settings, PuLID: random, by the image's "
+          "seed, or in turn.", choices=DRAWS, advanced=True),
+    Field("keep_best", "Keep the best", "int", 0, "Keep so many of the images, those most like the person; 0: all.", 0,
+          100, 1, advanced=True, pasted=False),
 )  # fmt: skip
 FIELD = {field.name: field for field in FIELDS}
 

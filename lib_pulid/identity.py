@@ -38,6 +38,7 @@ FILE_FORMAT = "sd-webui-pulid identity"
 FILE_VERSION = "1"
 VISION_BATCH = 4  # faces; each needs about 50 MB while the tower runs
 LARGEST_FILE = 100_000_000  # bytes; the identity of one photo takes 0.5 MB
+_EMBEDDING = "embedding."  # begins the names of these tensors in a file; the recognizer's hash follows
 HIDDEN_TOKENS = 577  # of the vision tower: 24 x 24 patches and the class token
 # `Identity.info` of a `.pulidembd`.
 _FOREIGN = {"format": FILE_FORMAT, "version": FILE_VERSION, "adapter": "PuLID for FLUX", "made_by": pulidembd.SUFFIX}
@@ -55,12 +56,14 @@ class Identity:
         uncond: [1, N, D], for unconditional rows: the encoder run on zeros. None leaves those rows untouched.
         info: its origin, all text: "adapter", "encoder" (its fingerprint), "photos", "fusion", "made_by", "name".
         thumbnail: uint8 RGB [h, w, 3], the aligned face, for lists; or None.
+        embeddings: [512] float32 of the photos by a recognizer, by the hash of its file; to measure likeness with.
     """
 
     cond: Tensor
     uncond: Tensor | None = None
     info: Mapping[str, str] = field(default_factory=dict)
     thumbnail: np.ndarray | None = None
+    embeddings: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, tokens in (("cond", self.cond), ("uncond", self.uncond)):
@@ -95,6 +98,8 @@ class Identity:
             tensors["uncond"] = self.uncond.detach().cpu().float().contiguous()
         if self.thumbnail is not None:
             tensors["thumbnail"] = torch.from_numpy(self.thumbnail.copy())
+        # Programs of earlier versions skip tensors that they do not know.
+        tensors |= {_EMBEDDING + key: torch.from_numpy(value.copy()) for key, value in self.embeddings.items()}
         metadata = {**self.info, "format": FILE_FORMAT, "version": FILE_VERSION}
         path = disk.write(path, save(tensors, metadata), replace=replace)
         _sweep(path.parent)
@@ -122,7 +127,8 @@ class Identity:
         if info.pop("version", None) != FILE_VERSION:
             raise IdentityMismatchError(f"{path.name} was written by a later version of sd-webui-pulid. Update it.")
         try:
-            identity = cls(tensors["cond"], tensors.get("uncond"), info, _thumbnail(tensors.get("thumbnail")))
+            thumbnail = _thumbnail(tensors.get("thumbnail"))
+            identity = cls(tensors["cond"], tensors.get("uncond"), info, thumbnail, _embeddings(tensors))
         except SettingError as error:
             raise IdentityMismatchError(f"{path.name} is damaged: {error}") from error
         for tokens in (identity.cond, identity.uncond):
@@ -135,6 +141,16 @@ def _thumbnail(tensor: Tensor | None) -> np.ndarray | None:
     """Returns the thumbnail, or None if it is not uint8 RGB [h, w, 3]: an identity works without one."""
     fits = tensor is not None and tensor.dtype == torch.uint8 and tensor.ndim == 3 and tensor.shape[2] == 3
     return tensor.numpy() if fits and tensor.numel() else None  # type: ignore[union-attr]
+
+
+def _embeddings(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Returns the usable embeddings: an identity works without them."""
+    found = {name[len(_EMBEDDING) :]: tensor for name, tensor in tensors.items() if name.startswith(_EMBEDDING)}
+    return {
+        key: tensor.numpy()
+        for key, tensor in found.items()
+        if tensor.dtype == torch.float32 and tensor.ndim == 1 and tensor.numel() and torch.isfinite(tensor).all()
+    }
 
 
 def _sweep(folder: Path) -> None:
@@ -202,6 +218,7 @@ def encode_identity(
     fusion: str = "official",
     info: Mapping[str, str] | None = None,
     thumbnail: np.ndarray | None = None,
+    embeddings: Mapping[str, np.ndarray] | None = None,
 ) -> Identity:
     """Encodes one or several photos of a person as one identity, on the encoder's device.
 
@@ -210,7 +227,7 @@ def encode_identity(
         fusion: "official": v1 keeps all tokens of the main photo and the first five of the others; v1.1
             and FLUX encode all photos in one pass. "id_mix" (v1 only): all tokens of all photos, to blend two people.
             "average": the mean of each photo's own tokens, which is not the official way.
-        info, thumbnail: stored with the identity.
+        info, thumbnail, embeddings: stored with the identity.
     """
     check_fusion(fusion, adapter)
     if not photos:
@@ -234,7 +251,7 @@ def encode_identity(
         )
     made = {"adapter": adapter.label, "encoder": adapter.fingerprint, "photos": str(len(photos)), "fusion": fusion}
     made["made_by"] = f"sd-webui-pulid {__version__}"
-    return Identity(cond.cpu().float(), uncond.cpu().float(), {**made, **(info or {})}, thumbnail)
+    return Identity(cond.cpu().float(), uncond.cpu().float(), {**made, **(info or {})}, thumbnail, embeddings or {})
 
 
 def check_fusion(fusion: str, adapter: Adapter) -> None:

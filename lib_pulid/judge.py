@@ -11,6 +11,7 @@ import numpy as np
 
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
+from lib_pulid.faces import CROP_LANDMARKS, Detection
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,21 @@ class Judge:
         embedding, *logits = self._session.run(None, {self._session.get_inputs()[0].name: data})
         named = {name: values[int(row[0].argmax())] for (name, values), row in zip(self.values.items(), logits)}
         return Reading(embedding[0], named)
+
+
+class JudgeRecogniser:
+    """A judge of faces, as a recognizer in the sense of faces.py."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+
+    def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
+        """Embeds a face of an image, uint8 BGR [H, W, 3]: [512] float32."""
+        return self._judge.read(np.ascontiguousarray(image_bgr[:, :, ::-1]), detection.landmarks).embedding
+
+    def embed_crop(self, aligned_bgr: np.ndarray) -> np.ndarray:
+        """Embeds a crop, uint8 BGR [512, 512, 3]: [512] float32."""
+        return self._judge.read(np.ascontiguousarray(aligned_bgr[:, :, ::-1]), CROP_LANDMARKS).embedding
 
 
 def similarity(landmarks: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ import numpy as np
 from lib_pulid.errors import IdentityMismatchError, WrongWeightsError
 from lib_pulid.faces import LARGEST, Face, FaceChoice, FaceModels, read_face
 from lib_pulid.identity import FILE_VERSION, Identity, check_fusion, encode_identity, face_features
-from lib_pulid.images import ImageSource, load_image, thumbnail
+from lib_pulid.images import ImageSource, load_image, resize_long_edge, thumbnail
+from lib_pulid.likeness import Recognizer, mean_embedding
 from lib_pulid.vision import VisionTower
 from lib_pulid.weights import Adapter
 
@@ -71,6 +73,8 @@ def make_identity(
     choice: FaceChoice = LARGEST,
     fusion: str = "official",
     on_face: Callable[[str, Face], None] = lambda name, face: None,
+    recognizer: str = "",
+    judge: Recognizer | None = None,
 ) -> Identity:
     """Makes the identity of one person, or takes it from the cache.
 
@@ -80,6 +84,8 @@ def make_identity(
         encoders_id: identifies their weights, see `fingerprint_files`.
         choice: which face of each photo. fusion: see `identity.encode_identity`.
         on_face: called with each photo's name and face as it is read.
+        recognizer: the hash of the models' recognizer's file, under which its embedding is kept; "": not at all.
+        judge: the recognizer that likeness will be measured with; a cached identity without its embedding gets it.
 
     Raises:
         ImageError, NoFaceError: the message names the photo.
@@ -88,21 +94,40 @@ def make_identity(
     names = [_name(photo, i) for i, photo in enumerate(photos)]
     images = [load_image(photo, name) for photo, name in zip(photos, names)]
     key = identity_key(images, adapter, encoders_id=encoders_id, choice=choice, fusion=fusion)
-    if (known := cache.get(key)) is not None:
+    known = cache.get(key)
+    if known is not None and (judge is None or judge.key in known.embeddings):
         return known
     models = encoders()
     faces = []
     for name, image in zip(names, images):
         faces.append(read_face(image, models.faces, choice, name))
         on_face(name, faces[-1])
-    identity = encode_identity(
-        face_features(faces, models.tower),
-        adapter,
-        fusion=fusion,
-        thumbnail=thumbnail(faces[0].aligned, 128) if faces else None,
-    )
+    embeddings = {recognizer: mean_embedding([face.embedding for face in faces])} if recognizer and faces else {}
+    if judge is not None and judge.key not in embeddings:
+        embeddings |= _judged(images, faces, judge)
+    if known is not None:
+        identity = replace(known, embeddings={**known.embeddings, **embeddings})
+    else:
+        identity = encode_identity(
+            face_features(faces, models.tower),
+            adapter,
+            fusion=fusion,
+            thumbnail=thumbnail(faces[0].aligned, 128) if faces else None,
+            embeddings=embeddings,
+        )
     cache.put(key, identity)
     return identity
+
+
+def _judged(images: Sequence[np.ndarray], faces: Sequence[Face], judge: Recognizer) -> dict[str, np.ndarray]:
+    """Embeds the photos' faces with the judge. A judge that fails costs its number, and not the person."""
+    try:
+        recogniser = judge.load()
+        seen = [np.ascontiguousarray(resize_long_edge(image)[:, :, ::-1]) for image in images]
+        return {judge.key: mean_embedding([recogniser.embed(bgr, face.detection) for bgr, face in zip(seen, faces)])}
+    except Exception as error:  # a damaged file, a lack of memory, anything of onnxruntime
+        logging.getLogger(__name__).warning("PuLID: %s cannot be used to measure likeness (%s)", judge.name, error)
+        return {}
 
 
 def identity_key(

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lib_pulid import disk, miniature
 from lib_pulid.errors import MissingWeightsError, NoFaceError
-from lib_pulid.face_models import FaceFiles, load_face_models
-from lib_pulid.faces import LARGEST, Face, FaceChoice
-from lib_pulid.files import catalog
+from lib_pulid.face_models import FaceFiles, load_detector, load_face_models, load_recogniser
+from lib_pulid.faces import LARGEST, Detector, Face, FaceChoice
+from lib_pulid.files import catalog, judges
 from lib_pulid.hosts.diffusers import apply, denoiser_of
 from lib_pulid.hosts.diffusers_base import Base, load_base, paint
 from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource
 from lib_pulid.injection import Injection, check_fit, compile_injection
+from lib_pulid.likeness import (
+    INSIGHTFACE,
+    MINIATURE,
+    NO_FACE,
+    Person,
+    Recognizer,
+    Scale,
+    SeenFace,
+    choose_judge,
+    measure,
+)
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, make_identity
 from lib_pulid.sites import find_sites
 from lib_pulid.vision import load_vision_tower
@@ -36,6 +49,8 @@ class Workshop:
     Args:
         encoders_id: identifies the encoders' weights, for the cache.
         limits: a sentence on what to do if no face is found.
+        recognizer: the hash of the adapter's own recognizer. judges: what likeness can be measured with, the best
+            first. detector: loads what finds the faces of images. scale: what the judges' cosines mean.
         check_prompt: returns notes on what the base model does not understand in a prompt.
     """
 
@@ -45,6 +60,10 @@ class Workshop:
     encoders_id: str
     cache: IdentityCache
     limits: str = ""
+    recognizer: str = ""
+    judges: Sequence[Recognizer] = ()
+    detector: Callable[[], Detector] | None = None
+    scale: Scale = INSIGHTFACE
     check_prompt: Callable[[str], Sequence[str]] = lambda prompt: ()
 
     @property
@@ -63,6 +82,7 @@ class Workshop:
         choice: FaceChoice = LARGEST,
         fusion: str = "official",
         on_face: Callable[[str, Face], None] = lambda name, face: None,
+        judge: Recognizer | None = None,
     ) -> Identity:
         """See `photos.make_identity`."""
         try:
@@ -75,6 +95,8 @@ class Workshop:
                 choice=choice,
                 fusion=fusion,
                 on_face=on_face,
+                recognizer=self.recognizer,
+                judge=judge,
             )
         except NoFaceError as error:
             raise NoFaceError(f"{error} {self.limits}".rstrip()) from error
@@ -88,6 +110,18 @@ class Workshop:
         with apply(self.base.pipeline, injections, sites):
             picture = paint(self.base, prompt, **settings)  # type: ignore[arg-type]
         return picture, len(watch.reached)
+
+    def likeness(self, image: Image.Image, identity: Identity) -> str:
+        """Measures how like a person the face in an image is, in words for the user."""
+        judge = choose_judge(self.judges, [identity.embeddings])
+        if judge is None or self.detector is None:
+            return "unknown: the identity has no face embedding. Make it from the photo again."
+        rgb = np.asarray(image.convert("RGB"))
+        bgr, recogniser = np.ascontiguousarray(rgb[:, :, ::-1]), judge.load()
+        faces = [SeenFace(face.box, recogniser.embed(bgr, face)) for face in self.detector().detect(bgr)]
+        (value,) = measure(faces, [Person(identity.embeddings[judge.key])], rgb.shape[:2])
+        by = f"by {judge.name}" + (", the adapter's own recognizer, which overestimates" if judge.is_own else "")
+        return NO_FACE if value is None else f"{value:.2f} ({self.scale.verdict(value)}), {by}"
 
 
 def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, device: str = "cpu") -> Workshop:
@@ -115,7 +149,17 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
         ),
         encoders_id=catalog.fingerprint(files, lambda path: fingerprint_files([path])),
         cache=cache,
+        recognizer=fingerprint_files([files["recogniser"]]),
+        judges=_judges(files["recogniser"], models_dir, device),
+        detector=lambda: load_detector(files["detector"], device),
     )
+
+
+def _judges(own: Path, models_dir: Path, device: str) -> list[Recognizer]:
+    """See `webui.readers.Readers.judges`."""
+    found = judges.find(judges.BUFFALO, models_dir)
+    keys = {fingerprint_files([path]): path for path in (found, own) if path is not None}
+    return [Recognizer(key, p.stem, p == own, partial(load_recogniser, p, device)) for key, p in keys.items()]
 
 
 def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: str) -> Workshop:
@@ -127,6 +171,10 @@ def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: st
         encoders_id=fingerprint_files(miniature.encoder_files()),
         cache=cache,
         limits=miniature.LIMITS,
+        recognizer=fingerprint_files(miniature.encoder_files()[1:2]),
+        judges=[miniature.recognizer()],
+        detector=lambda: miniature.face_models().detector,
+        scale=MINIATURE,
         check_prompt=miniature.check_prompt,
     )
 

@@ -16,6 +16,7 @@ from lib_pulid.fields import (
     FIELDS,
     MOST_UNITS,
     NONE,
+    NOT_DRAWN,
     PRESET_FAMILY,
     PRESETS,
     WEIGHTS,
@@ -30,6 +31,7 @@ from lib_pulid.fields import (
 from lib_pulid.injection import acts
 
 _SWITCH = Field("on", "PuLID", "bool", False, "The accordion's own checkbox.")
+_SOURCES = ("draw", "identity", "images")  # of a person, the one that takes precedence first
 _EMPTY = (None, "", NONE)  # what hosts turn an empty text or list into
 
 
@@ -58,6 +60,8 @@ class PulidUnit:
     mask: str = ""
     box: str = ""
     hires: str = "both"
+    draw: str = NOT_DRAWN
+    keep_best: int = 0
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], number: int) -> PulidUnit:
@@ -70,27 +74,25 @@ class PulidUnit:
         checked = {name: check(fields[name], value, number) for name, value in values.items() if value is not None}
         if checked.get("images") and checked.get("identity"):
             raise SettingError(place(number, "identity") + "give either images or an identity, not both.")
+        if checked.get("draw", NOT_DRAWN) != NOT_DRAWN and (checked.get("images") or checked.get("identity")):
+            raise SettingError(place(number, "draw") + "a photo is drawn; give neither images nor an identity, or off.")
         return cls(**{**preset_values(checked.get("preset", "")), **checked})._checked(number)
 
     @classmethod
     def from_positions(cls, values: Sequence[Any], number: int) -> PulidUnit:
         """Reads the widgets' values, in the order of FIELDS; a short list is filled up with defaults.
 
-        The preset there only names what the other widgets say; a saved identity takes precedence over photos.
+        The preset there only names what the other widgets say; a saved identity takes precedence over photos, and a
+        drawn photo over both.
         """
         named = {field.name: (field, value) for field, value in zip(FIELDS, values) if field.name != "preset"}
         checked = {name: check(field, value, number) for name, (field, value) in named.items()}
-        if checked.get("identity"):
-            checked["images"] = ()
-        return cls(**checked)._checked(number)
+        return cls(**_one_source(checked))._checked(number)
 
     def changed(self, values: Mapping[str, Any], number: int) -> PulidUnit:
-        """Returns a copy with some fields replaced, for X/Y/Z axes. A photo replaces the identity, and vice versa."""
+        """Returns a copy with some fields replaced, for X/Y/Z axes. Photo, identity and draw replace one another."""
         checked = {name: check(field_named(name, number), value, number) for name, value in values.items()}
-        if checked.get("images"):
-            checked.setdefault("identity", "")
-        if checked.get("identity"):
-            checked["images"] = ()
+        checked = _one_source(checked)
         return replace(self, **{**preset_values(checked.get("preset", "")), **checked})._checked(number)
 
     def positions(self) -> list[Any]:
@@ -186,6 +188,12 @@ def default_args(count: int) -> list[Any]:
 def at_unit(number: int, field: str, error: PulidError) -> PulidError:
     """Returns the same error with unit and field before its message."""
     return type(error)(place(number, field) + str(error))
+
+
+def _one_source(checked: dict[str, Any]) -> dict[str, Any]:
+    """Lets the first of _SOURCES that is given replace the others."""
+    given = next((name for name in _SOURCES if checked.get(name, FIELD[name].default) != FIELD[name].default), None)
+    return checked | {name: FIELD[name].default for name in _SOURCES if given and name != given}
 
 
 # ---------------------------------------------------------------- script arguments

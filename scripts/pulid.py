@@ -15,24 +15,26 @@ from types import SimpleNamespace
 from typing import Any
 
 from lib_pulid import hosts
-from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
+from lib_pulid.errors import OutOfMemoryError, PulidError, SettingError, is_out_of_memory
 from lib_pulid.fields import page_words
 from lib_pulid.hosts.base import add_callback
 from lib_pulid.hosts.families import chosen_checkpoint
 from lib_pulid.hosts.frame import remember_images
 from lib_pulid.units import PulidUnit, at_unit, parse_args
-from lib_pulid.webui import accordion, infotext, routes, settings, xyz
+from lib_pulid.webui import accordion, infotext, likeness, routes, settings, xyz
 from lib_pulid.webui.actions import Actions
+from lib_pulid.webui.draws import Draws
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.plan import UnitPlan
 
 from modules import scripts, shared  # isort: skip
 
-PLAN = "pulid_plan"  # attribute of a StableDiffusionProcessing
+PLAN, METER = "pulid_plan", "pulid_meter"  # attributes of a StableDiffusionProcessing
 
 
 class PulidScript(scripts.Script):
-    library = Library(settings.models_dir, settings.device, settings.keep_encoders)
+    library = Library(settings.models_dir, settings.device, settings.keep_encoders, settings.likeness)
+    draws = Draws(settings.photo_folder)
 
     def title(self) -> str:
         return "PuLID"
@@ -62,17 +64,45 @@ class PulidScript(scripts.Script):
             if not units:
                 return
             plan = UnitPlan(units, self.library, tell, p.comment, is_interrupted)
-            model = model_for(p, units)
-            facts = plan.prepare(model)
-            for number, unit in units:
-                p.extra_generation_params[infotext.key(number)] = infotext.write(unit, model.family, facts[number])
+            # ADetailer calls this in the middle of a request, before an image's parameters are written.
+            self.draw(p, plan, getattr(p, "iteration", 0))
+            meter = self.meter(p, plan)
+            prepare(p, plan)
             setattr(p, PLAN, plan)
+            setattr(p, METER, meter)
 
-    def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+    def meter(self, p: Any, plan: UnitPlan) -> likeness.Meter | None:
+        """Makes the request's Meter if the settings or a unit ask for one."""
+        wanted = settings.likeness() or any(unit.keep_best for _, unit in plan.units)
+        if not wanted or getattr(p, likeness.INNER, False):
+            return None
+        judges = likeness.judges_of(self.library, p.comment)
+        plan.judge = judges[0] if judges else None
+        return likeness.start(plan, self.library, p, judges)
+
+    def draw(self, p: Any, plan: UnitPlan, batch: int) -> bool:
+        """Draws the photos of a batch, unless they are drawn already. Returns whether there are new ones."""
+        if batch == plan.batch:
+            return False
+        plan.batch, size = batch, getattr(p, "batch_size", 1)
+        seeds = getattr(p, "all_seeds", None) or [getattr(p, "seed", 0)]
+        seed = int(seeds[min(batch * size, len(seeds) - 1)])
+
+        def draw(number: int, rank: int, how: str) -> Path:
+            if size > 1:
+                raise SettingError("a batch has one person: set the batch size to 1, and use the batch count instead.")
+            inner = getattr(p, likeness.INNER, False)
+            return self.draws.last(number) if inner else self.draws.draw(number, rank, how, seed, batch)
+
+        return plan.draw(draw)
+
+    def process_batch(self, p: Any, *args: Any, batch_number: int = 0, **kwargs: Any) -> None:
         """Hooks one batch at a time: between two, detailers and upscalers may sample inside this generation."""
         plan = getattr(p, PLAN, None)
         if plan is not None:
             with ends_the_request(p):
+                if self.draw(p, plan, batch_number):
+                    prepare(p, plan)
                 p.sample = Sampling(p, plan)
                 if not hasattr(scripts.Script, "process_before_every_sampling"):  # A1111 1.8
                     hosts.current().before_sampling(p, plan)
@@ -83,9 +113,37 @@ class PulidScript(scripts.Script):
             with ends_the_request(p):
                 hosts.current().before_sampling(p, plan)
 
+    def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
+        if not hasattr(scripts.Script, "postprocess_image_after_composite"):  # A1111 1.8
+            self.postprocess_image_after_composite(p, pp, *args)
+
+    def postprocess_image_after_composite(self, p: Any, pp: Any, *args: Any) -> None:
+        """Measures the finished image: after ADetailer, and with an inpainted part back in its place."""
+        meter = getattr(p, METER, None)
+        if meter is not None:
+            meter.add(p, pp.image)
+
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         """Leaves the infotext alone: ADetailer calls this, with a copy of `p`, before the last images get theirs."""
-        forget(p)
+        plan, meter = getattr(p, PLAN, None), getattr(p, METER, None)
+        is_done = getattr(processed, "images", None) and not getattr(p, likeness.INNER, False)  # not ADetailer's calls
+        if is_done and plan is not None and plan.drawn:
+            self.draws.advance(getattr(p, "n_iter", 1))
+        try:
+            if is_done and meter is not None:
+                p.extra_generation_params.pop(likeness.ENTRY, None)  # the text of a grid comes next
+                meter.finish(processed)
+                self.library.release()
+        finally:
+            forget(p)
+
+
+def prepare(p: Any, plan: UnitPlan) -> None:
+    """Compiles the units, and writes them into the parameters."""
+    model = model_for(p, plan.units)
+    facts = plan.prepare(model)
+    for number, unit in plan.units:
+        p.extra_generation_params[infotext.key(number)] = infotext.write(unit, model.family, facts[number])
 
 
 def model_for(p: Any, units: list[tuple[int, PulidUnit]]) -> hosts.LoadedModel:
@@ -123,6 +181,7 @@ def forget(p: Any) -> None:
     """Removes all of ours from `p` and the host; with PuLID off, too, as an error skips `postprocess`."""
     hosts.current().stop()
     vars(p).pop(PLAN, None)
+    vars(p).pop(METER, None)
     if isinstance(sample := vars(p).get("sample"), Refusal):
         del p.sample
     elif isinstance(sample, Sampling):
@@ -150,6 +209,7 @@ class Sampling:
             with hosts.current().sampling(self._p, self._plan):
                 return sample(*args, **kwargs)
         except Exception as error:
+            PulidScript.library.release()  # what measured the likeness of earlier batches
             raise short_of_memory(error) or error  # noqa: B904  its cause is set
 
 

@@ -74,6 +74,9 @@ class Script:
     def process_before_every_sampling(self, p: Any, *args: Any) -> None:
         """In Forge, and in A1111 from 1.9 on."""
 
+    def postprocess_image_after_composite(self, p: Any, pp: Any, *args: Any) -> None:
+        """As above."""
+
 
 class State:
     """shared.state; told: all that was ever put into its progress line."""
@@ -90,8 +93,11 @@ class State:
 
 
 class OptionInfo(SimpleNamespace):
-    def __init__(self, default: Any, label: str, component: Any = None, component_args: Any = None) -> None:
+    def __init__(
+        self, default: Any, label: str, component: Any = None, component_args: Any = None, restrict_api: bool = False
+    ) -> None:
         super().__init__(default=default, label=label, component=component, component_args=component_args)
+        self.restrict_api = restrict_api
 
     def info(self, text: str) -> OptionInfo:
         return self
@@ -209,13 +215,23 @@ class WebUI:
         except Exception as error:
             self.swallowed.append(error)
 
-    def generate(self, script: Any, p: Any, args: Sequence[Any], between: Any = lambda batch: None) -> list:
-        """process_images. p: Generation or ForgeGeneration. between: what other extensions do after a batch."""
+    def generate(
+        self,
+        script: Any,
+        p: Any,
+        args: Sequence[Any],
+        between: Any = lambda batch: None,
+        decode: Any = lambda batch: [],
+    ) -> list:
+        """process_images. p: Generation or ForgeGeneration; it gets the result, `p.processed`.
+
+        between: what other extensions do after a batch. decode: makes the images of a batch.
+        """
         state = self.modules.shared.state
         if hasattr(script, "process_before_every_sampling"):
             p.before_sampling = lambda p: self.hook("process_before_every_sampling", script, p, *args)
         self.hook("process", script, p, *args)
-        pictures = []
+        pictures, processed = [], SimpleNamespace(images=[], infotexts=[], comments="", index_of_first_image=0)
         for batch in range(p.batches):
             state.skipped = False
             if state.interrupted:
@@ -223,8 +239,30 @@ class WebUI:
             self.hook("process_batch", script, p, *args, batch_number=batch)
             pictures.append(p.sample())
             between(batch)
-        self.hook("postprocess", script, p, SimpleNamespace(), *args)
+            self._finish(script, p, args, batch, decode(batch), processed)
+        vars(processed).update(comments="".join(f"{text}\n" for text in p.comments), info="", seed=None)
+        processed.all_seeds = list(range(len(processed.images)))
+        self.hook("postprocess", script, p, processed, *args)
+        p.processed = processed
         return pictures
+
+    def _finish(self, script: Any, p: Any, args: Sequence[Any], batch: int, images: list, processed: Any) -> None:
+        """What the hosts do with each image of a batch; an infotext is a dict here."""
+        p.iteration, p.batch_size = batch, len(images)
+        for p.batch_index, image in enumerate(images):
+            pp = SimpleNamespace(image=image)
+            self.hook("postprocess_image", script, p, pp, *args)
+            self.hook("postprocess_image_after_composite", script, p, pp, *args)
+            processed.images.append(pp.image)
+            processed.infotexts.append(self.infotext(p))
+
+    def infotext(self, p: Any, use_main_prompt: bool = False) -> dict[str, Any]:
+        """create_infotext: an entry that can be called says its value itself."""
+        texts = {
+            name: value(p=p, use_main_prompt=use_main_prompt) if callable(value) else value
+            for name, value in p.extra_generation_params.items()
+        }
+        return {name: value for name, value in texts.items() if value is not None}
 
 
 @contextmanager

@@ -20,9 +20,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("boxes", "contact_sheet", "disk", "names", "camera_files", "encoders", "sites", "gpu_cost"),
     ("images", "files"),
     ("weights", "faces", "masks", "watch"),
-    ("vision", "face_models", "attention", "judge"),
+    ("vision", "face_models", "attention", "judge", "likeness"),
     ("identity",),
-    ("photos", "injection"),
+    ("photos", "injection", "blend"),
     ("fields",),
     ("units", "bench_cases"),
     ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other

@@ -275,14 +275,15 @@ def test_hosts_that_log_what_a_request_was_called_with_log_no_photo(ui, script, 
 
 
 def test_a_saved_identity_holds_what_its_file_says_and_no_photo(ui, script, one, library):
-    """Tokens, a thumbnail of the aligned face, and what made them."""
+    """Tokens, a thumbnail of the aligned face, its embedding by the adapter's own recognizer, and what made them."""
     from safetensors import safe_open
 
     p = Generation()
     ui.hook("process", script, p, {"images": [one]})
     (path,) = [library.find(text[6:16]) for text in p.extra_generation_params.values()]
     with safe_open(str(path), "pt") as file:
-        assert set(file.keys()) == {"cond", "uncond", "thumbnail"}  # noqa: SIM118
+        own = f"embedding.{library.judges()[-1].key}"
+        assert set(file.keys()) == {"cond", "uncond", "thumbnail", own}  # noqa: SIM118
         assert max(file.get_tensor("thumbnail").shape) <= 128
         assert set(file.metadata()) == {"format", "version", "adapter", "encoder", "photos", "fusion", "made_by"}
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,11 +12,11 @@ from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
 from lib_pulid.face_models import ArcFaceRecogniser, onnx_providers
 from lib_pulid.faces import Detection, FaceModels, Recogniser
+from lib_pulid.files.judges import BUFFALO, FACENET, find
 from lib_pulid.judge import Judge, Reading
 from lib_pulid.photos import fingerprint_files
 
 OWN = "the adapter's own"
-BUFFALO, FACENET = "w600k_r50.onnx", "20180402-114759-vggface2.pt"
 HOW_TO_GET = (
     f"Give --judge with the path of {BUFFALO} (from insightface's buffalo_l), or --judge facenet=FILE with that of "
     f"facenet-pytorch's {FACENET}."
@@ -111,7 +110,7 @@ def open_judges(names: Sequence[str], own: Path | None, models_dir: Path, device
         own: the file of the adapter's own recognizer, which is refused.
     """
     if not names:
-        buffalo, facenet = (_find(name, models_dir) for name in (BUFFALO, FACENET))
+        buffalo, facenet = (find(name, models_dir) for name in (BUFFALO, FACENET))
         names = [str(buffalo)] * (buffalo is not None)
         names += [f"facenet={facenet}"] * (facenet is not None and _importable("facenet_pytorch"))
     return [_open(name, own, models_dir, device) for name in dict.fromkeys(names)]
@@ -120,7 +119,7 @@ def open_judges(names: Sequence[str], own: Path | None, models_dir: Path, device
 def _open(name: str, own: Path | None, models_dir: Path, device: str) -> FaceJudge:
     kind, _, file = name.partition("=")
     if kind == "facenet":
-        path = Path(file) if file else _find(FACENET, models_dir)
+        path = Path(file) if file else find(FACENET, models_dir)
         if path is None:
             raise MissingWeightsError(f"{FACENET} was not found in any of its usual folders. {HOW_TO_GET}")
         return FacenetJudge(path, device)
@@ -133,19 +132,6 @@ def _open(name: str, own: Path | None, models_dir: Path, device: str) -> FaceJud
             f"measured. {HOW_TO_GET}"
         )
     return RecogniserJudge(path.stem, ArcFaceRecogniser(path, onnx_providers(device)))
-
-
-def _find(name: str, models_dir: Path) -> Path | None:
-    return next((folder / name for folder in _folders(models_dir) if disk.is_file(folder / name)), None)
-
-
-def _folders(models_dir: Path) -> Iterator[Path]:
-    pack = Path("models") / "buffalo_l"
-    yield models_dir
-    for root in (models_dir / "insightface", disk.user_path("~/.insightface")):
-        yield from (root, root / pack, root / pack / "buffalo_l")
-    home = os.environ.get("TORCH_HOME", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch")
-    yield from (disk.user_path(home) / deeper for deeper in ("checkpoints", "hub/checkpoints"))
 
 
 def _importable(name: str) -> bool:

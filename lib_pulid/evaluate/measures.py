@@ -6,12 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Computes the cosine of two embeddings [D], -1..1; 0 if one is all zeros."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(np.clip(a @ b / lengths, -1, 1)) if lengths else 0.0
+from lib_pulid.likeness import cosine
 
 
 def angle(a: np.ndarray, b: np.ndarray) -> float:

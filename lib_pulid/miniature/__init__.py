@@ -28,6 +28,7 @@ from lib_pulid.training.dataset import HELD_OUT, Drawn
 if TYPE_CHECKING:
     from lib_pulid.faces import FaceModels
     from lib_pulid.judge import Judge
+    from lib_pulid.likeness import Recognizer
     from lib_pulid.photos import Encoders
 
 FOLDER = Path(__file__).parent
@@ -78,6 +79,15 @@ def judge() -> Judge:
     from lib_pulid.judge import Judge
 
     return Judge(_path("judge.onnx"))
+
+
+def recognizer() -> Recognizer:
+    """Returns the judge of faces, loaded when likeness is measured."""
+    from lib_pulid.judge import JudgeRecogniser
+    from lib_pulid.likeness import Recognizer
+
+    key = hashlib.sha256(_path("judge.onnx").read_bytes()).hexdigest()[:16]
+    return Recognizer(key, "the miniature's judge", False, lambda: JudgeRecogniser(judge()))
 
 
 def scene_judge() -> Judge:

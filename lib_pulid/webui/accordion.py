@@ -53,6 +53,7 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
             for number in range(1, count + 1):
                 with gr.Tab(f"Person {number}", elem_id=f"pulid_{tab}_{number}"):
                     units.append(_Unit(tab, number, library, actions, shown))
+        _blend(tab, units, actions)
         if not family:
             _follow_checkpoint(tab, units, actions, shown)
         with gr.Accordion("Regions: where each face may appear", open=False, elem_id=f"pulid_{tab}_regions"):
@@ -114,6 +115,30 @@ def _follow_checkpoint(tab: str, units: Sequence[_Unit], actions: Actions, shown
         _js=f"(shown, name, ...values) => [shown, Pulid.follow('{tab}'), ...values]",
         **AT_ONCE,
     )
+
+
+def _blend(tab: str, units: Sequence[_Unit], actions: Actions) -> None:
+    """Adds the widgets that blend saved people into a new one."""
+
+    def elem(name: str) -> str:
+        return f"pulid_{tab}_blend_{name}"
+
+    with gr.Accordion("Blend saved people into a new one", open=False, elem_id=elem("panel")):
+        with gr.Row(elem_classes=["pulid-line"]):
+            listed = actions.identity_choices()[1:]
+            people = gr.Dropdown(choices=listed, multiselect=True, label="People to blend", elem_id=elem("people"))
+            refresh = _tool("\U0001f504", elem("refresh"), "Refresh identities and models")
+        with gr.Row(elem_classes=["pulid-line"]):
+            placeholder = "0.7, 0.3 in this order; empty: equal"
+            shares = gr.Textbox(label="Shares", placeholder=placeholder, max_lines=1, elem_id=elem("shares"))
+            name = gr.Textbox(label="Save the blend as", max_lines=1, elem_id=elem("name"))
+            save = gr.Button("Save blend", size="sm", elem_id=elem("save"), elem_classes=["pulid-tool"])
+        note = gr.HTML("", elem_id=elem("note"), elem_classes=["pulid-note"])
+    for widget in (people, shares, name):
+        _silent(widget)
+    refresh.click(actions.list_people, [], [people], **AT_ONCE)
+    lists = [unit.widgets["identity"] for unit in units]
+    save.click(partial(actions.blend, len(units)), [people, shares, name], [people, name, note, *lists], queue=False)
 
 
 class _Unit:
@@ -243,6 +268,9 @@ class _Unit:
         with gr.Row():
             self._choice("fusion")
             self._choice("hires")
+        with gr.Row():
+            self._choice("draw")
+            self._slider("keep_best")
         self._hidden("mask")
         self.widgets["box"] = gr.Textbox(max_lines=1, placeholder="0 0 0.5 1", **self._common(FIELD["box"]))
         with gr.Accordion("Mask: paint where this person's face may appear", open=False, elem_id=self._id("region")):
@@ -272,6 +300,10 @@ class _Unit:
         images.change(act.show_photos, [images], [self.strip], **AT_ONCE)
         images.change(act.photos_count, [images, identity, self.note], [identity, self.note], **AT_ONCE)
         identity.change(act.identity_counts, [identity, images], [images], **AT_ONCE)
+        draw, enabled = w["draw"], w["enabled"]
+        draw.change(act.draw_counts, [draw, images, identity], [images, identity, enabled], **AT_ONCE)
+        for other in (images, identity):
+            other.change(act.draw_counts_no_more, [images, identity, draw], [draw], **AT_ONCE)
         which = "(images) => [images, Pulid.removed]"
         self.remove.click(act.remove_photo, [images, self.removed], [images], _js=which, **AT_ONCE)
         self.remove_all.click(lambda: "", [], [images], **AT_ONCE)

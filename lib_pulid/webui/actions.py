@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 import numpy as np
 
+from lib_pulid.blend import read_share
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError
 from lib_pulid.faces import FaceChoice
 from lib_pulid.fields import (
@@ -21,6 +22,7 @@ from lib_pulid.fields import (
     FIELD,
     MOST_PHOTOS,
     NONE,
+    NOT_DRAWN,
     PRESET_FAMILY,
     PRESET_TIPS,
     WEIGHTS,
@@ -117,6 +119,18 @@ class Actions:
         """Removes the photos after an identity was selected: unused, they would mix with the next person's."""
         return "" if images and _saved(identity) else gr.update()
 
+    def draw_counts(self, draw: str, images: str, identity: str) -> tuple[Any, Any, Any]:
+        """Removes photos and identity after drawing was chosen, and checks the unit's checkbox."""
+        if draw in (None, NOT_DRAWN):
+            return gr.update(), gr.update(), gr.update()
+        gone = gr.update(value=NONE) if _saved(identity) else gr.update()
+        return "" if images else gr.update(), gone, gr.update(value=True)
+
+    def draw_counts_no_more(self, images: str, identity: str, draw: str) -> Any:
+        """Stops drawing after a photo or an identity was given."""
+        given = images or _saved(identity)
+        return gr.update(value=NOT_DRAWN) if given and draw not in (None, NOT_DRAWN) else gr.update()
+
     # ------------------------------------------------------------ faces
 
     def asked(self, images: str, identity: str, order: str, index: float) -> str:
@@ -151,7 +165,9 @@ class Actions:
     def _preview_identity(self, identity: str) -> tuple[list[tuple[np.ndarray, str]], list[str]]:
         found = self._library.saved(identity)
         shown = [] if found.thumbnail is None else [(found.thumbnail, identity)]
-        made = f"{identity}: {found.info.get('photos', '?')} photo(s), made for {found.info.get('adapter', '?')}."
+        of = found.info.get("blend", "")
+        of = f"a blend of {of}" if of else f"{found.info.get('photos', '?')} photo(s)"
+        made = f"{identity}: {of}, made for {found.info.get('adapter', '?')}."
         return shown, [_good(made)]
 
     def _preview_photos(
@@ -199,12 +215,30 @@ class Actions:
         listed = gr.update(choices=self.identity_choices(), value=saved.name)
         return listed, gr.update(value=""), "".join([note, *told])
 
+    def list_people(self) -> Any:
+        """Lists the saved identities again, for a blend."""
+        return gr.update(choices=self.identity_choices()[1:])
+
+    def blend(self, units: int, people: Any, shares: str, name: str) -> tuple[Any, ...]:
+        """Saves a blend. people: the names, in the order in which they were chosen. shares: "" for equal ones.
+
+        Returns the people, an empty name field, a note, and the list of saved identities of each unit.
+        """
+        try:
+            given = _shares(shares or "", people or [])
+            made = self._library.blend(list(zip(people or [], given)), name or "")
+        except PulidError as error:
+            return (gr.update(), gr.update(), _bad([str(error)]), *[gr.update()] * units)
+        note = _good(f"Saved {made.name} ({made.short_hash}) for {made.adapter}. Select it as a saved identity.")
+        return (self.list_people(), gr.update(value=""), note, *[gr.update(choices=self.identity_choices())] * units)
+
     def _encoded(self, images: str, model: str, choice: FaceChoice, fusion: str, told: list[str]) -> Identity:
         photos = [pictures.photo(text, f"photo {i}") for i, text in enumerate(_images(images), 1)]
         if not photos:
             raise SettingError("No photo to save: drop one above.")
         adapter = self._library.adapter(model or AUTO, self._family_for(model))
-        return self._library.encode(photos, adapter, choice, fusion, warn=lambda text: told.append(_warn(text)))
+        told_of, judge = lambda text: told.append(_warn(text)), self._library.judge()  # noqa: E731
+        return self._library.encode(photos, adapter, choice, fusion, warn=told_of, judge=judge)
 
     def _family_for(self, model: str) -> str:
         """Returns the family of a named file; with auto the checkpoint's, or the only one with files."""
@@ -276,6 +310,16 @@ def preset_choices(family: str) -> list[str]:
 
 def _preset_name(family: str, values: Sequence[Any]) -> str:
     return preset_name(family, dict(zip(PRESET_FIELDS, values)))
+
+
+def _shares(text: str, people: Sequence[str]) -> list[float]:
+    """Reads shares as typed, "0.7, 0.3". Raises: SettingError."""
+    parts = [part for part in text.replace(";", ",").replace(" ", ",").split(",") if part]
+    if parts and len(parts) != len(people):
+        raise SettingError(
+            f"{len(parts)} shares for {len(people)} people: write one for each, in their order, or none."
+        )
+    return [read_share(f"{name}:{part}")[1] for name, part in zip(people, parts)] or [1.0] * len(people)
 
 
 def _saved(identity: str) -> str:

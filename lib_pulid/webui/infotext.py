@@ -11,7 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from lib_pulid import names
-from lib_pulid.fields import AUTO, FIELDS, NONE, Field, check
+from lib_pulid.fields import AUTO, FIELDS, NONE, NOT_DRAWN, Field, check
 from lib_pulid.units import PulidUnit
 from lib_pulid.webui.library import Library
 
@@ -32,14 +32,15 @@ def clear(parameters: MutableMapping[str, Any]) -> None:
 def write(unit: PulidUnit, family: str, facts: Mapping[str, str]) -> str:
     """Formats all settings of a unit that apply to the model family.
 
-    facts: "hash" of the identity, "file" and "weights" of the PuLID model; "experiment" if it is one.
+    facts: "hash" of the identity, "file" and "weights" of the PuLID model; "experiment" if it is one; "photo" that was
+        drawn.
     """
     unit = unit.on(family)
     entries = {"hash": facts["hash"], "weights": facts["weights"]}
     for field in FIELDS:
         if field.pasted and field.family in ("", family):
             entries[field.name] = _text(getattr(unit, field.name))
-    entries |= {name: facts[name] for name in ("file", "experiment") if name in facts}
+    entries |= {name: facts[name] for name in ("file", "experiment", "photo") if name in facts}
     if unit.images:
         entries["photos"] = str(len(unit.images))
     if unit.mask:
@@ -83,6 +84,8 @@ def _value(field: Field, entries: Mapping[str, str], library: Library) -> Any:
     if field.name in ("identity", "images"):
         found = _find(entries, library)
         return {"identity": found or NONE, "images": "" if found else None}[field.name]
+    if field.name == "draw" and _find(entries, library):
+        return NOT_DRAWN  # the same person, whatever is in the folder now
     if field.name not in entries:
         return {"model": AUTO, "box": ""}.get(field.name)
     text = entries[field.name]

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lib_pulid.faces import Face, FaceChoice
     from lib_pulid.identity import Identity
     from lib_pulid.injection import Injection
+    from lib_pulid.likeness import Recognizer, SeenFace
     from lib_pulid.photos import IdentityCache
     from lib_pulid.webui.compiled import CompiledInjections
     from lib_pulid.weights import Adapter
@@ -70,7 +71,7 @@ class Library:
 
     Args:
         models_dir: returns the models folder, see `catalog`. device: returns the encoders' device.
-        keep: whether encoders stay loaded.
+        keep: whether encoders stay loaded. likeness: whether the likeness of images is measured.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class Library:
         models_dir: Callable[[], Path],
         device: Callable[[], str] = lambda: "cpu",
         keep: Callable[[], bool] = lambda: False,
+        likeness: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._models_dir, self._keep = models_dir, keep
+        self._models_dir, self._keep, self._likeness = models_dir, keep, likeness
         self.downloads = Downloads(models_dir)
         self._readers = Readers(device, lambda path: self._of(path, _fingerprint))
         self._lock = threading.RLock()
@@ -237,6 +239,21 @@ class Library:
             raise IdentityMismatchError(f"{name_or_hash} is not in {self.identities_dir}. Saved identities: {known}.")
         return Identity.load(path)
 
+    def with_embedding(self, identity: Identity, judge: Recognizer | None) -> Identity:
+        """Adds the embeddings that the cache has of the same identity, if the judge's is missing: its photo was given
+        again since it was saved."""
+        from dataclasses import replace
+
+        from lib_pulid.identity import Identity
+
+        for path in _files(self.folder / "cache", (".safetensors",)):
+            if judge is None or judge.key in identity.embeddings:
+                break
+            found = self._of(path, _saved)
+            if found is not None and found.short_hash == identity.short_hash:
+                identity = replace(identity, embeddings={**identity.embeddings, **Identity.load(path).embeddings})
+        return identity
+
     def save(self, name: str, identity: Identity) -> SavedIdentity:
         """Saves an identity under a new name; if the name ends in `.pulidembd`, in that format.
 
@@ -257,6 +274,17 @@ class Library:
                 raise
         return SavedIdentity(_shown_name(path), identity.short_hash, identity.info.get("adapter", ""), path)
 
+    def blend(self, people: Sequence[tuple[str, float]], name: str) -> SavedIdentity:
+        """Saves a blend of saved identities, given by name or short hash with their shares, under a new name.
+
+        Raises:
+            SettingError, IdentityMismatchError: see `blend.blend`, `saved` and `save`.
+        """
+        from lib_pulid.blend import blend
+
+        names.new(name)  # before the work
+        return self.save(name, blend([(one, self.saved(one), share) for one, share in people]))
+
     def _check_free(self, path: Path, own: Sequence[Path]) -> None:
         for other in _files(self.identities_dir, IDENTITY_SUFFIXES):
             if names.key(other.name) == names.key(path.name) and other not in own:
@@ -274,11 +302,12 @@ class Library:
         tell: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = lambda text: None,
         stop: Callable[[], bool] | None = None,
+        judge: Recognizer | None = None,
     ) -> Identity:
         """Encodes photos of one person, uint8 RGB [H, W, 3], each set of photos once.
 
         tell: is called with the progress. warn: is called with notes for the user. stop: whether to abandon the work,
-        polled several times a second.
+        polled several times a second. judge: see `photos.make_identity`.
 
         Raises:
             ImageError, NoFaceError, MissingWeightsError, WrongWeightsError, SettingError.
@@ -294,7 +323,8 @@ class Library:
             with self._lock:
                 try:
                     cache = self._identity_cache()
-                    return self._readers.encode(photos, adapter, choice, fusion, self.models_dir, cache, told, warn)
+                    folder = self.models_dir
+                    return self._readers.encode(photos, adapter, choice, fusion, folder, cache, told, warn, judge)
                 finally:
                     if is_left() and not self._keep():
                         self._readers.release()
@@ -315,6 +345,26 @@ class Library:
         """
         with self._lock:
             return self._readers.read_face(photo, choice, name, self.models_dir, warn)
+
+    def judges(self) -> list[Recognizer]:
+        """Returns what likeness can be measured with, the best first; see `Readers.judges`."""
+        with self._lock:
+            return self._readers.judges(self.models_dir)
+
+    def judge(self) -> Recognizer | None:
+        """Returns the best judge, whose embedding a new identity gets; None if likeness is not measured."""
+        return self.judges()[0] if self._likeness() else None
+
+    def see(
+        self, image: np.ndarray, judge: Recognizer, warn: Callable[[str], None] = lambda text: None
+    ) -> list[SeenFace]:
+        """Finds the faces of an image, uint8 RGB [H, W, 3], and embeds them.
+
+        Raises:
+            MissingWeightsError, WrongWeightsError.
+        """
+        with self._lock:
+            return self._readers.see(image, judge, self.models_dir, warn)
 
     def release(self) -> None:
         """Releases the encoders unless the settings keep them; after an interrupt, once their work is done."""

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib_pulid.boxes import read_box, within
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
-from lib_pulid.fields import AUTO, place
+from lib_pulid.fields import AUTO, NOT_DRAWN, place
 from lib_pulid.identity import check_fusion, with_uncond
+from lib_pulid.images import load_image
 from lib_pulid.injection import Injection
 from lib_pulid.sites import is_chroma
 from lib_pulid.units import PulidUnit, at_unit
-from lib_pulid.webui.pictures import photo, region
+from lib_pulid.webui.pictures import packed, photo, region
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lib_pulid.hosts import LoadedModel
     from lib_pulid.identity import Identity
+    from lib_pulid.likeness import Recognizer
     from lib_pulid.webui.library import Library
     from lib_pulid.weights import Adapter
 
@@ -31,6 +34,9 @@ class UnitPlan:
     Args:
         units: with their numbers, for messages. tell: is called with the progress, for the progress line.
         warn: is called with notes to show below the image. stop: whether the user has interrupted.
+        judge: the recognizer that the images' likeness will be measured with, or None.
+        people, masks: the compiled units' identities and masks, by unit. drawn: the photos that were drawn,
+            for `batch`.
     """
 
     units: Sequence[tuple[int, PulidUnit]]
@@ -38,6 +44,11 @@ class UnitPlan:
     tell: Callable[[str], None] = lambda text: None
     warn: Callable[[str], None] = lambda text: None
     stop: Callable[[], bool] | None = None
+    judge: Recognizer | None = None
+    people: dict[int, Identity] = field(default_factory=dict)
+    drawn: dict[int, Path] = field(default_factory=dict)
+    batch: int | None = None
+    masks: dict[int, Tensor] = field(default_factory=dict)
     _is_experiment: bool = False
     _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
 
@@ -50,6 +61,27 @@ class UnitPlan:
         self._experiment(model)
         wanted = [(number, unit) for number, unit in self.units if unit.in_pass(hires)]
         return [injection for injection, _ in self._compiled(wanted, model).values()]
+
+    def draw(self, draw: Callable[[int, int, str], Path]) -> bool:
+        """Draws the photos of the units that want one. draw: see `Draws.draw`; is given number, rank and how.
+
+        Returns:
+            Whether there are any.
+
+        Raises:
+            PulidError: there is no photo, or it cannot be read.
+        """
+        wanted = [(number, unit) for number, unit in self.units if unit.draw != NOT_DRAWN]
+        for rank, (number, unit) in enumerate(wanted):
+            with _at(number, "draw"):
+                path = draw(number, rank, unit.draw)
+                photos = (packed(load_image(path)),)
+            self.drawn[number] = path
+            units = {**dict(self.units), number: replace(unit, images=photos)}
+            self.units = list(units.items())
+            for key in [key for key in self._known if key[0] == number]:
+                del self._known[key]  # of the batch before
+        return bool(wanted)
 
     def prepare(self, model: LoadedModel) -> dict[int, dict[str, str]]:
         """Compiles all units. Returns, by unit, what the infotext says besides the settings."""
@@ -104,9 +136,12 @@ class UnitPlan:
         self.tell(f"PuLID: loading the model for unit {number}")
         unit = unit.on(model.family)
         identity, adapter = self._identity(number, unit, model.family)
+        self.people[number] = identity
         # Without negative rows it takes half the memory.
         identity = with_uncond(identity, adapter) if model.guided else replace(identity, uncond=None)
         mask = _mask(unit, number)
+        if mask is not None:
+            self.masks[number] = mask
         with _at(number, "model"):
             injection = self.library.injection(
                 adapter,
@@ -122,12 +157,14 @@ class UnitPlan:
                 dtype=model.dtype,
             )
         facts = {"hash": identity.short_hash, "file": adapter.path.name, "weights": adapter.fingerprint[:10]}
+        if number in self.drawn:
+            facts["photo"] = self.drawn[number].name
         return injection, facts
 
     def _identity(self, number: int, unit: PulidUnit, family: str) -> tuple[Identity, Adapter]:
         if unit.identity:
             with _at(number, "identity"):
-                identity = self.library.saved(unit.identity)
+                identity = self.library.with_embedding(self.library.saved(unit.identity), self.judge)
             with _at(number, "model"):
                 encoder = identity.info.get("encoder", "") if unit.model == AUTO else ""
                 adapter = self.library.adapter(unit.model, family, encoder)
@@ -138,7 +175,8 @@ class UnitPlan:
             adapter = self.library.adapter(unit.model, family)
         with _at(number, "fusion"):
             check_fusion(unit.fusion, adapter)
-        with _at(number, "images"):
+        drawn = self.drawn[number].name if number in self.drawn else ""
+        with _at(number, "draw" if drawn else "images", drawn):
             photos = [photo(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
             identity = self.library.encode(
                 photos,
@@ -148,6 +186,7 @@ class UnitPlan:
                 lambda text: self.tell(f"PuLID: unit {number}, {text}"),
                 lambda text: self.warn(f"PuLID unit {number}: {text}"),
                 self.stop,
+                self.judge,
             )
             return identity, adapter
 
@@ -165,10 +204,10 @@ def _mask(unit: PulidUnit, number: int) -> Tensor | None:
 
 
 class _at:
-    """Adds unit and field to errors raised inside."""
+    """Adds unit and field, and the file of a drawn photo, to errors raised inside."""
 
-    def __init__(self, number: int, field_name: str) -> None:
-        self._place = number, field_name
+    def __init__(self, number: int, field_name: str, file: str = "") -> None:
+        self._place, self._file = (number, field_name), file
 
     def __enter__(self) -> None:
         return None
@@ -176,4 +215,5 @@ class _at:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, PulidError):
             name = "identity" if isinstance(error, IdentityMismatchError) else self._place[1]
-            raise at_unit(self._place[0], name, error) from error
+            named = type(error)(f"{self._file}: {error}") if self._file else error
+            raise at_unit(self._place[0], name, named) from error

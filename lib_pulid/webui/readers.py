@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from lib_pulid.errors import is_out_of_memory
-from lib_pulid.files import catalog
+from lib_pulid.files import catalog, judges
+from lib_pulid.likeness import Recognizer, SeenFace
 
 if TYPE_CHECKING:
-    from lib_pulid.faces import Face, FaceChoice, FaceModels
+    from lib_pulid.faces import Detector, Face, FaceChoice, FaceModels, Recogniser
     from lib_pulid.identity import Identity
     from lib_pulid.photos import Encoders, IdentityCache
     from lib_pulid.vision import VisionTower
@@ -38,11 +40,13 @@ class Readers:
         self._device, self._fingerprint = device, fingerprint
         self._faces: FaceModels | None = None
         self._tower: VisionTower | None = None
+        self._seer: Detector | None = None
+        self._judges: dict[Path, Recogniser] = {}
         self._moved = False  # to the CPU
 
     @property
     def loaded(self) -> bool:
-        return self._faces is not None or self._tower is not None
+        return any(model is not None for model in (self._faces, self._tower, self._seer)) or bool(self._judges)
 
     def encode(
         self,
@@ -54,6 +58,7 @@ class Readers:
         cache: IdentityCache,
         tell: Callable[[str], None],
         warn: Callable[[str], None],
+        judge: Recognizer | None = None,
     ) -> Identity:
         """Encodes photos of one person, uint8 RGB [H, W, 3]; see `photos.make_identity`."""
         from lib_pulid.photos import make_identity
@@ -69,6 +74,8 @@ class Readers:
                 choice=choice,
                 fusion=fusion,
                 on_face=lambda name, face: tell(f"{name} read"),
+                recognizer=self._fingerprint(files["recogniser"]),
+                judge=judge,
             ),
             warn,
         )
@@ -85,8 +92,35 @@ class Readers:
         files = catalog.require_encoders(models_dir)
         return self._where_memory_suffices(lambda: read_face(photo, self._face_models(files), choice, name), warn)
 
+    def judges(self, models_dir: Path) -> list[Recognizer]:
+        """Returns what likeness can be measured with, the best first; loads nothing.
+
+        buffalo_l's recognizer, if it is somewhere in the models folder, and the adapter's own.
+        """
+        own = catalog.require_encoders(models_dir)["recogniser"]
+        found = judges.find(judges.BUFFALO, models_dir)
+        keys = {self._fingerprint(path): path for path in (found, own) if path is not None}
+        return [Recognizer(key, path.stem, path == own, partial(self._recogniser, path)) for key, path in keys.items()]
+
+    def see(
+        self, image: np.ndarray, judge: Recognizer, models_dir: Path, warn: Callable[[str], None]
+    ) -> list[SeenFace]:
+        """Finds the faces of an image, uint8 RGB [H, W, 3], and embeds them with a judge."""
+        from lib_pulid.images import resize_long_edge
+
+        bgr = np.ascontiguousarray(resize_long_edge(image)[:, :, ::-1])
+        scale = max(image.shape[:2]) / max(bgr.shape[:2])
+
+        def see() -> list[SeenFace]:
+            detector, recogniser = self._detector(models_dir), judge.load()
+            found = detector.detect(bgr)
+            return [SeenFace(face.box * scale, np.asarray(recogniser.embed(bgr, face)).reshape(-1)) for face in found]
+
+        return self._where_memory_suffices(see, warn)
+
     def release(self) -> None:
-        self._faces = self._tower = None
+        self._faces = self._tower = self._seer = None
+        self._judges.clear()
         self._moved = False
 
     def _where_memory_suffices(self, work: Callable[[], Result], warn: Callable[[str], None]) -> Result:
@@ -123,6 +157,22 @@ class Readers:
         if self._faces is None:
             self._faces = load_face_models(FaceFiles.among(files), self._place())
         return self._faces
+
+    def _detector(self, models_dir: Path) -> Detector:
+        from lib_pulid import face_models
+
+        if self._faces is not None:
+            return self._faces.detector
+        if self._seer is None:
+            self._seer = face_models.load_detector(catalog.require_encoders(models_dir)["detector"], self._place())
+        return self._seer
+
+    def _recogniser(self, path: Path) -> Recogniser:
+        from lib_pulid import face_models
+
+        if path not in self._judges:
+            self._judges[path] = face_models.load_recogniser(path, self._place())
+        return self._judges[path]
 
 
 def _free_memory() -> None:

@@ -1,4 +1,4 @@
-"""Adds the HTTP routes /pulid/models, /download, /identities, /detect and /schema, and answers errors as JSON."""
+"""Adds the HTTP routes /pulid/models, /download, /identities, /blend, /detect and /schema; answers errors as JSON."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lib_pulid.blend import check_share
 from lib_pulid.errors import (
     IdentityMismatchError,
     MissingWeightsError,
@@ -49,7 +50,11 @@ def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
     async def post_download(request: Any) -> dict:
         return download(await _body(request), library.downloads)
 
-    post_download.__annotations__["request"] = Request
+    async def post_blend(request: Any) -> dict:
+        return await run_in_threadpool(blend, await _body(request), library)
+
+    for endpoint in (post_download, post_blend):
+        endpoint.__annotations__["request"] = Request
     add("models", lambda: models(library), "GET")
     add("download", lambda: progress(library.downloads), "GET")
     add("identities", lambda: identities(library), "GET")
@@ -58,6 +63,7 @@ def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
     body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
     add("detect", post_detect, "POST", openapi_extra={"requestBody": body})
     add("download", post_download, "POST", openapi_extra={"requestBody": body})
+    add("blend", post_blend, "POST", openapi_extra={"requestBody": body})
 
 
 def add_error_handler(app: Any) -> None:
@@ -154,6 +160,23 @@ def progress(downloads: Downloads) -> dict[str, Any]:
 def identities(library: Library) -> dict[str, Any]:
     saved = [{"name": one.name, "hash": one.short_hash, "made_for": one.adapter} for one in library.identities()]
     return {"folder": str(library.identities_dir), "identities": saved}
+
+
+def blend(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
+    """Blends saved identities and saves the result. body: people (name or short hash -> share) and name.
+
+    Raises:
+        SettingError, IdentityMismatchError: see `Library.blend`.
+    """
+    people, name = body.get("people"), body.get("name")
+    if not isinstance(people, dict) or not isinstance(name, str) or set(body) - {"people", "name"}:
+        raise SettingError(
+            'PuLID: blend takes people (as in {"anna": 0.7, "ben": 0.3}) and name (of the new identity).'
+        )
+    for one, share in people.items():
+        check_share(share, spelled(one))
+    made = library.blend(list(people.items()), name)
+    return {"name": made.name, "hash": made.short_hash, "made_for": made.adapter}
 
 
 def identity_file(name: str, library: Library) -> tuple[str, bytes]:

@@ -12,6 +12,7 @@ from lib_pulid.hosts.families import CHROMA
 
 SECTION = ("pulid", "PuLID")
 UNITS, FOLDER, DEVICE, KEEP = "pulid_units", "pulid_models_dir", "pulid_device", "pulid_keep_encoders"
+LIKENESS, PHOTOS = "pulid_likeness", "pulid_photo_folder"
 KEPT = [SUFFICES, ALWAYS, NEVER] = ["where memory suffices", "always", "never"]  # saved in users' settings
 ROOM = 8e9  # bytes to leave free for a checkpoint, a VAE and the system
 
@@ -34,6 +35,14 @@ def add_settings() -> None:
         KEEP: OptionInfo(SUFFICES, "Keep the encoders of photos in memory", gr.Radio, {"choices": KEPT}).info(
             "about 2 GB; a new photo then takes a fraction of the time. where memory suffices: on the CPU, while "
             f"{ROOM / 1e9:.0f} GB are free"
+        ),
+        LIKENESS: OptionInfo(False, "Measure the likeness of each image").info(
+            "compares the faces in each image with the person's photo; the number is shown below the image and in its "
+            "parameters. The time it takes is shown, too"
+        ),
+        # restrict_api: whoever sends requests must not choose what is read from this machine.
+        PHOTOS: OptionInfo("", "Folder of photos to draw from", restrict_api=True).info(
+            "for Draw the photo: one person per photo, which whoever uses this WebUI may draw. empty: none"
         ),
         CHROMA: OptionInfo(False, "Try PuLID on Chroma").info(
             "experimental: uses the PuLID file for FLUX, which was not trained for Chroma; expect less likeness"
@@ -68,6 +77,16 @@ def keep_encoders() -> bool:
     if wanted in (ALWAYS, NEVER):
         return wanted == ALWAYS
     return device() == "cpu" and _free_memory() >= ROOM
+
+
+def likeness() -> bool:
+    return bool(_option(LIKENESS, False))
+
+
+def photo_folder() -> Path | None:
+    """Returns the folder of photos to draw from; None if there is none."""
+    chosen = str(_option(PHOTOS, "") or "").strip()
+    return user_path(chosen).absolute() if chosen else None
 
 
 def _free_memory() -> int:

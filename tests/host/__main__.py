@@ -23,6 +23,7 @@ from tests.host import (
     rows_flux_settings,
     rows_grid,
     rows_img2img,
+    rows_likeness,
     rows_long,
     rows_miniature,
     rows_neo,
@@ -52,10 +53,11 @@ GROUPS = {
     "neo": rows_neo,
     "page": rows_page,
     "miniature": rows_miniature,
+    "likeness": rows_likeness,
     "long": rows_long,
     "sequences": rows_sequences,
 }
-WITH_MINIATURE = ("page", "miniature")  # somebody looks at their images
+WITH_MINIATURE = ("page", "miniature", "likeness")  # somebody looks at their images
 ON_DEMAND = ("long", "sequences")  # they take many minutes
 
 

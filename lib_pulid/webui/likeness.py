@@ -1,0 +1,262 @@
+"""Measures the likeness of a request's images, writes it into their parameters, and keeps the best ones.
+
+The host keeps an image whatever happens here: an error becomes a note on why there is no number.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib_pulid import disk
+from lib_pulid.errors import PulidError
+from lib_pulid.files.judges import BUFFALO
+from lib_pulid.hosts.frame import WHOLE, frame_of, part_of_mask
+from lib_pulid.likeness import (
+    INSIGHTFACE,
+    NO_FACE,
+    Person,
+    Recognizer,
+    best,
+    choose_judge,
+    format_cosine,
+    measure,
+    text,
+)
+
+if TYPE_CHECKING:
+    from lib_pulid.webui.library import Library
+    from lib_pulid.webui.plan import UnitPlan
+
+ENTRY = "PuLID likeness"  # in the infotext
+FOLDER = "not kept"
+INNER = "_ad_inner"  # attribute of the generations in which ADetailer repaints parts; the whole image is measured
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One image. number: in the request, from 0 on. values: see `likeness.measure`; None: not measured."""
+
+    image: Any
+    number: int
+    values: tuple[float | None, ...] | None
+
+
+class PerImage(str):
+    """An infotext entry of one image.
+
+    Newer hosts call it for every text they write, and so leave it out of a grid's and of another image's; to older ones
+    it is text.
+    """
+
+    _place: tuple[int, int]
+
+    def __new__(cls, words: str, p: Any = None) -> PerImage:
+        made = super().__new__(cls, words)
+        made._place = _place(p)
+        return made
+
+    def __call__(self, p: Any = None, use_main_prompt: bool = False, **_: Any) -> str | None:
+        return None if use_main_prompt or (p is not None and _place(p) != self._place) else str(self)
+
+
+def _place(p: Any) -> tuple[int, int]:
+    return getattr(p, "iteration", 0), getattr(p, "batch_index", 0)
+
+
+@dataclass(eq=False)
+class Meter:
+    """Measures the images of one request.
+
+    Args:
+        judges: see `Library.judges`. keep: how many images to keep; 0: all.
+    """
+
+    plan: UnitPlan
+    library: Library
+    judges: Sequence[Recognizer]
+    keep: int = 0
+    images: list[Measured] = field(default_factory=list)
+    _reasons: dict[str, None] = field(default_factory=dict)  # ordered, each once
+    _seconds: list[float] = field(default_factory=list)
+
+    def add(self, p: Any, image: Any) -> None:
+        """Measures an image (Pillow), and writes the numbers into its parameters."""
+        values, begin = None, time.perf_counter()
+        try:
+            values = self._measure(p, image)
+        except PulidError as error:
+            self._reasons[str(error)] = None
+        except Exception as error:  # whatever it is, the image is kept
+            logging.getLogger(__name__).exception("PuLID: likeness")
+            self._reasons[f"{type(error).__name__}: {error}"[:300]] = None
+        self._seconds.append(time.perf_counter() - begin)
+        iteration, index = _place(p)
+        self.images.append(Measured(image, iteration * getattr(p, "batch_size", 1) + index, values))
+        p.extra_generation_params.pop(ENTRY, None)
+        if values is not None and (words := text(values)):
+            p.extra_generation_params[ENTRY] = PerImage(words, p)
+
+    def _measure(self, p: Any, image: Any) -> tuple[float | None, ...] | None:
+        judge = self.judge
+        if judge is None or (self.plan.stop is not None and self.plan.stop()):  # an interrupt is answered at once
+            return None
+        pixels = np.asarray(image.convert("RGB"))
+        people = [self._person(number, judge, p) for number, _ in self.plan.units]
+        return measure(self.library.see(pixels, judge, self._warn), people, pixels.shape[:2])
+
+    def _person(self, number: int, judge: Recognizer, p: Any) -> Person:
+        embedding, mask = self.plan.people[number].embeddings.get(judge.key), self.plan.masks.get(number)
+        if mask is not None:
+            # A part that was inpainted alone is back in its image.
+            pasted = getattr(p, "paste_to", None) is not None
+            mask = part_of_mask(mask, WHOLE if pasted else frame_of(p, bool(getattr(p, "enable_hr", False))))
+        return Person(embedding, None if mask is None else mask.cpu().numpy())
+
+    @property
+    def judge(self) -> Recognizer | None:
+        """The recognizer that measures; None if none knows anybody."""
+        return choose_judge(self.judges, [identity.embeddings for identity in self.plan.people.values()])
+
+    def _warn(self, words: str) -> None:
+        self._reasons[words.replace("photos", "faces", 1)] = None
+
+    # ------------------------------------------------------------ at the end
+
+    def finish(self, processed: Any) -> None:
+        """Keeps the best images, and adds the numbers to the note below the images. processed: the host's result."""
+        lines = [self._line(one, len(self.images) > 1) for one in self.images if one.values is not None]
+        lines += self._judged() if lines else []
+        lines += self._unknown()
+        lines += [f"PuLID likeness: not measured. {reason}" for reason in self._reasons]
+        if self.keep and len(self.images) > self.keep:
+            lines.append(self._keep(processed))
+        processed.comments = "".join([processed.comments or "", *(f"{line}\n" for line in lines)])
+
+    def _line(self, one: Measured, several: bool) -> str:
+        found = [
+            (f"person {number} " if len(self.plan.units) > 1 else "") + _words(value)
+            for (number, _), value in zip(self.plan.units, one.values or ())
+        ]
+        return f"PuLID likeness{f', image {one.number + 1}' if several else ''}: {', '.join(found)}."
+
+    def _judged(self) -> list[str]:
+        judge = self.judge
+        assert judge is not None
+        name = "the adapter's own recognizer, which overestimates" if judge.is_own else judge.name
+        advice = ""
+        if judge.is_own and len(self.judges) == 1:
+            advice = f" For an independent judge, put buffalo_l's {BUFFALO} into the models folder."
+        seconds = sorted(self._seconds)[len(self._seconds) // 2]
+        return [f"Judged by {name}, in {seconds:.1f} s per image.{advice}"]
+
+    def _unknown(self) -> list[str]:
+        """Says whom the judge does not know."""
+        judge = self.judge or (self.judges[-1] if self.judges else None)
+        lines = []
+        for number, _ in self.plan.units:
+            embeddings = self.plan.people[number].embeddings
+            if judge is not None and judge.key not in embeddings:
+                lines.append(
+                    f"PuLID likeness: person {number} is unknown, since the saved identity has no face embedding. Give "
+                    "the photo once."
+                )
+            elif judge is not None and any(better.key not in embeddings for better in self.judges[:1]):
+                lines.append(
+                    f"PuLID likeness: {self.judges[0].name} does not know person {number} yet. Give the photo once."
+                )
+        return lines
+
+    def _keep(self, processed: Any) -> str:
+        """Leaves the best images in the host's result, moves the files of the others. Returns a note."""
+        kept = {id(self.images[i]) for i in best([one.values for one in self.images], self.keep)}
+        out = [one for one in self.images if id(one) not in kept]
+        if not out:
+            return f"PuLID kept all {len(self.images)} images, since there is nothing to compare them by."
+        if not _remove(processed, [one.image for one in self.images], out):
+            return "PuLID kept all images: another extension replaced them after they were measured."
+        listed = ", ".join(f"image {one.number + 1} ({text(one.values or ())})" for one in out)
+        return f"PuLID kept {len(kept)} of {len(self.images)} images. Not kept: {listed}. {_move(out)}"
+
+
+def _words(value: float | None) -> str:
+    if value is None:
+        return NO_FACE
+    verdict = "" if math.isnan(value) else f" ({INSIGHTFACE.verdict(value)})"
+    return format_cosine(value) + verdict
+
+
+def _remove(processed: Any, images: Sequence[Any], out: Sequence[Measured]) -> bool:
+    """Removes images, and the masks that follow them, from the host's result. images: all that were measured.
+
+    Returns:
+        False, and changes nothing, if one of them is not there.
+    """
+    positions = {id(image): i for i, image in enumerate(images)}
+    if not set(positions) <= {id(image) for image in processed.images}:
+        return False
+    gone = {id(one.image) for one in out}
+    first, left, is_kept = processed.index_of_first_image, [], True
+    for image in processed.images:
+        is_kept = id(image) not in gone if id(image) in positions else is_kept
+        left += [image] * is_kept
+    samples = {positions[key] + first for key in gone}
+    processed.images = left
+    processed.infotexts = [words for i, words in enumerate(processed.infotexts) if i not in samples]
+    numbers = {one.number for one in out}
+    for name in ("all_prompts", "all_negative_prompts", "all_seeds", "all_subseeds"):
+        listed = getattr(processed, name, None)
+        if isinstance(listed, list) and len(listed) > max(numbers):
+            setattr(processed, name, [value for i, value in enumerate(listed) if i not in numbers])
+    processed.info, processed.seed = processed.infotexts[0], processed.all_seeds[0]
+    return True
+
+
+def _move(out: Sequence[Measured]) -> str:
+    """Moves the files of images into a folder beside them. Returns a note on where they are."""
+    paths = [Path(saved) for one in out if (saved := getattr(one.image, "already_saved_as", None))]
+    if not paths:
+        return "They were not saved."
+    try:
+        folders = list(dict.fromkeys(_moved(path).parent for path in paths))
+    except OSError as error:
+        return f"Their files could not be moved ({error.strerror or error}), and are where they were saved."
+    return f"They are in {', '.join(map(str, folders))}."
+
+
+def _moved(path: Path) -> Path:
+    """Moves an image and the text file beside it. A name that is taken gets a number."""
+    folder = path.parent / FOLDER
+    folder.mkdir(exist_ok=True)
+    target, number = folder / path.name, 1
+    while target.exists():
+        target, number = folder / f"{path.stem}-{number}{path.suffix}", number + 1
+    os.replace(path, target)
+    if disk.is_file(beside := path.with_suffix(".txt")):
+        os.replace(beside, target.with_suffix(".txt"))
+    return target
+
+
+def start(plan: UnitPlan, library: Library, p: Any, judges: Sequence[Recognizer]) -> Meter:
+    """Makes the meter of a request."""
+    keep = max((unit.keep_best for _, unit in plan.units), default=0)
+    if keep:
+        p.do_not_save_grid = True  # it would show the others, too
+    return Meter(plan, library, judges, keep)
+
+
+def judges_of(library: Library, warn: Callable[[str], None]) -> Sequence[Recognizer]:
+    """Returns `Library.judges`; none, and a note, if the files are not all there: it costs only the number."""
+    try:
+        return library.judges()
+    except PulidError as error:
+        warn(f"PuLID likeness: not measured. {error}")
+        return ()

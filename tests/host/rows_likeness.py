@@ -1,0 +1,159 @@
+"""Likeness per image, the best of several, blended and drawn people; the adapter's own recognizer judges."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lib_pulid import miniature
+from tests.host.api import Pictures, pictures
+from tests.host.rows_grid import grid
+from tests.host.rows_miniature import BODY, unit, workshop
+from tests.host.table import Rows, differ, equal, expect
+from tests.host.webui import Running
+
+rows = Rows()
+PEOPLE, SEEDS = range(3), (1, 2)
+ENTRY = re.compile(r'PuLID likeness: "?([^"\n]*?)"?(?:, [A-Z]|$)', re.MULTILINE)
+
+
+@contextlib.contextmanager
+def measured(host: Running) -> Iterator[None]:
+    host.api.options(pulid_likeness=True)
+    try:
+        yield
+    finally:
+        host.api.options(pulid_likeness=False)
+
+
+def told(parameters: str) -> str:
+    """What an image's parameters say."""
+    found = ENTRY.search(parameters)
+    expect(found is not None, f"no likeness in: {parameters}")
+    return found[1]  # type: ignore[index]
+
+
+def value(words: str) -> float:
+    return 0.0 if words == "no face" else float(words)
+
+
+@rows.row("Likeness: off, there is no entry, and the image is the same to the bit")
+def off(host: Running) -> str:
+    before = host.api.txt2img(unit(0), **BODY, seed=3)
+    expect("likeness" not in before.parameters[0], before.parameters[0])
+    with measured(host):
+        with_number = host.api.txt2img(unit(0), **BODY, seed=3)
+    after = host.api.txt2img(unit(0), **BODY, seed=3)
+    expect("likeness" not in after.parameters[0], after.parameters[0])
+    equal(before.image, after.image, "off again")
+    equal(before.image, with_number.image, "measuring")
+    return told(with_number.parameters[0])
+
+
+@rows.row("Likeness: in each image's parameters over the API; higher with the face than at weight 0")
+def each(host: Running) -> str:
+    means = []
+    with measured(host):
+        for weight in (0.0, 1.0):
+            asked = [host.api.txt2img({**unit(n), "weight": weight}, **BODY, seed=s) for n in PEOPLE for s in SEEDS]
+            means.append(float(np.mean([value(told(made.parameters[0])) for made in asked])))
+    expect(means[1] > means[0], f"{means[0]:.2f} at weight 0, {means[1]:.2f} at weight 1")
+    return f"{means[0]:.2f} at weight 0, {means[1]:.2f} at weight 1"
+
+
+@rows.row("Likeness: every image of a batch has its own")
+def batch(host: Running) -> str:
+    with measured(host):
+        made = host.api.txt2img(unit(0), **BODY, seed=1, batch_size=2, n_iter=2)
+    words = [told(text) for text in made.parameters[-4:]]
+    expect(len(set(words)) > 1, f"all the same: {words}")
+    return "; ".join(words)
+
+
+@rows.row("Likeness: two people, in the order of the units")
+def two(host: Running) -> str:
+    with measured(host):
+        words = told(host.api.txt2img(unit(0), unit(1), **BODY, seed=1).parameters[0])
+    expect(words.count(",") == 1, words)
+    return words
+
+
+def requested(host: Running, **changes: Any) -> tuple[Pictures, dict[str, Any]]:
+    """Best 2 of 4. Returns the images, and the answer's info."""
+    import json
+
+    asked = BODY | {"seed": 11, "batch_size": 2, "n_iter": 2} | changes
+    answer = host.api.try_txt2img({**unit(0), "keep_best": 2}, **asked)
+    expect(answer.status == 200, f"{answer.status} {answer.text[:300]}")
+    return pictures(answer), json.loads(answer.body["info"])
+
+
+@rows.row("Likeness: the best 2 of 4 images are kept")
+def best(host: Running) -> str:
+    with measured(host):
+        every = host.api.txt2img(unit(0), **BODY, seed=11, batch_size=2, n_iter=2)
+    numbers = [value(told(text)) for text in every.parameters[-4:]]
+    made, info = requested(host)
+    expect(len(made.images) == len(made.parameters) == 2, f"{len(made.images)} images, {len(made.parameters)} texts")
+    kept = [value(told(text)) for text in made.parameters]
+    expect(sorted(kept) == sorted(numbers)[-2:], f"kept {kept} of {numbers}")
+    seeds = [int(re.search(r"Seed: (\d+)", text)[1]) for text in made.parameters]  # type: ignore[index]
+    expect(info["all_seeds"] == seeds, f"seeds {info['all_seeds']}, in the parameters {seeds}")
+    for image, seed in zip(made.images, seeds):
+        equal(image, every.images[-4:][seed - 11], f"the image of seed {seed}")
+    return f"kept {kept} of {numbers}"
+
+
+@rows.row("Likeness: images that are not kept lie in a folder beside the others")
+def folder(host: Running) -> str:
+    def saved(name: str) -> int:
+        return sum(path.parent.name == name for path in host.data.rglob("*.png"))
+
+    before = saved("not kept")
+    requested(host, save_images=True)
+    found = saved("not kept") - before
+    expect(found == 2, f"{found} images in the folder “not kept”")
+    return f"{found} images"
+
+
+@rows.row("Blend: two saved people become a third over the API, who is used like any other")
+def blend(host: Running) -> str:
+    shop, images = workshop(), {}
+    for name, number in (("blend-anna", 0), ("blend-ben", 1)):
+        path = host.identities / f"{name}.safetensors"
+        if not path.is_file():
+            shop.identity([miniature.portrait(number)]).save(path)
+    people = {"blend-anna": 0.7, "blend-ben": 0.3}
+    made = host.api.post("/pulid/blend", {"people": people, "name": "blend-carla"})
+    again = host.api.send("POST", "/pulid/blend", {"people": people, "name": "blend-carla"})
+    expect(again.status == 422 and "already saved" in again.text, f"{again.status} {again.text[:200]}")
+    for name in (*people, "blend-carla"):
+        found = host.api.txt2img({"identity": name, "weight": 1.0}, **BODY, seed=1)
+        images[name] = found.image
+    for name in people:
+        differ(images["blend-carla"], images[name], name, 0.1)
+    (host.identities / "blend-carla.safetensors").unlink()
+    return f"{made}"
+
+
+@rows.row("Draw: without a folder in the settings a message, and no image; the API cannot name one")
+def draw(host: Running) -> str:
+    settings = {"pulid_photo_folder": str(host.photo("anna").parent)}
+    for changes in ({}, {"override_settings": settings}):
+        answer = host.api.try_txt2img({"draw": "random"}, **BODY, seed=1, **changes)
+        expect(answer.status == 422 and not answer.has_picture, f"{answer.status} {answer.text[:300]}")
+        expect("no folder of photos to draw from is allowed" in answer.text, answer.text[:300])
+    return answer.text[:200]
+
+
+@rows.row("Likeness: in the parameters of each cell of an X/Y/Z plot")
+def cells(host: Running) -> str:
+    with measured(host):
+        made = host.api.txt2img(unit(0), **grid(host, [("[PuLID 1] Weight", "0, 1")]) | BODY, seed=1)
+    words = [told(text) for text in made.parameters[-2:]]
+    expect("likeness" not in made.parameters[0], f"the grid's own text: {made.parameters[0]}")
+    return "; ".join(words)
