@@ -7,7 +7,7 @@ here, and raised where the hosts let it end the request: when they ask the gener
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,17 +16,19 @@ from typing import Any
 
 from lib_pulid import hosts
 from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
+from lib_pulid.fields import Number
 from lib_pulid.hosts.frame import remember_images
 from lib_pulid.hosts.webui import add_callback, chosen_checkpoint
-from lib_pulid.units import PulidUnit, at_unit, parse_args
-from lib_pulid.webui import accordion, infotext, routes, settings, xyz
+from lib_pulid.units import PulidUnit, at_unit
+from lib_pulid.webui import accordion, infotext, network, prompt, routes, settings, xyz
 from lib_pulid.webui.actions import Actions
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.plan import UnitPlan
 
 from modules import scripts, shared  # isort: skip
 
-PLAN = "pulid_plan"  # attribute of a StableDiffusionProcessing
+PLAN, REQUEST, TAGS = "pulid_plan", "pulid_request", "pulid_tags"  # attributes of a StableDiffusionProcessing
+NO_REQUEST = prompt.Request()
 
 
 class PulidScript(scripts.Script):
@@ -55,16 +57,12 @@ class PulidScript(scripts.Script):
         with ends_the_request(p):
             forget(p)
             self.library.settle(is_interrupted)
-            infotext.clear(p.extra_generation_params)
-            units = parse_args(args, xyz.changes_of(p))
-            if not units:
-                return
-            plan = UnitPlan(units, self.library, tell, p.comment, is_interrupted)
-            model = model_for(p, units)
-            facts = plan.prepare(model)
-            for number, unit in units:
-                p.extra_generation_params[infotext.key(number)] = infotext.write(unit, model.family, facts[number])
-            setattr(p, PLAN, plan)
+            request = prompt.Request(id(p), args, xyz.changes_of(p))
+            setattr(p, REQUEST, request)
+            prompt.check_rest(p, request, self.library.check_saved)
+            prompt.warn_of_negative(p)
+            tags = prompt.tags_of(p, 0)
+            plan_batch(p, tags if tags.is_final else prompt.Tags())
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         """Hooks one batch at a time: between two, detailers and upscalers may sample inside this generation."""
@@ -86,7 +84,42 @@ class PulidScript(scripts.Script):
         forget(p)
 
 
-def model_for(p: Any, units: list[tuple[int, PulidUnit]]) -> hosts.LoadedModel:
+def plan_batch(p: Any, tags: prompt.Tags) -> None:
+    """Compiles the units of the script's arguments and of a batch's prompts, and writes them into the parameters."""
+    vars(p).pop(PLAN, None)
+    infotext.clear(p.extra_generation_params)
+    setattr(p, TAGS, tags)
+    asked = getattr(p, REQUEST).asked(tags)
+    if not asked.units:
+        return
+    plan = UnitPlan(asked.units, PulidScript.library, tell, p.comment, is_interrupted, asked.images)
+    model = model_for(p, asked.units)
+    facts = plan.prepare(model)
+    written = {number: infotext.write(unit, model.family, facts[number]) for number, unit in asked.units}
+    p.extra_generation_params.update(prompt.parameters(asked, written, len(tags.first)))
+    setattr(p, PLAN, plan)
+
+
+def activate(p: Any, told: list[str]) -> None:
+    """Plans a batch anew if its prompts have other tags than were planned for.
+
+    The host calls it for each generation, also where the script is not one of its scripts (ADetailer's own). Then
+    `process` was not called, and what `process_batch` does is done here.
+    """
+    if getattr(p, "is_hr_pass", False) or isinstance(vars(p).get("sample"), Refusal):
+        return
+    with ends_the_request(p):
+        tags = prompt.tags_of(p, told=told)
+        if getattr(p, REQUEST, NO_REQUEST).is_of(p):
+            if tags != getattr(p, TAGS):
+                plan_batch(p, tags)
+        elif tags:
+            setattr(p, REQUEST, NO_REQUEST)
+            plan_batch(p, tags)
+            p.sample = Sampling(p, getattr(p, PLAN))
+
+
+def model_for(p: Any, units: Sequence[tuple[Number, PulidUnit]]) -> hosts.LoadedModel:
     """Returns the loaded model; an error names the first unit and its field `model`."""
     try:
         return hosts.current().loaded_model(p)
@@ -120,7 +153,8 @@ def is_interrupted() -> bool:
 def forget(p: Any) -> None:
     """Removes all of ours from `p` and the host; with PuLID off, too, as an error skips `postprocess`."""
     hosts.current().stop()
-    vars(p).pop(PLAN, None)
+    for name in (PLAN, REQUEST, TAGS):
+        vars(p).pop(name, None)
     if isinstance(sample := vars(p).get("sample"), Refusal):
         del p.sample
     elif isinstance(sample, Sampling):
@@ -212,6 +246,11 @@ def ends_the_request(p: Any) -> Iterator[None]:
 # ---------------------------------------------------------------- the host's callbacks
 
 
+def on_before_ui() -> None:
+    xyz.add_axes(settings.units(), PulidScript.library)
+    network.register(activate)
+
+
 def on_app_started(demo: Any, app: Any) -> None:
     settings.make_temp_folder()
     routes.add_error_handler(app)
@@ -222,7 +261,7 @@ def on_app_started(demo: Any, app: Any) -> None:
 for event, callback in {
     "app_started": on_app_started,
     "ui_settings": settings.add_settings,
-    "before_ui": lambda: xyz.add_axes(settings.units(), PulidScript.library),
+    "before_ui": on_before_ui,
     "script_unloaded": lambda: hosts.current().stop(),
 }.items():
     add_callback(event, callback, __file__)

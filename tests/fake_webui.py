@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fake_modules import a1111, forge, installed
+from tests.fake_modules import a1111, extra_networks, forge, installed
 from tests.fake_modules.models import SMALL_SITES, small_unet
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +120,36 @@ class _Processing:
         self.batches, self.steps = batches, steps
         self.before_step: Any = lambda step: None
         self.before_sampling: Any = lambda p: None
+        self.prompt: str | list[str] = ""  # a list: one per image
+        self.hr_prompt: str | list[str] = ""
+        self.negative_prompt, self.batch_size, self.iteration = "", 1, 0
+        self.enable_hr = self.disable_extra_networks = False
+
+    @property
+    def n_iter(self) -> int:
+        return self.batches
+
+    def setup_prompts(self) -> None:
+        def each(prompt: str | list[str]) -> list[str]:
+            return prompt if isinstance(prompt, list) else [prompt] * self.batch_size * self.batches
+
+        self.all_prompts, self.all_negative_prompts = each(self.prompt), each(self.negative_prompt)
+        self.all_hr_prompts = each(self.hr_prompt or self.prompt) if self.enable_hr else None
+
+    def begin_batch(self, batch: int) -> None:
+        networks = sys.modules["modules"].extra_networks
+        self.iteration, images = batch, slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+        self.prompts = self.all_prompts[images]
+        self.rewrite_prompts(self)
+        self.prompts, self.extra_network_data = networks.parse_prompts(self.prompts)
+        if self.enable_hr:
+            _, self.hr_extra_network_data = networks.parse_prompts(self.all_hr_prompts[images])
+        if not self.disable_extra_networks:
+            networks.activate(self, self.extra_network_data)
+
+    @staticmethod
+    def rewrite_prompts(p: Any) -> None:
+        """Before_process_batch of another extension, where a test has one."""
 
     def comment(self, text: str) -> None:
         self.comments.append(text)
@@ -133,12 +163,21 @@ class _Processing:
             if state.interrupted or state.skipped:
                 raise Interrupted
 
-        text = [torch.randn(1, 7, self.text_width, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+        shape = (1, 7, self.text_width)
+        text = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+        text = [one.expand(self.batch_size, -1, -1) for one in text]
         try:
             with torch.no_grad():
                 made += self._pass(*text, before_step)
+                if self.enable_hr:
+                    self.is_hr_pass = True
+                    if not self.disable_extra_networks:
+                        sys.modules["modules"].extra_networks.activate(self, self.hr_extra_network_data)
+                    made += self._pass(*text, before_step)
         except Interrupted:
             return torch.zeros(1)
+        finally:
+            self.is_hr_pass = False
         return torch.stack(made)
 
 
@@ -153,7 +192,8 @@ class Generation(_Processing, a1111.P):
 
     def _pass(self, cond: Tensor, uncond: Tensor, before_step: Any) -> list[Tensor]:
         self.before_sampling(self)
-        return a1111.sample(self, cond, uncond, steps=self.steps, before_step=before_step)
+        pictures = self.batch_size
+        return a1111.sample(self, cond, uncond, steps=self.steps, pictures=pictures, before_step=before_step)
 
     @property
     def text_width(self) -> int:
@@ -195,7 +235,10 @@ class WebUI:
         self.modules.scripts.scripts_data[:] = [_xyz()]
         spec = importlib.util.spec_from_file_location("pulid.py", ROOT / "scripts" / "pulid.py")
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        self.modules.extra_networks.registry.clear()
         spec.loader.exec_module(module)  # type: ignore[union-attr]
+        for callback in list(self.modules.script_callbacks.callback_map["callbacks_before_ui"]):
+            callback.callback()
         return module
 
     def script(self) -> Any:
@@ -211,12 +254,14 @@ class WebUI:
         """process_images. p: Generation or ForgeGeneration. between: what other extensions do after a batch."""
         state = self.modules.shared.state
         p.before_sampling = lambda p: self.hook("process_before_every_sampling", script, p, *args)
+        p.setup_prompts()
         self.hook("process", script, p, *args)
         pictures = []
         for batch in range(p.batches):
             state.skipped = False
             if state.interrupted:
                 break
+            p.begin_batch(batch)
             self.hook("process_batch", script, p, *args, batch_number=batch)
             pictures.append(p.sample())
             between(batch)
@@ -261,6 +306,8 @@ def _fill(modules: ModuleType, models_dir: Path) -> None:
     known: dict[str, Any] = {}  # CheckpointInfo by each of its names
     add("sd_models", model_data=SimpleNamespace(sd_model=None), checkpoint_aliases=known)
     modules.sd_models.get_closet_checkpoint_match = known.get
+    add("extra_networks")
+    extra_networks.fill(modules.extra_networks)
     add("scripts", Script=Script, AlwaysVisible=ALWAYS_VISIBLE, scripts_data=[_xyz()])
     add("ui_components", InputAccordion=type("InputAccordion", (Widget,), {}), ToolButton=type("Tool", (Widget,), {}))
 

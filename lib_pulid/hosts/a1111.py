@@ -94,6 +94,16 @@ class _Window:
         conds, stack = self.params.text_cond.shape[0], self.params.x.shape[0]
         return [i % stack < conds for i in range(first, first + batch)]
 
+    def images(self, batch: int, count: int) -> list[int] | None:
+        """Returns the image that each of the rows just taken is of. count: images in the batch.
+
+        None: AND in a prompt makes more cond rows than images, and the host does not say which are whose.
+        """
+        conds, stack = self.params.text_cond.shape[0], self.params.x.shape[0]
+        if conds != count or stack not in (count, 2 * count):
+            return None
+        return [i % stack % count for i in range(self.rows - batch, self.rows)]
+
 
 class _Run:
     """The hooks and callbacks in the host between `start` and `stop`."""
@@ -179,7 +189,8 @@ class _Run:
         x: Tensor = args[0] if args else kwargs["x"]  # [B, C, h, w]
         params = self._window.params
         rows, steps = self._window.take(len(x)), params.denoiser.steps
-        self._step = DenoiseStep(self._window.progress, rows, (x.shape[-2], x.shape[-1]), steps)
+        images = self._window.images(len(x), len(getattr(self._p, "prompts", None) or ()))
+        self._step = DenoiseStep(self._window.progress, rows, (x.shape[-2], x.shape[-1]), steps, images)
         self._call.enter_context(self._injector.around(self._step, (params.x.shape[-2], params.x.shape[-1])))
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:

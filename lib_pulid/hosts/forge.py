@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -234,7 +235,8 @@ class _Run:
         rows = _rows(options, len(x))
         if all(rows) and _is_same(self._negative, kwargs.get("context")):
             rows = [False] * len(x)  # SAG: an extra call with the negative prompt in place of the prompt
-        self._step = self._place(options["sigmas"], rows, (x.shape[-2], x.shape[-1]))
+        images = [i % len(options["sigmas"]) for i in range(len(x))]
+        self._step = replace(self._place(options["sigmas"], rows, (x.shape[-2], x.shape[-1])), images=images)
         self._call.enter_context(self._injector.around(self._step, self._whole))
 
     def _place(self, sigmas: Tensor, rows: bool | list[bool], hw: tuple[int, int] | None = None) -> DenoiseStep:

@@ -5,6 +5,7 @@ One adapter stays loaded on the CPU; the encoders are released after use.
 
 from __future__ import annotations
 
+import difflib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,14 +20,16 @@ from lib_pulid.errors import (
     IdentityMismatchError,
     Interrupted,
     MissingWeightsError,
+    PulidError,
     SettingError,
     UnsupportedModelError,
     WrongWeightsError,
 )
-from lib_pulid.fields import AUTO
+from lib_pulid.fields import AUTO, Number
 from lib_pulid.files import catalog
 from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
 from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
+from lib_pulid.units import at_unit
 from lib_pulid.webui.fetching import Downloads
 from lib_pulid.webui.interruptible import Interruptible
 from lib_pulid.webui.readers import Readers
@@ -233,9 +236,30 @@ class Library:
 
         path = self.find(name_or_hash)
         if path is None:
-            known = ", ".join(one.name for one in self.identities()) or "none"
-            raise IdentityMismatchError(f"{name_or_hash} is not in {self.identities_dir}. Saved identities: {known}.")
+            raise self._unknown(name_or_hash)
         return Identity.load(path)
+
+    def check_saved(self, name_or_hash: str, number: Number) -> None:
+        """Checks that an identity is there, without loading it. number: of the unit, for messages.
+
+        Raises:
+            IdentityMismatchError, SettingError: as `saved`.
+        """
+        try:
+            if self.find(name_or_hash) is None:
+                raise self._unknown(name_or_hash)
+        except PulidError as error:
+            raise at_unit(number, "identity", error) from error
+
+    def _unknown(self, name: str) -> IdentityMismatchError:
+        known = {names.key(one.name): one.name for one in self.identities()}
+        near = [known[key] for key in difflib.get_close_matches(names.key(name), known, 3)]
+        hint = (
+            f"Did you mean {' or '.join(near)}?"
+            if near
+            else f"Saved identities: {', '.join(known.values()) or 'none'}."
+        )
+        return IdentityMismatchError(f"{name} is not in {self.identities_dir}. {hint}")
 
     def save(self, name: str, identity: Identity) -> SavedIdentity:
         """Saves an identity under a new name; if the name ends in `.pulidembd`, in that format.

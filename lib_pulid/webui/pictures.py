@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NOT_OPENED = "Paths and URLs are never opened: send the image itself, as base64."
 LONGEST_PATH = 200  # bytes; a longer text is not a path that happens to be base64
 BLURRED = 12.0  # variance of the Laplacian of the gray crop; sharp portraits have a few hundred
+BOX_SIDE = 1024  # pixels of a mask made of a box; masks are resized to the image's latent
 DRAWN = (60, 200, 90)  # RGB of the chosen face's frame
 OTHER = (160, 160, 160)
 
@@ -76,6 +77,16 @@ def region(text: str, name: str) -> Tensor:
     import torch
 
     return torch.from_numpy(decode(text, name, load_region))
+
+
+def box_region(box: Sequence[float]) -> str:
+    """Encodes a rectangle as a mask. box: left, top, width, height, as fractions of the image."""
+    x, y, width, height = box
+    left, top = (min(round(edge * BOX_SIDE), BOX_SIDE - 1) for edge in (x, y))
+    right, bottom = (round(edge * BOX_SIDE) for edge in (x + width, y + height))
+    mask = np.zeros((BOX_SIDE, BOX_SIDE, 3), np.uint8)
+    mask[top : max(bottom, top + 1), left : max(right, left + 1)] = 255
+    return encode(mask)
 
 
 def drawn_region(picture: np.ndarray | None, strokes: np.ndarray | None = None) -> str:

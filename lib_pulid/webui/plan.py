@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
-from lib_pulid.fields import AUTO
+from lib_pulid.fields import AUTO, Number, spoken
 from lib_pulid.identity import check_fusion, with_uncond
 from lib_pulid.injection import Injection
 from lib_pulid.sites import is_chroma
@@ -28,13 +28,15 @@ class UnitPlan:
     Args:
         units: with their numbers, for messages. tell: is called with the progress, for the progress line.
         warn: is called with notes to show below the image. stop: whether the user has interrupted.
+        images: by unit, the images of the batch that get it; without an entry, all.
     """
 
-    units: Sequence[tuple[int, PulidUnit]]
+    units: Sequence[tuple[Number, PulidUnit]]
     library: Library
     tell: Callable[[str], None] = lambda text: None
     warn: Callable[[str], None] = lambda text: None
     stop: Callable[[], bool] | None = None
+    images: Mapping[Number, frozenset[int]] = field(default_factory=dict)
     _is_experiment: bool = False
     _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
 
@@ -46,9 +48,13 @@ class UnitPlan:
         """
         self._experiment(model)
         wanted = [(number, unit) for number, unit in self.units if unit.in_pass(hires)]
-        return [injection for injection, _ in self._compiled(wanted, model).values()]
+        compiled = self._compiled(wanted, model)
+        return [
+            replace(injection, images=self.images[number]) if number in self.images else injection
+            for number, (injection, _) in compiled.items()
+        ]
 
-    def prepare(self, model: LoadedModel) -> dict[int, dict[str, str]]:
+    def prepare(self, model: LoadedModel) -> dict[Number, dict[str, str]]:
         """Compiles all units. Returns, by unit, what the infotext says besides the settings."""
         for number, unit in self.units:
             unit.check_family(model.family, number)
@@ -80,8 +86,8 @@ class UnitPlan:
         )
 
     def _compiled(
-        self, units: Sequence[tuple[int, PulidUnit]], model: LoadedModel
-    ) -> dict[int, tuple[Injection, dict[str, str]]]:
+        self, units: Sequence[tuple[Number, PulidUnit]], model: LoadedModel
+    ) -> dict[Number, tuple[Injection, dict[str, str]]]:
         keys = {number: (number, model.family, str(model.device), model.dtype) for number, _ in units}
         missing = [(number, unit) for number, unit in units if not self._is_known(keys[number], model)]
         try:
@@ -97,8 +103,8 @@ class UnitPlan:
         known = self._known.get(key)
         return known is not None and known[2] >= model.guided
 
-    def _compile(self, number: int, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
-        self.tell(f"PuLID: loading the model for unit {number}")
+    def _compile(self, number: Number, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
+        self.tell(f"PuLID: loading the model for {spoken(number)}")
         unit = unit.on(model.family)
         identity, adapter = self._identity(number, unit, model.family)
         # Without negative rows it takes half the memory.
@@ -122,7 +128,7 @@ class UnitPlan:
         facts = {"hash": identity.short_hash, "file": adapter.path.name, "weights": adapter.fingerprint[:10]}
         return injection, facts
 
-    def _identity(self, number: int, unit: PulidUnit, family: str) -> tuple[Identity, Adapter]:
+    def _identity(self, number: Number, unit: PulidUnit, family: str) -> tuple[Identity, Adapter]:
         if unit.identity:
             with _at(number, "identity"):
                 identity = self.library.saved(unit.identity)
@@ -143,8 +149,8 @@ class UnitPlan:
                 adapter,
                 unit.choice,
                 unit.fusion,
-                lambda text: self.tell(f"PuLID: unit {number}, {text}"),
-                lambda text: self.warn(f"PuLID unit {number}: {text}"),
+                lambda text: self.tell(f"PuLID: {spoken(number)}, {text}"),
+                lambda text: self.warn(f"PuLID {spoken(number)}: {text}"),
                 self.stop,
             )
             return identity, adapter
@@ -153,7 +159,7 @@ class UnitPlan:
 class _at:
     """Adds unit and field to errors raised inside."""
 
-    def __init__(self, number: int, field_name: str) -> None:
+    def __init__(self, number: Number, field_name: str) -> None:
         self._place = number, field_name
 
     def __enter__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lib_pulid.disk import user_path
 from lib_pulid.errors import SettingError
-from lib_pulid.fields import AUTO, FIELDS, Field, check, place
+from lib_pulid.fields import AUTO, BOOLS, FIELDS, Field, check, place
 from lib_pulid.images import load_image
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.pictures import packed
@@ -100,7 +100,7 @@ def _confirm(number: int, field: Field) -> Callable[[Any, list[Any]], None]:
 
 def _plain(field: Field, value: Any) -> Any:
     if field.kind == "bool":
-        return {"true": True, "false": False, "yes": True, "no": False}.get(str(value).strip().lower(), value)
+        return BOOLS.get(str(value).strip().lower(), value)
     return value
 
 
