@@ -32,7 +32,7 @@ NO_REQUEST = prompt.Request()
 
 
 class PulidScript(scripts.Script):
-    library = Library(settings.models_dir, settings.device, settings.keep_encoders)
+    library = Library(settings.models_dir, settings.device, settings.keep_encoders, settings.portraits)
 
     def title(self) -> str:
         return "PuLID"
@@ -249,6 +249,9 @@ def ends_the_request(p: Any) -> Iterator[None]:
 def on_before_ui() -> None:
     xyz.add_axes(settings.units(), PulidScript.library)
     network.register(activate)
+    from lib_pulid.webui import cards  # not above: it is made of the host's page, which takes a while to import
+
+    cards.register(PulidScript.library)
 
 
 def on_app_started(demo: Any, app: Any) -> None:

@@ -11,6 +11,7 @@ a pass with what there is, at its next step; an interrupted generation begins no
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ class Widget:
 def gradio(version: str) -> ModuleType:
     made = ModuleType("gradio")
     made.__version__ = version
-    layout, widgets = "Tabs Tab Row Column Accordion", "File Gallery Number Button Checkbox Radio Image HTML"
+    layout, widgets = "Tabs Tab Row Column Accordion", "TextArea File Gallery Number Button Checkbox Radio Image HTML"
     for name in f"{layout} {widgets} SelectData Dropdown Textbox Slider".split():
         setattr(made, name, type(name, (Widget,), {}))
     made.update = lambda **kwargs: {"__type__": "update", **kwargs}
@@ -236,6 +237,7 @@ class WebUI:
         spec = importlib.util.spec_from_file_location("pulid.py", ROOT / "scripts" / "pulid.py")
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         self.modules.extra_networks.registry.clear()
+        self.modules.ui_extra_networks.extra_pages.clear()
         spec.loader.exec_module(module)  # type: ignore[union-attr]
         for callback in list(self.modules.script_callbacks.callback_map["callbacks_before_ui"]):
             callback.callback()
@@ -301,6 +303,7 @@ def _fill(modules: ModuleType, models_dir: Path) -> None:
     )
     opts.add_option = opts.added.__setitem__
     flags = SimpleNamespace(api=True, nowebui=False, api_auth=None, pulid_models_dir=str(models_dir))
+    opts.samples_format = "png"
     add("shared", opts=opts, cmd_opts=flags, state=State(), OptionInfo=OptionInfo)
     add("paths", models_path=str(models_dir))
     known: dict[str, Any] = {}  # CheckpointInfo by each of its names
@@ -308,6 +311,10 @@ def _fill(modules: ModuleType, models_dir: Path) -> None:
     modules.sd_models.get_closet_checkpoint_match = known.get
     add("extra_networks")
     extra_networks.fill(modules.extra_networks)
+    add("ui_extra_networks_user_metadata", UserMetadataEditor=extra_networks.UserMetadataEditor)
+    pages: list[Any] = []
+    add("ui_extra_networks", ExtraNetworksPage=extra_networks.Page, quote_js=json.dumps, extra_pages=pages)
+    modules.ui_extra_networks.register_page = pages.append
     add("scripts", Script=Script, AlwaysVisible=ALWAYS_VISIBLE, scripts_data=[_xyz()])
     add("ui_components", InputAccordion=type("InputAccordion", (Widget,), {}), ToolButton=type("Tool", (Widget,), {}))
 

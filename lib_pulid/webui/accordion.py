@@ -218,6 +218,8 @@ class _Unit:
                 )
             )
             self.save = gr.Button("Save identity", size="sm", elem_id=self._id("save"), elem_classes=["pulid-tool"])
+            self.delete = _tool("\U0001f5d1", self._id("delete"), "Delete the selected identity")
+            self.doomed = _silent(gr.Textbox(value="", visible=False, label=f"PuLID {self._number} to delete"))
 
     def _strength(self) -> None:
         with gr.Row():
@@ -283,6 +285,8 @@ class _Unit:
             [identity, self.name, self.note],
             queue=False,
         )
+        self.delete.click(act.delete, [identity, self.doomed], [identity, self.doomed, self.note], **AT_ONCE)
+        identity.change(lambda: "", [], [self.doomed], **AT_ONCE)
         moved = [w[name] for name in PRESET_FIELDS]
         w["preset"].change(act.apply_preset, [w["preset"]], moved, **AT_ONCE)
         for name in PRESET_FIELDS:

@@ -200,6 +200,23 @@ class Actions:
         listed = gr.update(choices=self.identity_choices(), value=saved.name)
         return listed, gr.update(value=""), "".join([note, *told])
 
+    def delete(self, identity: str, asked: str) -> tuple[Any, str, str]:
+        """Deletes the selected identity at the second click. asked: the identity that the first click was for.
+
+        Returns the list, the identity that the next click would delete, and a note.
+        """
+        name = _saved(identity)
+        try:
+            if not name:
+                raise SettingError("Select a saved identity to delete first.")
+            path = self._library.listed(name).path
+            if name != asked:
+                return gr.update(), name, _warn(f"Click again to delete {path}. It cannot be restored.")
+            gone = self._library.delete(name)
+        except PulidError as error:
+            return gr.update(), "", _bad([str(error)])
+        return gr.update(choices=self.identity_choices(), value=NONE), "", _good(f"Deleted {gone.name}.")
+
     def _encoded(self, images: str, model: str, choice: FaceChoice, fusion: str, told: list[str]) -> Identity:
         photos = [pictures.photo(text, f"photo {i}") for i, text in enumerate(_images(images), 1)]
         if not photos:

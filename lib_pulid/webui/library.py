@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 IDENTITY_SUFFIXES = (".safetensors", PULIDEMBD)
+CARD_IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "avif")  # what the hosts save beside a model as its card's image
 # Tensors of a PuLID file's identity encoder that an IP-Adapter in the same layout lacks.
 _ENCODERS = ("image_proj.body.0.weight", "image_proj.proj_out")
 
@@ -73,7 +74,7 @@ class Library:
 
     Args:
         models_dir: returns the models folder, see `catalog`. device: returns the encoders' device.
-        keep: whether encoders stay loaded.
+        keep: whether encoders stay loaded. portraits: whether saved identities keep a small image of the face.
     """
 
     def __init__(
@@ -81,8 +82,9 @@ class Library:
         models_dir: Callable[[], Path],
         device: Callable[[], str] = lambda: "cpu",
         keep: Callable[[], bool] = lambda: False,
+        portraits: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._models_dir, self._keep = models_dir, keep
+        self._models_dir, self._keep, self._portraits = models_dir, keep, portraits
         self.downloads = Downloads(models_dir)
         self._readers = Readers(device, lambda path: self._of(path, _fingerprint))
         self._lock = threading.RLock()
@@ -273,13 +275,42 @@ class Library:
         path = self.identities_dir / (name if name.lower().endswith(PULIDEMBD) else f"{name}.safetensors")
         with self._lock:  # of two who save under one name, the second gets an error
             self._check_free(path, [])
-            replace(identity, info={**identity.info, "name": name}).save(path)
+            thumbnail = identity.thumbnail if self._portraits() else None
+            replace(identity, info={**identity.info, "name": name}, thumbnail=thumbnail).save(path)
             try:
                 self._check_free(path, [path])  # another program may have saved another spelling
             except SettingError:
                 path.unlink(missing_ok=True)
                 raise
         return SavedIdentity(_shown_name(path), identity.short_hash, identity.info.get("adapter", ""), path)
+
+    def card(self, saved: SavedIdentity) -> tuple[dict[str, str], str]:
+        """Returns how an identity was made, and its small image of the face as a data URI, "" without one."""
+        return self._of(saved.path, _card)
+
+    def delete(self, name: str) -> SavedIdentity:
+        """Deletes a saved identity, and its card's image and notes.
+
+        Raises:
+            IdentityMismatchError: no saved identity has this name. SettingError: the name fits several. StorageError.
+        """
+        with self._lock:
+            gone = self.listed(name)
+            stem = gone.path.stem
+            beside = [f"{stem}.json", *(f"{stem}{part}.{kind}" for part in ("", ".preview") for kind in CARD_IMAGES)]
+            if any(one.path.stem == stem for one in self.identities() if one != gone):  # x.pulidembd beside x
+                beside = []
+            for one in (gone.path, *(gone.path.with_name(name) for name in beside)):
+                disk.delete(one)
+            return gone
+
+    def listed(self, name: str) -> SavedIdentity:
+        """Returns a saved identity by name or hash, without loading it. Raises: as `delete`."""
+        path = self.find(name)
+        found = next((one for one in self.identities() if one.path == path), None)
+        if found is None:
+            raise self._unknown(name)
+        return found
 
     def _check_free(self, path: Path, own: Sequence[Path]) -> None:
         for other in _files(self.identities_dir, IDENTITY_SUFFIXES):
@@ -411,3 +442,14 @@ def _saved(path: Path) -> SavedIdentity | None:
     except IdentityMismatchError:
         return None
     return SavedIdentity(_shown_name(path), identity.short_hash, identity.info.get("adapter", ""), path)
+
+
+def _card(path: Path) -> tuple[dict[str, str], str]:
+    from lib_pulid.identity import Identity
+    from lib_pulid.webui.pictures import encode
+
+    try:
+        identity = Identity.load(path)
+    except IdentityMismatchError:  # damaged since it was listed
+        return {}, ""
+    return dict(identity.info), "" if identity.thumbnail is None else encode(identity.thumbnail, "JPEG")

@@ -12,6 +12,7 @@ from lib_pulid.hosts.webui import CHROMA
 
 SECTION = ("pulid", "PuLID")
 UNITS, FOLDER, DEVICE, KEEP = "pulid_units", "pulid_models_dir", "pulid_device", "pulid_keep_encoders"
+PORTRAITS = "pulid_portraits"
 KEPT = [SUFFICES, ALWAYS, NEVER] = ["where memory suffices", "always", "never"]  # saved in users' settings
 ROOM = 8e9  # bytes to leave free for a checkpoint, a VAE and the system
 
@@ -34,6 +35,9 @@ def add_settings() -> None:
         KEEP: OptionInfo(SUFFICES, "Keep the encoders of photos in memory", gr.Radio, {"choices": KEPT}).info(
             "about 2 GB; a new photo then takes a fraction of the time. where memory suffices: on the CPU, while "
             f"{ROOM / 1e9:.0f} GB are free"
+        ),
+        PORTRAITS: OptionInfo(True, "Keep a small image of the face in saved identities").info(
+            "128 pixels, shown on the cards of the tab Faces; off: identities saved from now on hold no image"
         ),
         CHROMA: OptionInfo(False, "Try PuLID on Chroma").info(
             "experimental: uses the PuLID file for FLUX, which was not trained for Chroma; expect less likeness"
@@ -68,6 +72,10 @@ def keep_encoders() -> bool:
     if wanted in (ALWAYS, NEVER):
         return wanted == ALWAYS
     return device() == "cpu" and _free_memory() >= ROOM
+
+
+def portraits() -> bool:
+    return bool(_option(PORTRAITS, True))
 
 
 def _free_memory() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tests.host import detector
+from tests.host.page import opened
 from tests.host.rows_adetailer import usual_names
 from tests.host.rows_basics import ANNA, FAINT
 from tests.host.rows_errors import refused
@@ -151,6 +152,25 @@ def from_file(host: Running) -> None:
     made = host.api.txt2img(**asked).images[-3:]
     for picture, units in zip(made, ((UNITS[0],), (), (UNITS[1],))):
         equal(picture, host.api.txt2img(*units).image, str(units))
+
+
+@rows.row("Faces: the tab has a card for each saved identity; a click on one writes its tag")
+def card(host: Running) -> str:
+    shown = host.api.get("/sd_extra_networks/get-single-card?page=faces&tabname=txt2img&name=marked%20A")["html"]
+    for wanted in ("&lt;pulid:marked A:0.8&gt;", "marked A"):
+        expect(wanted in shown, f"{wanted!r} is not in the card: {shown}")
+    with opened(host) as page:
+        page.find("#txt2img_extra_tabs > .tab-nav button").filter(has_text="Faces").first.click()
+        cards = page.find("#txt2img_faces_cards .card")
+        cards.first.wait_for(state="visible")
+        names = cards.locator(".name").all_inner_texts()
+        for name in ("marked A", "marked B"):
+            expect(name in names, f"the cards are {names}")
+        page.find('#txt2img_faces_cards .card[data-name="marked B"]').first.click()
+        page.until(
+            "gradioApp().querySelector('#txt2img_prompt textarea').value.includes('<pulid:marked B:0.8>')", "a tag"
+        )
+        return ", ".join(names)
 
 
 @rows.row("Prompt: ADetailer's own prompt has a tag, and its script names do not hold “pulid”")
