@@ -59,7 +59,7 @@ class PulidScript(scripts.Script):
             self.library.settle(is_interrupted)
             request = prompt.Request(id(p), args, xyz.changes_of(p))
             setattr(p, REQUEST, request)
-            prompt.check_rest(p, request, self.library.check_saved)
+            prompt.check_rest(p, request, self.library)
             prompt.warn_of_negative(p)
             tags = prompt.tags_of(p, 0)
             plan_batch(p, tags if tags.is_final else prompt.Tags())
@@ -89,7 +89,7 @@ def plan_batch(p: Any, tags: prompt.Tags) -> None:
     vars(p).pop(PLAN, None)
     infotext.clear(p.extra_generation_params)
     setattr(p, TAGS, tags)
-    asked = getattr(p, REQUEST).asked(tags)
+    asked = getattr(p, REQUEST).asked(tags, PulidScript.library.presets)
     if not asked.units:
         return
     plan = UnitPlan(asked.units, PulidScript.library, tell, p.comment, is_interrupted, asked.images)
@@ -100,7 +100,7 @@ def plan_batch(p: Any, tags: prompt.Tags) -> None:
     setattr(p, PLAN, plan)
 
 
-def activate(p: Any, told: list[str]) -> None:
+def activate(p: Any) -> None:
     """Plans a batch anew if its prompts have other tags than were planned for.
 
     The host calls it for each generation, also where the script is not one of its scripts (ADetailer's own). Then
@@ -109,7 +109,7 @@ def activate(p: Any, told: list[str]) -> None:
     if getattr(p, "is_hr_pass", False) or isinstance(vars(p).get("sample"), Refusal):
         return
     with ends_the_request(p):
-        tags = prompt.tags_of(p, told=told)
+        tags = prompt.tags_of(p)
         if getattr(p, REQUEST, NO_REQUEST).is_of(p):
             if tags != getattr(p, TAGS):
                 plan_batch(p, tags)

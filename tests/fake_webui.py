@@ -147,6 +147,9 @@ class _Processing:
             _, self.hr_extra_network_data = networks.parse_prompts(self.all_hr_prompts[images])
         if not self.disable_extra_networks:
             networks.activate(self, self.extra_network_data)
+            if self.enable_hr:  # A1111 does both, where it needs the second pass's texts beforehand
+                networks.activate(self, self.hr_extra_network_data)
+                networks.activate(self, self.extra_network_data)
 
     @staticmethod
     def rewrite_prompts(p: Any) -> None:

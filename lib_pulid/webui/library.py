@@ -32,6 +32,7 @@ from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
 from lib_pulid.units import at_unit
 from lib_pulid.webui.fetching import Downloads
 from lib_pulid.webui.interruptible import Interruptible
+from lib_pulid.webui.presets import Presets
 from lib_pulid.webui.readers import Readers
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Library:
     ) -> None:
         self._models_dir, self._keep, self._portraits = models_dir, keep, portraits
         self.downloads = Downloads(models_dir)
+        self.presets = Presets(lambda: self.folder / "presets")
         self._readers = Readers(device, lambda path: self._of(path, _fingerprint))
         self._lock = threading.RLock()
         self._work = Interruptible()

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from lib_pulid.tags import NAMES
-from lib_pulid.webui.prompt import texts_of
 
 
-def register(activate: Callable[[Any, list[str]], None]) -> None:
+def register(activate: Callable[[Any], None]) -> None:
     """Registers it; to be called from on_before_ui, since the host forgets its networks when the page is reloaded.
 
-    activate: is called before each batch and each second pass, also without any tags; gets the host's
-    StableDiffusionProcessing, and the tags of the first prompt as `tags.find_tags` returns them.
+    activate: is called with the host's StableDiffusionProcessing, once or more often before each batch and each second
+    pass, also without any tags.
     """
     from modules import extra_networks
 
     class PulidNetwork(extra_networks.ExtraNetwork):
-        def activate(self, p: Any, params_list: Sequence[Any]) -> None:
-            activate(p, texts_of({self.name: params_list}))
+        def activate(self, p: Any, params_list: Any) -> None:
+            activate(p)
 
         def deactivate(self, p: Any) -> None:
             """Nothing is left to undo: hooks live for one sampling."""

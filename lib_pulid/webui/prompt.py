@@ -9,14 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib_pulid.errors import SettingError
-from lib_pulid.fields import AUTO, FIELD, MOST_UNITS, Number, check, place
+from lib_pulid.fields import MOST_UNITS, Number, place
 from lib_pulid.tags import Tag, find_tags, parse_tag
 from lib_pulid.units import PulidUnit, parse_args, unit_of
 from lib_pulid.webui import infotext
 from lib_pulid.webui.pictures import box_region
+
+if TYPE_CHECKING:
+    from lib_pulid.webui.library import Library
+    from lib_pulid.webui.presets import Presets
 
 _UNFINISHED = re.compile(r"[{}|$]|__")  # what wildcard extensions will replace
 
@@ -53,42 +57,39 @@ class Asked:
     places: Mapping[Number, str] = field(default_factory=dict)
 
 
-def tags_of(p: Any, batch: int | None = None, told: Sequence[str] | None = None) -> Tags:
-    """Returns the tags of one batch of `p`.
+def tags_of(p: Any, batch: int | None = None) -> Tags:
+    """Returns the tags of one batch of `p`, the host's StableDiffusionProcessing.
 
-    Args:
-        p: the host's StableDiffusionProcessing. batch: its number, from 0; None: the current one.
-        told: the tags of the first prompt, as the host has read them. Where an extension has changed the prompts just
-            before, they count for all images.
+    batch: its number, from 0. None: the current one, whose first prompts the host has read already. Where those have
+    other tags than `all_prompts`, an extension has changed them just before, and they count for all images.
 
     Raises:
         SettingError: a tag is not complete.
     """
     if getattr(p, "disable_extra_networks", False):
         return Tags()
-    batch = getattr(p, "iteration", 0) if batch is None else batch
-    first = _of_batch(p, "all_prompts", batch, told)
+    first = _of_batch(p, "all_prompts", batch, "extra_network_data")
     if not getattr(p, "enable_hr", False) or getattr(p, "all_hr_prompts", None) is None:
         return Tags(first, first)
-    network = getattr(p, "hr_extra_network_data", None)
-    second = None if told is None or network is None else texts_of(network)
-    return Tags(first, _of_batch(p, "all_hr_prompts", batch, second))
+    return Tags(first, _of_batch(p, "all_hr_prompts", batch, "hr_extra_network_data"))
 
 
-def texts_of(network: Mapping[str, Sequence[Any]]) -> list[str]:
+def _texts_of(network: Mapping[str, Sequence[Any]]) -> list[str]:
     """Returns our tags in what the host has read from a prompt: lists of ExtraNetworkParams by name."""
     return [
         ":".join(map(str, params.items)) for name, some in network.items() if name.lower() == "pulid" for params in some
     ]
 
 
-def _of_batch(p: Any, name: str, batch: int, told: Sequence[str] | None) -> Texts:
-    size = getattr(p, "batch_size", 1)
-    prompts = list(getattr(p, name, None) or ())[batch * size : (batch + 1) * size]
-    found = tuple(find_tags(prompt) for prompt in prompts)
-    if told is not None and sorted(told) != sorted(found[0] if found else ()):
-        return (tuple(told),) * max(1, len(found))
-    return found
+def _of_batch(p: Any, prompts: str, batch: int | None, network: str) -> Texts:
+    """prompts, network: names of attributes of `p`."""
+    size, number = getattr(p, "batch_size", 1), getattr(p, "iteration", 0) if batch is None else batch
+    some = list(getattr(p, prompts, None) or ())[number * size : (number + 1) * size]
+    found = tuple(find_tags(prompt) for prompt in some)
+    read = getattr(p, network, None) if batch is None else None
+    if read is None or sorted(_texts_of(read)) == sorted(found[0] if found else ()):
+        return found
+    return (tuple(_texts_of(read)),) * max(1, len(found))
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,24 @@ class Request:
     def is_of(self, p: Any) -> bool:
         return self.owner == id(p)
 
-    def asked(self, tags: Tags) -> Asked:
+    def asked(self, tags: Tags, presets: Presets) -> Asked:
         """Returns the units of the script's arguments and of the tags.
 
         Raises:
             SettingError.
         """
-        units: list[tuple[Number, PulidUnit]] = list(parse_args(self.args or (), self.changes))
+        args = None if self.args is None else presets.expand_args(self.args)
+        changes = {number: presets.expand(values, number) for number, values in self.changes.items()}
+        units: list[tuple[Number, PulidUnit]] = list(parse_args(args or (), changes))
+
+        def make(tag: Tag, number: Number) -> PulidUnit:
+            base = _base(args, changes, tag.unit, number) if tag.unit else PulidUnit()
+            return base.changed(presets.expand(_values(tag), number), number)
+
         images: dict[Number, frozenset[int]] = {}
         places: dict[Number, str] = {}
         for one in _distinct(tags):
-            unit = one.unit(self._base)
+            unit = one.unit(make)
             if not unit.enabled:
                 continue
             units.append((one.number, unit))
@@ -130,13 +138,26 @@ class Request:
                 raise SettingError(f"PuLID: {count} people are too many for one image; use {MOST_UNITS} at most.")
         return Asked(units, images, places)
 
-    def _base(self, wanted: int, number: Number) -> PulidUnit:
-        if self.args is None:
-            raise SettingError(
-                place(number, "unit") + "the accordion's units are not known here. In ADetailer, add pulid to its "
-                "setting “Script names to apply to ADetailer”, or leave unit out of the tag."
-            )
-        return unit_of(self.args, wanted, self.changes.get(wanted, {}), number)
+
+def _base(
+    args: Sequence[Any] | None, changes: Mapping[int, Mapping[str, Any]], wanted: int, number: Number
+) -> PulidUnit:
+    if args is None:
+        raise SettingError(
+            place(number, "unit") + "the accordion's units are not known here. In ADetailer, add pulid to its "
+            "setting “Script names to apply to ADetailer”, or leave unit out of the tag."
+        )
+    return unit_of(args, wanted, changes.get(wanted, {}), number)
+
+
+def _values(tag: Tag) -> dict[str, Any]:
+    """Returns what a tag sets in a unit."""
+    values: dict[str, Any] = {"enabled": True, "identity": tag.name, **tag.values}
+    if tag.preset:
+        values["preset"] = tag.preset
+    if tag.box:
+        values["mask"] = box_region(tag.box)
+    return values
 
 
 @dataclass(frozen=True)
@@ -157,9 +178,8 @@ class _Distinct:
     def number(self) -> str:
         return self.place if len(self.images) == self.count else f"image {min(self.images) + 1}, {self.place}"
 
-    def unit(self, base: Callable[[int, Number], PulidUnit]) -> PulidUnit:
-        tag = parse_tag(self.text, self.number)
-        unit = _unit(tag, base(tag.unit, self.number) if tag.unit else PulidUnit(), self.number)
+    def unit(self, make: Callable[[Tag, Number], PulidUnit]) -> PulidUnit:
+        unit = make(parse_tag(self.text, self.number), self.number)
         if self.passes == "both":
             return unit
         if not unit.in_pass(self.passes == "second"):
@@ -168,15 +188,6 @@ class _Distinct:
                 "tags of its own. Put the tag into the prompt of the pass that it is for."
             )
         return replace(unit, hires=self.passes)
-
-
-def _unit(tag: Tag, base: PulidUnit, number: Number) -> PulidUnit:
-    values: dict[str, Any] = {"enabled": True, "identity": tag.name, **tag.values}
-    if tag.preset and tag.preset != AUTO:
-        values["preset"] = check(FIELD["preset"], tag.preset, number)
-    if tag.box:
-        values["mask"] = box_region(tag.box)
-    return base.changed(values, number)
 
 
 def _distinct(tags: Tags) -> list[_Distinct]:
@@ -200,8 +211,8 @@ def _places(texts: Texts) -> dict[tuple[int, str], frozenset[int]]:
     return {place: frozenset(some) for place, some in images.items()}
 
 
-def check_rest(p: Any, request: Request, find: Callable[[str, Number], None]) -> None:
-    """Checks the tags of all batches but the first, before any of them is made. find: checks a name.
+def check_rest(p: Any, request: Request, library: Library) -> None:
+    """Checks the tags of all batches but the first, before any of them is made.
 
     Raises:
         PulidError.
@@ -212,9 +223,9 @@ def check_rest(p: Any, request: Request, find: Callable[[str, Number], None]) ->
         if tags in seen or not tags.is_final:
             continue
         seen.add(tags)
-        for number, unit in request.asked(tags).units:
+        for number, unit in request.asked(tags, library.presets).units:
             if isinstance(number, str):
-                find(unit.identity, number)
+                library.check_saved(unit.identity, number)
 
 
 def warn_of_negative(p: Any) -> None:

@@ -1,4 +1,4 @@
-"""Adds the HTTP routes /pulid/models, /download, /identities, /detect and /schema, and answers errors as JSON."""
+"""Adds the HTTP routes /pulid/models, /download, /identities, /presets, /detect and /schema. Answers errors as JSON."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
     add("download", lambda: progress(library.downloads), "GET")
     add("identities", lambda: identities(library), "GET")
     add("identities/{name}", lambda name: _file(*identity_file(name, library)), "GET")
+    add("presets", lambda: presets(library), "GET")
     add("schema", describe, "GET")
     body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
     add("detect", post_detect, "POST", openapi_extra={"requestBody": body})
@@ -154,6 +155,17 @@ def progress(downloads: Downloads) -> dict[str, Any]:
 def identities(library: Library) -> dict[str, Any]:
     saved = [{"name": one.name, "hash": one.short_hash, "made_for": one.adapter} for one in library.identities()]
     return {"folder": str(library.identities_dir), "identities": saved}
+
+
+def presets(library: Library) -> dict[str, Any]:
+    """Lists the user's presets: their settings, or why a file is not usable."""
+    saved: list[dict[str, Any]] = []
+    for name in library.presets.names():
+        try:
+            saved.append({"name": name, "settings": library.presets.load(name)})
+        except SettingError as error:
+            saved.append({"name": name, "problem": str(error)})
+    return {"folder": str(library.presets.folder()), "presets": saved}
 
 
 def identity_file(name: str, library: Library) -> tuple[str, bytes]:

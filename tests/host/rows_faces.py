@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from tests.host.page import opened
 from tests.host.rows_adetailer import usual_names
 from tests.host.rows_basics import ANNA, FAINT
 from tests.host.rows_errors import refused
-from tests.host.rows_grid import cells
+from tests.host.rows_grid import SMALL, cells
 from tests.host.rows_works_with import hires
 from tests.host.table import Rows, close, differ, equal, expect
 from tests.host.webui import Running
@@ -111,14 +112,13 @@ def hires_fix(host: Running) -> None:
 
 @rows.row("Prompt: X/Y/Z plot, prompt S/R over the name and the weight")
 def search_and_replace(host: Running) -> None:
-    small = {"width": 128, "height": 128, "steps": 3}
     made = cells(host, 2, [("Prompt S/R", "marked A, marked B")], prompt=CAT + A)
     for picture, unit in zip(made, UNITS):
-        equal(picture, host.api.txt2img(unit, **small).image, unit["identity"])
+        equal(picture, host.api.txt2img(unit, **SMALL).image, unit["identity"])
     made = cells(host, 2, [("Prompt S/R", ":0.6, :1.2")], prompt=CAT + A)
-    equal(made[1], host.api.txt2img({**ANNA, "weight": 1.2}, **small).image, "weight 1.2")
+    equal(made[1], host.api.txt2img({**ANNA, "weight": 1.2}, **SMALL).image, "weight 1.2")
     made = cells(host, 2, [("Prompt S/R", f"{A}, nobody")], prompt=f"{CAT}, {A}")
-    equal(made[1], host.api.txt2img(prompt=f"{CAT}, nobody", **small).image, "a cell without a tag")
+    equal(made[1], host.api.txt2img(prompt=f"{CAT}, nobody", **SMALL).image, "a cell without a tag")
 
 
 def script_args(host: Running, name: str, **given: Any) -> dict[str, Any]:
@@ -171,6 +171,23 @@ def card(host: Running) -> str:
             "gradioApp().querySelector('#txt2img_prompt textarea').value.includes('<pulid:marked B:0.8>')", "a tag"
         )
         return ", ".join(names)
+
+
+@rows.row("Presets: a saved one in a unit, in a tag and in X/Y/Z; a wrong file is told")
+def presets(host: Running) -> str:
+    folder = host.identities.with_name("presets")
+    folder.mkdir(exist_ok=True)
+    settings = {"weight": 1.1, "end": 0.75, "num_zero": 4}
+    (folder / "Host row.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "Wrong.json").write_text('{"wieght": 1}', encoding="utf-8")
+    wanted = host.api.txt2img({**ANNA, **settings}).image
+    equal(wanted, host.api.txt2img({**ANNA, "preset": "Host row"}).image, "in a unit")
+    equal(wanted, host.api.txt2img(prompt=CAT + "<pulid:marked A:preset=host row>").image, "in a tag")
+    made = cells(host, 2, [("[PuLID 1] Preset", "fidelity, Host row")], ANNA)
+    equal(made[1], host.api.txt2img({**ANNA, **settings}, **SMALL).image, "in a grid")
+    listed = {one["name"]: one for one in host.api.get("/pulid/presets")["presets"]}
+    expect(listed["Host row"]["settings"] == settings and "problem" in listed["Wrong"], f"the list: {listed}")
+    return refused(host, ["unit 1", "preset", "Wrong.json", "did you mean weight"], {**ANNA, "preset": "Wrong"})
 
 
 @rows.row("Prompt: ADetailer's own prompt has a tag, and its script names do not hold “pulid”")
