@@ -115,6 +115,7 @@ def activate(p: Any) -> None:
                 plan_batch(p, tags)
         elif tags:
             setattr(p, REQUEST, NO_REQUEST)
+            p.extra_generation_params = dict(p.extra_generation_params)  # a copied `p` shares that of the outer one
             plan_batch(p, tags)
             p.sample = Sampling(p, getattr(p, PLAN))
 

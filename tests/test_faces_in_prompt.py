@@ -229,13 +229,17 @@ class TestWithoutTheScript:
 
     @pytest.mark.parametrize("copied", [False, True])
     def test_the_tag_acts(self, saved, copied):
-        p = saved.processing()
+        p = outer = saved.processing()
         if copied:  # with all that an outer generation put there
-            with_prompt(saved, "<pulid:ben>", [{"identity": "ben"}])
-            p = copy(saved.last)
-            saved.ui.hook("process", saved.script, saved.last, *OFF)
+            outer.prompt = "<pulid:ben>"
+            outer.setup_prompts()
+            saved.ui.hook("process", saved.script, outer, {"identity": "ben"})
+            p = copy(outer)
         p.prompt, p.before_sampling = "<pulid:anna>", lambda p: None
         assert equal(self.repaint(saved, p), saved.generate([{"identity": "anna"}]))
+        if copied:
+            assert list(outer.extra_generation_params) == ["PuLID 1", "PuLID tag 1"]
+            assert "identity: ben" in outer.extra_generation_params["PuLID tag 1"]
         assert all(count_hooks(unet) == 0 for unet in saved.unets.values())
 
     def test_no_tag_no_face(self, saved):
