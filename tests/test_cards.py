@@ -12,9 +12,7 @@ from tests.fake_modules.extra_networks import UserMetadataEditor
 
 @pytest.fixture
 def saved(host):
-    for name in ("Anna", "ben's 2.0"):
-        host.library.save(name, host.encode("anna" if name == "Anna" else "ben"))
-    host.library.release()
+    host.save(**{"Anna": "anna", "ben's 2.0": "ben"})
     return host
 
 
@@ -121,6 +119,7 @@ class TestDeleting:
 
     def test_what_is_not_saved(self, saved, actions):
         """The cache has identities as well, which have no names."""
+        saved.encode("anna")
         cached = next((saved.library.folder / "cache").glob("*.safetensors"))
         for name, words in (("None", "Select"), ("gone", "is not in"), ("../cache/x", "is not in")):
             _, asked, note = actions.delete(name, name)

@@ -24,9 +24,7 @@ OFF = default_args(3)
 @pytest.fixture
 def saved(host):
     """The program, with two saved identities."""
-    for name in ("anna", "ben"):
-        host.library.save(name, host.encode(name))
-    host.library.release()
+    host.save(anna="anna", ben="ben")
     return host
 
 

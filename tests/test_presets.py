@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_pulid.errors import PulidError, SettingError
@@ -37,8 +37,7 @@ def written(presets, tmp_path):
 def soft(host):
     """The program, with a saved preset and a saved identity."""
     host.library.presets.save("Soft", SOFT)
-    host.library.save("anna", host.encode("anna"))
-    host.library.release()
+    host.save(anna="anna")
     yield host
     (host.library.presets.folder() / "Soft.json").unlink()
 
@@ -50,6 +49,7 @@ class TestFiles:
         assert presets.load("soft") == SOFT
         assert presets.names() == ["Soft"]
 
+    @settings(max_examples=30)
     @given(values=valid_dicts())
     def test_every_setting_but_the_face(self, tmp_path_factory, values):
         presets = Presets(lambda: folder)
@@ -110,6 +110,7 @@ class TestFiles:
         with pytest.raises(SettingError, match="use one of .*style.*Soft"):
             presets.load("zzzzzzz")
 
+    @settings(max_examples=20)
     @given(st.dictionaries(st.sampled_from(sorted(FIELD)), st.none() | st.floats() | st.text(max_size=5)))
     def test_official_names_are_left_alone(self, values):
         for name in (*PRESET_FAMILY, "auto", "custom", "stylised", None, 5):

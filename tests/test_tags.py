@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lib_pulid.errors import SettingError
@@ -93,6 +93,7 @@ def tags(draw) -> tuple[str, dict]:
     return ":".join(parts), values
 
 
+@settings(max_examples=50)
 @given(tags(), st.text(st.characters(exclude_characters="<>"), max_size=20))
 def test_every_setting_of_the_table_can_be_written(tag, around):
     text, values = tag

@@ -13,6 +13,7 @@ import gradio as gr
 from modules import shared, ui_extra_networks, ui_extra_networks_user_metadata
 
 from lib_pulid.fields import FIELD, WEIGHTS
+from lib_pulid.injection import MOST
 from lib_pulid.tags import NAMES
 from lib_pulid.webui.library import Library, SavedIdentity
 
@@ -90,8 +91,9 @@ class FaceEditor(ui_extra_networks_user_metadata.UserMetadataEditor):
 def preferred_weight(metadata: dict[str, Any]) -> float:
     """Returns the weight in a card's .json; 0 if there is none in range: people edit these files."""
     weight = metadata.get(WEIGHT)
-    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    return float(weight) if is_number and 0 < weight <= FIELD["weight"].maximum else 0.0
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        return 0.0
+    return float(weight) if 0 < weight <= MOST["weight"] else 0.0
 
 
 def default_weight(info: dict[str, str]) -> float:
