@@ -78,6 +78,16 @@ def write(path: str | Path, content: bytes, *, replace: bool = False) -> Path:
     return path
 
 
+def delete(path: str | Path) -> None:
+    """Deletes a file; one that is gone already is no error. Raises: StorageError: it cannot be deleted."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be deleted ({error.strerror or error}). Make its folder writable."
+        ) from error
+
+
 def check_writable(path: str | Path, *, replace: bool = False) -> None:
     """Checks before the work that `write` will succeed.
 

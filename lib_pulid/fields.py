@@ -32,6 +32,8 @@ HIRES_PASSES = ("both", "first", "second")
 NOT_DRAWN = "off"
 DRAWS = (NOT_DRAWN, "random", "in turn")
 
+Number = int | str  # of a unit in the accordion or the API, from 1; or what messages call a unit of the prompt: "tag 1"
+
 # Limits of one request, so that neither a typo nor a stranger can keep a machine busy for hours.
 MOST_UNITS = 10
 MOST_PHOTOS = 50  # per person; more than a handful add nothing
@@ -140,6 +142,10 @@ FIELDS = (
 FIELD = {field.name: field for field in FIELDS}
 
 
+BOOLS: Mapping[str, bool] = {"true": True, "false": False, "yes": True, "no": False}
+_NUMBERS = {"float": "number", "int": "whole number"}
+
+
 def schema() -> dict[str, Any]:
     """Returns the JSON schema of a unit's dict."""
     kinds = {"bool": "boolean", "int": "integer", "float": "number", "images": "array", "box": "array"}
@@ -163,7 +169,7 @@ def schema() -> dict[str, Any]:
 # ---------------------------------------------------------------- checks
 
 
-def check(field: Field, value: Any, number: int) -> Any:
+def check(field: Field, value: Any, number: Number) -> Any:
     """Returns a field's value in its own type; None stays None if that is the default.
 
     Raises:
@@ -175,6 +181,23 @@ def check(field: Field, value: Any, number: int) -> Any:
         return _CHECKS[field.kind](field, value)
     except ValueError as error:
         raise SettingError(place(number, field.name) + str(error)) from None
+
+
+def from_text(field: Field, text: str, number: Number) -> Any:
+    """Reads a field's value that is written as text: in a prompt, in an image's parameters.
+
+    Raises:
+        SettingError: the value is wrong; the message names unit and field.
+    """
+    value: Any = text.strip()
+    if field.kind == "bool":
+        value = BOOLS.get(value.lower(), value)
+    elif field.kind in ("float", "int"):
+        try:
+            value = int(value) if field.kind == "int" else float(value)
+        except ValueError:
+            raise SettingError(place(number, field.name) + f"{show(value)} is not a {_NUMBERS[field.kind]}.") from None
+    return check(field, value, number)
 
 
 def _bool(field: Field, value: Any) -> bool:
@@ -263,7 +286,7 @@ _CHECKS = {
 }  # fmt: skip
 
 
-def field_named(name: Any, number: int) -> Field:
+def field_named(name: Any, number: Number) -> Field:
     """Returns the field of this name, or raises SettingError with the nearest one."""
     if isinstance(name, str) and name in FIELD:
         return FIELD[name]
@@ -278,9 +301,14 @@ def spelled(name: Any) -> str:
     return name[:40] if isinstance(name, str) and name[:40].isprintable() else show(name)
 
 
-def place(number: int, field: str) -> str:
+def place(number: Number, field: str) -> str:
     """Returns the beginning of a message. number: of the unit, 0 if there is none."""
-    return f"PuLID unit {number}, field {field}: " if number else f"PuLID, field {field}: "
+    return f"PuLID {spoken(number)}, field {field}: " if number else f"PuLID, field {field}: "
+
+
+def spoken(number: Number) -> str:
+    """Names a unit in a message."""
+    return number if isinstance(number, str) else f"unit {number}"
 
 
 def page_words(message: str) -> str:

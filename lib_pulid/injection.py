@@ -53,12 +53,14 @@ class DenoiseStep:
             masks, and on FLUX to separate the image's own tokens from reference tokens after them.
             None: all image tokens are the image's own, and masks cannot be used.
         steps: number of steps of the sampling. None: injections with a start step cannot be used.
+        images: for each row of the batch, the index of the image that it is of. None: not known.
     """
 
     progress: float
     is_cond: bool | Sequence[bool]
     latent_hw: tuple[int, int] | None = None
     steps: int | None = None
+    images: Sequence[int] | None = None
 
     @property
     def index(self) -> int:
@@ -82,6 +84,7 @@ class Injection:
     end: float
     mask: Tensor | None
     start_step: int = 0
+    images: frozenset[int] | None = None  # of the batch, that get the identity; None: all
 
     @property
     def nbytes(self) -> int:
@@ -229,11 +232,25 @@ def _identities(
     """Collects the active identities at site `n`, for so many rows and tokens."""
     found = []
     for index, injection in enumerate(active):
-        rows = [injection.identity_of(cond) for cond in _rows(step, batch)]
+        rows = _identity_rows(injection, step, batch)
         if any(row is not None for row in rows):
             mask = None if injection.mask is None else masks.over(index, tokens)
             found.append(SiteIdentity(injection.sites[n], rows, mask, injection.projection, injection.num_zero))
     return found
+
+
+def _identity_rows(injection: Injection, step: DenoiseStep, batch: int) -> list[int | None]:
+    """Returns each row's identity in the compiled tensors, or None for a row that gets none."""
+    rows = [injection.identity_of(cond) for cond in _rows(step, batch)]
+    if injection.images is None:
+        return rows
+    if step.images is None or len(step.images) != batch:
+        raise SettingError(
+            "PuLID: the images of this batch have different faces in their prompts, but it is not known which row "
+            "belongs to which image (AND in a prompt, or a script that cuts the batch). Use batch size 1 and a larger "
+            "batch count."
+        )
+    return [row if image in injection.images else None for row, image in zip(rows, step.images)]
 
 
 def _own_tokens(tokens: int, step: DenoiseStep) -> int:

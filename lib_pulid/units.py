@@ -21,6 +21,7 @@ from lib_pulid.fields import (
     PRESETS,
     WEIGHTS,
     Field,
+    Number,
     check,
     field_named,
     place,
@@ -64,7 +65,7 @@ class PulidUnit:
     keep_best: int = 0
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], number: int) -> PulidUnit:
+    def from_mapping(cls, values: Mapping[str, Any], number: Number) -> PulidUnit:
         """Reads an API dict. A field that is missing or null gets its default, or the named preset's value.
 
         Raises:
@@ -79,7 +80,7 @@ class PulidUnit:
         return cls(**{**preset_values(checked.get("preset", "")), **checked})._checked(number)
 
     @classmethod
-    def from_positions(cls, values: Sequence[Any], number: int) -> PulidUnit:
+    def from_positions(cls, values: Sequence[Any], number: Number) -> PulidUnit:
         """Reads the widgets' values, in the order of FIELDS; a short list is filled up with defaults.
 
         The preset there only names what the other widgets say; a saved identity takes precedence over photos, and a
@@ -89,7 +90,7 @@ class PulidUnit:
         checked = {name: check(field, value, number) for name, (field, value) in named.items()}
         return cls(**_one_source(checked))._checked(number)
 
-    def changed(self, values: Mapping[str, Any], number: int) -> PulidUnit:
+    def changed(self, values: Mapping[str, Any], number: Number) -> PulidUnit:
         """Returns a copy with some fields replaced, for X/Y/Z axes. Photo, identity and draw replace one another."""
         checked = {name: check(field_named(name, number), value, number) for name, value in values.items()}
         checked = _one_source(checked)
@@ -120,7 +121,7 @@ class PulidUnit:
         weight = WEIGHTS[family] if self.weight is None else self.weight
         return replace(self, weight=weight, preset=preset_name(family, asdict(self)))
 
-    def check_family(self, family: str, number: int) -> None:
+    def check_family(self, family: str, number: Number) -> None:
         """Raises: SettingError: the preset belongs to the other family."""
         if PRESET_FAMILY.get(self.preset, family) != family:
             own, choices = PRESET_FAMILY[self.preset].upper(), ", ".join(PRESETS[family])
@@ -129,7 +130,7 @@ class PulidUnit:
                 f"Leave the preset out, or use {choices}."
             )
 
-    def check_steps(self, family: str, steps: int, number: int) -> None:
+    def check_steps(self, family: str, steps: int, number: Number) -> None:
         """Raises: SettingError: with so many steps, the identity would never be used on a checkpoint of this family."""
         start_step = self.start_step if family == "flux" else 0
         if self.weight == 0 or any(acts(i, steps, self.start, self.end, start_step) for i in range(steps)):
@@ -144,7 +145,7 @@ class PulidUnit:
             f"{place(number, name)}PuLID would never be active: {why}. Start earlier, end later, or use more steps."
         )
 
-    def _checked(self, number: int) -> PulidUnit:
+    def _checked(self, number: Number) -> PulidUnit:
         if self.start >= self.end:
             raise SettingError(place(number, "start") + f"start ({self.start:g}) has to be below end ({self.end:g}).")
         return self
@@ -179,13 +180,40 @@ def parse_args(
     return [(number, unit) for number, unit in sorted(known.items()) if unit.enabled]
 
 
+def unit_of(args: Sequence[Any], wanted: int, changes: Mapping[str, Any], number: Number) -> PulidUnit:
+    """Returns one unit of a script's arguments, whether it is enabled or not.
+
+    Args:
+        args: see `parse_args`. wanted: the unit's number, from 1. changes: what an X/Y/Z grid sets in it.
+        number: what messages call the unit that is made of it.
+
+    Raises:
+        SettingError: there is no such unit, or one of its values is wrong.
+    """
+    args = list(args)
+    leading = bool(args) and isinstance(args[0], bool)
+    rest = args[leading:]
+    if rest and isinstance(rest[0], Mapping):
+        found = [
+            PulidUnit.from_mapping(values, wanted)
+            for values in rest[wanted - 1 : wanted]
+            if isinstance(values, Mapping)
+        ]
+    else:
+        part = rest[(wanted - 1) * len(FIELDS) : wanted * len(FIELDS)]
+        found = [PulidUnit.from_positions(part, wanted)] if part else []
+    if not found:
+        raise SettingError(place(number, "unit") + f"there is no unit {wanted} in this request.")
+    return found[0].changed(changes, wanted)
+
+
 def default_args(count: int) -> list[Any]:
     """Returns the positional list of a fresh accordion with `count` units: off, and only the first unit enabled."""
     units = [replace(PulidUnit(), enabled=i == 0).positions() for i in range(count)]
     return [False, *(value for unit in units for value in unit)]
 
 
-def at_unit(number: int, field: str, error: PulidError) -> PulidError:
+def at_unit(number: Number, field: str, error: PulidError) -> PulidError:
     """Returns the same error with unit and field before its message."""
     return type(error)(place(number, field) + str(error))
 

@@ -7,7 +7,7 @@ here, and raised where the hosts let it end the request: when they ask the gener
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,12 @@ from typing import Any
 
 from lib_pulid import hosts
 from lib_pulid.errors import OutOfMemoryError, PulidError, SettingError, is_out_of_memory
-from lib_pulid.fields import page_words
+from lib_pulid.fields import Number, page_words
 from lib_pulid.hosts.base import add_callback
 from lib_pulid.hosts.families import chosen_checkpoint
 from lib_pulid.hosts.frame import remember_images
-from lib_pulid.units import PulidUnit, at_unit, parse_args
-from lib_pulid.webui import accordion, infotext, likeness, routes, settings, xyz
+from lib_pulid.units import PulidUnit, at_unit
+from lib_pulid.webui import accordion, infotext, likeness, network, prompt, routes, settings, xyz
 from lib_pulid.webui.actions import Actions
 from lib_pulid.webui.draws import Draws
 from lib_pulid.webui.library import Library
@@ -29,11 +29,15 @@ from lib_pulid.webui.plan import UnitPlan
 
 from modules import scripts, shared  # isort: skip
 
-PLAN, METER = "pulid_plan", "pulid_meter"  # attributes of a StableDiffusionProcessing
+# Attributes of a StableDiffusionProcessing.
+PLAN, REQUEST, TAGS, METER = "pulid_plan", "pulid_request", "pulid_tags", "pulid_meter"
+NO_REQUEST = prompt.Request()
 
 
 class PulidScript(scripts.Script):
-    library = Library(settings.models_dir, settings.device, settings.keep_encoders, settings.likeness)
+    library = Library(
+        settings.models_dir, settings.device, settings.keep_encoders, settings.likeness, settings.portraits
+    )
     draws = Draws(settings.photo_folder)
 
     def title(self) -> str:
@@ -59,49 +63,19 @@ class PulidScript(scripts.Script):
         with ends_the_request(p):
             forget(p)
             self.library.settle(is_interrupted)
-            infotext.clear(p.extra_generation_params)
-            units = parse_args(args, xyz.changes_of(p))
-            if not units:
-                return
-            plan = UnitPlan(units, self.library, tell, p.comment, is_interrupted)
-            # ADetailer calls this in the middle of a request, before an image's parameters are written.
-            self.draw(p, plan, getattr(p, "iteration", 0))
-            meter = self.meter(p, plan)
-            prepare(p, plan)
-            setattr(p, PLAN, plan)
-            setattr(p, METER, meter)
-
-    def meter(self, p: Any, plan: UnitPlan) -> likeness.Meter | None:
-        """Makes the request's Meter if the settings or a unit ask for one."""
-        wanted = settings.likeness() or any(unit.keep_best for _, unit in plan.units)
-        if not wanted or getattr(p, likeness.INNER, False):
-            return None
-        judges = likeness.judges_of(self.library, p.comment)
-        plan.judge = judges[0] if judges else None
-        return likeness.start(plan, self.library, p, judges)
-
-    def draw(self, p: Any, plan: UnitPlan, batch: int) -> bool:
-        """Draws the photos of a batch, unless they are drawn already. Returns whether there are new ones."""
-        if batch == plan.batch:
-            return False
-        plan.batch, size = batch, getattr(p, "batch_size", 1)
-        seeds = getattr(p, "all_seeds", None) or [getattr(p, "seed", 0)]
-        seed = int(seeds[min(batch * size, len(seeds) - 1)])
-
-        def draw(number: int, rank: int, how: str) -> Path:
-            if size > 1:
-                raise SettingError("a batch has one person: set the batch size to 1, and use the batch count instead.")
-            inner = getattr(p, likeness.INNER, False)
-            return self.draws.last(number) if inner else self.draws.draw(number, rank, how, seed, batch)
-
-        return plan.draw(draw)
+            request = prompt.Request(id(p), args, xyz.changes_of(p))
+            setattr(p, REQUEST, request)
+            prompt.check_rest(p, request, self.library)
+            prompt.warn_of_negative(p)
+            tags = prompt.tags_of(p, 0)
+            plan_batch(p, tags if tags.is_final else prompt.Tags())
 
     def process_batch(self, p: Any, *args: Any, batch_number: int = 0, **kwargs: Any) -> None:
         """Hooks one batch at a time: between two, detailers and upscalers may sample inside this generation."""
         plan = getattr(p, PLAN, None)
         if plan is not None:
             with ends_the_request(p):
-                if self.draw(p, plan, batch_number):
+                if draw(p, plan, batch_number):
                     prepare(p, plan)
                 p.sample = Sampling(p, plan)
                 if not hasattr(scripts.Script, "process_before_every_sampling"):  # A1111 1.8
@@ -138,15 +112,80 @@ class PulidScript(scripts.Script):
             forget(p)
 
 
+def plan_batch(p: Any, tags: prompt.Tags) -> None:
+    """Compiles the units of the script's arguments and of a batch's prompts, and writes them into the parameters."""
+    vars(p).pop(PLAN, None)
+    infotext.clear(p.extra_generation_params)
+    setattr(p, TAGS, tags)
+    asked = getattr(p, REQUEST).asked(tags, PulidScript.library.presets)
+    if not asked.units:
+        measure(p, None)
+        return
+    plan = UnitPlan(asked.units, PulidScript.library, tell, p.comment, is_interrupted, asked.images, asked.places)
+    # ADetailer calls `process` in the middle of a request, before an image's parameters are written.
+    draw(p, plan, getattr(p, "iteration", 0))
+    measure(p, plan)
+    prepare(p, plan)
+    setattr(p, PLAN, plan)
+
+
 def prepare(p: Any, plan: UnitPlan) -> None:
     """Compiles the units, and writes them into the parameters."""
     model = model_for(p, plan.units)
     facts = plan.prepare(model)
-    for number, unit in plan.units:
-        p.extra_generation_params[infotext.key(number)] = infotext.write(unit, model.family, facts[number])
+    written = {number: infotext.write(unit, model.family, facts[number]) for number, unit in plan.units}
+    p.extra_generation_params.update(prompt.parameters(plan, written, len(getattr(p, TAGS).first)))
 
 
-def model_for(p: Any, units: list[tuple[int, PulidUnit]]) -> hosts.LoadedModel:
+def measure(p: Any, plan: UnitPlan | None) -> None:
+    """Lets the request's Meter follow a new plan; makes it if the settings or a unit ask for one."""
+    meter, is_whole = getattr(p, METER, None), getattr(p, REQUEST).is_of(p) and not getattr(p, likeness.INNER, False)
+    wanted = plan is not None and (settings.likeness() or any(unit.keep_best for _, unit in plan.units))
+    if meter is None and is_whole and wanted:
+        meter = likeness.Meter(PulidScript.library, likeness.judges_of(PulidScript.library, p.comment))
+        setattr(p, METER, meter)
+    if meter is not None:
+        meter.follow(plan, p)
+
+
+def draw(p: Any, plan: UnitPlan, batch: int) -> bool:
+    """Draws the photos of a batch, unless they are drawn already. Returns whether there are new ones."""
+    if batch == plan.batch:
+        return False
+    plan.batch, size = batch, getattr(p, "batch_size", 1)
+    seeds = getattr(p, "all_seeds", None) or [getattr(p, "seed", 0)]
+    seed = int(seeds[min(batch * size, len(seeds) - 1)])
+    draws, inner = PulidScript.draws, getattr(p, likeness.INNER, False)
+
+    def choose(number: Number, rank: int, how: str) -> Path:
+        if size > 1:
+            raise SettingError("a batch has one person: set the batch size to 1, and use the batch count instead.")
+        return draws.last(number) if inner else draws.draw(number, rank, how, seed, batch)
+
+    return plan.draw(choose)
+
+
+def activate(p: Any) -> None:
+    """Plans a batch anew if its prompts have other tags than were planned for.
+
+    The host calls it for each generation, also where the script is not one of its scripts (ADetailer's own). Then
+    `process` was not called, and what `process_batch` does is done here.
+    """
+    if getattr(p, "is_hr_pass", False) or isinstance(vars(p).get("sample"), Refusal):
+        return
+    with ends_the_request(p):
+        tags = prompt.tags_of(p)
+        if getattr(p, REQUEST, NO_REQUEST).is_of(p):
+            if tags != getattr(p, TAGS):
+                plan_batch(p, tags)
+        elif tags:
+            setattr(p, REQUEST, NO_REQUEST)
+            p.extra_generation_params = dict(p.extra_generation_params)  # a copied `p` shares that of the outer one
+            plan_batch(p, tags)
+            p.sample = Sampling(p, getattr(p, PLAN))
+
+
+def model_for(p: Any, units: Sequence[tuple[Number, PulidUnit]]) -> hosts.LoadedModel:
     """Returns the loaded model; an error names the first unit and its field `model`."""
     try:
         return hosts.current().loaded_model(p)
@@ -180,8 +219,8 @@ def is_interrupted() -> bool:
 def forget(p: Any) -> None:
     """Removes all of ours from `p` and the host; with PuLID off, too, as an error skips `postprocess`."""
     hosts.current().stop()
-    vars(p).pop(PLAN, None)
-    vars(p).pop(METER, None)
+    for name in (PLAN, REQUEST, TAGS, METER):
+        vars(p).pop(name, None)
     if isinstance(sample := vars(p).get("sample"), Refusal):
         del p.sample
     elif isinstance(sample, Sampling):
@@ -275,6 +314,14 @@ def ends_the_request(p: Any) -> Iterator[None]:
 # ---------------------------------------------------------------- the host's callbacks
 
 
+def on_before_ui() -> None:
+    xyz.add_axes(settings.units(), PulidScript.library, hosts.current().families)
+    network.register(activate)
+    from lib_pulid.webui import cards  # not above: it is made of the host's page, which takes a while to import
+
+    cards.register(PulidScript.library)
+
+
 def on_app_started(demo: Any, app: Any) -> None:
     settings.make_temp_folder()
     routes.add_error_handler(app)
@@ -285,7 +332,7 @@ def on_app_started(demo: Any, app: Any) -> None:
 CALLBACKS: dict[str, Callable[..., Any]] = {
     "app_started": on_app_started,
     "ui_settings": settings.add_settings,
-    "before_ui": lambda: xyz.add_axes(settings.units(), PulidScript.library, hosts.current().families),
+    "before_ui": on_before_ui,
     **hosts.current().callbacks(),
 }
 for event, callback in CALLBACKS.items():

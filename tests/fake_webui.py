@@ -11,6 +11,7 @@ a pass with what there is, at its next step; an interrupted generation begins no
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fake_modules import a1111, forge, installed
+from tests.fake_modules import a1111, extra_networks, forge, installed
 from tests.fake_modules.models import SMALL_SITES, small_unet
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ class Widget:
 def gradio(version: str) -> ModuleType:
     made = ModuleType("gradio")
     made.__version__ = version
-    layout, widgets = "Tabs Tab Row Column Accordion", "File Gallery Number Button Checkbox Radio Image HTML"
+    layout, widgets = "Tabs Tab Row Column Accordion", "TextArea File Gallery Number Button Checkbox Radio Image HTML"
     for name in f"{layout} {widgets} SelectData Dropdown Textbox Slider".split():
         setattr(made, name, type(name, (Widget,), {}))
     made.update = lambda **kwargs: {"__type__": "update", **kwargs}
@@ -120,12 +121,43 @@ class Interrupted(BaseException):
 class _Processing:
     """What both hosts' StableDiffusionProcessing have. before_sampling: the scripts' process_before_every_sampling."""
 
+    is_api = True  # the tests send dicts
+
     def _begin(self, batches: int, steps: int) -> None:
         self.extra_generation_params: dict[str, Any] = {}
         self.comments: list[str] = []
-        self.batches, self.steps = batches, steps
+        self.batches, self.n_iter, self.steps = batches, batches, steps
         self.before_step: Any = lambda step: None
         self.before_sampling: Any = lambda p: None
+        self.prompt: str | list[str] = ""  # a list: one per image
+        self.hr_prompt: str | list[str] = ""
+        self.negative_prompt, self.batch_size, self.iteration = "", 1, 0
+        self.enable_hr = self.disable_extra_networks = False
+
+    def setup_prompts(self) -> None:
+        def each(prompt: str | list[str]) -> list[str]:
+            return prompt if isinstance(prompt, list) else [prompt] * self.batch_size * self.batches
+
+        self.all_prompts, self.all_negative_prompts = each(self.prompt), each(self.negative_prompt)
+        self.all_hr_prompts = each(self.hr_prompt or self.prompt) if self.enable_hr else None
+
+    def begin_batch(self, batch: int) -> None:
+        networks = sys.modules["modules"].extra_networks
+        self.iteration, images = batch, slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+        self.prompts = self.all_prompts[images]
+        self.rewrite_prompts(self)
+        self.prompts, self.extra_network_data = networks.parse_prompts(self.prompts)
+        if self.enable_hr:
+            _, self.hr_extra_network_data = networks.parse_prompts(self.all_hr_prompts[images])
+        if not self.disable_extra_networks:
+            networks.activate(self, self.extra_network_data)
+            if self.enable_hr:  # A1111 does both, where it needs the second pass's texts beforehand
+                networks.activate(self, self.hr_extra_network_data)
+                networks.activate(self, self.extra_network_data)
+
+    @staticmethod
+    def rewrite_prompts(p: Any) -> None:
+        """Before_process_batch of another extension, where a test has one."""
 
     def comment(self, text: str) -> None:
         self.comments.append(text)
@@ -139,19 +171,26 @@ class _Processing:
             if state.interrupted or state.skipped:
                 raise Interrupted
 
-        text = [torch.randn(1, 7, self.text_width, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+        shape = (1, 7, self.text_width)
+        text = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+        text = [one.expand(self.batch_size, -1, -1) for one in text]
         try:
             with torch.no_grad():
                 made += self._pass(*text, before_step)
+                if self.enable_hr:
+                    self.is_hr_pass = True
+                    if not self.disable_extra_networks:
+                        sys.modules["modules"].extra_networks.activate(self, self.hr_extra_network_data)
+                    made += self._pass(*text, before_step)
         except Interrupted:
             return torch.zeros(1)
+        finally:
+            self.is_hr_pass = False
         return torch.stack(made)
 
 
 class Generation(_Processing, a1111.P):
     """In A1111: a batch is a few UNet calls of `fake_modules.a1111.sample`."""
-
-    is_api = True  # the tests send dicts
 
     def __init__(
         self, unet: torch.nn.Module | None = None, name: str = "some-sdxl", batches: int = 1, steps: int = 2
@@ -161,7 +200,8 @@ class Generation(_Processing, a1111.P):
 
     def _pass(self, cond: Tensor, uncond: Tensor, before_step: Any) -> list[Tensor]:
         self.before_sampling(self)
-        return a1111.sample(self, cond, uncond, steps=self.steps, before_step=before_step)
+        pictures = self.batch_size
+        return a1111.sample(self, cond, uncond, steps=self.steps, pictures=pictures, before_step=before_step)
 
     @property
     def text_width(self) -> int:
@@ -203,7 +243,11 @@ class WebUI:
         self.modules.scripts.scripts_data[:] = [_xyz()]
         spec = importlib.util.spec_from_file_location("pulid.py", ROOT / "scripts" / "pulid.py")
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        self.modules.extra_networks.registry.clear()
+        self.modules.ui_extra_networks.extra_pages.clear()
         spec.loader.exec_module(module)  # type: ignore[union-attr]
+        for callback in list(self.modules.script_callbacks.callback_map["callbacks_before_ui"]):
+            callback.callback()
         return module
 
     def script(self) -> Any:
@@ -230,12 +274,14 @@ class WebUI:
         state = self.modules.shared.state
         if hasattr(script, "process_before_every_sampling"):
             p.before_sampling = lambda p: self.hook("process_before_every_sampling", script, p, *args)
+        p.setup_prompts()
         self.hook("process", script, p, *args)
         pictures, processed = [], SimpleNamespace(images=[], infotexts=[], comments="", index_of_first_image=0)
         for batch in range(p.batches):
             state.skipped = False
             if state.interrupted:
                 break
+            p.begin_batch(batch)
             self.hook("process_batch", script, p, *args, batch_number=batch)
             pictures.append(p.sample())
             between(batch)
@@ -248,7 +294,7 @@ class WebUI:
 
     def _finish(self, script: Any, p: Any, args: Sequence[Any], batch: int, images: list, processed: Any) -> None:
         """What the hosts do with each image of a batch; an infotext is a dict here."""
-        p.iteration, p.batch_size = batch, len(images)
+        p.iteration, p.batch_size = batch, len(images) or p.batch_size
         for p.batch_index, image in enumerate(images):
             pp = SimpleNamespace(image=image)
             self.hook("postprocess_image", script, p, pp, *args)
@@ -297,11 +343,18 @@ def _fill(modules: ModuleType, models_dir: Path) -> None:
     )
     opts.add_option = opts.added.__setitem__
     flags = SimpleNamespace(api=True, nowebui=False, api_auth=None, pulid_models_dir=str(models_dir))
+    opts.samples_format = "png"
     add("shared", opts=opts, cmd_opts=flags, state=State(), OptionInfo=OptionInfo)
     add("paths", models_path=str(models_dir))
     known: dict[str, Any] = {}  # CheckpointInfo by each of its names
     add("sd_models", model_data=SimpleNamespace(sd_model=None), checkpoint_aliases=known)
     modules.sd_models.get_closet_checkpoint_match = known.get
+    add("extra_networks")
+    extra_networks.fill(modules.extra_networks)
+    add("ui_extra_networks_user_metadata", UserMetadataEditor=extra_networks.UserMetadataEditor)
+    pages: list[Any] = []
+    add("ui_extra_networks", ExtraNetworksPage=extra_networks.Page, quote_js=json.dumps, extra_pages=pages)
+    modules.ui_extra_networks.register_page = pages.append
     add("scripts", Script=Script, AlwaysVisible=ALWAYS_VISIBLE, scripts_data=[_xyz()])
     add("ui_components", InputAccordion=type("InputAccordion", (Widget,), {}), ToolButton=type("Tool", (Widget,), {}))
 

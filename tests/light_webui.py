@@ -129,6 +129,9 @@ def _id_former() -> IDFormer:
 # ---------------------------------------------------------------- the program
 
 
+_ENCODED: dict[tuple[Path, str], Identity] = {}
+
+
 @dataclass
 class Host:
     """One start of the program. unets: the checkpoints in its memory."""
@@ -166,6 +169,14 @@ class Host:
 
         adapter = self.library.adapter(file, "sdxl")
         return self.library.encode([decode(PHOTOS[name], "photo")], adapter, LARGEST, "official")
+
+    def save(self, **people: str) -> None:
+        """Saves identities: the name of each, and whose it is. Each photo is read once for all tests."""
+        for name, person in people.items():
+            if (self.folder, person) not in _ENCODED:
+                _ENCODED[self.folder, person] = self.encode(person)
+            self.library.save(name, _ENCODED[self.folder, person])
+        self.library.release()
 
     def start_anew(self) -> None:
         """As if the program had been started again: a library that knows nothing, and nothing written."""

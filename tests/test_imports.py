@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("identity",),
     ("photos", "injection", "blend"),
     ("fields",),
-    ("units", "bench_cases"),
+    ("units", "tags", "bench_cases"),
     ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other
     ("training",),
     ("miniature",),

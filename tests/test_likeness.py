@@ -379,7 +379,7 @@ def test_masks_follow_their_image(host):
 
     images = [color("nobody"), color("anna")]
     masks = [Image.new("L", (4, 4)) for _ in images]
-    out = [web.Measured(images[0], 0, (None,))]
+    out = [web.Measured(images[0], 0, (None,), (1,))]
     from types import SimpleNamespace
 
     made = SimpleNamespace(images=[images[0], masks[0], images[1], masks[1]], infotexts=["a", "b"], all_seeds=[5, 6])

@@ -42,6 +42,16 @@ class _Window:
         conds, stack = self.params.text_cond.shape[0], self.params.x.shape[0]
         return [i % stack < conds for i in range(first, first + batch)]
 
+    def images(self, batch: int, count: int) -> list[int] | None:
+        """Returns the image that each of the rows just taken is of. count: images in the batch.
+
+        None: AND in a prompt makes more cond rows than images, and the host does not say which are whose.
+        """
+        conds, stack = self.params.text_cond.shape[0], self.params.x.shape[0]
+        if conds != count or stack not in (count, 2 * count):
+            return None
+        return [i % stack % count for i in range(self.rows - batch, self.rows)]
+
 
 class _Run(Run):
     """Hooks the UNet from the first step, or from the beginning of the sampling, to the end."""
@@ -92,7 +102,8 @@ class _Run(Run):
         params = self._window.params
         progress = self._progress(params.denoiser, params.sigma)
         rows, steps = self._window.take(len(x)), params.denoiser.steps
-        step = DenoiseStep(progress, rows, (x.shape[-2], x.shape[-1]), steps)
+        images = self._window.images(len(x), len(getattr(self.p, "prompts", None) or ()))
+        step = DenoiseStep(progress, rows, (x.shape[-2], x.shape[-1]), steps, images)
         return step, (params.x.shape[-2], params.x.shape[-1])
 
     def _check_seen(self) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,7 +152,8 @@ class _Run(Run):
         rows = _rows(options, len(x))
         if all(rows) and self._is_negative(kwargs.get("context")):
             rows = [False] * len(x)  # SAG: an extra call with the negative prompt in place of the prompt
-        return self._place(options["sigmas"], rows, (x.shape[-2], x.shape[-1])), self._whole
+        images = [i % len(options["sigmas"]) for i in range(len(x))]
+        return replace(self._place(options["sigmas"], rows, (x.shape[-2], x.shape[-1])), images=images), self._whole
 
     def _is_negative(self, text: Tensor | None) -> bool:
         """Whether this is the text of the step's negative rows, and differs from the prompt's."""

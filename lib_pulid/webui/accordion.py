@@ -23,6 +23,7 @@ from lib_pulid.webui.actions import AT_ONCE, FOLLOWING, PRESET_FIELDS, Actions, 
 from lib_pulid.webui.infotext import PastedField
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.missing import Missing
+from lib_pulid.webui.presets import SAVED
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,8 @@ class _Unit:
                 )
             )
             self.save = gr.Button("Save identity", size="sm", elem_id=self._id("save"), elem_classes=["pulid-tool"])
+            self.delete = _tool("\U0001f5d1", self._id("delete"), "Delete the selected identity")
+            self.doomed = _silent(gr.Textbox(value="", visible=False, label=f"PuLID {self._number} to delete"))
 
     def _strength(self) -> None:
         with gr.Row():
@@ -248,6 +251,23 @@ class _Unit:
             family = self._shown.value
             preset = self._common(FIELD["preset"]) | ({"info": PRESET_TIPS[family]} if family else {})
             self.widgets["preset"] = gr.Radio(choices=preset_choices(family), **preset)
+        with gr.Row(elem_classes=["pulid-line"]):
+            listed = self._actions.saved_presets()
+            self.presets = _silent(
+                gr.Dropdown(
+                    label=self._label("Load a saved preset"),
+                    choices=listed["choices"],
+                    value=NONE,
+                    interactive=True,
+                    elem_id=self._id("presets"),
+                )
+            )
+            self.preset_name = _silent(
+                gr.Textbox(label="Save these settings as", max_lines=1, elem_id=self._id("preset_name"))
+            )
+            self.save_preset = gr.Button(
+                "Save preset", size="sm", elem_id=self._id("save_preset"), elem_classes=["pulid-tool"]
+            )
         self.widgets["model"] = gr.Dropdown(
             choices=self._actions.model_choices(), allow_custom_value=True, **self._common(FIELD["model"])
         )
@@ -315,6 +335,13 @@ class _Unit:
             [identity, self.name, self.note],
             queue=False,
         )
+        self.delete.click(act.delete, [identity, self.doomed], [identity, self.doomed, self.note], **AT_ONCE)
+        identity.change(lambda: "", [], [self.doomed], **AT_ONCE)
+        settings = [w[name] for name in SAVED]
+        self.presets.change(act.load_preset, [self.presets], [*settings, self.presets, self.note], **AT_ONCE)
+        saved = [self.presets, self.preset_name, self.note]
+        self.save_preset.click(act.save_preset, [self.preset_name, *settings], saved, **AT_ONCE)
+        self.refresh.click(act.saved_presets, [], [self.presets], **AT_ONCE)
         moved = [w[name] for name in PRESET_FIELDS]
         w["preset"].change(act.apply_preset, [w["preset"]], moved, **AT_ONCE)
         for name in PRESET_FIELDS:

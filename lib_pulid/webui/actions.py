@@ -33,6 +33,7 @@ from lib_pulid.fields import (
 from lib_pulid.images import load_image
 from lib_pulid.webui import pictures
 from lib_pulid.webui.library import Library
+from lib_pulid.webui.presets import SAVED
 
 if TYPE_CHECKING:
     from lib_pulid.identity import Identity
@@ -232,6 +233,23 @@ class Actions:
         note = _good(f"Saved {made.name} ({made.short_hash}) for {made.adapter}. Select it as a saved identity.")
         return (self.list_people(), gr.update(value=""), note, *[gr.update(choices=self.identity_choices())] * units)
 
+    def delete(self, identity: str, asked: str) -> tuple[Any, str, str]:
+        """Deletes the selected identity at the second click. asked: the identity that the first click was for.
+
+        Returns the list, the identity that the next click would delete, and a note.
+        """
+        name = _saved(identity)
+        try:
+            if not name:
+                raise SettingError("Select a saved identity to delete first.")
+            path = self._library.listed(name).path
+            if name != asked:
+                return gr.update(), name, _warn(f"Click again to delete {path}. It cannot be restored.")
+            gone = self._library.delete(name)
+        except PulidError as error:
+            return gr.update(), "", _bad([str(error)])
+        return gr.update(choices=self.identity_choices(), value=NONE), "", _good(f"Deleted {gone.name}.")
+
     def _encoded(self, images: str, model: str, choice: FaceChoice, fusion: str, told: list[str]) -> Identity:
         photos = [pictures.photo(text, f"photo {i}") for i, text in enumerate(_images(images), 1)]
         if not photos:
@@ -264,6 +282,35 @@ class Actions:
         if shown not in ("", family):
             return gr.update()
         return gr.update(value=_preset_name(family, values))
+
+    def saved_presets(self) -> Any:
+        """Lists the user's presets, none of them selected."""
+        return gr.update(choices=[NONE, *self._library.presets.names()], value=NONE)
+
+    def load_preset(self, name: str) -> list[Any]:
+        """Returns the widgets of a preset's fields, the list with nothing selected, and a note."""
+        if name in (None, "", NONE):
+            return [gr.update()] * (len(SAVED) + 2)
+        try:
+            values = self._library.presets.load(name)
+        except PulidError as error:
+            return [*[gr.update()] * len(SAVED), self.saved_presets(), _bad([str(error)])]
+        widgets = [gr.update() if values.get(field) is None else gr.update(value=values[field]) for field in SAVED]
+        return [*widgets, self.saved_presets(), _good(f"The settings are those of the preset {name}.")]
+
+    def save_preset(self, name: str, *values: Any) -> tuple[Any, Any, str]:
+        """Saves the values of SAVED under a name. Returns the list, an empty name field, and a note."""
+        try:
+            if not name.strip():
+                raise SettingError("Enter a name for the preset first.")
+            name = self._library.presets.save(name, dict(zip(SAVED, values)))
+        except PulidError as error:
+            return gr.update(), gr.update(), _bad([str(error)])
+        return (
+            self.saved_presets(),
+            gr.update(value=""),
+            _good(f"Saved the preset {name}: these settings, without the face."),
+        )
 
     def follow_checkpoint(self, shown: str, name: str, *values: Any) -> list[Any]:
         """Shows the settings of the checkpoint's family in every unit.

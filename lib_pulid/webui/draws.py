@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lib_pulid import disk
 from lib_pulid.errors import SettingError
-from lib_pulid.fields import DRAWS
+from lib_pulid.fields import DRAWS, Number
 
 _, RANDOM, IN_TURN = DRAWS
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
@@ -24,9 +24,9 @@ class Draws:
     def __init__(self, folder: Callable[[], Path | None]) -> None:
         self._folder = folder
         self._turn = 0
-        self._last: dict[int, Path] = {}  # by unit
+        self._last: dict[Number, Path] = {}  # by unit
 
-    def draw(self, number: int, rank: int, how: str, seed: int, batch: int) -> Path:
+    def draw(self, number: Number, rank: int, how: str, seed: int, batch: int) -> Path:
         """Draws a unit's photo.
 
         Args:
@@ -51,7 +51,7 @@ class Draws:
         self._last[number] = found
         return found
 
-    def last(self, number: int) -> Path:
+    def last(self, number: Number) -> Path:
         """Returns the photo that was drawn last, for a generation inside another (ADetailer). Raises: SettingError."""
         if number not in self._last:
             raise SettingError("no photo was drawn for the image that this one is a part of.")

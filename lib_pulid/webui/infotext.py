@@ -11,7 +11,8 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from lib_pulid import names
-from lib_pulid.fields import AUTO, FIELDS, NONE, NOT_DRAWN, Field, check
+from lib_pulid.errors import SettingError
+from lib_pulid.fields import AUTO, FIELDS, NONE, NOT_DRAWN, Field, Number, from_text
 from lib_pulid.units import PulidUnit
 from lib_pulid.webui.library import Library
 
@@ -19,7 +20,7 @@ PREFIX = "PuLID "
 _ESCAPES = {"%": "%25", ",": "%2C", ":": "%3A", '"': "%22", "\n": "%0A", "\\": "%5C"}
 
 
-def key(number: int) -> str:
+def key(number: Number) -> str:
     return f"{PREFIX}{number}"
 
 
@@ -90,8 +91,8 @@ def _value(field: Field, entries: Mapping[str, str], library: Library) -> Any:
         return {"model": AUTO, "box": ""}.get(field.name)
     text = entries[field.name]
     try:
-        return check(field, {"float": float, "int": int}.get(field.kind, str)(text), 0)
-    except ValueError:  # someone edited the parameters; SettingError is one, too
+        return from_text(field, text, 0)
+    except SettingError:  # someone edited the parameters
         return None
 
 

@@ -5,6 +5,7 @@ One adapter stays loaded on the CPU; the encoders are released after use.
 
 from __future__ import annotations
 
+import difflib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,16 +20,19 @@ from lib_pulid.errors import (
     IdentityMismatchError,
     Interrupted,
     MissingWeightsError,
+    PulidError,
     SettingError,
     UnsupportedModelError,
     WrongWeightsError,
 )
-from lib_pulid.fields import AUTO
+from lib_pulid.fields import AUTO, Number
 from lib_pulid.files import catalog
 from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
 from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
+from lib_pulid.units import at_unit
 from lib_pulid.webui.fetching import Downloads
 from lib_pulid.webui.interruptible import Interruptible
+from lib_pulid.webui.presets import Presets
 from lib_pulid.webui.readers import Readers
 
 if TYPE_CHECKING:
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 IDENTITY_SUFFIXES = (".safetensors", PULIDEMBD)
+CARD_IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "avif")  # what the hosts save beside a model as its card's image
 # Tensors of a PuLID file's identity encoder that an IP-Adapter in the same layout lacks.
 _ENCODERS = ("image_proj.body.0.weight", "image_proj.proj_out")
 
@@ -72,6 +77,7 @@ class Library:
     Args:
         models_dir: returns the models folder, see `catalog`. device: returns the encoders' device.
         keep: whether encoders stay loaded. likeness: whether the likeness of images is measured.
+        portraits: whether saved identities keep a small image of the face.
     """
 
     def __init__(
@@ -80,9 +86,11 @@ class Library:
         device: Callable[[], str] = lambda: "cpu",
         keep: Callable[[], bool] = lambda: False,
         likeness: Callable[[], bool] = lambda: False,
+        portraits: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._models_dir, self._keep, self._likeness = models_dir, keep, likeness
+        self._models_dir, self._keep, self._likeness, self._portraits = models_dir, keep, likeness, portraits
         self.downloads = Downloads(models_dir)
+        self.presets = Presets(lambda: self.folder / "presets")
         self._readers = Readers(device, lambda path: self._of(path, _fingerprint))
         self._lock = threading.RLock()
         self._work = Interruptible()
@@ -235,8 +243,7 @@ class Library:
 
         path = self.find(name_or_hash)
         if path is None:
-            known = ", ".join(one.name for one in self.identities()) or "none"
-            raise IdentityMismatchError(f"{name_or_hash} is not in {self.identities_dir}. Saved identities: {known}.")
+            raise self._unknown(name_or_hash)
         return Identity.load(path)
 
     def with_embedding(self, identity: Identity, judge: Recognizer | None) -> Identity:
@@ -254,6 +261,28 @@ class Library:
                 identity = replace(identity, embeddings={**identity.embeddings, **Identity.load(path).embeddings})
         return identity
 
+    def check_saved(self, name_or_hash: str, number: Number) -> None:
+        """Checks that an identity is there, without loading it. number: of the unit, for messages.
+
+        Raises:
+            IdentityMismatchError, SettingError: as `saved`.
+        """
+        try:
+            if self.find(name_or_hash) is None:
+                raise self._unknown(name_or_hash)
+        except PulidError as error:
+            raise at_unit(number, "identity", error) from error
+
+    def _unknown(self, name: str) -> IdentityMismatchError:
+        known = {names.key(one.name): one.name for one in self.identities()}
+        near = [known[key] for key in difflib.get_close_matches(names.key(name), known, 3)]
+        hint = (
+            f"Did you mean {' or '.join(near)}?"
+            if near
+            else f"Saved identities: {', '.join(known.values()) or 'none'}."
+        )
+        return IdentityMismatchError(f"{name} is not in {self.identities_dir}. {hint}")
+
     def save(self, name: str, identity: Identity) -> SavedIdentity:
         """Saves an identity under a new name; if the name ends in `.pulidembd`, in that format.
 
@@ -266,7 +295,8 @@ class Library:
         path = self.identities_dir / (name if name.lower().endswith(PULIDEMBD) else f"{name}.safetensors")
         with self._lock:  # of two who save under one name, the second gets an error
             self._check_free(path, [])
-            replace(identity, info={**identity.info, "name": name}).save(path)
+            thumbnail = identity.thumbnail if self._portraits() else None
+            replace(identity, info={**identity.info, "name": name}, thumbnail=thumbnail).save(path)
             try:
                 self._check_free(path, [path])  # another program may have saved another spelling
             except SettingError:
@@ -284,6 +314,34 @@ class Library:
 
         names.new(name)  # before the work
         return self.save(name, blend([(one, self.saved(one), share) for one, share in people]))
+
+    def card(self, saved: SavedIdentity) -> tuple[dict[str, str], str]:
+        """Returns how an identity was made, and its small image of the face as a data URI, "" without one."""
+        return self._of(saved.path, _card)
+
+    def delete(self, name: str) -> SavedIdentity:
+        """Deletes a saved identity, and its card's image and notes.
+
+        Raises:
+            IdentityMismatchError: no saved identity has this name. SettingError: the name fits several. StorageError.
+        """
+        with self._lock:
+            gone = self.listed(name)
+            stem = gone.path.stem
+            beside = [f"{stem}.json", *(f"{stem}{part}.{kind}" for part in ("", ".preview") for kind in CARD_IMAGES)]
+            if any(one.path.stem == stem for one in self.identities() if one != gone):  # x.pulidembd beside x
+                beside = []
+            for one in (gone.path, *(gone.path.with_name(name) for name in beside)):
+                disk.delete(one)
+            return gone
+
+    def listed(self, name: str) -> SavedIdentity:
+        """Returns a saved identity by name or hash, without loading it. Raises: as `delete`."""
+        path = self.find(name)
+        found = next((one for one in self.identities() if one.path == path), None)
+        if found is None:
+            raise self._unknown(name)
+        return found
 
     def _check_free(self, path: Path, own: Sequence[Path]) -> None:
         for other in _files(self.identities_dir, IDENTITY_SUFFIXES):
@@ -437,3 +495,14 @@ def _saved(path: Path) -> SavedIdentity | None:
     except IdentityMismatchError:
         return None
     return SavedIdentity(_shown_name(path), identity.short_hash, identity.info.get("adapter", ""), path)
+
+
+def _card(path: Path) -> tuple[dict[str, str], str]:
+    from lib_pulid.identity import Identity
+    from lib_pulid.webui.pictures import encode
+
+    try:
+        identity = Identity.load(path)
+    except IdentityMismatchError:  # damaged since it was listed
+        return {}, ""
+    return dict(identity.info), "" if identity.thumbnail is None else encode(identity.thumbnail, "JPEG")

@@ -18,6 +18,7 @@ import numpy as np
 
 from lib_pulid import disk
 from lib_pulid.errors import PulidError
+from lib_pulid.fields import Number
 from lib_pulid.files.judges import BUFFALO
 from lib_pulid.hosts.frame import WHOLE, frame_of, part_of_mask
 from lib_pulid.likeness import (
@@ -33,6 +34,7 @@ from lib_pulid.likeness import (
 )
 
 if TYPE_CHECKING:
+    from lib_pulid.identity import Identity
     from lib_pulid.webui.library import Library
     from lib_pulid.webui.plan import UnitPlan
 
@@ -43,11 +45,16 @@ INNER = "_ad_inner"  # attribute of the generations in which ADetailer repaints 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """One image. number: in the request, from 0 on. values: see `likeness.measure`; None: not measured."""
+    """One image.
+
+    Args:
+        number: in the request, from 0 on. values: see `likeness.measure`; None: not measured. people: their units.
+    """
 
     image: Any
     number: int
     values: tuple[float | None, ...] | None
+    people: tuple[Number, ...]
 
 
 class PerImage(str):
@@ -77,22 +84,35 @@ class Meter:
     """Measures the images of one request.
 
     Args:
-        judges: see `Library.judges`. keep: how many images to keep; 0: all.
+        judges: see `Library.judges`. plan: of the current batch. keep: how many images to keep; 0: all.
     """
 
-    plan: UnitPlan
     library: Library
     judges: Sequence[Recognizer]
+    plan: UnitPlan | None = None
     keep: int = 0
     images: list[Measured] = field(default_factory=list)
+    _people: dict[Number, Identity] = field(default_factory=dict)
     _reasons: dict[str, None] = field(default_factory=dict)  # ordered, each once
     _seconds: list[float] = field(default_factory=list)
+
+    def follow(self, plan: UnitPlan | None, p: Any) -> None:
+        """Measures the images from now on with the plan of a new batch; None: nobody is in it."""
+        self.plan = plan
+        if plan is None:
+            return
+        plan.judge = self.judges[0] if self.judges else None
+        self.keep = max([self.keep, *(unit.keep_best for _, unit in plan.units)])
+        if self.keep:
+            p.do_not_save_grid = True  # it would show the others, too
 
     def add(self, p: Any, image: Any) -> None:
         """Measures an image (Pillow), and writes the numbers into its parameters."""
         values, begin = None, time.perf_counter()
+        people = () if self.plan is None else self.plan.of_image(getattr(p, "batch_index", 0))
         try:
-            values = self._measure(p, image)
+            if self.plan is not None and people:
+                values = self._measure(self.plan, people, p, image)
         except PulidError as error:
             self._reasons[str(error)] = None
         except Exception as error:  # whatever it is, the image is kept
@@ -100,31 +120,24 @@ class Meter:
             self._reasons[f"{type(error).__name__}: {error}"[:300]] = None
         self._seconds.append(time.perf_counter() - begin)
         iteration, index = _place(p)
-        self.images.append(Measured(image, iteration * getattr(p, "batch_size", 1) + index, values))
+        self.images.append(Measured(image, iteration * getattr(p, "batch_size", 1) + index, values, people))
         p.extra_generation_params.pop(ENTRY, None)
         if values is not None and (words := text(values)):
             p.extra_generation_params[ENTRY] = PerImage(words, p)
 
-    def _measure(self, p: Any, image: Any) -> tuple[float | None, ...] | None:
+    def _measure(self, plan: UnitPlan, people: Sequence[Number], p: Any, image: Any) -> tuple[float | None, ...] | None:
+        self._people |= {number: plan.people[number] for number in people}
         judge = self.judge
-        if judge is None or (self.plan.stop is not None and self.plan.stop()):  # an interrupt is answered at once
+        if judge is None or (plan.stop is not None and plan.stop()):  # an interrupt is answered at once
             return None
         pixels = np.asarray(image.convert("RGB"))
-        people = [self._person(number, judge, p) for number, _ in self.plan.units]
-        return measure(self.library.see(pixels, judge, self._warn), people, pixels.shape[:2])
-
-    def _person(self, number: int, judge: Recognizer, p: Any) -> Person:
-        embedding, mask = self.plan.people[number].embeddings.get(judge.key), self.plan.masks.get(number)
-        if mask is not None:
-            # A part that was inpainted alone is back in its image.
-            pasted = getattr(p, "paste_to", None) is not None
-            mask = part_of_mask(mask, WHOLE if pasted else frame_of(p, bool(getattr(p, "enable_hr", False))))
-        return Person(embedding, None if mask is None else mask.cpu().numpy())
+        wanted = [_person(plan, number, judge, p) for number in people]
+        return measure(self.library.see(pixels, judge, self._warn), wanted, pixels.shape[:2])
 
     @property
     def judge(self) -> Recognizer | None:
         """The recognizer that measures; None if none knows anybody."""
-        return choose_judge(self.judges, [identity.embeddings for identity in self.plan.people.values()])
+        return choose_judge(self.judges, [identity.embeddings for identity in self._people.values()])
 
     def _warn(self, words: str) -> None:
         self._reasons[words.replace("photos", "faces", 1)] = None
@@ -143,8 +156,8 @@ class Meter:
 
     def _line(self, one: Measured, several: bool) -> str:
         found = [
-            (f"person {number} " if len(self.plan.units) > 1 else "") + _words(value)
-            for (number, _), value in zip(self.plan.units, one.values or ())
+            (f"{_called(number)} " if len(one.people) > 1 else "") + _words(value)
+            for number, value in zip(one.people, one.values or ())
         ]
         return f"PuLID likeness{f', image {one.number + 1}' if several else ''}: {', '.join(found)}."
 
@@ -162,16 +175,16 @@ class Meter:
         """Says whom the judge does not know."""
         judge = self.judge or (self.judges[-1] if self.judges else None)
         lines = []
-        for number, _ in self.plan.units:
-            embeddings = self.plan.people[number].embeddings
+        for number, identity in self._people.items():
+            embeddings = identity.embeddings
             if judge is not None and judge.key not in embeddings:
                 lines.append(
-                    f"PuLID likeness: person {number} is unknown, since the saved identity has no face embedding. Give "
-                    "the photo once."
+                    f"PuLID likeness: {_called(number)} is unknown, since the saved identity has no face embedding. "
+                    "Give the photo once."
                 )
             elif judge is not None and any(better.key not in embeddings for better in self.judges[:1]):
                 lines.append(
-                    f"PuLID likeness: {self.judges[0].name} does not know person {number} yet. Give the photo once."
+                    f"PuLID likeness: {self.judges[0].name} does not know {_called(number)} yet. Give the photo once."
                 )
         return lines
 
@@ -185,6 +198,19 @@ class Meter:
             return "PuLID kept all images: another extension replaced them after they were measured."
         listed = ", ".join(f"image {one.number + 1} ({text(one.values or ())})" for one in out)
         return f"PuLID kept {len(kept)} of {len(self.images)} images. Not kept: {listed}. {_move(out)}"
+
+
+def _person(plan: UnitPlan, number: Number, judge: Recognizer, p: Any) -> Person:
+    embedding, mask = plan.people[number].embeddings.get(judge.key), plan.masks.get(number)
+    if mask is not None:
+        # A part that was inpainted alone is back in its image.
+        pasted = getattr(p, "paste_to", None) is not None
+        mask = part_of_mask(mask, WHOLE if pasted else frame_of(p, bool(getattr(p, "enable_hr", False))))
+    return Person(embedding, None if mask is None else mask.cpu().numpy())
+
+
+def _called(number: Number) -> str:
+    return number if isinstance(number, str) else f"person {number}"
 
 
 def _words(value: float | None) -> str:
@@ -243,14 +269,6 @@ def _moved(path: Path) -> Path:
     if disk.is_file(beside := path.with_suffix(".txt")):
         os.replace(beside, target.with_suffix(".txt"))
     return target
-
-
-def start(plan: UnitPlan, library: Library, p: Any, judges: Sequence[Recognizer]) -> Meter:
-    """Makes the meter of a request."""
-    keep = max((unit.keep_best for _, unit in plan.units), default=0)
-    if keep:
-        p.do_not_save_grid = True  # it would show the others, too
-    return Meter(plan, library, judges, keep)
 
 
 def judges_of(library: Library, warn: Callable[[str], None]) -> Sequence[Recognizer]:

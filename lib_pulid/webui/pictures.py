@@ -53,13 +53,13 @@ def decode(text: str, name: str, read: Callable[[bytes, str], np.ndarray] = load
         raise
 
 
-def encode(image: np.ndarray) -> str:
-    """Encodes an image, uint8 RGB [H, W, 3], as the data URI of a PNG."""
+def encode(image: np.ndarray, kind: str = "PNG") -> str:
+    """Encodes an image, uint8 RGB [H, W, 3], as the data URI of a PNG, or of a JPEG."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    Image.fromarray(image).save(buffer, kind)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def small(image: np.ndarray, side: int) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib_pulid.boxes import read_box, within
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
-from lib_pulid.fields import AUTO, NOT_DRAWN, place
+from lib_pulid.fields import AUTO, NOT_DRAWN, Number, place, spoken
 from lib_pulid.identity import check_fusion, with_uncond
 from lib_pulid.images import load_image
 from lib_pulid.injection import Injection
@@ -37,18 +37,22 @@ class UnitPlan:
         judge: the recognizer that the images' likeness will be measured with, or None.
         people, masks: the compiled units' identities and masks, by unit. drawn: the photos that were drawn,
             for `batch`.
+        images: by unit, the images of the batch that get it; without an entry, all. places: of the units in
+            prompts, the name of the parameters' entry.
     """
 
-    units: Sequence[tuple[int, PulidUnit]]
+    units: Sequence[tuple[Number, PulidUnit]]
     library: Library
     tell: Callable[[str], None] = lambda text: None
     warn: Callable[[str], None] = lambda text: None
     stop: Callable[[], bool] | None = None
+    images: Mapping[Number, frozenset[int]] = field(default_factory=dict)
+    places: Mapping[Number, str] = field(default_factory=dict)
     judge: Recognizer | None = None
-    people: dict[int, Identity] = field(default_factory=dict)
-    drawn: dict[int, Path] = field(default_factory=dict)
+    people: dict[Number, Identity] = field(default_factory=dict)
+    drawn: dict[Number, Path] = field(default_factory=dict)
     batch: int | None = None
-    masks: dict[int, Tensor] = field(default_factory=dict)
+    masks: dict[Number, Tensor] = field(default_factory=dict)
     _is_experiment: bool = False
     _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
 
@@ -60,9 +64,17 @@ class UnitPlan:
         """
         self._experiment(model)
         wanted = [(number, unit) for number, unit in self.units if unit.in_pass(hires)]
-        return [injection for injection, _ in self._compiled(wanted, model).values()]
+        compiled = self._compiled(wanted, model)
+        return [
+            replace(injection, images=self.images[number]) if number in self.images else injection
+            for number, (injection, _) in compiled.items()
+        ]
 
-    def draw(self, draw: Callable[[int, int, str], Path]) -> bool:
+    def of_image(self, index: int) -> tuple[Number, ...]:
+        """Returns the units of one image of the batch."""
+        return tuple(number for number, _ in self.units if index in self.images.get(number, (index,)))
+
+    def draw(self, draw: Callable[[Number, int, str], Path]) -> bool:
         """Draws the photos of the units that want one. draw: see `Draws.draw`; is given number, rank and how.
 
         Returns:
@@ -83,7 +95,7 @@ class UnitPlan:
                 del self._known[key]  # of the batch before
         return bool(wanted)
 
-    def prepare(self, model: LoadedModel) -> dict[int, dict[str, str]]:
+    def prepare(self, model: LoadedModel) -> dict[Number, dict[str, str]]:
         """Compiles all units. Returns, by unit, what the infotext says besides the settings."""
         for number, unit in self.units:
             unit.check_family(model.family, number)
@@ -115,8 +127,8 @@ class UnitPlan:
         )
 
     def _compiled(
-        self, units: Sequence[tuple[int, PulidUnit]], model: LoadedModel
-    ) -> dict[int, tuple[Injection, dict[str, str]]]:
+        self, units: Sequence[tuple[Number, PulidUnit]], model: LoadedModel
+    ) -> dict[Number, tuple[Injection, dict[str, str]]]:
         keys = {number: (number, model.family, str(model.device), model.dtype) for number, _ in units}
         missing = [(number, unit) for number, unit in units if not self._is_known(keys[number], model)]
         try:
@@ -132,8 +144,8 @@ class UnitPlan:
         known = self._known.get(key)
         return known is not None and known[2] >= model.guided
 
-    def _compile(self, number: int, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
-        self.tell(f"PuLID: loading the model for unit {number}")
+    def _compile(self, number: Number, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
+        self.tell(f"PuLID: loading the model for {spoken(number)}")
         unit = unit.on(model.family)
         identity, adapter = self._identity(number, unit, model.family)
         self.people[number] = identity
@@ -161,7 +173,7 @@ class UnitPlan:
             facts["photo"] = self.drawn[number].name
         return injection, facts
 
-    def _identity(self, number: int, unit: PulidUnit, family: str) -> tuple[Identity, Adapter]:
+    def _identity(self, number: Number, unit: PulidUnit, family: str) -> tuple[Identity, Adapter]:
         if unit.identity:
             with _at(number, "identity"):
                 identity = self.library.with_embedding(self.library.saved(unit.identity), self.judge)
@@ -183,8 +195,8 @@ class UnitPlan:
                 adapter,
                 unit.choice,
                 unit.fusion,
-                lambda text: self.tell(f"PuLID: unit {number}, {text}"),
-                lambda text: self.warn(f"PuLID unit {number}: {text}"),
+                lambda text: self.tell(f"PuLID: {spoken(number)}, {text}"),
+                lambda text: self.warn(f"PuLID {spoken(number)}: {text}"),
                 self.stop,
                 self.judge,
             )
@@ -206,7 +218,7 @@ def _mask(unit: PulidUnit, number: int) -> Tensor | None:
 class _at:
     """Adds unit and field, and the file of a drawn photo, to errors raised inside."""
 
-    def __init__(self, number: int, field_name: str, file: str = "") -> None:
+    def __init__(self, number: Number, field_name: str, file: str = "") -> None:
         self._place, self._file = (number, field_name), file
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""Adds the HTTP routes /pulid/models, /download, /identities, /blend, /detect and /schema; answers errors as JSON."""
+"""Adds the HTTP routes below /pulid: models, download, identities, blend, presets, detect, schema. Errors are JSON."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
     add("download", lambda: progress(library.downloads), "GET")
     add("identities", lambda: identities(library), "GET")
     add("identities/{name}", lambda name: _file(*identity_file(name, library)), "GET")
+    add("presets", lambda: presets(library), "GET")
     add("schema", describe, "GET")
     body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
     add("detect", post_detect, "POST", openapi_extra={"requestBody": body})
@@ -177,6 +178,17 @@ def blend(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
         check_share(share, spelled(one))
     made = library.blend(list(people.items()), name)
     return {"name": made.name, "hash": made.short_hash, "made_for": made.adapter}
+
+
+def presets(library: Library) -> dict[str, Any]:
+    """Lists the user's presets: their settings, or why a file is not usable."""
+    saved: list[dict[str, Any]] = []
+    for name in library.presets.names():
+        try:
+            saved.append({"name": name, "settings": library.presets.load(name)})
+        except SettingError as error:
+            saved.append({"name": name, "problem": str(error)})
+    return {"folder": str(library.presets.folder()), "presets": saved}
 
 
 def identity_file(name: str, library: Library) -> tuple[str, bytes]:

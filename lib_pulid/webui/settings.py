@@ -12,7 +12,7 @@ from lib_pulid.hosts.families import CHROMA
 
 SECTION = ("pulid", "PuLID")
 UNITS, FOLDER, DEVICE, KEEP = "pulid_units", "pulid_models_dir", "pulid_device", "pulid_keep_encoders"
-LIKENESS, PHOTOS = "pulid_likeness", "pulid_photo_folder"
+LIKENESS, PHOTOS, PORTRAITS = "pulid_likeness", "pulid_photo_folder", "pulid_portraits"
 KEPT = [SUFFICES, ALWAYS, NEVER] = ["where memory suffices", "always", "never"]  # saved in users' settings
 ROOM = 8e9  # bytes to leave free for a checkpoint, a VAE and the system
 
@@ -43,6 +43,9 @@ def add_settings() -> None:
         # restrict_api: whoever sends requests must not choose what is read from this machine.
         PHOTOS: OptionInfo("", "Folder of photos to draw from", restrict_api=True).info(
             "for Draw the photo: one person per photo, which whoever uses this WebUI may draw. empty: none"
+        ),
+        PORTRAITS: OptionInfo(True, "Keep a small image of the face in saved identities").info(
+            "128 pixels, shown on the cards of the tab Faces; off: identities saved from now on hold no image"
         ),
         CHROMA: OptionInfo(False, "Try PuLID on Chroma").info(
             "experimental: uses the PuLID file for FLUX, which was not trained for Chroma; expect less likeness"
@@ -87,6 +90,10 @@ def photo_folder() -> Path | None:
     """Returns the folder of photos to draw from; None if there is none."""
     chosen = str(_option(PHOTOS, "") or "").strip()
     return user_path(chosen).absolute() if chosen else None
+
+
+def portraits() -> bool:
+    return bool(_option(PORTRAITS, True))
 
 
 def _free_memory() -> int:

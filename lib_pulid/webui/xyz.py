@@ -8,7 +8,7 @@ from typing import Any
 
 from lib_pulid.disk import user_path
 from lib_pulid.errors import SettingError
-from lib_pulid.fields import AUTO, FIELDS, Field, check, place
+from lib_pulid.fields import AUTO, BOOLS, FIELD, FIELDS, Field, check, place
 from lib_pulid.images import load_image
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.pictures import packed
@@ -51,7 +51,7 @@ def _unit_axes(option: type, number: int, library: Library, fields: Sequence[Fie
                 f"[PuLID {number}] {field.label}",
                 convert,
                 _setter(number, field),
-                confirm=_confirm(number, field),
+                confirm=_confirm(number, field, library),
                 cost=LOADING if field.name in ("model", "identity") else 0.0,
                 choices=_choices(field, library),
             )
@@ -89,19 +89,20 @@ def _setter(number: int, field: Field) -> Callable[[Any, Any, Any], None]:
     return set_field
 
 
-def _confirm(number: int, field: Field) -> Callable[[Any, list[Any]], None]:
+def _confirm(number: int, field: Field, library: Library) -> Callable[[Any, list[Any]], None]:
     """Checks the values before the grid starts, so that a typo does not show up after an hour."""
 
     def confirm(p: Any, values: list[Any]) -> None:
         for value in values:
-            check(field, _plain(field, value), number)
+            for name, plain in library.presets.expand({field.name: _plain(field, value)}, number).items():
+                check(FIELD[name], plain, number)
 
     return confirm
 
 
 def _plain(field: Field, value: Any) -> Any:
     if field.kind == "bool":
-        return {"true": True, "false": False, "yes": True, "no": False}.get(str(value).strip().lower(), value)
+        return BOOLS.get(str(value).strip().lower(), value)
     return value
 
 
@@ -112,6 +113,8 @@ def _choices(field: Field, library: Library) -> Callable[[], list[str]] | None:
         return lambda: [AUTO, *(file.name for file in library.adapters())]
     if field.name == "identity":
         return lambda: [one.name for one in library.identities()]
+    if field.name == "preset":
+        return lambda: [*field.choices, *library.presets.names()]
     return (lambda: list(field.choices)) if field.choices else None
 
 

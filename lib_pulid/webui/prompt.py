@@ -1,0 +1,250 @@
+"""Turns the `<pulid:...>` tags of a batch's prompts into units, beside those of the accordion.
+
+The hosts read extra networks from a batch's first prompt only. A face is of one image, so here each image's own prompt
+counts, and that of the second pass for the second pass: by default the hosts use the same prompt for both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from lib_pulid.errors import SettingError
+from lib_pulid.fields import MOST_UNITS, Number, place
+from lib_pulid.tags import Tag, find_tags, parse_tag
+from lib_pulid.units import PulidUnit, parse_args, unit_of
+from lib_pulid.webui import infotext
+
+if TYPE_CHECKING:
+    from lib_pulid.webui.library import Library
+    from lib_pulid.webui.plan import UnitPlan
+    from lib_pulid.webui.presets import Presets
+
+_UNFINISHED = re.compile(r"[{}|$]|__")  # what wildcard extensions will replace
+
+Texts = tuple[tuple[str, ...], ...]  # by image, its tags
+
+
+@dataclass(frozen=True)
+class Tags:
+    """The tags of a batch. first: of the prompts. second: of the prompts for hires fix; the same without it."""
+
+    first: Texts = ()
+    second: Texts = ()
+
+    def __bool__(self) -> bool:
+        return any(self.first) or any(self.second)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing in them looks like a wildcard that another extension has yet to replace."""
+        return not any(_UNFINISHED.search(text) for image in (*self.first, *self.second) for text in image)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The units of a batch.
+
+    Args:
+        units: with what messages call them. images: of the batch, by unit; without an entry, all. places: of the units
+            in prompts, by unit: the name of the parameters' entry.
+    """
+
+    units: Sequence[tuple[Number, PulidUnit]] = ()
+    images: Mapping[Number, frozenset[int]] = field(default_factory=dict)
+    places: Mapping[Number, str] = field(default_factory=dict)
+
+
+def tags_of(p: Any, batch: int | None = None) -> Tags:
+    """Returns the tags of one batch of `p`, the host's StableDiffusionProcessing.
+
+    batch: its number, from 0. None: the current one, whose first prompts the host has read already. Where those have
+    other tags than `all_prompts`, an extension has changed them just before, and they count for all images.
+
+    Raises:
+        SettingError: a tag is not complete.
+    """
+    if getattr(p, "disable_extra_networks", False):
+        return Tags()
+    first = _of_batch(p, "all_prompts", batch, "extra_network_data")
+    if not getattr(p, "enable_hr", False) or getattr(p, "all_hr_prompts", None) is None:
+        return Tags(first, first)
+    return Tags(first, _of_batch(p, "all_hr_prompts", batch, "hr_extra_network_data"))
+
+
+def _texts_of(network: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Returns our tags in what the host has read from a prompt: lists of ExtraNetworkParams by name."""
+    return [
+        ":".join(map(str, params.items)) for name, some in network.items() if name.lower() == "pulid" for params in some
+    ]
+
+
+def _of_batch(p: Any, prompts: str, batch: int | None, network: str) -> Texts:
+    """prompts, network: names of attributes of `p`."""
+    size, number = getattr(p, "batch_size", 1), getattr(p, "iteration", 0) if batch is None else batch
+    some = list(getattr(p, prompts, None) or ())[number * size : (number + 1) * size]
+    found = tuple(find_tags(prompt) for prompt in some)
+    read = getattr(p, network, None) if batch is None else None
+    if read is None or sorted(_texts_of(read)) == sorted(found[0] if found else ()):
+        return found
+    return (tuple(_texts_of(read)),) * max(1, len(found))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a generation asks for besides its prompts.
+
+    Args:
+        owner: `id` of its StableDiffusionProcessing, which other extensions copy with all it has.
+        args: of the script; None where it is not among the generation's. changes: see `units.parse_args`.
+    """
+
+    owner: int = 0
+    args: Sequence[Any] | None = None
+    changes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def is_of(self, p: Any) -> bool:
+        return self.owner == id(p)
+
+    def asked(self, tags: Tags, presets: Presets) -> Asked:
+        """Returns the units of the script's arguments and of the tags.
+
+        Raises:
+            SettingError.
+        """
+        args = None if self.args is None else presets.expand_args(self.args)
+        changes = {number: presets.expand(values, number) for number, values in self.changes.items()}
+        units: list[tuple[Number, PulidUnit]] = list(parse_args(args or (), changes))
+
+        def make(tag: Tag, number: Number) -> PulidUnit:
+            base = _base(args, changes, tag.unit, number) if tag.unit else PulidUnit()
+            return base.changed(presets.expand(_values(tag), number), number)
+
+        images: dict[Number, frozenset[int]] = {}
+        places: dict[Number, str] = {}
+        for one in _distinct(tags):
+            unit = one.unit(make)
+            if not unit.enabled:
+                continue
+            units.append((one.number, unit))
+            places[one.number] = one.place
+            if len(one.images) < one.count:
+                images[one.number] = one.images
+        for image in range(len(tags.first)):
+            count = sum(image in images.get(number, (image,)) for number, _ in units)
+            if count > MOST_UNITS:
+                raise SettingError(f"PuLID: {count} people are too many for one image; use {MOST_UNITS} at most.")
+        return Asked(units, images, places)
+
+
+def _base(
+    args: Sequence[Any] | None, changes: Mapping[int, Mapping[str, Any]], wanted: int, number: Number
+) -> PulidUnit:
+    if args is None:
+        raise SettingError(
+            place(number, "unit") + "the accordion's units are not known here. In ADetailer, add pulid to its "
+            "setting “Script names to apply to ADetailer”, or leave unit out of the tag."
+        )
+    return unit_of(args, wanted, changes.get(wanted, {}), number)
+
+
+def _values(tag: Tag) -> dict[str, Any]:
+    """Returns what a tag sets in a unit."""
+    values: dict[str, Any] = {"enabled": True, "identity": tag.name, **tag.values}
+    if tag.preset:
+        values["preset"] = tag.preset
+    return values
+
+
+@dataclass(frozen=True)
+class _Distinct:
+    """A tag that is the same in some images. passes: "both", "first" or "second". count: of the batch's images."""
+
+    text: str
+    index: int
+    passes: str
+    images: frozenset[int]
+    count: int
+
+    @property
+    def place(self) -> str:
+        return f"hires tag {self.index}" if self.passes == "second" else f"tag {self.index}"
+
+    @property
+    def number(self) -> str:
+        return self.place if len(self.images) == self.count else f"image {min(self.images) + 1}, {self.place}"
+
+    def unit(self, make: Callable[[Tag, Number], PulidUnit]) -> PulidUnit:
+        unit = make(parse_tag(self.text, self.number), self.number)
+        if self.passes == "both":
+            return unit
+        if not unit.in_pass(self.passes == "second"):
+            raise SettingError(
+                place(self.number, "hires") + f"the tag says {unit.hires}, but the hires prompt is another one, with "
+                "tags of its own. Put the tag into the prompt of the pass that it is for."
+            )
+        return replace(unit, hires=self.passes)
+
+
+def _distinct(tags: Tags) -> list[_Distinct]:
+    """Lists the tags once for all images that have them at the same place; a tag of both passes once for both."""
+    found = []
+    count = max(len(tags.first), len(tags.second))
+    first, second = _places(tags.first), _places(tags.second)
+    for index, text in {**first, **second}:
+        both = first.get((index, text), frozenset()) & second.get((index, text), frozenset())
+        parts = {"both": both}
+        parts |= {"first": first.get((index, text), both) - both, "second": second.get((index, text), both) - both}
+        found += [_Distinct(text, index, passes, some, count) for passes, some in parts.items() if some]
+    return sorted(found, key=lambda one: (one.passes == "second", one.index, min(one.images)))
+
+
+def _places(texts: Texts) -> dict[tuple[int, str], frozenset[int]]:
+    images: dict[tuple[int, str], set[int]] = {}
+    for image, tags in enumerate(texts):
+        for index, text in enumerate(tags, 1):
+            images.setdefault((index, text), set()).add(image)
+    return {place: frozenset(some) for place, some in images.items()}
+
+
+def check_rest(p: Any, request: Request, library: Library) -> None:
+    """Checks the tags of all batches but the first, before any of them is made.
+
+    Raises:
+        PulidError.
+    """
+    seen = {tags_of(p, 0)}
+    for batch in range(1, getattr(p, "n_iter", 1)):
+        tags = tags_of(p, batch)
+        if tags in seen or not tags.is_final:
+            continue
+        seen.add(tags)
+        for number, unit in request.asked(tags, library.presets).units:
+            if isinstance(number, str):
+                library.check_saved(unit.identity, number)
+
+
+def warn_of_negative(p: Any) -> None:
+    """Says below the image that a tag in the negative prompt does nothing: the hosts read none there."""
+    prompts = getattr(p, "all_negative_prompts", None) or ()
+    if any("<pulid:" in text.lower() for text in prompts):
+        p.comment("PuLID: a <pulid:...> tag in the negative prompt does nothing. Put it into the prompt.")
+
+
+def parameters(asked: Asked | UnitPlan, written: Mapping[Number, str], count: int) -> dict[str, Any]:
+    """Returns the entries of the image's parameters. written: what they say of each unit. count: of the images.
+
+    Where the images differ, an entry is a list of their texts, which the hosts take apart.
+    """
+    entries: dict[str, Any] = {}
+    for number, _ in asked.units:
+        key = infotext.key(asked.places.get(number, number))
+        if number in asked.images:
+            entry = entries.setdefault(key, [None] * count)
+            for image in asked.images[number]:
+                entry[image] = written[number]
+        else:
+            entries[key] = written[number]
+    return entries

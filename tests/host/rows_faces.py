@@ -1,0 +1,204 @@
+"""Saved identities in the prompt, as `<pulid:NAME:WEIGHT>`: the prompt is enough, without a unit for the script."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from tests.host import detector
+from tests.host.page import opened
+from tests.host.rows_adetailer import usual_names
+from tests.host.rows_basics import ANNA, FAINT
+from tests.host.rows_errors import refused
+from tests.host.rows_grid import SMALL, cells
+from tests.host.rows_works_with import hires
+from tests.host.table import Rows, close, differ, equal, expect
+from tests.host.webui import Running
+
+rows = Rows()
+CAT = "a photo of a cat"
+A, B = "<pulid:marked A:0.6>", "<pulid:marked B:0.6>"
+UNITS = [{"identity": f"marked {name}", "weight": 0.6} for name in "AB"]
+
+
+@rows.row("Prompt: a tag gives the picture of the unit with this identity and weight, to the bit")
+def tag(host: Running) -> str:
+    tagged = host.api.txt2img(prompt=CAT + A).image
+    equal(tagged, host.api.txt2img(UNITS[0]).image, "tag and unit")
+    strong = host.api.txt2img(prompt=CAT + "<PuLID:Marked a:weight=2:end=0.5:num_zero=4:projection=ortho>").image
+    unit = {**ANNA, "weight": 2, "end": 0.5, "num_zero": 4, "projection": "ortho"}
+    equal(strong, host.api.txt2img(unit).image, "settings of the tag and of the unit")
+    return f"{differ(tagged, host.api.txt2img().image, 'with and without'):.1f} of 255"
+
+
+@rows.row("Prompt: two tags are two units; a tag adds to the units of the request")
+def two(host: Running) -> None:
+    both = host.api.txt2img(*UNITS).image
+    equal(both, host.api.txt2img(prompt=CAT + A + B).image, "two tags")
+    equal(both, host.api.txt2img(UNITS[0], prompt=CAT + B).image, "a unit and a tag")
+    differ(both, host.api.txt2img(UNITS[0]).image, "both and one", FAINT)
+
+
+@rows.row("Prompt: weight 0, a unit off, no tag, and the next run: bit-identical to the baseline")
+def nothing(host: Running) -> None:
+    plain = host.api.txt2img().image
+    before = host.api.state()
+    host.api.txt2img(prompt=CAT + A)
+    after = host.api.state()
+    equal(plain, host.api.txt2img().image, "the next run")
+    equal(plain, host.api.txt2img(prompt=CAT + "<pulid:marked A:0>").image, "weight 0")
+    equal(plain, host.api.txt2img(prompt=CAT + "<pulid:marked A:enabled=no>").image, "enabled=no")
+    for what in ("hooks", "callbacks", "patches"):
+        expect(after[what] == before[what], f"{what}: {before[what]} -> {after[what]}")
+
+
+@rows.row("Prompt: an unknown name, a wrong setting and an open tag end the request with a message")
+def wrong(host: Running) -> str:
+    seen = [
+        refused(host, ["tag 1", "field identity", "did you mean marked"], prompt=f"{CAT} <pulid:markd A>"),
+        refused(host, ["tag 2", "field weight", "out of range"], prompt=f"{CAT} {A} <pulid:marked B:77>"),
+        refused(host, ["tag 1", "wieght", "did you mean weight"], prompt=f"{CAT} <pulid:marked A:wieght=1>"),
+        refused(host, ["not complete"], prompt=f"{CAT} <pulid:marked A"),
+    ]
+    host.api.txt2img(prompt=CAT + A)  # afterwards all is well
+    return seen[0]
+
+
+@rows.row("Prompt: the settings of a unit that is off, and a box as the part of the image")
+def unit_and_box(host: Running) -> str:
+    template = {**UNITS[1], "enabled": False, "weight": 1.1, "end": 0.75}
+    taken = host.api.txt2img(template, prompt=CAT + "<pulid:marked A:unit=1>").image
+    equal(taken, host.api.txt2img({**ANNA, "weight": 1.1, "end": 0.75}).image, "the unit's settings")
+    plain = host.api.txt2img().image
+    boxed = host.api.txt2img(prompt=CAT + "<pulid:marked A:0.5:box=0,0,0.5,1>").image
+    half = plain.shape[1] // 2
+    inside = float(np.abs(plain[:, :half].astype(float) - boxed[:, :half]).mean())
+    outside = float(np.abs(plain[:, half:].astype(float) - boxed[:, half:]).mean())
+    expect(inside > outside, f"the left box changes the left by {inside:.1f} and the right by {outside:.1f}")
+    return f"left box: {inside:.1f} left, {outside:.1f} right"
+
+
+@rows.row("Prompt: the parameters keep the tag, with the identity's hash beside it; none without a tag")
+def parameters(host: Running) -> str:
+    listed = {one["name"]: one["hash"] for one in host.api.get("/pulid/identities")["identities"]}
+    text = host.api.txt2img(prompt=f"{CAT} {A}").parameters[0]
+    for wanted in (A, "PuLID tag 1:", listed["marked A"], "weight: 0.6"):
+        expect(wanted in text, f"{wanted!r} is not in: {text}")
+    expect("PuLID 1:" not in text, f"an entry of a unit: {text}")
+    expect("PuLID" not in host.api.txt2img().parameters[0], "an entry without a tag")
+    return text.partition("PuLID tag 1: ")[2]
+
+
+@rows.row("Prompt: hires fix: both passes; a hires prompt has tags of its own")
+def hires_fix(host: Running) -> None:
+    asked = hires(host)
+    strong = {**ANNA, "weight": 2.0}
+    mark = "<pulid:marked A:2>"
+    equal(
+        host.api.txt2img(**asked, prompt=CAT + mark).image,
+        host.api.txt2img(strong, **asked, prompt=CAT).image,
+        "both passes",
+    )
+    for name, prompts in {
+        "first": {"prompt": CAT + mark, "hr_prompt": CAT},
+        "second": {"prompt": CAT, "hr_prompt": CAT + mark},
+    }.items():
+        unit = {**strong, "hires": name}
+        made = host.api.txt2img(**asked, **prompts).image
+        equal(made, host.api.txt2img(unit, **asked, prompt=CAT, hr_prompt=CAT).image, f"the {name} pass")
+
+
+@rows.row("Prompt: X/Y/Z plot, prompt S/R over the name and the weight")
+def search_and_replace(host: Running) -> None:
+    made = cells(host, 2, [("Prompt S/R", "marked A, marked B")], prompt=CAT + A)
+    for picture, unit in zip(made, UNITS):
+        equal(picture, host.api.txt2img(unit, **SMALL).image, unit["identity"])
+    made = cells(host, 2, [("Prompt S/R", ":0.6, :1.2")], prompt=CAT + A)
+    equal(made[1], host.api.txt2img({**ANNA, "weight": 1.2}, **SMALL).image, "weight 1.2")
+    made = cells(host, 2, [("Prompt S/R", f"{A}, nobody")], prompt=f"{CAT}, {A}")
+    equal(made[1], host.api.txt2img(prompt=f"{CAT}, nobody", **SMALL).image, "a cell without a tag")
+
+
+def script_args(host: Running, name: str, **given: Any) -> dict[str, Any]:
+    """given: by label, with _ for blanks; the rest as it stands in the page."""
+    found = next(one for one in host.api.get("/sdapi/v1/script-info") if one["name"] == name and not one["is_img2img"])
+    wanted = {label.replace("_", " ").lower(): value for label, value in given.items()}
+    args = [wanted.pop(str(one["label"]).lower(), one.get("value")) for one in found["args"]]
+    expect(not wanted, f"{name} has no {list(wanted)}, but {[one['label'] for one in found['args']]}")
+    return {"script_name": name, "script_args": args}
+
+
+@rows.row("Prompt: a prompt matrix in one batch: each picture gets the face of its own prompt")
+def matrix(host: Running) -> str:
+    made = host.api.txt2img(prompt=f"{CAT}|{A}|{B}", batch_size=4, **script_args(host, "prompt matrix"))
+    texts = made.parameters[-4:]
+    expected = [[], [0], [1], [0, 1]]
+    seen = []
+    for picture, text, which in zip(made.images[-4:], texts, expected):
+        for i, unit in enumerate(UNITS):
+            expect((f"identity: {unit['identity']}" in text) == (i in which), f"picture {which}: {text}")
+        rest = CAT + ", " * len(which)
+        seen.append(close(picture, host.api.txt2img(*(UNITS[i] for i in which), prompt=rest).image, f"units {which}"))
+    differ(made.images[-4], made.images[-3], "without and with")
+    return f"up to {max(seen):.3f} from the pictures made alone"
+
+
+@rows.row("Prompt: prompts from a text box, one with, one without, one with another face")
+def from_file(host: Running) -> None:
+    lines = "\n".join((CAT + A, CAT, CAT + B))
+    asked = script_args(host, "prompts from file or textbox", List_of_prompt_inputs=lines)
+    made = host.api.txt2img(prompt="", **asked).images[-3:]  # a prompt would be added to each line
+    for picture, units in zip(made, ((UNITS[0],), (), (UNITS[1],))):
+        equal(picture, host.api.txt2img(*units).image, str(units))
+
+
+@rows.row("Faces: the tab has a card for each saved identity; a click on one writes its tag")
+def card(host: Running) -> str:
+    shown = host.api.get("/sd_extra_networks/get-single-card?page=faces&tabname=txt2img&name=marked%20A")["html"]
+    for wanted in ("&lt;pulid:marked A:0.8&gt;", "marked A"):
+        expect(wanted in shown, f"{wanted!r} is not in the card: {shown}")
+    with opened(host) as page:
+        page.find("#txt2img_extra_tabs > .tab-nav button").filter(has_text="Faces").first.click()
+        cards = page.find("#txt2img_faces_cards .card")
+        cards.first.wait_for(state="visible")
+        names = cards.locator(".name").all_inner_texts()
+        for name in ("marked A", "marked B"):
+            expect(name in names, f"the cards are {names}")
+        page.find('#txt2img_faces_cards .card[data-name="marked B"]').first.click()
+        page.until(
+            "gradioApp().querySelector('#txt2img_prompt textarea').value.includes('<pulid:marked B:0.8>')", "a tag"
+        )
+        return ", ".join(names)
+
+
+@rows.row("Presets: a saved one in a unit, in a tag and in X/Y/Z; a wrong file is told")
+def presets(host: Running) -> str:
+    folder = host.identities.with_name("presets")
+    folder.mkdir(exist_ok=True)
+    settings = {"weight": 1.1, "end": 0.75, "num_zero": 4}
+    (folder / "Host row.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "Wrong.json").write_text('{"wieght": 1}', encoding="utf-8")
+    wanted = host.api.txt2img({**ANNA, **settings}).image
+    equal(wanted, host.api.txt2img({**ANNA, "preset": "Host row"}).image, "in a unit")
+    equal(wanted, host.api.txt2img(prompt=CAT + "<pulid:marked A:preset=host row>").image, "in a tag")
+    made = cells(host, 2, [("[PuLID 1] Preset", "fidelity, Host row")], ANNA)
+    equal(made[1], host.api.txt2img({**ANNA, **settings}, **SMALL).image, "in a grid")
+    listed = {one["name"]: one for one in host.api.get("/pulid/presets")["presets"]}
+    expect(listed["Host row"]["settings"] == settings and "problem" in listed["Wrong"], f"the list: {listed}")
+    return refused(host, ["unit 1", "preset", "Wrong.json", "did you mean weight"], {**ANNA, "preset": "Wrong"})
+
+
+@rows.row("Prompt: ADetailer's own prompt has a tag, and its script names do not hold “pulid”")
+def adetailer(host: Running) -> str:
+    host.api.options(ad_script_names=usual_names(host))
+    unit = {"ad_model": detector.NAME, "ad_denoising_strength": 0.7, "ad_mask_k": 1, "ad_mask_blur": 0}
+
+    def made(prompt: str) -> np.ndarray:
+        return host.api.txt2img(alwayson_scripts={"ADetailer": {"args": [{**unit, "ad_prompt": prompt}]}}).image
+
+    made(CAT)  # ultralytics sets torch's number of threads at its first use
+    plain, tagged = made(CAT), made(CAT + A)
+    equal(plain, made(CAT), "afterwards, without a tag")
+    return f"{differ(plain, tagged, 'with and without a tag', 0.03):.2f} of 255"

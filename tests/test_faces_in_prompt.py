@@ -1,0 +1,299 @@
+"""Saved identities in the prompt: the same image as with a unit, each image of a batch its own, never a stranger."""
+
+from __future__ import annotations
+
+import json
+from copy import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
+from lib_pulid.faces import LARGEST
+from lib_pulid.hosts.a1111 import _Window
+from lib_pulid.injection import DenoiseStep, _identity_rows
+from lib_pulid.units import default_args
+from lib_pulid.webui import pictures
+from tests.fake_modules.models import count_hooks
+from tests.light_webui import PHOTOS, equal, unit
+
+OFF = default_args(3)
+
+
+@pytest.fixture
+def saved(host):
+    """The program, with two saved identities."""
+    host.save(anna="anna", ben="ben")
+    return host
+
+
+def with_prompt(host, prompt, args=OFF, **how):
+    """The images of a request with this prompt; the generation is left in `host.last`."""
+    p = host.processing()
+    for name, value in {"prompt": prompt, **how}.items():
+        setattr(p, name, value)
+    host.last = p
+    return host.generate(args, p=p)
+
+
+def rows(images, image, count):
+    """Both rows of one image of a batch, cond and uncond, in every step."""
+    return [step[image::count] for step in images[0]]
+
+
+class TestATag:
+    def test_it_is_the_unit(self, saved):
+        plain = saved.generate(OFF)
+        tagged = with_prompt(saved, "a photo <pulid:anna:0.6:end=0.7>")
+        assert equal(tagged, saved.generate([{"identity": "anna", "weight": 0.6, "end": 0.7}]))
+        assert not equal(tagged, plain)
+        assert saved.ui.modules.extra_networks.swallowed == saved.ui.swallowed == []
+        assert saved.left_behind(saved.last) == []
+
+    def test_two_tags_are_two_units(self, saved):
+        tagged = with_prompt(saved, "<pulid:anna:0.6> and <PuLID:Ben>")
+        assert equal(tagged, saved.generate([{"identity": "anna", "weight": 0.6}, {"identity": "ben"}]))
+        twice = with_prompt(saved, "<pulid:anna:0.6><pulid:anna:0.6>")
+        assert equal(twice, saved.generate([{"identity": "anna", "weight": 0.6}] * 2))
+
+    def test_it_adds_to_the_accordions(self, saved):
+        both = with_prompt(saved, "<pulid:ben>", [{"identity": "anna"}])
+        assert equal(both, saved.generate([{"identity": "anna"}, {"identity": "ben"}]))
+
+    def test_no_tag_weight_0_and_networks_off_change_nothing(self, saved):
+        plain = saved.generate(OFF)
+        assert equal(plain, with_prompt(saved, "a <lora:x:1> photo"))
+        assert equal(plain, with_prompt(saved, "<pulid:anna:0>"))
+        assert equal(plain, with_prompt(saved, "<pulid:anna:enabled=no>"))
+        assert equal(plain, with_prompt(saved, "<pulid:anna>", disable_extra_networks=True))
+        with_prompt(saved, "<pulid:anna>")
+        assert equal(plain, saved.generate(OFF))
+
+    def test_a_box(self, saved):
+        boxed = with_prompt(saved, "<pulid:anna:box=0,0,0.5,1>", width=64, height=64)
+        p = saved.processing()
+        p.width = p.height = 64
+        assert equal(boxed, saved.generate([{"identity": "anna", "box": [0, 0, 0.5, 1]}], p=p))
+        assert not equal(boxed, with_prompt(saved, "<pulid:anna>"))
+
+    def test_a_unit_of_the_accordion_gives_its_settings(self, saved):
+        """Also one that is switched off; what the tag says itself counts more."""
+        listed = [unit("ben", weight=0.3, end=0.6, enabled=False), {"enabled": False, "weight": 1.5}]
+        tagged = with_prompt(saved, "<pulid:anna:unit=1><pulid:ben:0.2:unit=2>", listed)
+        wanted = [{"identity": "anna", "weight": 0.3, "end": 0.6}, {"identity": "ben", "weight": 0.2}]
+        assert equal(tagged, saved.generate(wanted))
+        positions = [False, *OFF[1:]]
+        assert equal(with_prompt(saved, "<pulid:anna:unit=2>", positions), saved.generate([{"identity": "anna"}]))
+        with pytest.raises(SettingError, match="tag 1, field unit: there is no unit 4"):
+            with_prompt(saved, "<pulid:anna:unit=4>")
+
+
+class TestNeverAStranger:
+    @pytest.mark.parametrize(
+        ("prompt", "words"),
+        [
+            ("<pulid:ana>", r"tag 1, field identity: ana is not in .*Did you mean anna\?"),
+            ("<pulid:zzzzz>", "zzzzz is not in .*Saved identities: anna, ben"),
+            ("<pulid:anna><pulid:ben:9>", "tag 2, field weight: 9.0 is out of range"),
+            ("<pulid:anna", "not complete"),
+            ("<pulid:anna:start=0.5:end=0.4>", "tag 1, field start"),
+            ("<pulid:anna:start=0.9>", "tag 1, field start: PuLID would never be active"),
+            ("<pulid:anna:preset=realistic>", "tag 1, field preset: realistic is for FLUX"),
+            ("<pulid:anna>" * 11, "11 people are too many"),
+        ],
+    )
+    def test_what_is_wrong_ends_the_request(self, saved, prompt, words):
+        with pytest.raises(PulidError, match=words):
+            with_prompt(saved, prompt)
+        assert len(saved.last.comments) <= 1
+        assert saved.left_behind(saved.last) == []
+
+    def test_in_a_later_batch_it_is_told_before_the_first(self, saved):
+        done = []
+        p = saved.processing(batches=2)
+        p.prompt, p.before_step = ["<pulid:anna>", "<pulid:bem>"], done.append
+        with pytest.raises(IdentityMismatchError, match="tag 1, field identity: bem is not in .*ben"):
+            saved.generate(OFF, p=p)
+        assert done == []
+
+    def test_in_the_negative_prompt_it_is_told(self, saved):
+        plain = saved.generate(OFF)
+        assert equal(plain, with_prompt(saved, "", negative_prompt="<pulid:anna>"))
+        assert "negative prompt" in saved.last.comments[0]
+
+
+class TestBatches:
+    def test_each_batch_has_its_own(self, saved):
+        p = saved.processing(batches=3)
+        p.prompt = ["<pulid:anna>", "nobody", "<pulid:ben>"]
+        seen = []
+        made = saved.ui.generate(
+            saved.script, p, OFF, between=lambda batch: seen.append(dict(p.extra_generation_params))
+        )
+        for image, args in zip(made, ([{"identity": "anna"}], OFF, [{"identity": "ben"}])):
+            assert equal([image], saved.generate(args))
+        assert [list(entries) for entries in seen] == [["PuLID tag 1"], [], ["PuLID tag 1"]]
+        assert "identity: ben" in seen[2]["PuLID tag 1"]
+
+    def test_each_image_of_a_batch_has_its_own(self, saved):
+        mixed = with_prompt(saved, ["<pulid:anna>", "nobody", "<pulid:ben:0.5>"], batch_size=3)
+        entries = saved.last.extra_generation_params["PuLID tag 1"]
+        for i, prompt in enumerate(("<pulid:anna>", "nobody", "<pulid:ben:0.5>")):
+            alone = with_prompt(saved, prompt, batch_size=3)
+            for one, other in zip(rows(mixed, i, 3), rows(alone, i, 3)):
+                assert torch.equal(one, other)
+        assert "identity: anna" in entries[0] and entries[1] is None and "weight: 0.5" in entries[2]
+        assert not equal(mixed, with_prompt(saved, "<pulid:anna>", batch_size=3))
+
+    def test_what_all_images_have_is_one_unit(self, saved):
+        with_prompt(saved, ["<pulid:anna><pulid:ben>", "x <pulid:anna>"], batch_size=2)
+        entries = saved.last.extra_generation_params
+        assert isinstance(entries["PuLID tag 1"], str) and entries["PuLID tag 2"][1] is None
+
+    def test_a_wrong_one_is_named_with_its_image(self, saved):
+        with pytest.raises(SettingError, match="PuLID image 2, tag 1, field weight"):
+            with_prompt(saved, ["<pulid:anna>", "<pulid:anna:x>"], batch_size=2)
+
+    def test_wildcards_are_waited_for(self, saved):
+        """Another extension replaces them after our `process`."""
+        p = saved.processing()
+        p.prompt = "<pulid:{anna|ben}:0.6>"
+
+        def replace(p):
+            p.prompts = [text.replace("{anna|ben}", "ben") for text in p.prompts]
+
+        p.rewrite_prompts = replace
+        assert equal(saved.generate(OFF, p=p), saved.generate([{"identity": "ben", "weight": 0.6}]))
+        with pytest.raises(PulidError, match=r"\{anna\|ben\} is not in"):
+            with_prompt(saved, "<pulid:{anna|ben}:0.6>")
+
+    def test_prompts_that_change_between_process_and_batch(self, saved):
+        """Or are made there: an extension adds a tag of its own."""
+        p = saved.processing()
+        p.rewrite_prompts = lambda p: p.prompts.__setitem__(0, "<pulid:anna>")
+        assert equal(saved.generate(OFF, p=p), saved.generate([{"identity": "anna"}]))
+
+
+class TestHires:
+    def test_both_passes_have_the_face(self, saved):
+        tagged = with_prompt(saved, "<pulid:anna>", enable_hr=True)
+        assert equal(tagged, with_prompt(saved, "", [{"identity": "anna"}], enable_hr=True))
+
+    def test_a_prompt_of_its_own_has_tags_of_its_own(self, saved):
+        tagged = with_prompt(saved, "<pulid:anna>", hr_prompt="larger <pulid:ben:0.5>", enable_hr=True)
+        assert list(saved.last.extra_generation_params) == ["PuLID tag 1", "PuLID hires tag 1"]
+        wanted = [{"identity": "anna", "hires": "first"}, {"identity": "ben", "weight": 0.5, "hires": "second"}]
+        assert equal(tagged, with_prompt(saved, "", wanted, enable_hr=True))
+        without = with_prompt(saved, "<pulid:anna>", hr_prompt="larger", enable_hr=True)
+        assert equal(without, with_prompt(saved, "", wanted[:1], enable_hr=True))
+
+    def test_a_tag_for_one_pass(self, saved):
+        tagged = with_prompt(saved, "<pulid:anna:hires=second>", enable_hr=True)
+        assert equal(tagged, with_prompt(saved, "", [{"identity": "anna", "hires": "second"}], enable_hr=True))
+        with pytest.raises(SettingError, match="tag 1, field hires: the tag says second"):
+            with_prompt(saved, "<pulid:anna:hires=second>", hr_prompt="larger", enable_hr=True)
+
+
+class TestParameters:
+    def test_the_hash_is_beside_the_tag_and_no_unit_is_pasted(self, saved):
+        with_prompt(saved, "<pulid:anna:0.6>")
+        entries = saved.last.extra_generation_params
+        (one,) = (known for known in saved.library.identities() if known.name == "anna")
+        assert f"hash: {one.short_hash}" in entries["PuLID tag 1"] and "weight: 0.6" in entries["PuLID tag 1"]
+        saved.script.ui(False)
+        pasted = {str(name): name(entries) for _, name in saved.script.infotext_fields}
+        assert pasted["PuLID on"] is False and pasted["PuLID 1 enabled"] is False
+        assert json.loads(json.dumps(entries)) == entries
+
+    def test_another_cell_of_a_grid_does_not_keep_them(self, saved):
+        p = saved.processing()
+        p.prompt = "<pulid:anna>"
+        saved.generate(OFF, p=p)
+        cell = copy(p)
+        cell.prompt = "nobody"
+        assert equal(saved.generate(OFF, p=cell), saved.generate(OFF))
+        assert p.extra_generation_params == {}
+
+
+class TestWithoutTheScript:
+    """ADetailer runs only the scripts that its setting lists. Extra networks it runs always."""
+
+    def repaint(self, saved, p):
+        p.setup_prompts()
+        p.begin_batch(0)
+        return [p.sample()]
+
+    @pytest.mark.parametrize("copied", [False, True])
+    def test_the_tag_acts(self, saved, copied):
+        p = outer = saved.processing()
+        if copied:  # with all that an outer generation put there
+            outer.prompt = "<pulid:ben>"
+            outer.setup_prompts()
+            saved.ui.hook("process", saved.script, outer, {"identity": "ben"})
+            p = copy(outer)
+        p.prompt, p.before_sampling = "<pulid:anna>", lambda p: None
+        assert equal(self.repaint(saved, p), saved.generate([{"identity": "anna"}]))
+        if copied:
+            assert list(outer.extra_generation_params) == ["PuLID 1", "PuLID tag 1"]
+            assert "identity: ben" in outer.extra_generation_params["PuLID tag 1"]
+        assert all(count_hooks(unet) == 0 for unet in saved.unets.values())
+
+    def test_no_tag_no_face(self, saved):
+        assert equal(self.repaint(saved, saved.processing()), saved.generate(OFF))
+
+    def test_errors_end_it(self, saved):
+        p = saved.processing()
+        p.prompt = "<pulid:anna:unit=2>"
+        with pytest.raises(SettingError, match="ADetailer"):
+            self.repaint(saved, p)
+
+    def test_a_dummy_that_the_host_activates_with(self, saved):
+        """A1111 does, when it loads a model."""
+        saved.ui.modules.extra_networks.activate(SimpleNamespace(), {})
+        assert saved.ui.modules.extra_networks.swallowed == []
+
+
+class TestRows:
+    def injection(self, images):
+        from lib_pulid.injection import Injection
+
+        return Injection("sdxl", (), True, 1.0, "none", 0, 0.0, 1.0, None, images=images)
+
+    def test_only_the_images_that_are_meant(self):
+        step = DenoiseStep(0.0, [True, True, False, False], images=[0, 1, 0, 1])
+        assert _identity_rows(self.injection(frozenset({1})), step, 4) == [None, 0, None, 1]
+        assert _identity_rows(self.injection(None), step, 4) == [0, 0, 1, 1]
+
+    def test_rows_of_which_it_is_not_known_are_refused(self):
+        with pytest.raises(SettingError, match="batch size 1"):
+            _identity_rows(self.injection(frozenset({1})), DenoiseStep(0.0, [True, False]), 2)
+
+    @pytest.mark.parametrize(
+        ("conds", "rows", "count", "images"),
+        [(2, 4, 2, [0, 1, 0, 1]), (2, 2, 2, [0, 1]), (3, 5, 2, None), (4, 6, 2, None)],
+        ids=["usual", "no uncond", "AND in one", "AND in both"],
+    )
+    def test_a1111(self, conds, rows, count, images):
+        params = SimpleNamespace(text_cond=torch.zeros(conds, 1), x=torch.zeros(rows, 1))
+        window = _Window(params, 0.0)
+        window.take(rows)
+        assert window.images(rows, count) == images
+
+
+def test_each_image_of_a_batch_on_flux(saved):
+    if saved.kind != "forge":
+        pytest.skip("A1111 has no FLUX")
+    adapter = saved.library.adapter("auto", "flux")
+    photo = pictures.decode(PHOTOS["cleo"], "photo")
+    saved.library.save("cleo", saved.library.encode([photo], adapter, LARGEST, "official"))
+
+    def made(*prompts):
+        p = saved.processing("flux")
+        p.prompt, p.batch_size = list(prompts), 2
+        return saved.generate(OFF, p=p)
+
+    mixed, plain, all_of_them = made("<pulid:cleo>", "x"), made("x", "x"), made("<pulid:cleo>", "<pulid:cleo>")
+    assert all(torch.equal(a, b) for a, b in zip(rows(mixed, 1, 2), rows(plain, 1, 2)))
+    assert all(torch.equal(a, b) for a, b in zip(rows(mixed, 0, 2), rows(all_of_them, 0, 2)))
+    assert not equal(mixed, plain) and not equal(mixed, all_of_them)

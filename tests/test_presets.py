@@ -1,0 +1,188 @@
+"""A unit's settings under a name: saved once, checked like a request, and usable wherever a preset's name may stand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib_pulid.errors import PulidError, SettingError
+from lib_pulid.fields import FIELD, PRESET_FAMILY
+from lib_pulid.units import PulidUnit, default_args
+from lib_pulid.webui.presets import SAVED, Presets
+from tests.light_webui import equal, unit
+from tests.test_properties import valid_dicts
+
+SOFT = {"weight": 0.4, "end": 0.7, "projection": "ortho", "num_zero": 16}
+
+
+@pytest.fixture
+def presets(tmp_path):
+    return Presets(lambda: tmp_path / "presets")
+
+
+@pytest.fixture
+def written(presets, tmp_path):
+    def write(text, name="mine"):
+        (tmp_path / "presets").mkdir(exist_ok=True)
+        (tmp_path / "presets" / f"{name}.json").write_text(text, "utf-8")
+        return presets
+
+    return write
+
+
+@pytest.fixture
+def soft(host):
+    """The program, with a saved preset and a saved identity."""
+    host.library.presets.save("Soft", SOFT)
+    host.save(anna="anna")
+    yield host
+    (host.library.presets.folder() / "Soft.json").unlink()
+
+
+class TestFiles:
+    def test_what_is_saved_is_loaded(self, presets):
+        assert presets.names() == []
+        assert presets.save(" Soft ", SOFT) == "Soft"
+        assert presets.load("soft") == SOFT
+        assert presets.names() == ["Soft"]
+
+    @settings(max_examples=30)
+    @given(values=valid_dicts())
+    def test_every_setting_but_the_face(self, tmp_path_factory, values):
+        presets = Presets(lambda: folder)
+        folder = tmp_path_factory.mktemp("presets")
+        presets.save("x", values)
+        unit = PulidUnit.from_mapping({key: value for key, value in values.items() if key in SAVED}, 1)
+        loaded = presets.load("x")
+        assert loaded == {name: getattr(unit, name) for name in values if name in SAVED}
+        assert not {"images", "identity", "mask", "enabled"} & set(loaded)
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("SOFT", "Soft is already saved"),
+            ("Fidelity", "official preset"),
+            ("stylised", "official preset"),
+            ("auto", "official preset"),
+            ("../x", "The name contains /|The name starts"),
+            ("", "The name is empty"),
+        ],
+    )
+    def test_names_that_are_refused(self, presets, name, words):
+        presets.save("Soft", SOFT)
+        with pytest.raises(SettingError, match=words):
+            presets.save(name, {"weight": 1.0})
+        assert presets.names() == ["Soft"] and presets.load("Soft") == SOFT
+
+    def test_wrong_values_are_not_saved(self, presets):
+        with pytest.raises(SettingError, match="field start"):
+            presets.save("x", {"start": 0.9, "end": 0.1})
+        assert presets.names() == []
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("{", "cannot be read as JSON"),
+            ("[" * 100_000, "too large|cannot be read"),
+            ("[]", "not a JSON object"),
+            ('{"wieght": 1}', "did you mean weight"),
+            ('{"weight": 99}', "out of range"),
+            ('{"identity": "anna"}', "a preset has no identity"),
+            ('{"images": ["x"]}', "a preset has no images"),
+            ('{"preset": "other"}', "a preset has no preset"),
+            ('{"start": 0.5, "end": 0.2}', "below end"),
+        ],
+    )
+    def test_a_wrong_file_is_told(self, written, text, words):
+        with pytest.raises(SettingError, match=f"unit 3, field preset: mine.json in .*(?:{words})"):
+            written(text).load("mine", 3)
+
+    def test_an_unknown_name_is_answered_with_the_nearest(self, presets):
+        presets.save("Soft", SOFT)
+        for name, near in (("sooft", "Soft"), ("fidelty", "fidelity")):
+            with pytest.raises(
+                SettingError, match=f"unit 1, field preset: there is no preset '{name}'; did you mean {near}"
+            ):
+                presets.load(name, 1)
+        with pytest.raises(SettingError, match="use one of .*style.*Soft"):
+            presets.load("zzzzzzz")
+
+    @settings(max_examples=20)
+    @given(st.dictionaries(st.sampled_from(sorted(FIELD)), st.none() | st.floats() | st.text(max_size=5)))
+    def test_official_names_are_left_alone(self, values):
+        for name in (*PRESET_FAMILY, "auto", "custom", "stylised", None, 5):
+            assert Presets(lambda: None).expand({**values, "preset": name}, 1) == {**values, "preset": name}
+
+
+class TestUse:
+    def test_in_the_api(self, soft):
+        assert equal(soft.generate([unit("anna", preset="soft")]), soft.generate([unit("anna", **SOFT)]))
+        wanted = soft.generate([unit("anna", **SOFT | {"end": 1.0})])
+        assert equal(soft.generate([True, unit("anna", preset="Soft", end=1.0)]), wanted)
+        with pytest.raises(PulidError, match="unit 2, field preset: there is no preset 'sof'; did you mean Soft"):
+            soft.generate([unit("anna"), unit("ben", preset="sof")])
+
+    def test_in_the_prompt(self, soft):
+        p = soft.processing()
+        p.prompt = "<pulid:anna:preset=soft:end=0.9>"
+        wanted = [{"identity": "anna", **SOFT, "end": 0.9}]
+        assert equal(soft.generate(default_args(3), p=p), soft.generate(wanted))
+        p.prompt = "<pulid:anna:preset=sofft>"
+        with pytest.raises(SettingError, match="tag 1, field preset: there is no preset 'sofft'; did you mean Soft"):
+            soft.generate(default_args(3), p=p)
+
+    def test_in_a_grid(self, soft):
+        axes = {axis.label: axis for axis in soft.ui.modules.scripts.scripts_data[0].module.axis_options}
+        axis, p = axes["[PuLID 1] Preset"], soft.processing()
+        assert axis.choices()[-1] == "Soft" and "fidelity" in axis.choices()
+        axis.confirm(p, ["Soft", "fidelity"])
+        with pytest.raises(SettingError, match="no preset"):
+            axis.confirm(p, ["Soft", "hard"])
+        axis.apply(p, "Soft", ["Soft"])
+        assert equal(soft.generate([unit("anna")], p=p), soft.generate([unit("anna", **SOFT)]))
+
+    def test_in_the_list(self, soft):
+        from lib_pulid.webui.routes import presets
+
+        folder = soft.library.presets.folder()
+        (folder / "wrong.json").write_text("{}x")
+        try:
+            listed = presets(soft.library)
+        finally:
+            (folder / "wrong.json").unlink()
+        assert listed["presets"][0] == {"name": "Soft", "settings": SOFT}
+        assert "cannot be read" in listed["presets"][1]["problem"] and listed["folder"] == str(folder)
+
+
+class TestThePage:
+    @pytest.fixture
+    def actions(self, soft):
+        from lib_pulid.webui.actions import Actions
+
+        return Actions(soft.library, lambda name: "sdxl")
+
+    def test_loading_sets_the_widgets(self, actions):
+        *widgets, listed, note = actions.load_preset("Soft")
+        set_to = {name: one["value"] for name, one in zip(SAVED, widgets) if "value" in one}
+        assert set_to == SOFT and listed["value"] == "None" and "Soft" in note
+        assert all("value" not in one for one in actions.load_preset("None"))
+        assert "there is no preset" in actions.load_preset("gone")[-1]
+
+    def test_saving(self, soft, actions):
+        values = [getattr(PulidUnit(weight=0.9), name) for name in SAVED]
+        listed, name, note = actions.save_preset("Mine", *values)
+        saved = soft.library.presets.folder() / "Mine.json"
+        try:
+            assert listed["choices"] == ["None", "Mine", "Soft"] and name["value"] == "" and "Saved" in note
+            assert json.loads(saved.read_text())["weight"] == 0.9
+            assert "already saved" in actions.save_preset("mine", *values)[-1]
+        finally:
+            saved.unlink()
+        assert "Enter a name" in actions.save_preset(" ", *values)[-1]
+
+    def test_the_widgets_are_wired(self, soft):
+        soft.script.ui(False)  # nothing is missing in the table
+        assert set(SAVED) == set(FIELD) - {"enabled", "images", "identity", "preset", "mask"}
