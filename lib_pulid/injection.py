@@ -31,7 +31,8 @@ from lib_pulid.attention import (
 )
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
-from lib_pulid.images import ImageSource, load_region
+from lib_pulid.images import ImageSource
+from lib_pulid.masks import load_mask
 from lib_pulid.sites import Site, Sites, find_sites
 from lib_pulid.watch import Watch, WatchedSites, uncompiled
 from lib_pulid.weights import Adapter
@@ -142,7 +143,7 @@ def compile_injection(
         num_zero: zero tokens beside the identity, 0-80; SDXL only. More leave more freedom to the prompt.
         start, end: fractions of the sampling between which it is active.
         start_step: first step in which it is active, official on FLUX (range 0-10); the later of both starts counts.
-        mask: part of the image that gets the identity, in any resolution: [H, W], or an image; see `load_region`.
+        mask: part of the image that gets the identity, in any resolution: [H, W], or an image; see `load_mask`.
         device, dtype: of the denoiser's computation. The products are computed in float32 and rounded once.
 
     Returns:
@@ -323,7 +324,7 @@ def _packed(hw: tuple[int, int]) -> tuple[int, int]:
 def _read_mask(mask: Tensor | ImageSource) -> Tensor:
     if isinstance(mask, Tensor):
         mask = (mask.detach().float() if mask.is_floating_point() else mask.detach()).cpu().numpy()
-    return torch.from_numpy(load_region(mask, "mask"))
+    return torch.from_numpy(load_mask(mask, "mask"))
 
 
 def _check_settings(

@@ -1,10 +1,8 @@
 """Reads `<pulid:NAME:WEIGHT:setting=value>` in a prompt: a saved identity, used as one more unit.
 
-The syntax is that of the WebUIs' extra networks, which remove the tags from the text that the model reads. What may be
-set is what the table in `fields.py` has, by its names; and two more:
-
-    unit=2           takes all other settings from the accordion's unit 2, whether that is enabled or not
-    box=x,y,w,h      the part of the image that gets the face: left, top, width and height as fractions of the image
+The syntax is that of the WebUIs' extra networks, which remove the tags from the text that the model reads. All
+settings of the table in `fields.py` but images can be given, by their names. `unit=2` takes all others from the
+accordion's unit 2, whether that is enabled or not.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ _REFUSED = {
     "images": "a tag takes a saved identity, not photos.",
     "mask": "a tag takes no image; use box=x,y,w,h, or unit=2 for the mask of unit 2.",
 }
-_OWN = ("unit", "box")
+_UNIT = "unit"
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,12 @@ class Tag:
     Args:
         name: of a saved identity, or its hash. values: the settings that are given, in their fields' types.
         preset: a name, which need not be an official one; or "". unit: the accordion's unit to start from; 0: none.
-        box: left, top, width, height, fractions 0..1 of the image; None: everywhere.
     """
 
     name: str
     values: Mapping[str, Any] = field(default_factory=dict)
     preset: str = ""
     unit: int = 0
-    box: tuple[float, float, float, float] | None = None
 
 
 def find_tags(prompt: str) -> tuple[str, ...]:
@@ -72,11 +68,10 @@ def parse_tag(text: str, number: Number) -> Tag:
     if not name:
         raise SettingError(place(number, "identity") + f"the tag names no saved identity; write it like {EXAMPLE}.")
     given = _settings(rest, number)
-    unit = _unit(given.pop("unit"), number) if "unit" in given else 0
-    box = _box(given.pop("box"), number) if "box" in given else None
+    unit = _unit(given.pop(_UNIT), number) if _UNIT in given else 0
     preset = check(_PRESET, given.pop("preset"), number) if "preset" in given else ""
     values = {key: from_text(field_named(key, number), value, number) for key, value in given.items()}
-    return Tag(name, values, preset, unit, box)
+    return Tag(name, values, preset, unit)
 
 
 _PRESET = replace(FIELD["model"], name="preset")  # any name: it may be a preset of the user's
@@ -95,7 +90,7 @@ def _settings(parts: list[str], number: Number) -> dict[str, str]:
         key, value = (key, value) if equals else ("weight", key)
         if key in _REFUSED:
             raise SettingError(place(number, key) + _REFUSED[key])
-        if key not in _OWN:
+        if key != _UNIT:
             field_named(key, number)
         if key in given:
             raise SettingError(place(number, key) + "it is in the tag twice.")
@@ -107,17 +102,3 @@ def _unit(text: str, number: Number) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MOST_UNITS):
         raise SettingError(place(number, "unit") + f"{show(text)} is not the number of a unit; use 1 to {MOST_UNITS}.")
     return int(text)
-
-
-def _box(text: str, number: Number) -> tuple[float, float, float, float]:
-    try:
-        x, y, width, height = (float(part) for part in text.split(","))
-    except ValueError:
-        x = y = width = height = -1.0
-    inside = x >= 0 and y >= 0 and width > 0 and height > 0 and x + width <= 1 + 1e-6 and y + height <= 1 + 1e-6
-    if not inside:  # NaN, too
-        raise SettingError(
-            place(number, "box") + f"{show(text)} is not a part of the image. Write left, top, width and height as "
-            "fractions of the image, like box=0,0,0.5,1 for its left half."
-        )
-    return x, y, width, height

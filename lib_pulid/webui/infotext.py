@@ -85,7 +85,7 @@ def _value(field: Field, entries: Mapping[str, str], library: Library) -> Any:
         found = _find(entries, library)
         return {"identity": found or NONE, "images": "" if found else None}[field.name]
     if field.name not in entries:
-        return AUTO if field.name == "model" else None
+        return {"model": AUTO, "box": ""}.get(field.name)
     text = entries[field.name]
     try:
         return from_text(field, text, 0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lib_pulid.errors import ImageError
-from lib_pulid.images import MAX_BYTES, load_image, load_region, resize_long_edge
+from lib_pulid.images import MAX_BYTES, load_image, resize_long_edge, thumbnail
+from lib_pulid.masks import load_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 NOT_OPENED = "Paths and URLs are never opened: send the image itself, as base64."
 LONGEST_PATH = 200  # bytes; a longer text is not a path that happens to be base64
 BLURRED = 12.0  # variance of the Laplacian of the gray crop; sharp portraits have a few hundred
-BOX_SIDE = 1024  # pixels of a mask made of a box; masks are resized to the image's latent
 DRAWN = (60, 200, 90)  # RGB of the chosen face's frame
 OTHER = (160, 160, 160)
 
@@ -62,6 +62,15 @@ def encode(image: np.ndarray, kind: str = "PNG") -> str:
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def small(image: np.ndarray, side: int) -> str:
+    """Encodes an image, uint8 RGB [H, W, 3], for the page, at most side x side, as the data URI of a JPEG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(thumbnail(image, side)).save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def packed(photo: np.ndarray) -> str:
     """Encodes a photo, reduced to the size that the encoders read: same identity, smaller request."""
     return encode(resize_long_edge(photo))
@@ -73,20 +82,10 @@ def photo(text: str, name: str) -> np.ndarray:
 
 
 def region(text: str, name: str) -> Tensor:
-    """Decodes a mask, base64 or a data URI, to [H, W] float32, 0..1; see `images.load_region`."""
+    """Decodes a mask, base64 or a data URI, to [H, W] float32, 0..1; see `masks.load_mask`."""
     import torch
 
-    return torch.from_numpy(decode(text, name, load_region))
-
-
-def box_region(box: Sequence[float]) -> str:
-    """Encodes a rectangle as a mask. box: left, top, width, height, as fractions of the image."""
-    x, y, width, height = box
-    left, top = (min(round(edge * BOX_SIDE), BOX_SIDE - 1) for edge in (x, y))
-    right, bottom = (round(edge * BOX_SIDE) for edge in (x + width, y + height))
-    mask = np.zeros((BOX_SIDE, BOX_SIDE, 3), np.uint8)
-    mask[top : max(bottom, top + 1), left : max(right, left + 1)] = 255
-    return encode(mask)
+    return torch.from_numpy(decode(text, name, load_mask))
 
 
 def drawn_region(picture: np.ndarray | None, strokes: np.ndarray | None = None) -> str:

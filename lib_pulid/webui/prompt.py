@@ -16,7 +16,6 @@ from lib_pulid.fields import MOST_UNITS, Number, place
 from lib_pulid.tags import Tag, find_tags, parse_tag
 from lib_pulid.units import PulidUnit, parse_args, unit_of
 from lib_pulid.webui import infotext
-from lib_pulid.webui.pictures import box_region
 
 if TYPE_CHECKING:
     from lib_pulid.webui.library import Library
@@ -155,8 +154,6 @@ def _values(tag: Tag) -> dict[str, Any]:
     values: dict[str, Any] = {"enabled": True, "identity": tag.name, **tag.values}
     if tag.preset:
         values["preset"] = tag.preset
-    if tag.box:
-        values["mask"] = box_region(tag.box)
     return values
 
 

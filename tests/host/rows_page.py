@@ -100,6 +100,55 @@ def drag(host: Running) -> None:
         page.until("gradioApp().querySelector('#pulid_txt2img .pulid-badge').textContent.includes('no photo')", "badge")
 
 
+@rows.row("Page: the ✕ on a photo removes that one")
+def cross(host: Running) -> str:
+    with opened(host) as page:
+        page.open()
+        page.drop("anna", "ben", "two", "anna-2")
+        page.keep(SCREENSHOTS, "photos", "#pulid_txt2img")
+        kept = [one.get_attribute("src") for one in page.part("1_photos").locator("img").all()]
+        page.part("1_photos").locator("button").nth(1).click()
+        page.until("gradioApp().querySelectorAll('#pulid_txt2img_1_photos img').length === 3", "three are left")
+        left = [one.get_attribute("src") for one in page.part("1_photos").locator("img").all()]
+        expect(left == [kept[0], *kept[2:]], "another photo is gone")
+        return page.badge()
+
+
+@rows.row("Page: a box is drawn, moved, resized by keys, and written into the parameters")
+def region(host: Running) -> str:
+    with opened(host) as page:
+        ready(page)
+        page.open()
+        page.drop("anna")
+        page.part("regions").locator(".label-wrap").first.click()
+        frame = page.part("regions").locator(".pulid-frame")
+        frame.wait_for(state="visible")
+        frame.scroll_into_view_if_needed()
+        place = frame.bounding_box()
+
+        def drag(start: tuple[float, float], end: tuple[float, float]) -> list[float]:
+            for act, (x, y) in (("move", start), ("down", start), ("move", end), ("up", end)):
+                at = (place["x"] + x * place["width"], place["y"] + y * place["height"]) if act == "move" else ()
+                getattr(page.inner.mouse, act)(*at)
+            return [float(number) for number in page.box(1).split()]
+
+        drawn = drag((0.1, 0.1), (0.5, 0.9))
+        expect(all(abs(a - b) < 0.02 for a, b in zip(drawn, (0.1, 0.1, 0.4, 0.8))), f"drawn: {drawn}")
+        moved = drag((0.3, 0.5), (0.5, 0.5))
+        expect(abs(moved[0] - 0.3) < 0.02 and moved[2:] == drawn[2:], f"moved: {moved}")
+        page.keep(SCREENSHOTS, "regions", "#pulid_txt2img")
+        frame.locator(".pulid-box").focus()
+        page.inner.keyboard.press("Shift+ArrowRight")
+        expect(float(page.box(1).split()[2]) > moved[2], f"resized: {page.box(1)}")
+        page.generate()
+        text, box = page.parameters(), page.box(1)
+        expect(f"box: {box}" in text, f"below the image: {text}")
+        frame.locator(".pulid-box").focus()
+        page.inner.keyboard.press("Delete")
+        expect(page.box(1) == "", f"removed: {page.box(1)}")
+        return box
+
+
 @rows.row("Page: send to img2img takes settings and person along")
 def send(host: Running) -> str:
     with opened(host) as page:
