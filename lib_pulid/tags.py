@@ -1,9 +1,8 @@
 """Reads `<pulid:NAME:WEIGHT:setting=value>` in a prompt: a saved identity, used as one more unit.
 
-The syntax is that of the WebUIs' extra networks, which remove the tags from the text that the model reads. What may be
-set is what the table in `fields.py` has, by its names; and one more:
-
-    unit=2           takes all other settings from the accordion's unit 2, whether that is enabled or not
+The syntax is that of the WebUIs' extra networks, which remove the tags from the text that the model reads. All
+settings of the table in `fields.py` but images can be given, by their names. `unit=2` takes all others from the
+accordion's unit 2, whether that is enabled or not.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ _REFUSED = {
     "images": "a tag takes a saved identity, not photos.",
     "mask": "a tag takes no image; use box=x,y,w,h, or unit=2 for the mask of unit 2.",
 }
+_UNIT = "unit"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class Tag:
     Args:
         name: of a saved identity, or its hash. values: the settings that are given, in their fields' types.
         preset: a name, which need not be an official one; or "". unit: the accordion's unit to start from; 0: none.
-        box: left, top, width, height, fractions 0..1 of the image; None: everywhere.
     """
 
     name: str
@@ -69,7 +68,7 @@ def parse_tag(text: str, number: Number) -> Tag:
     if not name:
         raise SettingError(place(number, "identity") + f"the tag names no saved identity; write it like {EXAMPLE}.")
     given = _settings(rest, number)
-    unit = _unit(given.pop("unit"), number) if "unit" in given else 0
+    unit = _unit(given.pop(_UNIT), number) if _UNIT in given else 0
     preset = check(_PRESET, given.pop("preset"), number) if "preset" in given else ""
     values = {key: from_text(field_named(key, number), value, number) for key, value in given.items()}
     return Tag(name, values, preset, unit)
@@ -91,7 +90,7 @@ def _settings(parts: list[str], number: Number) -> dict[str, str]:
         key, value = (key, value) if equals else ("weight", key)
         if key in _REFUSED:
             raise SettingError(place(number, key) + _REFUSED[key])
-        if key != "unit":
+        if key != _UNIT:
             field_named(key, number)
         if key in given:
             raise SettingError(place(number, key) + "it is in the tag twice.")

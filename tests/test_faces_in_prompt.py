@@ -15,8 +15,8 @@ from lib_pulid.hosts.a1111 import _Window
 from lib_pulid.injection import DenoiseStep, _identity_rows
 from lib_pulid.units import default_args
 from lib_pulid.webui import pictures
-from tests.fake_modules.models import count_hooks
-from tests.light_webui import PHOTOS, equal, unit
+from tests.fake_modules.models import count_hooks, same
+from tests.light_webui import PHOTOS, unit
 
 OFF = default_args(3)
 
@@ -46,45 +46,45 @@ class TestATag:
     def test_it_is_the_unit(self, saved):
         plain = saved.generate(OFF)
         tagged = with_prompt(saved, "a photo <pulid:anna:0.6:end=0.7>")
-        assert equal(tagged, saved.generate([{"identity": "anna", "weight": 0.6, "end": 0.7}]))
-        assert not equal(tagged, plain)
+        assert same(tagged, saved.generate([{"identity": "anna", "weight": 0.6, "end": 0.7}]))
+        assert not same(tagged, plain)
         assert saved.ui.modules.extra_networks.swallowed == saved.ui.swallowed == []
         assert saved.left_behind(saved.last) == []
 
     def test_two_tags_are_two_units(self, saved):
         tagged = with_prompt(saved, "<pulid:anna:0.6> and <PuLID:Ben>")
-        assert equal(tagged, saved.generate([{"identity": "anna", "weight": 0.6}, {"identity": "ben"}]))
+        assert same(tagged, saved.generate([{"identity": "anna", "weight": 0.6}, {"identity": "ben"}]))
         twice = with_prompt(saved, "<pulid:anna:0.6><pulid:anna:0.6>")
-        assert equal(twice, saved.generate([{"identity": "anna", "weight": 0.6}] * 2))
+        assert same(twice, saved.generate([{"identity": "anna", "weight": 0.6}] * 2))
 
     def test_it_adds_to_the_accordions(self, saved):
         both = with_prompt(saved, "<pulid:ben>", [{"identity": "anna"}])
-        assert equal(both, saved.generate([{"identity": "anna"}, {"identity": "ben"}]))
+        assert same(both, saved.generate([{"identity": "anna"}, {"identity": "ben"}]))
 
     def test_no_tag_weight_0_and_networks_off_change_nothing(self, saved):
         plain = saved.generate(OFF)
-        assert equal(plain, with_prompt(saved, "a <lora:x:1> photo"))
-        assert equal(plain, with_prompt(saved, "<pulid:anna:0>"))
-        assert equal(plain, with_prompt(saved, "<pulid:anna:enabled=no>"))
-        assert equal(plain, with_prompt(saved, "<pulid:anna>", disable_extra_networks=True))
+        assert same(plain, with_prompt(saved, "a <lora:x:1> photo"))
+        assert same(plain, with_prompt(saved, "<pulid:anna:0>"))
+        assert same(plain, with_prompt(saved, "<pulid:anna:enabled=no>"))
+        assert same(plain, with_prompt(saved, "<pulid:anna>", disable_extra_networks=True))
         with_prompt(saved, "<pulid:anna>")
-        assert equal(plain, saved.generate(OFF))
+        assert same(plain, saved.generate(OFF))
 
     def test_a_box(self, saved):
         boxed = with_prompt(saved, "<pulid:anna:box=0,0,0.5,1>", width=64, height=64)
         p = saved.processing()
         p.width = p.height = 64
-        assert equal(boxed, saved.generate([{"identity": "anna", "box": [0, 0, 0.5, 1]}], p=p))
-        assert not equal(boxed, with_prompt(saved, "<pulid:anna>"))
+        assert same(boxed, saved.generate([{"identity": "anna", "box": [0, 0, 0.5, 1]}], p=p))
+        assert not same(boxed, with_prompt(saved, "<pulid:anna>"))
 
     def test_a_unit_of_the_accordion_gives_its_settings(self, saved):
         """Also one that is switched off; what the tag says itself counts more."""
         listed = [unit("ben", weight=0.3, end=0.6, enabled=False), {"enabled": False, "weight": 1.5}]
         tagged = with_prompt(saved, "<pulid:anna:unit=1><pulid:ben:0.2:unit=2>", listed)
         wanted = [{"identity": "anna", "weight": 0.3, "end": 0.6}, {"identity": "ben", "weight": 0.2}]
-        assert equal(tagged, saved.generate(wanted))
+        assert same(tagged, saved.generate(wanted))
         positions = [False, *OFF[1:]]
-        assert equal(with_prompt(saved, "<pulid:anna:unit=2>", positions), saved.generate([{"identity": "anna"}]))
+        assert same(with_prompt(saved, "<pulid:anna:unit=2>", positions), saved.generate([{"identity": "anna"}]))
         with pytest.raises(SettingError, match="tag 1, field unit: there is no unit 4"):
             with_prompt(saved, "<pulid:anna:unit=4>")
 
@@ -119,7 +119,7 @@ class TestNeverAStranger:
 
     def test_in_the_negative_prompt_it_is_told(self, saved):
         plain = saved.generate(OFF)
-        assert equal(plain, with_prompt(saved, "", negative_prompt="<pulid:anna>"))
+        assert same(plain, with_prompt(saved, "", negative_prompt="<pulid:anna>"))
         assert "negative prompt" in saved.last.comments[0]
 
 
@@ -132,7 +132,7 @@ class TestBatches:
             saved.script, p, OFF, between=lambda batch: seen.append(dict(p.extra_generation_params))
         )
         for image, args in zip(made, ([{"identity": "anna"}], OFF, [{"identity": "ben"}])):
-            assert equal([image], saved.generate(args))
+            assert same([image], saved.generate(args))
         assert [list(entries) for entries in seen] == [["PuLID tag 1"], [], ["PuLID tag 1"]]
         assert "identity: ben" in seen[2]["PuLID tag 1"]
 
@@ -144,7 +144,7 @@ class TestBatches:
             for one, other in zip(rows(mixed, i, 3), rows(alone, i, 3)):
                 assert torch.equal(one, other)
         assert "identity: anna" in entries[0] and entries[1] is None and "weight: 0.5" in entries[2]
-        assert not equal(mixed, with_prompt(saved, "<pulid:anna>", batch_size=3))
+        assert not same(mixed, with_prompt(saved, "<pulid:anna>", batch_size=3))
 
     def test_what_all_images_have_is_one_unit(self, saved):
         with_prompt(saved, ["<pulid:anna><pulid:ben>", "x <pulid:anna>"], batch_size=2)
@@ -164,7 +164,7 @@ class TestBatches:
             p.prompts = [text.replace("{anna|ben}", "ben") for text in p.prompts]
 
         p.rewrite_prompts = replace
-        assert equal(saved.generate(OFF, p=p), saved.generate([{"identity": "ben", "weight": 0.6}]))
+        assert same(saved.generate(OFF, p=p), saved.generate([{"identity": "ben", "weight": 0.6}]))
         with pytest.raises(PulidError, match=r"\{anna\|ben\} is not in"):
             with_prompt(saved, "<pulid:{anna|ben}:0.6>")
 
@@ -172,25 +172,25 @@ class TestBatches:
         """Or are made there: an extension adds a tag of its own."""
         p = saved.processing()
         p.rewrite_prompts = lambda p: p.prompts.__setitem__(0, "<pulid:anna>")
-        assert equal(saved.generate(OFF, p=p), saved.generate([{"identity": "anna"}]))
+        assert same(saved.generate(OFF, p=p), saved.generate([{"identity": "anna"}]))
 
 
 class TestHires:
     def test_both_passes_have_the_face(self, saved):
         tagged = with_prompt(saved, "<pulid:anna>", enable_hr=True)
-        assert equal(tagged, with_prompt(saved, "", [{"identity": "anna"}], enable_hr=True))
+        assert same(tagged, with_prompt(saved, "", [{"identity": "anna"}], enable_hr=True))
 
     def test_a_prompt_of_its_own_has_tags_of_its_own(self, saved):
         tagged = with_prompt(saved, "<pulid:anna>", hr_prompt="larger <pulid:ben:0.5>", enable_hr=True)
         assert list(saved.last.extra_generation_params) == ["PuLID tag 1", "PuLID hires tag 1"]
         wanted = [{"identity": "anna", "hires": "first"}, {"identity": "ben", "weight": 0.5, "hires": "second"}]
-        assert equal(tagged, with_prompt(saved, "", wanted, enable_hr=True))
+        assert same(tagged, with_prompt(saved, "", wanted, enable_hr=True))
         without = with_prompt(saved, "<pulid:anna>", hr_prompt="larger", enable_hr=True)
-        assert equal(without, with_prompt(saved, "", wanted[:1], enable_hr=True))
+        assert same(without, with_prompt(saved, "", wanted[:1], enable_hr=True))
 
     def test_a_tag_for_one_pass(self, saved):
         tagged = with_prompt(saved, "<pulid:anna:hires=second>", enable_hr=True)
-        assert equal(tagged, with_prompt(saved, "", [{"identity": "anna", "hires": "second"}], enable_hr=True))
+        assert same(tagged, with_prompt(saved, "", [{"identity": "anna", "hires": "second"}], enable_hr=True))
         with pytest.raises(SettingError, match="tag 1, field hires: the tag says second"):
             with_prompt(saved, "<pulid:anna:hires=second>", hr_prompt="larger", enable_hr=True)
 
@@ -212,7 +212,7 @@ class TestParameters:
         saved.generate(OFF, p=p)
         cell = copy(p)
         cell.prompt = "nobody"
-        assert equal(saved.generate(OFF, p=cell), saved.generate(OFF))
+        assert same(saved.generate(OFF, p=cell), saved.generate(OFF))
         assert p.extra_generation_params == {}
 
 
@@ -233,14 +233,14 @@ class TestWithoutTheScript:
             saved.ui.hook("process", saved.script, outer, {"identity": "ben"})
             p = copy(outer)
         p.prompt, p.before_sampling = "<pulid:anna>", lambda p: None
-        assert equal(self.repaint(saved, p), saved.generate([{"identity": "anna"}]))
+        assert same(self.repaint(saved, p), saved.generate([{"identity": "anna"}]))
         if copied:
             assert list(outer.extra_generation_params) == ["PuLID 1", "PuLID tag 1"]
             assert "identity: ben" in outer.extra_generation_params["PuLID tag 1"]
         assert all(count_hooks(unet) == 0 for unet in saved.unets.values())
 
     def test_no_tag_no_face(self, saved):
-        assert equal(self.repaint(saved, saved.processing()), saved.generate(OFF))
+        assert same(self.repaint(saved, saved.processing()), saved.generate(OFF))
 
     def test_errors_end_it(self, saved):
         p = saved.processing()
@@ -276,7 +276,7 @@ class TestRows:
     )
     def test_a1111(self, conds, rows, count, images):
         params = SimpleNamespace(text_cond=torch.zeros(conds, 1), x=torch.zeros(rows, 1))
-        window = _Window(params, 0.0)
+        window = _Window(params)
         window.take(rows)
         assert window.images(rows, count) == images
 
@@ -296,4 +296,4 @@ def test_each_image_of_a_batch_on_flux(saved):
     mixed, plain, all_of_them = made("<pulid:cleo>", "x"), made("x", "x"), made("<pulid:cleo>", "<pulid:cleo>")
     assert all(torch.equal(a, b) for a, b in zip(rows(mixed, 1, 2), rows(plain, 1, 2)))
     assert all(torch.equal(a, b) for a, b in zip(rows(mixed, 0, 2), rows(all_of_them, 0, 2)))
-    assert not equal(mixed, plain) and not equal(mixed, all_of_them)
+    assert not same(mixed, plain) and not same(mixed, all_of_them)

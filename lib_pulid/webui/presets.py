@@ -20,7 +20,7 @@ LARGEST = 100_000  # bytes
 SAVED = tuple(
     field.name
     for field in FIELDS
-    if field.kind not in ("images", "image") and field.name not in ("enabled", "identity", "preset")
+    if field.kind not in ("images", "image", "box") and field.name not in ("enabled", "identity", "draw", "preset")
 )
 _OFFICIAL = {names.key(name): name for name in (*PRESET_FAMILY, *OLD_CHOICES, AUTO, CUSTOM, names.NOBODY)}
 
