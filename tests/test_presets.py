@@ -186,4 +186,4 @@ class TestThePage:
 
     def test_the_widgets_are_wired(self, soft):
         soft.script.ui(False)  # nothing is missing in the table
-        assert set(SAVED) == set(FIELD) - {"enabled", "images", "identity", "preset", "mask", "box"}
+        assert set(SAVED) == set(FIELD) - {"enabled", "images", "identity", "draw", "preset", "mask", "box"}
