@@ -32,6 +32,7 @@ from lib_pulid.attention import (
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource, load_region
+from lib_pulid.methods import Method, has
 from lib_pulid.sites import Site, Sites, find_sites
 from lib_pulid.watch import Watch, WatchedSites, uncompiled
 from lib_pulid.weights import Adapter
@@ -122,8 +123,8 @@ def compile_injection(
     identity: Identity,
     *,
     weight: float = 1.0,
-    projection: str = "ortho_v2",
-    num_zero: int = 20,
+    projection: str | None = None,
+    num_zero: int | None = None,
     start: float = 0.0,
     end: float = 1.0,
     start_step: int = 0,
@@ -135,8 +136,10 @@ def compile_injection(
 
     Args:
         weight: likeness strength. Official: 0.8 on SDXL (range 0-5), 1 on FLUX (0-3). 0 changes nothing at all.
-        projection: "none", "ortho" or "ortho_v2"; SDXL only, see `attention.cross_attention_residual`.
-        num_zero: zero tokens beside the identity, 0-80; SDXL only. More leave more freedom to the prompt.
+        projection: "none", "ortho" or "ortho_v2", see `attention.add_cross_attention`; PuLID for SDXL only, where None
+            means "ortho_v2".
+        num_zero: zero tokens beside the identity, 0-80; PuLID for SDXL only, where None means 20. More leave more
+            freedom to the prompt.
         start, end: fractions of the sampling between which it is active.
         start_step: first step in which it is active, official on FLUX (range 0-10); the later of both starts counts.
         mask: part of the image that gets the identity, in any resolution: [H, W], or an image; see `load_region`.
@@ -146,9 +149,14 @@ def compile_injection(
         The Injection. Without `identity.uncond`, uncond rows stay unchanged.
 
     Raises:
-        SettingError: a value is out of range. IdentityMismatchError: the identity belongs to another adapter.
+        SettingError: a value is out of range, or the adapter's method has no such setting.
+        IdentityMismatchError: the identity belongs to another adapter.
         ImageError: the mask is not an image, or black.
     """
+    method = adapter.method
+    _check_has(method, projection=projection, num_zero=num_zero)
+    projection = method.projection if projection is None else projection
+    num_zero = method.num_zero if num_zero is None else num_zero
     _check_settings(weight, projection, num_zero, start, end, start_step, mask)
     _check_match(adapter, identity)
     device = torch.device(device)
@@ -329,6 +337,13 @@ def _check_settings(
         raise SettingError(f"start and end are {start} and {end}; both have to be in 0..1, and start below end")
     if isinstance(mask, Tensor) and (mask.ndim != 2 or not mask.numel()):
         raise SettingError(f"mask has shape {list(mask.shape)}; it has to be [H, W]")
+
+
+def _check_has(method: Method, **given: object) -> None:
+    """Raises SettingError where a setting is given that an SDXL method has not; FLUX always passed over them."""
+    for name, value in given.items():
+        if value is not None and method.family == "sdxl" and not has(method, name):
+            raise SettingError(f"{method.name} has no {name}; leave it out")
 
 
 def _check_match(adapter: Adapter, identity: Identity) -> None:

@@ -1,7 +1,7 @@
 """Makes an Identity from photos, and encodes each photo only once.
 
-Runs `faces.py`, `vision.py` and `identity.py` in one call, and caches the result by the content of all its inputs: the
-photos, the choice of face, the weights. A cached identity loads no encoder.
+Runs `faces.py`, `readings.py` and `identity.py` in one call, and caches the result by the content of all its inputs:
+the photos, the choice of face, the weights. A cached identity loads no encoder.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import numpy as np
 
 from lib_pulid.errors import IdentityMismatchError, WrongWeightsError
 from lib_pulid.faces import LARGEST, Face, FaceChoice, FaceModels, read_face
-from lib_pulid.identity import FILE_VERSION, Identity, check_fusion, encode_identity, face_features
+from lib_pulid.identity import FILE_VERSION, Identity, check_fusion, encode_identity
 from lib_pulid.images import ImageSource, load_image, thumbnail
+from lib_pulid.readings import read_features
 from lib_pulid.vision import VisionTower
 from lib_pulid.weights import Adapter
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The models between a photo and an identity encoder."""
+    """The models between a photo and an identity encoder; None: the method needs none."""
 
     faces: FaceModels
-    tower: VisionTower
+    tower: VisionTower | None
 
 
 class IdentityCache:
@@ -84,7 +85,7 @@ def make_identity(
     Raises:
         ImageError, NoFaceError: the message names the photo.
     """
-    check_fusion(fusion, adapter)
+    check_fusion(fusion, adapter, len(photos))
     names = [_name(photo, i) for i, photo in enumerate(photos)]
     images = [load_image(photo, name) for photo, name in zip(photos, names)]
     key = identity_key(images, adapter, encoders_id=encoders_id, choice=choice, fusion=fusion)
@@ -93,10 +94,10 @@ def make_identity(
     models = encoders()
     faces = []
     for name, image in zip(names, images):
-        faces.append(read_face(image, models.faces, choice, name))
+        faces.append(read_face(image, models.faces, choice, name, adapter.method.longest))
         on_face(name, faces[-1])
     identity = encode_identity(
-        face_features(faces, models.tower),
+        read_features(faces, adapter.method, models.tower),
         adapter,
         fusion=fusion,
         thumbnail=thumbnail(faces[0].aligned, 128) if faces else None,

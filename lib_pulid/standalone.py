@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,16 +106,21 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
     path = pulid or catalog.find_adapter(base.family, models_dir)
     if path is None:
         raise catalog.no_adapter(base.family, models_dir / "pulid", models_dir)
-    files = catalog.require_encoders(models_dir)
+    adapter = _adapter(path, base)
+    files = catalog.require_encoders(models_dir, adapter.method.reads)
     return Workshop(
         base=base,
-        adapter=_adapter(path, base),
-        encoders=lambda: Encoders(
-            load_face_models(FaceFiles.among(files), device), load_vision_tower(files["tower"]).to(device)
-        ),
+        adapter=adapter,
+        encoders=lambda: _encoders(files, device),
         encoders_id=catalog.fingerprint(files, lambda path: fingerprint_files([path])),
         cache=cache,
     )
+
+
+def _encoders(files: Mapping[str, Path], device: str) -> Encoders:
+    """Loads the models that read photos, from their files by role."""
+    faces = load_face_models(FaceFiles.among(files), device)
+    return Encoders(faces, load_vision_tower(files["tower"]).to(device) if "tower" in files else None)
 
 
 def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: str) -> Workshop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +18,6 @@ from lib_pulid.fields import (
     NONE,
     PRESET_FAMILY,
     PRESETS,
-    WEIGHTS,
     Field,
     check,
     field_named,
@@ -28,6 +27,7 @@ from lib_pulid.fields import (
     show,
 )
 from lib_pulid.injection import acts
+from lib_pulid.methods import Method, has, usual
 
 _SWITCH = Field("on", "PuLID", "bool", False, "The accordion's own checkbox.")
 _EMPTY = (None, "", NONE)  # what hosts turn an empty text or list into
@@ -57,6 +57,7 @@ class PulidUnit:
     fusion: str = "official"
     mask: str = ""
     hires: str = "both"
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # fields set by name, not by a widget
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], number: int) -> PulidUnit:
@@ -69,7 +70,8 @@ class PulidUnit:
         checked = {name: check(fields[name], value, number) for name, value in values.items() if value is not None}
         if checked.get("images") and checked.get("identity"):
             raise SettingError(place(number, "identity") + "give either images or an identity, not both.")
-        return cls(**{**preset_values(checked.get("preset", "")), **checked})._checked(number)
+        preset = preset_values(checked.get("preset", ""))
+        return cls(**{**preset, **checked}, given=frozenset(checked))._checked(number)
 
     @classmethod
     def from_positions(cls, values: Sequence[Any], number: int) -> PulidUnit:
@@ -90,19 +92,24 @@ class PulidUnit:
             checked.setdefault("identity", "")
         if checked.get("identity"):
             checked["images"] = ()
-        return replace(self, **{**preset_values(checked.get("preset", "")), **checked})._checked(number)
+        preset = preset_values(checked.get("preset", ""))
+        return replace(self, **{**preset, **checked}, given=self.given | set(checked))._checked(number)
 
     def positions(self) -> list[Any]:
         """Returns the inverse of `from_positions`, plain JSON; photos as in the accordion's hidden field."""
-        values = {**asdict(self), "images": json.dumps(self.images) if self.images else ""}
-        for name, field in FIELD.items():
-            if field.shown is not None and values[name] == field.default:
-                values[name] = field.shown
+        values = {**self.values(), "images": json.dumps(self.images) if self.images else ""}
+        for name, one in FIELD.items():
+            if one.shown is not None and values[name] == one.default:
+                values[name] = one.shown
         return list(values.values())
 
     def mapping(self) -> dict[str, Any]:
         """Returns the inverse of `from_mapping`, plain JSON."""
-        return {**asdict(self), "images": list(self.images)}
+        return {**self.values(), "images": list(self.images)}
+
+    def values(self) -> dict[str, Any]:
+        """Returns the fields of FIELDS by name."""
+        return {name: getattr(self, name) for name in FIELD}
 
     @property
     def choice(self) -> FaceChoice:
@@ -112,10 +119,26 @@ class PulidUnit:
         """Whether it is used in the first or the second (hires) pass."""
         return self.hires in ("both", "second" if hires else "first")
 
-    def on(self, family: str) -> PulidUnit:
-        """Resolves it for a checkpoint of this family: fills in the weight and the family's name of the preset."""
-        weight = WEIGHTS[family] if self.weight is None else self.weight
-        return replace(self, weight=weight, preset=preset_name(family, asdict(self)))
+    def on(self, family: str, method: Method | None = None) -> PulidUnit:
+        """Resolves it for a checkpoint of this family, and a method (None: PuLID): fills in the weight and the family's
+        name of the preset."""
+        method = method or usual(family)
+        weight = method.weight if self.weight is None else self.weight
+        return replace(self, weight=weight, preset=preset_name(family, self.values()))
+
+    def settings(self, method: Method) -> dict[str, Any]:
+        """Returns what `compile_injection` is given of it besides the mask, as far as the method has it."""
+        found = {name: getattr(self, name) for name in ("projection", "num_zero", "start_step") if has(method, name)}
+        return {"weight": self.weight or 0.0, "start": self.start, "end": self.end, **found}
+
+    def check_method(self, method: Method, number: int) -> None:
+        """Raises: SettingError: a setting was given that the method does not have."""
+        for name in FIELD:
+            named = name in self.given and FIELD[name].family in ("", method.family) and not has(method, name)
+            if named and (name != "preset" or self.preset in PRESET_FAMILY):
+                raise SettingError(
+                    f"{place(number, name)}{method.label} has no such setting. Leave it out, or choose another model."
+                )
 
     def check_family(self, family: str, number: int) -> None:
         """Raises: SettingError: the preset belongs to the other family."""

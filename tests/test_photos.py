@@ -21,7 +21,7 @@ from torch import nn
 from lib_pulid import identity as identity_module
 from lib_pulid.errors import ImageError, NoFaceError, SettingError
 from lib_pulid.faces import Face, FaceChoice, read_face
-from lib_pulid.identity import Identity, encode_identity, face_features
+from lib_pulid.identity import Identity, encode_identity
 from lib_pulid.images import thumbnail
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, identity_key, make_identity
 from lib_pulid.vision import load_vision_tower

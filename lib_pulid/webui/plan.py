@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
-from lib_pulid.fields import AUTO
 from lib_pulid.identity import check_fusion, with_uncond
 from lib_pulid.injection import Injection
+from lib_pulid.methods import usual
 from lib_pulid.sites import is_chroma
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.pictures import photo, region
@@ -99,8 +99,8 @@ class UnitPlan:
 
     def _compile(self, number: int, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
         self.tell(f"PuLID: loading the model for unit {number}")
-        unit = unit.on(model.family)
         identity, adapter = self._identity(number, unit, model.family)
+        unit = unit.on(model.family, adapter.method)
         # Without negative rows it takes half the memory.
         identity = with_uncond(identity, adapter) if model.guided else replace(identity, uncond=None)
         with _at(number, "mask"):
@@ -109,17 +109,14 @@ class UnitPlan:
             injection = self.library.injection(
                 adapter,
                 identity,
-                weight=unit.weight or 0.0,
-                projection=unit.projection,
-                num_zero=unit.num_zero,
-                start=unit.start,
-                end=unit.end,
-                start_step=unit.start_step if model.family == "flux" else 0,
+                **unit.settings(adapter.method),
                 mask=mask,
                 device=model.device,
                 dtype=model.dtype,
             )
         facts = {"hash": identity.short_hash, "file": adapter.path.name, "weights": adapter.fingerprint[:10]}
+        if adapter.method.name != usual(model.family).name:
+            facts["method"] = adapter.method.label
         return injection, facts
 
     def _identity(self, number: int, unit: PulidUnit, family: str) -> tuple[Identity, Adapter]:
@@ -127,15 +124,17 @@ class UnitPlan:
             with _at(number, "identity"):
                 identity = self.library.saved(unit.identity)
             with _at(number, "model"):
-                encoder = identity.info.get("encoder", "") if unit.model == AUTO else ""
-                adapter = self.library.adapter(unit.model, family, encoder)
+                encoder, made_for = (identity.info.get(key, "") for key in ("encoder", "adapter"))
+                adapter = self.library.adapter(unit.model, family, encoder, made_for)
+            unit.check_method(adapter.method, number)
             return identity, adapter
         if not unit.images:
             raise at_unit(number, "images", SettingError("add a photo, choose a saved identity, or disable this unit."))
         with _at(number, "model"):
             adapter = self.library.adapter(unit.model, family)
+        unit.check_method(adapter.method, number)
         with _at(number, "fusion"):
-            check_fusion(unit.fusion, adapter)
+            check_fusion(unit.fusion, adapter, len(unit.images))
         with _at(number, "images"):
             photos = [photo(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
             identity = self.library.encode(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class Readers:
         self._device, self._fingerprint = device, fingerprint
         self._faces: FaceModels | None = None
         self._tower: VisionTower | None = None
+        self._loaded: dict[str, Any] = {}  # the files they were loaded from: methods need different ones
         self._moved = False  # to the CPU
 
     @property
@@ -58,7 +59,7 @@ class Readers:
         """Encodes photos of one person, uint8 RGB [H, W, 3]; see `photos.make_identity`."""
         from lib_pulid.photos import make_identity
 
-        files = catalog.require_encoders(models_dir)
+        files = catalog.require_encoders(models_dir, adapter.method.reads)
         identity = self._where_memory_suffices(
             lambda: make_identity(
                 list(photos),
@@ -112,6 +113,8 @@ class Readers:
 
         tell("loading the face models")
         faces = self._face_models(files)
+        if "tower" not in files:
+            return Encoders(faces, None)
         if self._tower is None:
             tell("loading the vision tower")
             self._tower = load_vision_tower(files["tower"]).to(self._place())
@@ -120,8 +123,10 @@ class Readers:
     def _face_models(self, files: dict[str, Path]) -> FaceModels:
         from lib_pulid.face_models import FaceFiles, load_face_models
 
-        if self._faces is None:
-            self._faces = load_face_models(FaceFiles.among(files), self._place())
+        wanted = FaceFiles.among(files)
+        if self._faces is None or self._loaded.get("faces") != wanted:
+            self._faces = load_face_models(wanted, self._place())
+            self._loaded["faces"] = wanted
         return self._faces
 
 
