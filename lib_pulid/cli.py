@@ -101,7 +101,11 @@ def _add_faces(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="photo of the person; repeat it for several photos of the same person",
     )
-    parser.add_argument("--pulid", type=_path, help="PuLID file, or another method's (default: the first PuLID file in the models folder)")
+    parser.add_argument(
+        "--pulid",
+        type=_path,
+        help="PuLID file, or another method's (default: the first PuLID file there)",
+    )
     parser.add_argument(
         "--face-order", choices=FACE_ORDERS, default="largest", help="how faces are ordered if a photo has several"
     )
@@ -131,6 +135,7 @@ def _add_generate(commands) -> None:
     parser.add_argument(
         "--num-zero", type=int, help="PuLID for SDXL, 0-80: more stays closer to the prompt (default: 20)"
     )
+    parser.add_argument("--lora-weight", type=float, help="FaceID, 0-2: strength of its LoRA (default: 1)")
     parser.add_argument("--start", type=float, default=0.0, help="start after this fraction of the steps")
     parser.add_argument("--end", type=float, default=1.0, help="stop after this fraction of the steps")
     parser.add_argument("--start-step", type=int, default=0, help="FLUX: first step with the face, counted from 0")

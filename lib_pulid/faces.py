@@ -91,13 +91,15 @@ class Face:
     """One face, as the encoders need it.
 
     detection: in pixels of the photo after resize_long_edge, like `detections`, the candidates.
-    embedding: [512] float32, the recognizer's raw output, not normalized.
+    photo_bgr: uint8 BGR [H, W, 3], the photo in which it was found, after resize_long_edge.
+    embedding: [512] float32, the recognizer's raw output, not normalized; [0] without a recognizer.
     aligned: uint8 RGB [512, 512, 3], 0..255.
     features: [1, 3, 512, 512] float32 RGB, 0..1: the face in gray on white; None without a parser.
     notes: what the user should know; empty if all went well.
     """
 
     detection: Detection
+    photo_bgr: np.ndarray
     embedding: np.ndarray
     aligned: np.ndarray
     features: Tensor | None
@@ -133,13 +135,13 @@ class Parser(Protocol):
 @dataclass(frozen=True)
 class FaceModels:
     """The models that read_face uses. Without a landmarker, crops are aligned by the detector's landmarks; without a
-    parser, the face is not cut out.
+    recognizer or parser, a face lacks what they give.
 
     notes: what the user should know about the models; repeated with each face.
     """
 
     detector: Detector
-    recogniser: Recogniser
+    recogniser: Recogniser | None
     landmarker: Detector | None
     parser: Parser | None
     notes: tuple[str, ...] = ()
@@ -178,7 +180,9 @@ def read_face(
         else:
             landmarks = same.landmarks
     aligned_bgr = align(bgr, landmarks, name)
-    if found:
+    if models.recogniser is None:
+        embedding = np.zeros(0)
+    elif found:
         embedding = models.recogniser.embed(bgr, chosen)
     else:
         # As in the official code if insightface finds nothing.
@@ -188,6 +192,7 @@ def read_face(
     aligned = np.ascontiguousarray(aligned_bgr[:, :, ::-1])
     return Face(
         detection=chosen,
+        photo_bgr=bgr,
         embedding=np.asarray(embedding, dtype=np.float32).reshape(-1),
         aligned=aligned,
         features=None if models.parser is None else face_features(aligned, models.parser.labels(aligned)),

@@ -127,6 +127,8 @@ FIELDS = (
           advanced=True, pasted=False),
     Field("hires", "Hires fix passes", "choice", "both", "Which passes of hires fix use the face.",
           choices=HIRES_PASSES, advanced=True),
+    Field("lora_weight", "LoRA strength", "float", 1.0, "Strength of the LoRA in FaceID's file. Official: 1. Lower: "
+          "cleaner images, less likeness.", 0, MOST["lora_weight"], 0.05, advanced=True, family="sdxl"),
 )  # fmt: skip
 FIELD = {field.name: field for field in FIELDS}
 

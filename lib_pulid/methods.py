@@ -9,13 +9,14 @@ Layouts: tencent-ailab/IP-Adapter at 62e4af9d, instantX-research/InstantID at 21
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lib_pulid.errors import WrongWeightsError
 
 # Models that read photos, by their role in the catalog.
 _FACES = ("detector", "recogniser", "landmarker", "parser")
+IMAGE_ENCODERS = ("tower", "clip_h", "clip_bigg")
 _ANTELOPE, _BUFFALO = ("detector", "recogniser"), ("detector", "recogniser_buffalo")
 
 # Dtypes as a safetensors header names them.
@@ -83,7 +84,28 @@ INSTANTID = Method("InstantID", "sdxl", inputs=("embedding",), reads=_ANTELOPE, 
 PORTRAIT_UNNORM = Method(
     "IP-Adapter FaceID Portrait (unnorm)", "sdxl", inputs=("embedding",), reads=_BUFFALO, longest=0, several="joined"
 )  # fmt: skip
-METHODS = (PULID_V1, PULID_V11, PULID_FLUX, INSTANTID, PORTRAIT_UNNORM)
+# IP-Adapter's README: a scale of 0.5 in most cases, 1 with an empty prompt.
+IP_ADAPTER_H = Method(
+    "IP-Adapter", "sdxl", "(ViT-H)", inputs=("image",), reads=("clip_h",), view="photo", longest=0, weight=0.5
+)  # fmt: skip
+IP_ADAPTER_BIGG = replace(IP_ADAPTER_H, version="(ViT-bigG)", reads=("clip_bigg",))
+IP_ADAPTER_PLUS = replace(IP_ADAPTER_H, name="IP-Adapter Plus", version="", inputs=("patches",))
+IP_ADAPTER_PLUS_FACE = replace(
+    IP_ADAPTER_PLUS, name="IP-Adapter Plus Face", reads=("detector", "clip_h"), view="face"
+)  # fmt: skip
+_LORA = ("lora_weight",)
+FACEID = Method(
+    "IP-Adapter FaceID", "sdxl", inputs=("unit_embedding",), reads=_BUFFALO, longest=0, settings=_LORA
+)  # fmt: skip
+FACEID_PLUS = replace(
+    FACEID, name="IP-Adapter FaceID Plus", version="v2", inputs=("unit_embedding", "patches"),
+    reads=(*_BUFFALO, "clip_h"), view="aligned",
+)  # fmt: skip
+PORTRAIT = replace(PORTRAIT_UNNORM, name="IP-Adapter FaceID Portrait", inputs=("unit_embedding",))
+METHODS = (
+    PULID_V1, PULID_V11, PULID_FLUX, INSTANTID, IP_ADAPTER_H, IP_ADAPTER_BIGG, IP_ADAPTER_PLUS, IP_ADAPTER_PLUS_FACE,
+    FACEID, FACEID_PLUS, PORTRAIT, PORTRAIT_UNNORM,
+)  # fmt: skip
 
 # The fields of a unit that not all methods have.
 SPECIAL = frozenset(name for method in METHODS for name in method.settings)
@@ -143,12 +165,27 @@ def _ip_adapter(header: Header, name: str, checksum: Callable[[], str]) -> Metho
         raise WrongWeightsError(f"{name} is {reason}")
     if not width:
         return None
-    if _width(header, "image_proj.proj_in.weight") == 512 and "image_proj.latents" in header:
-        return _raw_face_id(header, name, checksum)
-    return None
+    if "image_proj.latents" in header:
+        if _width(header, "image_proj.proj_in.weight") == FACE_WIDTH:
+            return _raw_face_id(header, name)
+        return IP_ADAPTER_PLUS_FACE if checksum().startswith(_PLUS_FACE) else IP_ADAPTER_PLUS
+    if "image_proj.proj.weight" in header:
+        return IP_ADAPTER_BIGG if _width(header, "image_proj.proj.weight") == _BIGG_WIDTH else IP_ADAPTER_H
+    return _face_id(header, name) if "image_proj.proj.2.weight" in header else None
 
 
-def _raw_face_id(header: Header, name: str, checksum: Callable[[], str]) -> Method:
+def _face_id(header: Header, name: str) -> Method:
+    has_lora = _any(header, "ip_adapter.0.to_q_lora.")
+    if not has_lora and _tokens(header) == _PORTRAIT_TOKENS:
+        return PORTRAIT
+    if not has_lora:
+        raise WrongWeightsError(
+            f"{name} is IP-Adapter FaceID without its LoRA, which it was trained with. Use the original file."
+        )
+    return FACEID_PLUS if _any(header, "image_proj.perceiver_resampler.") else FACEID
+
+
+def _raw_face_id(header: Header, name: str) -> Method:
     """InstantID and FaceID Portrait unnorm have the same tensors, but read different face recognizers' embeddings. They
     were published in different dtypes: all float32, and a float32 encoder beside float16 layers."""
     encoder = header["image_proj.proj_in.weight"].dtype
@@ -162,6 +199,11 @@ def _raw_face_id(header: Header, name: str, checksum: Callable[[], str]) -> Meth
         "can no longer be told apart. They need different face recognizers. Use the original file."
     )
 
+
+FACE_WIDTH = 512  # of a face embedding
+_PORTRAIT_TOKENS = 16  # FaceID has 4
+_BIGG_WIDTH = 1280  # of ViT-bigG's image embedding; ViT-H's has 1024
+_PLUS_FACE = "677ad886"  # checksum of ip-adapter-plus-face_sdxl_vit-h.safetensors, whose tensors are those of plus
 
 _OTHER_WIDTHS = {
     768: "an IP-Adapter for Stable Diffusion 1.5, but PuLID works with SDXL and FLUX. Use the file for SDXL.",
@@ -183,6 +225,12 @@ def _refusal(header: Header, width: int) -> str:
     if "image_proj.proj.3.weight" in header:
         return "IP-Adapter Full Face, which exists for Stable Diffusion 1.5 only. Use IP-Adapter Plus Face for SDXL."
     return ""
+
+
+def _tokens(header: Header) -> int:
+    """Returns the number of tokens that a FaceID file's MLP makes."""
+    rows = header["image_proj.proj.2.weight"].shape[0]
+    return rows // (_width(header, "image_proj.norm.weight") or rows)
 
 
 def _any(header: Header, prefix: str) -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,17 +20,31 @@ from lib_pulid.errors import IdentityMismatchError, WrongWeightsError
 from lib_pulid.faces import LARGEST, Face, FaceChoice, FaceModels, read_face
 from lib_pulid.identity import FILE_VERSION, Identity, check_fusion, encode_identity
 from lib_pulid.images import ImageSource, load_image, thumbnail
-from lib_pulid.readings import read_features
-from lib_pulid.vision import VisionTower
+from lib_pulid.methods import IMAGE_ENCODERS
+from lib_pulid.readings import FaceFeatures, read_features
 from lib_pulid.weights import Adapter
+
+if TYPE_CHECKING:
+    from lib_pulid.clip_vision import ClipVision
+    from lib_pulid.vision import VisionTower
 
 
 @dataclass(frozen=True)
 class Encoders:
     """The models between a photo and an identity encoder; None: the method needs none."""
 
-    faces: FaceModels
-    tower: VisionTower | None
+    faces: FaceModels | None
+    tower: VisionTower | ClipVision | None
+
+
+def load_image_encoder(files: Mapping[str, Path], device: str) -> VisionTower | ClipVision | None:
+    """Loads the image encoder that is among files by role; None if none is."""
+    from lib_pulid import clip_vision, vision
+
+    if "tower" in files:
+        return vision.load_vision_tower(files["tower"]).to(device)
+    path = next((files[role] for role in IMAGE_ENCODERS if role in files), None)
+    return None if path is None else clip_vision.load_clip_vision(path, device)
 
 
 class IdentityCache:
@@ -92,18 +107,30 @@ def make_identity(
     if (known := cache.get(key)) is not None:
         return known
     models = encoders()
-    faces = []
-    for name, image in zip(names, images):
+    faces: list[Face] = []
+    for name, image in zip(names, images) if models.faces is not None else ():
         faces.append(read_face(image, models.faces, choice, name, adapter.method.longest))
         on_face(name, faces[-1])
     identity = encode_identity(
-        read_features(faces, adapter.method, models.tower),
+        _checked(read_features(images, faces, adapter.method, models.tower), adapter),
         adapter,
         fusion=fusion,
-        thumbnail=thumbnail(faces[0].aligned, 128) if faces else None,
+        thumbnail=thumbnail(faces[0].aligned if faces else images[0], 128) if images else None,
     )
     cache.put(key, identity)
     return identity
+
+
+def _checked(photos: list[FaceFeatures], adapter: Adapter) -> list[FaceFeatures]:
+    """Raises WrongWeightsError where CLIP's width is not the one that the projector was made for."""
+    for photo in photos:
+        seen = photo.patches if photo.image is None else photo.image
+        if seen is not None and seen.shape[-1] != adapter.encoder.input_dim:
+            raise WrongWeightsError(
+                f"The CLIP image encoder gives {seen.shape[-1]} numbers, but {adapter.path.name} needs "
+                f"{adapter.encoder.input_dim}: it is another CLIP. {adapter.label} needs the one of h94/IP-Adapter."
+            )
+    return photos
 
 
 def identity_key(

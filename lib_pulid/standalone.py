@@ -19,9 +19,8 @@ from lib_pulid.hosts.diffusers_base import Base, load_base, paint
 from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource
 from lib_pulid.injection import Injection, check_fit, compile_injection
-from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, make_identity
+from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, load_image_encoder, make_identity
 from lib_pulid.sites import find_sites
-from lib_pulid.vision import load_vision_tower
 from lib_pulid.watch import Watch
 from lib_pulid.weights import Adapter, load_adapter
 
@@ -119,8 +118,8 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
 
 def _encoders(files: Mapping[str, Path], device: str) -> Encoders:
     """Loads the models that read photos, from their files by role."""
-    faces = load_face_models(FaceFiles.among(files), device)
-    return Encoders(faces, load_vision_tower(files["tower"]).to(device) if "tower" in files else None)
+    faces = load_face_models(FaceFiles.among(files), device) if "detector" in files else None
+    return Encoders(faces, load_image_encoder(files, device))
 
 
 def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: str) -> Workshop:

@@ -29,6 +29,7 @@ from lib_pulid.fields import (
 from lib_pulid.injection import acts
 from lib_pulid.methods import Method, has, usual
 
+SETTINGS = ("projection", "num_zero", "start_step", "lora_weight")  # of `compile_injection`, if the method has them
 _SWITCH = Field("on", "PuLID", "bool", False, "The accordion's own checkbox.")
 _EMPTY = (None, "", NONE)  # what hosts turn an empty text or list into
 
@@ -57,6 +58,7 @@ class PulidUnit:
     fusion: str = "official"
     mask: str = ""
     hires: str = "both"
+    lora_weight: float = 1.0
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # fields set by name, not by a widget
 
     @classmethod
@@ -128,7 +130,7 @@ class PulidUnit:
 
     def settings(self, method: Method) -> dict[str, Any]:
         """Returns what `compile_injection` is given of it besides the mask, as far as the method has it."""
-        found = {name: getattr(self, name) for name in ("projection", "num_zero", "start_step") if has(method, name)}
+        found = {name: getattr(self, name) for name in SETTINGS if has(method, name)}
         return {"weight": self.weight or 0.0, "start": self.start, "end": self.end, **found}
 
     def check_method(self, method: Method, number: int) -> None:

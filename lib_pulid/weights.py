@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,9 @@ from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import WrongWeightsError
 from lib_pulid.files.download import sha256_of
 from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
-from lib_pulid.methods import Method
-from lib_pulid.projectors import Resampler
+from lib_pulid.lora import PARTS, Lora
+from lib_pulid.methods import Method, has
+from lib_pulid.projectors import FacePlusProjection, FaceProjection, ImageProjection, Resampler
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,14 @@ class Adapter:
         encoder: float32, in eval mode; called with the method's inputs, returns tokens [B, N, D].
         sites: CrossAttentionWeights (70 in SDXL) or ImageStreamWeights (20 in FLUX), in the file's dtype.
         path: of the file.
+        lora: of all attention layers, in the file's dtype; None if the method has none.
     """
 
     method: Method
     encoder: nn.Module
     sites: tuple[SiteWeights, ...]
     path: Path
+    lora: Lora | None = None
 
     @property
     def family(self) -> str:
@@ -154,16 +158,24 @@ def _header(state: Mapping[str, Tensor]) -> methods.Header:
 # ---------------------------------------------------------------- layouts
 
 # An encoder is built by `from_state_dict` and has an `output_dim`.
-_ENCODERS: Mapping[Method, type[IDEncoder | IDFormer | Resampler]] = {
+_ENCODERS: Mapping[Method, type] = {
     methods.PULID_V1: IDEncoder,
     methods.PULID_V11: IDFormer,
     methods.PULID_FLUX: IDFormer,
     methods.INSTANTID: Resampler,
+    methods.IP_ADAPTER_H: ImageProjection,
+    methods.IP_ADAPTER_BIGG: ImageProjection,
+    methods.IP_ADAPTER_PLUS: Resampler,
+    methods.IP_ADAPTER_PLUS_FACE: Resampler,
+    methods.FACEID: FaceProjection,
+    methods.FACEID_PLUS: FacePlusProjection,
+    methods.PORTRAIT: FaceProjection,
     methods.PORTRAIT_UNNORM: Resampler,
 }
 # Prefix of the encoder, and pattern of the layers' keys and values. At most four digits, here and below: a number in a
 # name must not determine how long this takes.
 _OWN = ("id_adapter.", r"id_adapter_attn_layers\.(\d{1,4})\.id_to_(k|v)\.weight")
+_LORA = r"ip_adapter\.(\d{1,4})\.to_(q|k|v|out)_lora\.(down|up)\.weight"
 _CONVERTED = ("image_proj.", r"ip_adapter\.(\d{1,4})\.to_(k|v)_ip\.weight")
 
 
@@ -171,6 +183,9 @@ def _cross_attentions(state: Mapping[str, Tensor], method: Method, path: Path) -
     prefix, pair = _OWN if any(key.startswith(_OWN[0]) for key in state) else _CONVERTED
     encoder = _encoder(_under(state, prefix), method, path)
     matches = {key: re.fullmatch(pair, key) for key in state if not key.startswith(prefix)}
+    low_rank = {(int(m[1]), m[2], m[3]): state[key] for key in matches if (m := re.fullmatch(_LORA, key))}
+    if has(method, "lora_weight"):
+        matches = {key: match for key, match in matches.items() if not re.fullmatch(_LORA, key)}
     if foreign := sorted(key for key, match in matches.items() if match is None):
         raise WrongWeightsError(f"{path.name} looks like {method.label}, but also holds {foreign[0]!r}.")
     table = {(int(m[1]), m[2]): state[key] for key, m in matches.items() if m}
@@ -187,7 +202,26 @@ def _cross_attentions(state: Mapping[str, Tensor], method: Method, path: Path) -
         if site.to_k.shape != site.to_v.shape or tuple(site.to_k.shape[1:]) != (encoder.output_dim,):
             raise WrongWeightsError(f"{path.name}: layer {i} does not fit tokens of width {encoder.output_dim}.")
         sites.append(site)
-    return Adapter(method, encoder, tuple(sites), path)
+    lora = _lora(low_rank, tuple(sites), path) if has(method, "lora_weight") else None
+    return Adapter(method, encoder, tuple(sites), path, lora)
+
+
+def _lora(state: Mapping[tuple[int, str, str], Tensor], sites: tuple[SiteWeights, ...], path: Path) -> Lora:
+    """Builds the LoRA. state: by layer, part, and "down" or "up"."""
+    expected = {(n, part, half) for n in range(2 * len(sites)) for part in PARTS for half in ("down", "up")}
+    if stray := sorted(set(state) ^ expected):
+        raise WrongWeightsError(f"{path.name}: its LoRA is incomplete (layer {stray[0][0]}). Download it again.")
+    layers = {}
+    for n, part in sorted({place[:2] for place in expected}):
+        down, up = state[n, part, "down"], state[n, part, "up"]
+        width = sites[n // 2].to_k.shape[0]  # type: ignore[union-attr]
+        if down.ndim != 2 or up.ndim != 2 or up.shape != (width, down.shape[0]):
+            raise WrongWeightsError(f"{path.name}: its LoRA of layer {n} (to_{part}) does not fit a width of {width}.")
+        layers[n, part] = down, up
+    digest = hashlib.sha256()
+    for pair in layers.values():
+        digest.update(b"".join(tensor[0].float().numpy().tobytes() for tensor in pair))
+    return Lora(layers, digest.hexdigest()[:16])
 
 
 def _image_streams(state: Mapping[str, Tensor], method: Method, path: Path) -> Adapter:
@@ -245,7 +279,7 @@ def _check_image_stream(site: ImageStreamWeights, token_dim: int, name: str) -> 
             raise WrongWeightsError(f"{name}.{field} has shape {tuple(getattr(site, field).shape)}, expected {shape}.")
 
 
-def _encoder(state: dict[str, Tensor], method: Method, path: Path) -> IDEncoder | IDFormer | Resampler:
+def _encoder(state: dict[str, Tensor], method: Method, path: Path) -> Any:
     kind = _ENCODERS[method]
     try:
         return kind.from_state_dict(state)
@@ -257,4 +291,3 @@ def _encoder(state: dict[str, Tensor], method: Method, path: Path) -> IDEncoder 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
-

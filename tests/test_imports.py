@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("contact_sheet", "disk", "names", "camera_files", "encoders", "methods", "sites", "gpu_cost"),
+    ("contact_sheet", "disk", "names", "camera_files", "encoders", "lora", "methods", "sites", "gpu_cost"),
     ("images", "files", "projectors"),
     ("weights", "faces", "watch"),
-    ("vision", "face_models", "attention", "judge"),
+    ("vision", "clip_vision", "face_models", "attention", "judge"),
     ("readings",),
     ("identity",),
     ("photos", "injection"),

@@ -5,6 +5,7 @@ References: tests/reference/methods.safetensors, see record_methods.py there.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from lib_pulid.errors import IdentityMismatchError, SettingError, WrongWeightsEr
 from lib_pulid.files.pickle_header import read_pickle_header
 from lib_pulid.identity import Identity, encode_identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
-from lib_pulid.projectors import Resampler
+from lib_pulid.projectors import FacePlusProjection, FaceProjection, ImageProjection, Resampler
 from lib_pulid.readings import FaceFeatures
 from lib_pulid.sites import find_sites
 from lib_pulid.weights import Adapter, load_adapter
@@ -51,7 +52,15 @@ def write(tmp_path):
 
 # ---------------------------------------------------------------- which method a file is
 
-KINDS = {"instantid": methods.INSTANTID, "portrait_unnorm": methods.PORTRAIT_UNNORM}
+KINDS = {
+    "instantid": methods.INSTANTID,
+    "ip_adapter": methods.IP_ADAPTER_H,
+    "plus": methods.IP_ADAPTER_PLUS,
+    "face_id": methods.FACEID,
+    "face_id_plus": methods.FACEID_PLUS,
+    "portrait": methods.PORTRAIT,
+    "portrait_unnorm": methods.PORTRAIT_UNNORM,
+}
 
 
 @pytest.mark.parametrize("name", ["pulid_v1.bin", "pulid_v1.1.safetensors"])
@@ -72,6 +81,19 @@ def test_a_pickle_is_told_without_loading_it(write, kind):
     assert methods.method_of(header, "file.bin") == KINDS[kind]
 
 
+def test_big_g_by_the_width_of_its_embedding(write):
+    state = {"image_proj": ImageProjection(1280, TOKEN_WIDTH, 4).state_dict(), "ip_adapter": small.layers(WIDTHS)}
+    assert load_adapter(write(state)).method == methods.IP_ADAPTER_BIGG
+
+
+def test_plus_face_by_its_checksum(write, monkeypatch):
+    """Plus and Plus Face have the same tensors."""
+    path = write(FILES["plus"])
+    assert load_adapter(path).method == methods.IP_ADAPTER_PLUS
+    monkeypatch.setattr(methods, "_PLUS_FACE", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    assert load_adapter(path).method == methods.IP_ADAPTER_PLUS_FACE
+
+
 def test_no_program_of_a_pickle_runs(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -80,6 +102,10 @@ def test_no_program_of_a_pickle_runs(tmp_path):
     torch.save({"image_proj": Evil(), "x": torch.zeros(1)}, tmp_path / "evil.bin")
     assert read_pickle_header(tmp_path / "evil.bin") == {}
     assert not (tmp_path / "made").exists()
+
+
+def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in state.items() if key != name}
 
 
 def changed(kind: str, table: str, **tensors: Tensor) -> dict:
@@ -110,6 +136,18 @@ REFUSED = {
         {"double_blocks": {"0.processor.ip_adapter_double_stream_k_proj.weight": torch.zeros(2, 2)}},
         "an IP-Adapter for FLUX",
     ),
+    "face id without its lora": (
+        {**FILES["face_id"], "ip_adapter": small.layers(WIDTHS)},
+        "IP-Adapter FaceID without its LoRA",
+    ),
+    "half a lora": (
+        {**FILES["face_id"], "ip_adapter": without(FILES["face_id"]["ip_adapter"], "4.to_out_lora.up.weight")},
+        r"its LoRA is incomplete \(layer 4\)",
+    ),
+    "a lora of another width": (
+        changed("face_id", "ip_adapter", **{"2__to_q_lora__up__weight": torch.zeros(8, 4)}),
+        r"its LoRA of layer 2 \(to_q\) does not fit a width of 24",
+    ),
     "a layer is missing": (
         {**FILES["instantid"], "ip_adapter": small.layers(WIDTHS[1:]) | {"7.to_k_ip.weight": torch.zeros(16, 64)}},
         r"InstantID for SDXL, but incomplete \(layer 7\)|incomplete \(layer 5\)",
@@ -124,7 +162,7 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_relatives_that_do_not_work_are_named(write, what):
     state, words = REFUSED[what]
-    with pytest.raises(WrongWeightsError, match=rf"(?s)^file\.bin(:| is).*{words}"):
+    with pytest.raises(WrongWeightsError, match=rf"(?s)^file\.bin(:| is).*({words})"):
         load_adapter(write(state))
 
 
@@ -145,17 +183,44 @@ def test_resampler_of_patches():
     assert relative(Resampler.from_state_dict(state)(official.patches()), REFERENCE["resampler_plus"]) < PROJECTOR
 
 
-def whole_unet_adapter(path: Path, unet: torch.nn.Module, seed: int, encoder: dict[str, Tensor]) -> Adapter:
+def test_image_projection():
+    state = filled(ImageProjection(official.IMAGE, official.WIDTH, official.TOKENS), 33)
+    ours = ImageProjection.from_state_dict(state)(official.image())
+    assert relative(ours, REFERENCE["image_projection"]) < PROJECTOR
+
+
+def test_face_projection():
+    state = filled(FaceProjection(official.FACE, 2 * official.FACE, official.WIDTH, official.TOKENS), 34)
+    ours = FaceProjection.from_state_dict(state)(official.embedding())
+    assert relative(ours, REFERENCE["face_projection"]) < PROJECTOR
+
+
+def test_face_projection_plus():
+    state = filled(small.face_plus(official.PLUS_WIDTH, official.PATCH), 35)
+    ours = FacePlusProjection.from_state_dict(state)(official.embedding(), official.patches())
+    assert relative(ours, REFERENCE["face_projection_plus"]) < PROJECTOR
+
+
+def whole_unet_adapter(path: Path, unet: torch.nn.Module, kind: str, seed: int) -> Adapter:
     """An adapter with the layers that the official one was recorded with."""
     widths = [site.width for site in find_sites(unet).sites]
-    shapes = {key: tuple(t.shape) for key, t in small.layers(widths, official.WIDTH).items()}
-    return load_adapter(small.write(path, {"image_proj": encoder, "ip_adapter": cases.fill_shapes(shapes, seed)}))
+    state = small.method_files(widths, official.WIDTH)[kind]
+    shapes = {key: tuple(tensor.shape) for key, tensor in state["ip_adapter"].items() if "_lora" not in key}
+    if kind.startswith("face_id"):
+        shapes |= small.lora_shapes(widths, official.WIDTH, official.RANK)
+    return load_adapter(small.write(path, {**state, "ip_adapter": cases.fill_shapes(shapes, seed)}))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, unet) -> dict[str, Adapter]:
+    folder = tmp_path_factory.mktemp("whole")
+    seeds = {"plus": 41, "face_id": 42, "instantid": 43}
+    return {kind: whole_unet_adapter(folder / f"{kind}.bin", unet, kind, seed) for kind, seed in seeds.items()}
 
 
 @pytest.fixture
-def instantid(tmp_path, unet) -> Adapter:
-    state = small.resampler(official.FACE, official.WIDTH).state_dict()
-    return whole_unet_adapter(tmp_path / "x.bin", unet, 43, small.random_weights(state, 1))
+def instantid(whole) -> Adapter:
+    return whole["instantid"]
 
 
 STEP = DenoiseStep(0.0, [False, True], (16, 16))  # the rows of `cases.unet_inputs`
@@ -167,10 +232,16 @@ def effect(unet, injections, step=STEP) -> Tensor:
         return layouts.run_unet(unet) - off
 
 
-def test_whole_unet_with_instantid(unet, instantid):
-    injection = compile_injection(instantid, Identity(*official.tokens(16)), weight=official.SCALE)
+WHOLE = {"instantid": "unet_instantid", "plus": "unet_ip_adapter", "face_id": "unet_face_id"}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_whole_unet(unet, whole, kind):
+    """All 70 sites, cond and uncond rows; FaceID with its LoRA in all 140 attention layers."""
+    count = official.TOKENS if kind == "face_id" else 16
+    injection = compile_injection(whole[kind], Identity(*official.tokens(count)), weight=official.SCALE)
     assert (injection.projection, injection.num_zero) == ("none", 0)
-    ours, wanted = effect(unet, [injection]), REFERENCE["unet_instantid"] - layouts.run_unet(unet)
+    ours, wanted = effect(unet, [injection]), REFERENCE[WHOLE[kind]] - layouts.run_unet(unet)
     for row in (0, 1):  # uncond, cond
         assert relative(ours[row], wanted[row]) < EFFECT
 

@@ -127,6 +127,28 @@ CATALOG = (
                _INSTANTID, restricted=True, remote="ip-adapter.bin", size=1_691_134_141, sha256="02b3618e"),
     WeightFile("ip-adapter-faceid-portrait_sdxl_unnorm.bin", "pulid", "FaceID Portrait (unnorm) for SDXL",
                "h94/IP-Adapter-FaceID", "methods", _FACEID, restricted=True, sha256="220bb86e"),
+    WeightFile("ip-adapter-faceid-portrait_sdxl.bin", "pulid", "FaceID Portrait for SDXL",
+               "h94/IP-Adapter-FaceID", "methods", _FACEID, restricted=True, sha256="5631ce78"),
+    WeightFile("ip-adapter-faceid_sdxl.bin", "pulid", "FaceID for SDXL", "h94/IP-Adapter-FaceID", "methods", _FACEID,
+               restricted=True, size=1_071_149_741, sha256="f455fed2"),
+    WeightFile("ip-adapter-faceid-plusv2_sdxl.bin", "pulid", "FaceID PlusV2 for SDXL", "h94/IP-Adapter-FaceID",
+               "methods", _FACEID, restricted=True, size=1_487_555_181, sha256="c6945d82"),
+    WeightFile("ip-adapter-plus-face_sdxl_vit-h.safetensors", "pulid", "IP-Adapter Plus Face for SDXL",
+               "h94/IP-Adapter", "methods", remote="sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors",
+               size=847_517_512, sha256="677ad886"),
+    WeightFile("ip-adapter-plus_sdxl_vit-h.safetensors", "pulid", "IP-Adapter Plus for SDXL",
+               "h94/IP-Adapter", "methods", remote="sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors",
+               size=847_517_512, sha256="3f5062b8"),
+    WeightFile("ip-adapter_sdxl_vit-h.safetensors", "pulid", "IP-Adapter for SDXL (ViT-H)",
+               "h94/IP-Adapter", "methods", remote="sdxl_models/ip-adapter_sdxl_vit-h.safetensors",
+               size=698_391_064, sha256="ebf05d91"),
+    WeightFile("ip-adapter_sdxl.safetensors", "pulid", "IP-Adapter for SDXL (ViT-bigG)",
+               "h94/IP-Adapter", "methods", remote="sdxl_models/ip-adapter_sdxl.safetensors", size=702_585_376),
+    WeightFile("CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors", "clip_vision", "image encoder of IP-Adapter (ViT-H)",
+               "h94/IP-Adapter", "methods", remote="models/image_encoder/model.safetensors", role="clip_h"),
+    WeightFile("CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors", "clip_vision",
+               "image encoder of IP-Adapter (ViT-bigG)", "h94/IP-Adapter", "methods",
+               remote="sdxl_models/image_encoder/model.safetensors", role="clip_bigg"),
     WeightFile("w600k_r50.onnx", "insightface/models/buffalo_l", "face recognizer of FaceID", "public-data/insightface",
                "methods", _NON_COMMERCIAL, restricted=True, remote="models/buffalo_l/w600k_r50.onnx",
                role="recogniser_buffalo", size=174_383_860,
@@ -265,6 +287,8 @@ def _places(file: WeightFile, models_dir: Path) -> Iterator[Path]:
         folders.append(models_dir.parent / "extensions" / "sd-webui-controlnet" / "models")
     elif file.folder == "facexlib":
         folders += _package("facexlib")
+    elif file.folder == "clip_vision":
+        folders.append(models_dir / "ControlNet")
     else:
         folders += [disk.user_path("~/.insightface/models") / home.name / deeper for deeper in ("", home.name)]
     cache = _folder_of("XDG_CACHE_HOME")

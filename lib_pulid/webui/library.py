@@ -121,6 +121,10 @@ class Library:
         found = [file for path in paths if (file := self._of(path, _adapter_file)) is not None]
         return sorted(found, key=lambda file: (order.get(file.name, len(order)), file.name.lower()))
 
+    def method_of(self, name: str) -> Method | None:
+        """Returns the method of a file by name, from its header; None with "auto", and where that does not tell."""
+        return next((file.method for file in self.adapters() if name in (file.name, file.path.stem)), None)
+
     def adapter(self, name: str, family: str, encoder: str = "", made_for: str = "") -> Adapter:
         """Loads a PuLID file, or one of another method. name: of the file, with or without its suffix, or "auto".
 
@@ -149,9 +153,7 @@ class Library:
         """Loads the files of a method, whatever their version."""
         wanted = (method.name, method.family)
         files = [
-            file
-            for file in self.adapters()
-            if file.method is None or (file.method.name, file.method.family) == wanted
+            file for file in self.adapters() if file.method is None or (file.method.name, file.method.family) == wanted
         ]
         if self._adapter is not None and encoder:  # the loaded file is checked at no cost
             loaded = self._adapter[1].path

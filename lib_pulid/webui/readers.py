@@ -14,8 +14,10 @@ import numpy as np
 
 from lib_pulid.errors import is_out_of_memory
 from lib_pulid.files import catalog
+from lib_pulid.methods import IMAGE_ENCODERS
 
 if TYPE_CHECKING:
+    from lib_pulid.clip_vision import ClipVision
     from lib_pulid.faces import Face, FaceChoice, FaceModels
     from lib_pulid.identity import Identity
     from lib_pulid.photos import Encoders, IdentityCache
@@ -37,7 +39,7 @@ class Readers:
     def __init__(self, device: Callable[[], str], fingerprint: Callable[[Path], str]) -> None:
         self._device, self._fingerprint = device, fingerprint
         self._faces: FaceModels | None = None
-        self._tower: VisionTower | None = None
+        self._tower: VisionTower | ClipVision | None = None
         self._loaded: dict[str, Any] = {}  # the files they were loaded from: methods need different ones
         self._moved = False  # to the CPU
 
@@ -108,17 +110,18 @@ class Readers:
         return CPU if self._moved else self._device()
 
     def _encoders(self, files: dict[str, Path], tell: Callable[[str], None]) -> Encoders:
-        from lib_pulid.photos import Encoders
-        from lib_pulid.vision import load_vision_tower
+        from lib_pulid.photos import Encoders, load_image_encoder
 
-        tell("loading the face models")
-        faces = self._face_models(files)
-        if "tower" not in files:
-            return Encoders(faces, None)
-        if self._tower is None:
+        faces = None
+        if "detector" in files:
+            tell("loading the face models")
+            faces = self._face_models(files)
+        wanted = [files[role] for role in IMAGE_ENCODERS if role in files]
+        if wanted and (self._tower is None or self._loaded.get("tower") != wanted):
             tell("loading the vision tower")
-            self._tower = load_vision_tower(files["tower"]).to(self._place())
-        return Encoders(faces, self._tower)
+            self._tower, self._loaded["tower"] = None, wanted  # first, so that two are never in memory
+            self._tower = load_image_encoder(files, self._place())
+        return Encoders(faces, self._tower if wanted else None)
 
     def _face_models(self, files: dict[str, Path]) -> FaceModels:
         from lib_pulid.face_models import FaceFiles, load_face_models
