@@ -6,23 +6,30 @@ References: tests/reference/methods.safetensors, see record_methods.py there.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lib_pulid import methods
-from lib_pulid.errors import IdentityMismatchError, SettingError, WrongWeightsError
+from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError, WrongWeightsError
+from lib_pulid.faces import CROP_LANDMARKS, Detection, FaceModels
 from lib_pulid.files.pickle_header import read_pickle_header
 from lib_pulid.identity import Identity, encode_identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
+from lib_pulid.lora import Lora
+from lib_pulid.photos import Encoders, IdentityCache, make_identity
 from lib_pulid.projectors import FacePlusProjection, FaceProjection, ImageProjection, Resampler
 from lib_pulid.readings import FaceFeatures
 from lib_pulid.sites import find_sites
 from lib_pulid.weights import Adapter, load_adapter
 from tests import layouts
+from tests.fake_modules.models import count_hooks
 from tests.reference import cases
 from tests.reference import method_cases as official
 from tests.small_models import TOKEN_WIDTH
@@ -118,8 +125,11 @@ REFUSED = {
         {table: small.half(state) for table, state in FILES["instantid"].items()},
         "InstantID or IP-Adapter FaceID Portrait .* another precision",
     ),
-    "sd15": (small.method_files((16,), 768)["instantid"], r"an IP-Adapter for Stable Diffusion 1\.5"),
-    "kolors": (small.method_files((16,), 4096)["instantid"], "an IP-Adapter for Kolors or FLUX"),
+    "sd15": (
+        small.method_files((16,), 768, only=["instantid"])["instantid"],
+        r"an IP-Adapter for Stable Diffusion 1\.5",
+    ),
+    "kolors": (small.method_files((16,), 4096, only=["instantid"])["instantid"], "an IP-Adapter for Kolors or FLUX"),
     "full face": (
         changed("instantid", "image_proj", proj__3__weight=torch.zeros(8)),
         r"IP-Adapter Full Face, which exists for Stable Diffusion 1\.5 only",
@@ -204,7 +214,7 @@ def test_face_projection_plus():
 def whole_unet_adapter(path: Path, unet: torch.nn.Module, kind: str, seed: int) -> Adapter:
     """An adapter with the layers that the official one was recorded with."""
     widths = [site.width for site in find_sites(unet).sites]
-    state = small.method_files(widths, official.WIDTH)[kind]
+    state = small.method_files(widths, official.WIDTH, only=[kind])[kind]
     shapes = {key: tuple(tensor.shape) for key, tensor in state["ip_adapter"].items() if "_lora" not in key}
     if kind.startswith("face_id"):
         shapes |= small.lora_shapes(widths, official.WIDTH, official.RANK)
@@ -310,3 +320,246 @@ def test_off_is_bit_identical(unet, instantid):
         with inject(unet, [compile_injection(instantid, identity, **settings)], STEP):
             assert torch.equal(layouts.run_unet(unet), off)
     assert torch.equal(layouts.run_unet(unet), off)
+
+
+# ---------------------------------------------------------------- FaceID's LoRA
+
+
+@pytest.fixture
+def face_id(whole) -> Adapter:
+    return whole["face_id"]
+
+
+def person(adapter: Adapter, seed: int = 305, **settings):
+    cond, uncond = cases.tokens(seed, width=official.WIDTH, count=official.TOKENS)
+    return compile_injection(adapter, Identity(cond, uncond), weight=official.SCALE, **settings)
+
+
+def test_the_lora_is_undone(unet, face_id):
+    weights = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    off = layouts.run_unet(unet)
+    assert effect(unet, [person(face_id)]).abs().max() > 0
+    assert torch.equal(layouts.run_unet(unet), off)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in unet.state_dict().items())
+    assert count_hooks(unet) == 0
+
+
+def test_the_loras_strength(unet, face_id):
+    """0 is the adapter without its LoRA; the identity's weight does not scale the LoRA; weight 0 is off."""
+    bare, halved = replace(face_id, lora=None), Lora({p: (d, u / 2) for p, (d, u) in face_id.lora.layers.items()}, "x")
+    none, half = (effect(unet, [person(face_id, lora_weight=strength)]) for strength in (0.0, 0.5))
+    assert torch.equal(none, effect(unet, [person(bare)]))
+    assert relative(half, effect(unet, [person(replace(face_id, lora=halved))])) < PROJECTOR
+    weak = compile_injection(face_id, Identity(*official.tokens(4)), weight=1e-6)
+    assert effect(unet, [weak]).norm() > 0.3 * half.norm()
+    nobody = compile_injection(face_id, Identity(*official.tokens(4)), weight=0)
+    assert not effect(unet, [nobody]).any()
+
+
+def test_two_people_with_one_file_have_one_lora(unet, face_id):
+    """The stronger one."""
+    first, second = person(face_id, lora_weight=0.5), person(face_id, 401)
+    assert first.lora is second.lora  # one copy on the device
+    strong = replace(first, lora_weight=1.0)
+    alone = replace(second, lora=None, lora_weight=0.0)
+    assert torch.equal(effect(unet, [first, second]), effect(unet, [strong, alone]))
+
+
+def test_a_lora_beside_pulid(unet, adapter, face_id):
+    """PuLID's own residual is added to the model with the LoRA in it."""
+    pulid = compile_injection(adapter, Identity(*cases.tokens(77, width=official.WIDTH)), weight=0.8)
+    both = effect(unet, [pulid, person(face_id)])
+    assert torch.isfinite(both).all()
+    assert not torch.allclose(both, effect(unet, [person(face_id)]), atol=1e-4)
+
+
+def test_fused_projections_are_refused(face_id):
+    unet = layouts.unet()
+    unet.fuse_qkv_projections()
+    with pytest.raises(UnsupportedModelError, match="did not run as layers of their own|bypasses|without its hooks"):
+        effect(unet, [person(face_id)])
+
+
+def test_a_lora_of_another_size(tmp_path, unet, face_id):
+    widths = [site.width for site in find_sites(unet).sites]
+    state = small.method_files(widths, official.WIDTH, text_width=32, only=["face_id"])["face_id"]
+    other = load_adapter(small.write(tmp_path / "x.bin", state))
+    with pytest.raises(UnsupportedModelError, match=r"LoRA in the file is for .* another size: layer 1 \(to_k\)"):
+        effect(unet, [person(other)])
+
+
+def test_sgm_layout(unet, face_id):
+    """A1111's and Forge's names, in another order."""
+    sgm = layouts.SgmUNet(unet)
+    off = sgm()
+    with inject(sgm, [person(face_id)], STEP):
+        ours = sgm()
+    assert torch.equal(ours - off, effect(unet, [person(face_id)]))
+
+
+# ---------------------------------------------------------------- CLIP
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory) -> Path:
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("clip") / "model.safetensors"
+    save_file(small.clip_vision(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(clip_file):
+    from lib_pulid.clip_vision import load_clip_vision
+
+    seed = torch.get_rng_state()
+    made = load_clip_vision(clip_file)
+    assert torch.equal(torch.get_rng_state(), seed)  # a host's random numbers are left alone
+    return made
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 301), (224, 224), (90, 61)])
+def test_clips_input(size):
+    from transformers import CLIPImageProcessorPil
+
+    from lib_pulid.clip_vision import clip_input
+
+    image = np.random.RandomState(1).randint(0, 256, (size[1], size[0], 3), np.uint8)
+    wanted = CLIPImageProcessorPil()(images=Image.fromarray(image), return_tensors="pt").pixel_values
+    assert torch.allclose(clip_input(image), wanted, atol=1e-5)
+
+
+def test_what_is_read_off_clip(clip):
+    pixels = cases.normal(5, 1, 3, 224, 224)
+    made = clip.model(pixels, output_hidden_states=True)
+    assert torch.equal(clip(pixels, pooled=True), made.image_embeds)
+    patches = clip(pixels, pooled=False)
+    assert patches.shape == (1, 257, small.CLIP_WIDTH)
+    assert torch.equal(patches, made.hidden_states[-2])
+
+
+def test_uncond_of_plus_is_an_image_of_zeros_not_black(clip):
+    """Zeros after the normalization, a mean gray; other programs take a black image."""
+    from lib_pulid.clip_vision import clip_input
+    from lib_pulid.readings import read_features
+
+    photo = np.full((40, 60, 3), 200, np.uint8)
+    features = read_features([photo], [], methods.IP_ADAPTER_PLUS, clip)[0]
+    assert torch.equal(features.patches, clip(clip_input(photo), pooled=False))
+    assert torch.equal(features.nobody(methods.IP_ADAPTER_PLUS)[0], clip(torch.zeros(1, 3, 224, 224), pooled=False))
+    black = clip(clip_input(np.zeros_like(photo)), pooled=False)
+    assert not torch.allclose(features.no_patches, black, atol=1e-2)
+
+
+def test_uncond_of_ip_adapter_is_an_embedding_of_zeros(clip, adapters):
+    from lib_pulid.readings import read_features
+
+    adapter = adapters["ip_adapter"]
+    features = read_features([np.full((40, 60, 3), 200, np.uint8)], [], adapter.method, clip)
+    identity = encode_identity(features, adapter)
+    assert torch.equal(identity.uncond, adapter.encoder(torch.zeros(1, small.CLIP_IMAGE)))
+    assert torch.equal(identity.cond, adapter.encoder(features[0].image))
+
+
+def test_an_older_files_position_ids(tmp_path):
+    from lib_pulid.clip_vision import load_clip_vision
+
+    ids = {"vision_model.embeddings.position_ids": torch.arange(257)[None]}
+    torch.save({**small.clip_vision(), **ids}, tmp_path / "pytorch_model.bin")
+    assert load_clip_vision(tmp_path / "pytorch_model.bin").model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("what", ["text", "layer", "336"])
+def test_another_clip_is_named(tmp_path, what):
+    from lib_pulid.clip_vision import load_clip_vision
+
+    state = small.clip_vision()
+    if what == "text":
+        state = {"text_model.final_layer_norm.weight": torch.zeros(4)}
+    elif what == "layer":
+        del state["vision_model.encoder.layers.1.mlp.fc1.bias"]
+    else:
+        state["vision_model.embeddings.position_embedding.weight"] = torch.zeros(577, small.CLIP_WIDTH)
+    torch.save(state, tmp_path / "clip.bin")
+    with pytest.raises(WrongWeightsError, match=r"^clip\.bin is (a text encoder|not a CLIP image encoder)"):
+        load_clip_vision(tmp_path / "clip.bin")
+
+
+# ---------------------------------------------------------------- photos
+
+
+class Seer:
+    """A face detector and recognizer; faces look at what they are given."""
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, ...]] = []
+
+    def detect(self, image_bgr: np.ndarray) -> list[Detection]:
+        self.sizes.append(image_bgr.shape[:2])
+        landmarks = CROP_LANDMARKS * (min(image_bgr.shape[:2]) / 512)
+        return [Detection(np.array([0, 0, 100, 100], np.float32), landmarks.astype(np.float32), 0.9)]
+
+    def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
+        return np.cos(np.arange(512) * image_bgr.mean() / 255).astype(np.float32)
+
+
+def made_of(adapter: Adapter, photos, clip=None, **settings) -> Identity:
+    seer = Seer()
+    faces = FaceModels(seer, seer, None, None) if adapter.method.sees_faces else None
+    encoders = Encoders(faces, clip)
+    return make_identity(photos, adapter, encoders=lambda: encoders, encoders_id="e", cache=IdentityCache(), **settings)
+
+
+COLOURS = np.random.RandomState(2).randint(0, 256, (300, 400, 3), np.uint8)
+
+
+def test_face_id_reads_the_normalized_embedding(adapters):
+    adapter = adapters["face_id"]
+    embedding = torch.from_numpy(Seer().embed(COLOURS[:, :, ::-1], None))[None]
+    wanted = adapter.encoder(embedding / embedding.norm())
+    assert torch.allclose(made_of(adapter, [COLOURS]).cond, wanted, atol=1e-5)
+    raw = made_of(adapters["portrait_unnorm"], [COLOURS])
+    assert torch.allclose(raw.cond, adapters["portrait_unnorm"].encoder(embedding), atol=1e-5)
+
+
+def test_face_id_plus_sees_the_aligned_face(adapters, clip):
+    """insightface's norm_crop at 224 pixels, with OpenCV's channels, as the official example hands it to CLIP."""
+    from insightface.utils.face_align import norm_crop
+
+    from lib_pulid.clip_vision import clip_input
+
+    adapter, seer = adapters["face_id_plus"], Seer()
+    bgr = np.ascontiguousarray(COLOURS[:, :, ::-1])
+    crop = norm_crop(bgr, seer.detect(bgr)[0].landmarks, image_size=224)
+    embedding = torch.from_numpy(seer.embed(bgr, None))[None]
+    unit = embedding / embedding.norm()
+    identity = made_of(adapter, [COLOURS], clip)
+    wanted = adapter.encoder(unit, clip(clip_input(crop), pooled=False))
+    assert torch.allclose(identity.cond, wanted, atol=1e-4)
+    nobody = adapter.encoder(torch.zeros(1, 512), clip(torch.zeros(1, 3, 224, 224), pooled=False))
+    assert torch.allclose(identity.uncond, nobody, atol=1e-4)
+
+
+def test_ip_adapter_needs_no_face(adapters, clip):
+    identity = made_of(adapters["plus"], [COLOURS], clip)
+    assert identity.cond.shape == (1, 16, TOKEN_WIDTH)
+    assert identity.thumbnail.shape == (96, 128, 3)
+
+
+def test_another_image_encoder_is_refused(tmp_path, adapters):
+    from lib_pulid.clip_vision import load_clip_vision
+
+    torch.save(small.clip_vision(width=32, image=24), tmp_path / "clip.bin")
+    for kind, width in (("plus", 32), ("ip_adapter", 24)):
+        with pytest.raises(WrongWeightsError, match=f"CLIP image encoder gives {width} numbers.*another CLIP"):
+            made_of(adapters[kind], [COLOURS], load_clip_vision(tmp_path / "clip.bin"))
+
+
+def test_photos_keep_their_size_where_the_official_code_keeps_it(adapters):
+    for kind, side in (("instantid", 1280), ("face_id", 2000)):
+        seer = Seer()
+        encoders = Encoders(FaceModels(seer, seer, None, None), None)
+        photo = np.full((1000, 2000, 3), 90, np.uint8)
+        make_identity([photo], adapters[kind], encoders=lambda: encoders, encoders_id="", cache=IdentityCache())  # noqa: B023
+        assert seer.sizes[0][1] == side

@@ -207,13 +207,13 @@ def tensors(*names: str) -> dict[str, Tensor]:
 FOREIGN = {
     "kohya lora": (tensors("lora_unet_down_blocks_1.lora_down.weight", "lora_unet_down_blocks_1.alpha"), "a LoRA"),
     "peft lora": (tensors("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"), "a LoRA"),
-    "ip-adapter plus": (
-        tensors("image_proj.latents", "image_proj.proj_out.weight", "ip_adapter.1.to_k_ip.weight"),
-        "an IP-Adapter, but no PuLID",
+    "half an ip-adapter": (
+        tensors("image_proj.latents", "image_proj.proj_out.weight"),
+        "an IP-Adapter of an unknown kind, or a part of one",
     ),
-    "ip-adapter faceid": (
-        tensors("image_proj.proj.0.weight", "ip_adapter.1.to_k_ip.weight", "ip_adapter.1.to_v_ip.weight"),
-        "an IP-Adapter, but no PuLID",
+    "its other half": (
+        tensors("ip_adapter.1.to_k_ip.weight", "ip_adapter.1.to_v_ip.weight"),
+        "an IP-Adapter of an unknown kind, or a part of one",
     ),
     "sdxl checkpoint": (
         tensors(

@@ -55,7 +55,11 @@ def layers(
 
 
 def method_files(
-    widths: Sequence[int], token_width: int = TOKEN_WIDTH, text_width: int = 0, gain: float = 1.0
+    widths: Sequence[int],
+    token_width: int = TOKEN_WIDTH,
+    text_width: int = 0,
+    gain: float = 1.0,
+    only: Sequence[str] = (),
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
     """The contents of each method's file, nested as the pickles are. text_width: of the denoiser's text, for the LoRA;
     by default that of the tokens, as in SDXL."""
@@ -70,6 +74,8 @@ def method_files(
     }
     made = {}
     for seed, (kind, projector) in enumerate(projectors.items(), 1):
+        if only and kind not in only:
+            continue
         weights, table = random_weights(projector.state_dict(), seed), layers(widths, token_width, 10 * seed, gain)
         if kind.startswith("face_id"):
             table |= lora(widths, text_width or token_width, seed=10 * seed + 1)
