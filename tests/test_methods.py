@@ -563,3 +563,33 @@ def test_photos_keep_their_size_where_the_official_code_keeps_it(adapters):
         photo = np.full((1000, 2000, 3), 90, np.uint8)
         make_identity([photo], adapters[kind], encoders=lambda: encoders, encoders_id="", cache=IdentityCache())  # noqa: B023
         assert seer.sizes[0][1] == side
+
+
+# ---------------------------------------------------------------- a second witness
+
+
+@pytest.mark.parametrize("kind", ["ip_adapter", "plus", "portrait"])
+def test_diffusers_own_ip_adapter(tmp_path, unet, kind):
+    """`load_ip_adapter` of diffusers, with its own projectors and attention, on the same file."""
+    widths = [site.width for site in find_sites(unet).sites]
+    state = small.method_files(widths, official.WIDTH, only=[kind])[kind]
+    adapter = load_adapter(small.write(tmp_path / "x.bin", state))
+    theirs = layouts.unet()
+    nested = {table: {key: tensor.float() for key, tensor in part.items()} for table, part in state.items()}
+    theirs._load_ip_adapter_weights([nested], low_cpu_mem_usage=False)
+    for layer in theirs.attn_processors.values():
+        if hasattr(layer, "scale"):
+            layer.scale = [official.SCALE]
+    seen = {"ip_adapter": (1, small.CLIP_IMAGE), "plus": (9, small.CLIP_WIDTH), "portrait": (1, 512)}[kind]
+    both = cases.normal(9, 2, *seen)  # uncond, cond
+    if kind != "plus":
+        both[0] = 0
+    inputs = cases.unet_inputs()
+    added = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
+    added["image_embeds"] = [both[:, None] if kind == "plus" else both]  # [rows, images, ...]
+    args = (inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"])
+    wanted = theirs(*args, added_cond_kwargs=added).sample - layouts.run_unet(unet)
+    uncond, cond = (adapter.encoder(row if kind == "plus" else row[0])[:1] for row in both.unsqueeze(1))
+    ours = effect(unet, [compile_injection(adapter, Identity(cond, uncond), weight=official.SCALE)])
+    for row in (0, 1):
+        assert relative(ours[row], wanted[row]) < EFFECT
