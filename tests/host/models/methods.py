@@ -44,7 +44,7 @@ def write_models(models: Path) -> None:
 
 
 def write_marked_identities(folder: Path) -> None:
-    """As in `pulid.py`, for InstantID: "marked I", and "marked J" with the tokens of the two kinds of rows exchanged."""
+    """As in `pulid.py`, for InstantID: "marked I", and "marked J" with the tokens of both kinds of rows exchanged."""
     draw = torch.Generator().manual_seed(22)
     one, two = (torch.randn(1, TOKENS, small_models.TOKEN_WIDTH, generator=draw) for _ in range(2))
     info = {"adapter": "InstantID for SDXL", "photos": "1"}
