@@ -17,7 +17,18 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("contact_sheet", "disk", "names", "camera_files", "encoders", "lora", "methods", "sites", "gpu_cost"),
+    (
+        "contact_sheet",
+        "disk",
+        "identity_net",
+        "names",
+        "camera_files",
+        "encoders",
+        "lora",
+        "methods",
+        "sites",
+        "gpu_cost",
+    ),
     ("images", "files", "projectors"),
     ("weights", "faces", "watch"),
     ("vision", "clip_vision", "face_models", "attention", "judge"),
@@ -139,6 +150,7 @@ def test_hosts_do_not_know_each_other():
     shared = {"lib_pulid.hosts", "lib_pulid.hosts.webui", "lib_pulid.hosts.frame"}
     own = {
         "lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers", "lib_pulid.hosts.diffusers_checkpoint"},
+        "lib_pulid.hosts.diffusers_control": {"lib_pulid.hosts.diffusers"},
         "lib_pulid.hosts.webui": {"lib_pulid.hosts.frame"},
     }
     for name, path in modules.items():

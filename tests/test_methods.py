@@ -20,7 +20,10 @@ from lib_pulid import methods
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError, WrongWeightsError
 from lib_pulid.faces import CROP_LANDMARKS, Detection, FaceModels
 from lib_pulid.files.pickle_header import read_pickle_header
+from lib_pulid.hosts.diffusers import apply
+from lib_pulid.hosts.diffusers_control import identity_net
 from lib_pulid.identity import Identity, encode_identity
+from lib_pulid.identity_net import draw_points, place_points
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.lora import Lora
 from lib_pulid.photos import Encoders, IdentityCache, make_identity
@@ -593,3 +596,111 @@ def test_diffusers_own_ip_adapter(tmp_path, unet, kind):
     ours = effect(unet, [compile_injection(adapter, Identity(cond, uncond), weight=official.SCALE)])
     for row in (0, 1):
         assert relative(ours[row], wanted[row]) < EFFECT
+
+
+# ---------------------------------------------------------------- InstantID's ControlNet
+
+
+def test_points_to_the_pixel():
+    ours = draw_points(np.array(official.CONTROL_POINTS), official.CONTROL_SIZE)
+    assert np.array_equal(ours, REFERENCE["points"].numpy())
+
+
+def test_points_in_an_image_of_another_size():
+    points = np.array(official.CONTROL_POINTS)
+    assert np.array_equal(place_points(points, (128, 96), (128, 96)), points)
+    assert np.allclose(place_points(points, (128, 96), (256, 192)), 2 * points)
+    wide = place_points(points, (100, 100), (200, 100))  # the photo's top and bottom are cut off
+    assert np.allclose(wide, 2 * points - [0, 50])
+    with pytest.raises(SettingError, match="five points"):
+        draw_points(np.zeros((4, 2)), (8, 8))
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    from diffusers import StableDiffusionXLPipeline
+
+    made = StableDiffusionXLPipeline(**official.parts(), add_watermarker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def net(pipeline, tmp_path_factory):
+    from safetensors.torch import save_file
+
+    from lib_pulid.hosts.diffusers_control import load_identity_net
+
+    path = tmp_path_factory.mktemp("net") / "control.safetensors"
+    save_file(official.identity_net(pipeline.unet).state_dict(), path)
+    return load_identity_net(path, pipeline)
+
+
+@pytest.fixture(scope="module")
+def instant(whole) -> tuple[Adapter, Identity]:
+    """The official pipeline's adapter and the identity of its face."""
+    encoder = Resampler.from_state_dict(filled(small.resampler(official.FACE, official.WIDTH), 31))
+    with torch.no_grad():
+        cond, uncond = encoder(official.embedding()).split(1)
+    return whole["instantid"], Identity(cond, uncond)
+
+
+def generate(pipeline, injections=(), **changes) -> Tensor:
+    inputs = {**official.pipeline_inputs(), "height": official.SIDE, "width": official.SIDE, **changes}
+    with apply(pipeline, list(injections)):
+        return pipeline(
+            **inputs, num_inference_steps=official.STEPS, guidance_scale=official.GUIDANCE, output_type="latent"
+        ).images
+
+
+POINTS = (np.array(official.CONTROL_POINTS), (official.SIDE, official.SIDE))
+
+
+def test_the_whole_official_pipeline(pipeline, net, instant):
+    """Adapter and IdentityNet, three steps with guidance, against the official pipeline's final latents."""
+    adapter, identity = instant
+    injection = compile_injection(adapter, identity, weight=official.SCALE)
+    off = generate(pipeline, [injection])
+    assert relative(off, REFERENCE["identity_net_off"]) < 1e-4
+    with identity_net(pipeline, net, identity, draw_points(*POINTS), weight=official.CONTROL_SCALE):
+        ours = generate(pipeline, [injection])
+    wanted = REFERENCE["identity_net_on"] - REFERENCE["identity_net_off"]
+    assert wanted.norm() > 0.01 * REFERENCE["identity_net_off"].norm()
+    assert relative(ours - off, wanted) < EFFECT
+    assert torch.equal(generate(pipeline, [injection]), off)
+
+
+def test_identity_nets_settings(pipeline, net, instant):
+    _, identity = instant
+    points, off = draw_points(*POINTS), generate(pipeline)
+    with identity_net(pipeline, net, identity, points, weight=0):
+        assert torch.equal(generate(pipeline), off)
+    made = []
+    for settings in ({}, {"start": 0.5}, {"end": 0.5}):
+        with identity_net(pipeline, net, identity, points, **settings):
+            made.append(generate(pipeline))
+    assert len({round(float((one - off).norm()), 6) for one in (*made, off)}) == 4
+    with pytest.raises(SettingError, match="is 64 x 64 pixels, but the image is 128 x 128"):
+        with identity_net(pipeline, net, identity, draw_points(POINTS[0], (64, 64))):
+            generate(pipeline)
+    for wrong in ({"weight": 3}, {"weight": float("nan")}, {"start": 0.9, "end": 0.1}):
+        with pytest.raises(SettingError), identity_net(pipeline, net, identity, points, **wrong):
+            raise AssertionError
+    with (
+        pytest.raises(SettingError, match="uncond tokens"),
+        identity_net(pipeline, net, Identity(identity.cond), points),
+    ):
+        raise AssertionError
+    assert torch.equal(generate(pipeline), off)
+    assert count_hooks(pipeline.unet) == 0
+
+
+def test_another_file_as_identity_net(tmp_path, pipeline):
+    from lib_pulid.hosts.diffusers_control import load_identity_net
+
+    torch.save({"control_model.input_blocks.0.0.weight": torch.zeros(2)}, tmp_path / "x.pth")
+    with pytest.raises(WrongWeightsError, match=r"^x\.pth is a ControlNet\. Needed: InstantID's ControlNet"):
+        load_identity_net(tmp_path / "x.pth", pipeline)
+    torch.save({"controlnet_cond_embedding.conv_in.weight": torch.zeros(16, 3, 3, 3)}, tmp_path / "y.pth")
+    with pytest.raises(WrongWeightsError, match=r"^y\.pth is a ControlNet for another model"):
+        load_identity_net(tmp_path / "y.pth", pipeline)

@@ -101,6 +101,38 @@ def record_instantid() -> dict[str, Tensor]:
     return {"unet_instantid": record_unet(stub, 16, 43), "points": torch.from_numpy(np.array(points))}
 
 
+def record_identity_net() -> dict[str, Tensor]:
+    """The official pipeline, with and without its ControlNet's part; final latents."""
+    from ip_adapter.resampler import Resampler
+    from pipeline_stable_diffusion_xl_instantid import StableDiffusionXLInstantIDPipeline, draw_kps
+
+    made = own.parts()
+    net = own.identity_net(made["unet"])
+    pipe = StableDiffusionXLInstantIDPipeline(**made, controlnet=net, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.image_proj_model = cases.fill(Resampler(**own.RESAMPLER, embedding_dim=own.FACE), 31)
+    pipe.image_proj_model_in_features = own.FACE
+    load = torch.load
+    torch.load = lambda *a, **k: {"ip_adapter": nn.ModuleList(pipe.unet.attn_processors.values()).state_dict()}
+    try:
+        pipe.set_ip_adapter("", 16, own.SCALE)
+    finally:
+        torch.load = load
+    cases.fill(nn.ModuleList(pipe.unet.attn_processors.values()), 43)
+    for layer in pipe.unet.attn_processors.values():
+        if hasattr(layer, "scale"):
+            layer.scale = own.SCALE
+    points = draw_kps(Image.new("RGB", (own.SIDE, own.SIDE)), np.array(own.CONTROL_POINTS))
+    found = {}
+    for name, scale in (("identity_net_off", 0.0), ("identity_net_on", own.CONTROL_SCALE)):
+        found[name] = pipe(
+            **own.pipeline_inputs(), image_embeds=own.embedding()[0].numpy(), image=points, height=own.SIDE,
+            width=own.SIDE, num_inference_steps=own.STEPS, guidance_scale=own.GUIDANCE, output_type="latent",
+            controlnet_conditioning_scale=scale,
+        ).images  # fmt: skip
+    return found
+
+
 def mend_diffusers() -> None:
     """Puts back a name that the official code imports and newer versions of diffusers have moved; it is not used."""
     import diffusers.pipelines.controlnet as old
@@ -129,7 +161,7 @@ def main() -> None:
     args = parser.parse_args()
     mend_diffusers()
     tensors = of(args.ip_adapter, record_projectors) | of(args.ip_adapter, record_ip_adapter)
-    tensors |= of(args.instantid, record_instantid)
+    tensors |= of(args.instantid, record_instantid) | of(args.instantid, record_identity_net)
     note = {
         "ip_adapter_commit": own.IP_ADAPTER,
         "instantid_commit": own.INSTANTID,
