@@ -20,7 +20,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "contact_sheet",
         "disk",
-        "identity_net",
         "names",
         "camera_files",
         "encoders",
@@ -29,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "sites",
         "gpu_cost",
     ),
-    ("images", "files", "projectors"),
+    ("images", "files", "projectors", "identity_net"),
     ("weights", "faces", "watch"),
     ("vision", "clip_vision", "face_models", "attention", "judge"),
     ("readings",),

@@ -680,9 +680,9 @@ def test_identity_nets_settings(pipeline, net, instant):
         with identity_net(pipeline, net, identity, points, **settings):
             made.append(generate(pipeline))
     assert len({round(float((one - off).norm()), 6) for one in (*made, off)}) == 4
-    with pytest.raises(SettingError, match="is 64 x 64 pixels, but the image is 128 x 128"):
-        with identity_net(pipeline, net, identity, draw_points(POINTS[0], (64, 64))):
-            generate(pipeline)
+    small_points = identity_net(pipeline, net, identity, draw_points(POINTS[0], (64, 64)))
+    with pytest.raises(SettingError, match="is 64 x 64 pixels, but the image is 128 x 128"), small_points:
+        generate(pipeline)
     for wrong in ({"weight": 3}, {"weight": float("nan")}, {"start": 0.9, "end": 0.1}):
         with pytest.raises(SettingError), identity_net(pipeline, net, identity, points, **wrong):
             raise AssertionError
