@@ -3,7 +3,7 @@
 # make test-long    more random sequences and damaged files, every fault at every stage, which take long
 # make bench   what a face costs, beside the official formulas: counted as on a GPU, timed, kept in memory
 # make bench-gpu    the times of sites and whole steps on a GPU, in both 16-bit formats; a few minutes
-# make lint    ruff and mypy
+# make lint    ruff and its format, mypy
 # make test-host WEBUI_DIR=<checkout of A1111 or Forge that runs> [WEBUI_PYTHON=...] [ARGS=...]    see docs/hosts.md
 # make test-host-long WEBUI_DIR=...    100 pictures in a row
 # make test-host-sequences WEBUI_DIR=...    100 random sequences of settings, pictures, faults and interruptions
@@ -25,6 +25,7 @@ demo: .venv/standalone
 
 test: .venv/test
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-long: .venv/test

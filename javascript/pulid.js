@@ -27,6 +27,7 @@ class Pulid {
         this.accordion.addEventListener("dragover", (event) => this.hover(event, true));
         this.accordion.addEventListener("dragleave", (event) => this.hover(event, false));
         this.accordion.addEventListener("drop", (event) => this.drop(event), true);
+        this.accordion.addEventListener("click", (event) => this.removePhoto(event));
     }
 
     /** Opens an accordion by key: in gradio 3 the titles are not buttons. */
@@ -57,6 +58,7 @@ class Pulid {
         const text = this.isOn() ? this.units().map((unit) => unit.text).join(" · ") || "on, no person selected" : "";
         if (badge.textContent !== text) badge.textContent = text;
         badge.classList.toggle("pulid-missing", this.isOn() && !this.units().every((unit) => unit.ready));
+        this.markTabs();
     }
 
     isOn() {
@@ -67,16 +69,30 @@ class Pulid {
     /** Returns the units that are on, with the badge's text for each. */
     units() {
         const units = [];
-        for (let n = 1; this.element(`${n}_enabled`); n++) {
-            if (!this.element(`${n}_enabled`).querySelector("input").checked) continue;
-            const photos = this.element(`${n}_photos`).querySelectorAll("img").length;
-            const chosen = this.element(`${n}_identity`).querySelector("input")?.value ?? "";
-            const saved = chosen === "None" ? "" : chosen;
-            const who = saved || (photos ? `${photos} photo${photos > 1 ? "s" : ""}` : "no photo");
-            const weight = this.element(`${n}_weight`).querySelector("input[type=number]")?.value ?? "";
-            units.push({ready: Boolean(saved || photos), text: `${n}: ${who}, ${weight}`});
-        }
-        return units;
+        for (let n = 1; this.element(`${n}_enabled`); n++) units.push(this.unit(n));
+        return units.filter(Boolean);
+    }
+
+    /** Returns the badge's text for person n, and whether a photo or an identity is there; null if the person is off. */
+    unit(n) {
+        if (!this.element(`${n}_enabled`).querySelector("input").checked) return null;
+        const photos = this.element(`${n}_photos`).querySelectorAll("img").length;
+        const chosen = this.element(`${n}_identity`).querySelector("input")?.value ?? "";
+        const saved = chosen === "None" ? "" : chosen;
+        const who = saved || (photos ? `${photos} photo${photos > 1 ? "s" : ""}` : "no photo");
+        const weight = this.element(`${n}_weight`).querySelector("input[type=number]")?.value ?? "";
+        return {ready: Boolean(saved || photos), text: `${n}: ${who}, ${weight}`};
+    }
+
+    isUsed(n) {
+        return Boolean(this.unit(n)?.ready);
+    }
+
+    /** Marks the tabs of the people in use. */
+    markTabs() {
+        this.element("units")?.querySelectorAll(".tab-nav > button").forEach((tab, index) => {
+            tab.classList.toggle("pulid-used", this.isUsed(index + 1));
+        });
     }
 
     // ---------------------------------------------------------------- checkpoint
@@ -159,6 +175,18 @@ class Pulid {
         Pulid.give(zone, files);
         return true;
     }
+
+    /** Removes the photo whose ✕ was clicked. */
+    removePhoto(event) {
+        const cross = event.target.closest(".pulid-strip button");
+        if (!cross) return;
+        Pulid.removed = Number(cross.dataset.index);
+        for (let n = 1; this.element(`${n}`); n++) {
+            if (this.element(`${n}_photos`)?.contains(cross)) this.element(`${n}_remove`)?.click();
+        }
+    }
+
+    static removed = -1;
 
     static pictures(transfer) {
         return [...(transfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));

@@ -166,14 +166,16 @@ def _peak(work: Callable[[], object]) -> int:
 
 
 def photos(models_dir: Path, photo: Path | None, device: str, runs: int) -> list[Row]:
-    """Times the way from a photo to an identity, with the available weights. Wall time, seconds."""
+    """Times the way from a photo to an identity, with the real weights if they are there. Wall time, seconds."""
+    from lib_pulid import miniature
     from lib_pulid.demo import sample_photo
     from lib_pulid.images import load_image
     from lib_pulid.photos import IdentityCache, make_identity
-    from lib_pulid.standalone import open_workshop
+    from lib_pulid.standalone import has_real_weights, open_workshop, real_model
 
-    workshop = open_workshop("tiny-sdxl", models_dir, device=device)
-    image = load_image(photo or sample_photo())
+    is_real = has_real_weights("sdxl", models_dir)
+    workshop = open_workshop(str(real_model("sdxl", models_dir)) if is_real else "miniature", models_dir, device=device)
+    image = load_image(photo or (sample_photo() if is_real else miniature.portrait(0)))
     start = time.perf_counter()
     encoders = workshop.encoders()
     loading = time.perf_counter() - start

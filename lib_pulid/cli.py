@@ -9,10 +9,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lib_pulid import __version__, disk
 from lib_pulid.errors import PulidError, SettingError
 from lib_pulid.files import catalog
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -140,6 +144,9 @@ def _add_generate(commands) -> None:
     parser.add_argument("--end", type=float, default=1.0, help="stop after this fraction of the steps")
     parser.add_argument("--start-step", type=int, default=0, help="FLUX: first step with the face, counted from 0")
     parser.add_argument("--mask", type=_path, help="image that is white where the face may appear")
+    parser.add_argument(
+        "--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"), help="region of the face, as fractions of the image"
+    )
     parser.add_argument("--seed", type=int, default=0, help="0 or more; the same seed gives the same image")
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20, miniature 12)")
     parser.add_argument("--size", type=int, help="side in pixels (default: 1024, miniature 128)")
@@ -231,7 +238,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
     if bool(arguments.face) == bool(arguments.identity):
         raise SettingError("Give either --face (once or more) or --identity.")
-    unit, mask, saved = cli_checks.checked(arguments), _mask(arguments.mask), cli_checks.saved(arguments.identity)
+    unit, saved = cli_checks.checked(arguments), cli_checks.saved(arguments.identity)
+    mask = _mask(arguments.mask, arguments.box)
     workshop = _workshop(arguments)
     for note in workshop.check_prompt(arguments.prompt):
         print(f"note: {note}")
@@ -333,11 +341,15 @@ def _identity(workshop, arguments: argparse.Namespace):
     return workshop.identity(arguments.face, choice, arguments.fusion, tell)
 
 
-def _mask(path: Path | None):
-    if path is None:
-        return None
+def _mask(path: Path | None, box: Sequence[float] | None) -> Tensor | None:
+    """Reads the region of the face, [H, W] float32; None: everywhere."""
     import torch
 
-    from lib_pulid.images import load_region
+    from lib_pulid.boxes import read_box, within
+    from lib_pulid.masks import load_mask
 
-    return torch.from_numpy(load_region(path, path.name))
+    mask = torch.from_numpy(load_mask(path, path.name)) if path else None
+    try:
+        return within(mask, read_box(box)) if box else mask
+    except ValueError as error:
+        raise SettingError(f"--box: {error}") from error

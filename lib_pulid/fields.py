@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import reprlib
 import unicodedata
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib_pulid.attention import PROJECTIONS
+from lib_pulid.boxes import read_box
 from lib_pulid.errors import SettingError
 from lib_pulid.faces import FACE_ORDERS
 from lib_pulid.files.catalog import FAMILIES
@@ -74,7 +76,7 @@ class Field:
 
     Args:
         name: as in the API. label, tip: as in the page.
-        kind: "bool", "int", "float", "choice", "text", "images" or "image".
+        kind: "bool", "int", "float", "choice", "text", "images", "image" or "box".
         minimum, maximum, step: for numbers. choices: for kind "choice".
         advanced: whether it is under "Advanced" in the accordion.
         pasted: whether it is in the infotext.
@@ -125,6 +127,8 @@ FIELDS = (
           "people (PuLID v1). average: the mean of each photo's own tokens.", choices=FUSIONS, advanced=True),
     Field("mask", "Mask", "image", "", "Where the face may appear: white yes, black no. Empty: everywhere.",
           advanced=True, pasted=False),
+    Field("box", "Box", "box", "", "Region for this face: x, y, width, height, as fractions of the image. Empty: "
+          "everywhere.", advanced=True),
     Field("hires", "Hires fix passes", "choice", "both", "Which passes of hires fix use the face.",
           choices=HIRES_PASSES, advanced=True),
     Field("lora_weight", "LoRA strength", "float", 1.0, "Strength of the LoRA in FaceID's file. Official: 1. Lower: "
@@ -135,7 +139,7 @@ FIELD = {field.name: field for field in FIELDS}
 
 def schema() -> dict[str, Any]:
     """Returns the JSON schema of a unit's dict."""
-    kinds = {"bool": "boolean", "int": "integer", "float": "number", "images": "array"}
+    kinds = {"bool": "boolean", "int": "integer", "float": "number", "images": "array", "box": "array"}
     properties = {}
     for field in FIELDS:
         default = list(field.default) if isinstance(field.default, tuple) else field.default
@@ -146,7 +150,7 @@ def schema() -> dict[str, Any]:
         }
         entry |= {"default": default, "minimum": field.minimum, "maximum": field.maximum}
         entry["enum"] = [*field.choices, None] if field.choices else None
-        entry["items"] = {"type": "string"} if field.kind == "images" else None
+        entry["items"] = {"images": {"type": "string"}, "box": {"type": "number"}}.get(field.kind)
         entry["family"] = field.family or None
         given = {key: value for key, value in entry.items() if value is not None}
         properties[field.name] = {**given, "type": [entry["type"], "null"], "default": default}  # null: the default
@@ -219,6 +223,15 @@ def _image(field: Field, value: Any) -> str:
     return value.strip()
 
 
+def _box(field: Field, value: Any) -> str:
+    """Returns the box as text, the same for a list as for text."""
+    if value is None or value == "" or value == []:
+        return ""
+    if not isinstance(value, (str, list, tuple)):
+        raise ValueError(f"{show(value)} is not a box; send [x, y, width, height], as fractions of the image.")
+    return str(read_box(value)) if not isinstance(value, str) or value.strip() not in ("", NONE) else ""
+
+
 def _images(field: Field, value: Any) -> tuple[str, ...]:
     """Reads a list; or text: one image, or a JSON list, as in the accordion's hidden field."""
     if isinstance(value, str):
@@ -243,6 +256,7 @@ def _images(field: Field, value: Any) -> tuple[str, ...]:
 
 _CHECKS = {
     "bool": _bool, "int": _int, "float": _float, "choice": _choice, "text": _text, "image": _image, "images": _images,
+    "box": _box,
 }  # fmt: skip
 
 
@@ -264,6 +278,16 @@ def spelled(name: Any) -> str:
 def place(number: int, field: str) -> str:
     """Returns the beginning of a message. number: of the unit, 0 if there is none."""
     return f"PuLID unit {number}, field {field}: " if number else f"PuLID, field {field}: "
+
+
+def page_words(message: str) -> str:
+    """Returns a message in the page's words: "Person 1, Photos: " instead of "PuLID unit 1, field images: "."""
+
+    def words(found: re.Match[str]) -> str:
+        field = FIELD.get(found[2])
+        return f"Person {found[1]}, {field.label}: " if field else found[0]
+
+    return re.sub(r"PuLID unit (\d+), field (\w+): ", words, message)
 
 
 def show(value: Any) -> str:

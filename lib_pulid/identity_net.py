@@ -41,7 +41,7 @@ def draw_points(landmarks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         center = int((x + nose_x) / 2), int((y + nose_y) / 2)
         half_length = int(math.hypot(x - nose_x, y - nose_y) / 2)
         angle = int(math.degrees(math.atan2(y - nose_y, x - nose_x)))
-        limb = cv2.ellipse2Poly(center, (half_length, HALF_WIDTH), angle, 0, 360, 1)
+        limb = np.array(cv2.ellipse2Poly(center, (half_length, HALF_WIDTH), angle, 0, 360, 1))
         cv2.fillConvexPoly(image, limb, COLORS[i])
     image = (image * LIMB_BRIGHTNESS).astype(np.uint8)
     for (x, y), color in zip(points, COLORS):

@@ -1,4 +1,4 @@
-"""Reads photos and masks of any kind: uint8 RGB [H, W, 3], 0..255, upright and opaque; masks as [H, W], 0..1."""
+"""Reads photos of any kind: uint8 RGB [H, W, 3], 0..255, upright and opaque."""
 
 from __future__ import annotations
 
@@ -24,15 +24,13 @@ ImageSource = Union[str, "os.PathLike[str]", bytes, "Image.Image", np.ndarray]
 # Checked before decoding. Above PIL's warning (89 million), so that a 108-megapixel phone photo passes without one, and
 # below PIL's own error (179 million), which is reported the same way.
 MAX_PIXELS = 150_000_000
+_TOO_LARGE = f"more than {MAX_PIXELS // 10**6} million pixels"
 MAX_BYTES = 3 * MAX_PIXELS  # of an image file in memory: the decoded size of the largest photo
 
 # The accepted formats; HEIF and JXL if another extension adds them to PIL. PIL reads dozens more, but EPS, for one,
 # starts a PostScript interpreter.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL")
 
-LONGEST_REGION = 4096  # pixels; an image's tokens are at least 8 pixels wide
-DARKEST_REGION = 1 / 16  # of full strength
-SMALLEST_REGION = 1 / 32**2  # of the image: a square 32 pixels wide in 1024
 _ORIENTATION, _PHOTOMETRIC = 274, 262  # tags of Exif and TIFF
 
 
@@ -60,72 +58,6 @@ def load_image(source: ImageSource, name: str = "image", background: int = 255) 
     if isinstance(source, Image.Image):
         return _from_pil(source, name, background)
     raise ImageError(f"{name}: a {type(source).__name__} is not an image; give a path, bytes, a PIL image or an array.")
-
-
-def load_region(source: ImageSource, name: str = "mask") -> np.ndarray:
-    """Reads a mask as float32 [H, W], 0..1: its brightness, the brightest channel of a color; 0 where transparent.
-
-    The range follows from the values: 0..1, 0..255 or 16 bits. If a file or an integer array has only the values 0 and
-    1 (a label map), or a palette only black and one color, these count as 0 and full strength.
-
-    Raises:
-        ImageError: it cannot be read; or it is black, or nearly black, so that the face would not be visible.
-    """
-    values, has_two_colors = _peeked(source)
-    if values is None or values.ndim == 3 and values.shape[2] > 1:
-        values = load_image(source, name, background=0).max(-1)
-    plane = _shares(values.squeeze(-1) if values.ndim == 3 else values, name)
-    if has_two_colors and plane.min() == 0 < plane.max():
-        plane = plane / plane.max()
-    plane = thumbnail(plane, LONGEST_REGION)
-    if not plane.any():
-        raise ImageError(f"{name} is entirely black. Paint the area for this face white.")
-    if plane.max() < DARKEST_REGION or plane.mean() < SMALLEST_REGION:
-        raise ImageError(
-            f"{name} is nearly black ({plane.mean():.2%} white, {plane.max():.0%} at its brightest), so the face would "
-            "not be visible. Paint the area for this face white; from a label map, use only this person's label."
-        )
-    return plane
-
-
-def _peeked(source: ImageSource) -> tuple[np.ndarray | None, bool]:
-    """Returns what `load_image` would lose of a mask: values of other than 8 bits, and whether it is a palette image
-    with two colors."""
-    if isinstance(source, np.ndarray):
-        return (None if source.dtype == np.uint8 and source.ndim == 3 else source), False
-    from PIL import Image
-
-    Image.init()
-    with contextlib.suppress(Exception), warnings.catch_warnings():  # load_image reports what is wrong
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        if isinstance(source, Image.Image):
-            return _peeked_at(source)
-        file = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
-        with Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
-            return _peeked_at(image)
-    return None, False
-
-
-def _peeked_at(image: Image.Image) -> tuple[np.ndarray | None, bool]:
-    if image.width * image.height > MAX_PIXELS:
-        return None, False
-    if image.mode == "F":
-        return np.array(image), False
-    if image.mode.startswith("I"):
-        return np.array(image).clip(0, 65535).astype(np.uint16), False
-    return None, image.mode == "P" and len(image.getcolors() or ()) == 2
-
-
-def _shares(values: np.ndarray, name: str) -> np.ndarray:
-    """Scales brightness of any range, [H, W], to float32, 0..1."""
-    if values.ndim != 2 or not values.size:
-        raise ImageError(f"{name}: a mask has to be an array [height, width]; this one is {list(values.shape)}.")
-    _check_size(values.shape[1], values.shape[0], name)
-    kind, low, high = values.dtype.kind, float(values.min()), float(values.max())
-    if kind not in "buif" or not (low >= -1e-3 and high <= 65535):  # written so that NaN fails
-        raise ImageError(f"{name}: a mask's values have to be in 0..1 or 0..255; these are in {low:g}..{high:g}.")
-    full = 1.0 if high <= 1 + 1e-3 else 255.0 if high <= 255 and values.dtype != np.uint16 else 65535.0
-    return (values.astype(np.float32) / np.float32(full)).clip(0, 1)
 
 
 def resize_long_edge(image: np.ndarray, limit: int = 1024) -> np.ndarray:
@@ -186,14 +118,11 @@ def _read(file: Path | io.BytesIO, name: str, background: int, orientation: int 
     """Decodes an image file. orientation: see `_from_pil`."""
     from PIL import Image, UnidentifiedImageError
 
-    Image.init()  # registers all formats, once
-    readable = [kind for kind in FORMATS if kind in Image.OPEN]
     try:
-        # The size is checked before decoding, so PIL's warning about large images is redundant.
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # about large images, whose size is checked here
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file, formats=readable) as image:
-                _check_size(image.width, image.height, name)
+            with Image.open(file, formats=readable_formats()) as image:
+                check_size(image.width, image.height, name)
                 try:
                     return _from_pil(image, name, background, orientation)
                 except ImageError:
@@ -208,13 +137,20 @@ def _read(file: Path | io.BytesIO, name: str, background: int, orientation: int 
     except IsADirectoryError as error:
         raise ImageError(f"{name}: this is a folder, not an image.") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(_too_large(name)) from error
+        raise ImageError(f"{name}: the image is too large ({_TOO_LARGE}).") from error
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{name}: this is not an image, or its format is not supported. Save it as JPEG, PNG or WebP."
         ) from error
     except Exception as error:  # PIL's decoders raise nearly anything for a damaged file
         raise ImageError(f"{name}: the image cannot be read ({error}).") from error
+
+
+def readable_formats() -> list[str]:
+    from PIL import Image
+
+    Image.init()  # registers all formats, once
+    return [kind for kind in FORMATS if kind in Image.OPEN]
 
 
 def _without_end_mark(file: Path | io.BytesIO) -> Image.Image | None:
@@ -235,7 +171,7 @@ def _from_pil(image: Image.Image, name: str, background: int, orientation: int =
     """Converts a PIL image. orientation: Exif's number, if the image itself has none."""
     from PIL import ImageOps
 
-    _check_size(image.width, image.height, name)
+    check_size(image.width, image.height, name)
     stored = _stored(image)
     try:
         image.load()
@@ -310,8 +246,6 @@ def _scaled(values: np.ndarray, ranges: Sequence[int], name: str) -> np.ndarray:
         raise ImageError(
             f"{name}: its values are in {low}..{high}, so it is not known which value is white. Save it with 8 bits."
         )
-    if top == 255:
-        return values.astype(np.uint8)
     return ((values.astype(np.int64) * 255 + top // 2) // top).astype(np.uint8)
 
 
@@ -321,7 +255,7 @@ def _from_array(array: np.ndarray, name: str, background: int) -> np.ndarray:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4):
         raise ImageError(f"{name}: an image has to be an array [height, width, 3]; this one is {list(array.shape)}.")
-    _check_size(array.shape[1], array.shape[0], name)
+    check_size(array.shape[1], array.shape[0], name)
     pixels = _to_8_bit(array, name)
     colour = _opaque(pixels, background) if pixels.shape[2] in (2, 4) else pixels
     if colour.shape[2] == 1:
@@ -359,12 +293,8 @@ def _to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
     raise ImageError(f"{name}: {array.dtype} values in {low:g}..{high:g} are not an image; use uint8.")
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def check_size(width: int, height: int, name: str) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{name}: the image has no pixels ({width} x {height}).")
     if width * height > MAX_PIXELS:
-        raise ImageError(_too_large(name, f"{width} x {height}: "))
-
-
-def _too_large(name: str, size: str = "") -> str:
-    return f"{name}: the image is too large ({size}more than {MAX_PIXELS // 10**6} million pixels)."
+        raise ImageError(f"{name}: the image is too large ({width} x {height}: {_TOO_LARGE}).")

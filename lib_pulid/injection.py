@@ -32,8 +32,9 @@ from lib_pulid.attention import (
 )
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
-from lib_pulid.images import ImageSource, load_region
+from lib_pulid.images import ImageSource
 from lib_pulid.lora import Lora, strongest
+from lib_pulid.masks import load_mask
 from lib_pulid.methods import Method, has
 from lib_pulid.sites import Site, Sites, find_sites
 from lib_pulid.watch import Watch, WatchedSites, uncompiled
@@ -151,7 +152,7 @@ def compile_injection(
         start_step: first step in which it is active, official on FLUX (range 0-10); the later of both starts counts.
         lora_weight: strength of the LoRA in the file, 0-2; FaceID only, where None means 1, the official value. It acts
             on the whole image, whatever the mask, and once for all injections of a file.
-        mask: part of the image that gets the identity, in any resolution: [H, W], or an image; see `load_region`.
+        mask: part of the image that gets the identity, in any resolution: [H, W], or an image; see `load_mask`.
         device, dtype: of the denoiser's computation. The products are computed in float32 and rounded once.
 
     Returns:
@@ -337,7 +338,7 @@ def _packed(hw: tuple[int, int]) -> tuple[int, int]:
 def _read_mask(mask: Tensor | ImageSource) -> Tensor:
     if isinstance(mask, Tensor):
         mask = (mask.detach().float() if mask.is_floating_point() else mask.detach()).cpu().numpy()
-    return torch.from_numpy(load_region(mask, "mask"))
+    return torch.from_numpy(load_mask(mask, "mask"))
 
 
 def _check_settings(

@@ -123,8 +123,7 @@ def _encoders(files: Mapping[str, Path], device: str) -> Encoders:
 
 
 def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: str) -> Workshop:
-    settings: dict[str, Any] = {"size": miniature.SIZE, "steps": miniature.STEPS, "guidance": miniature.GUIDANCE}
-    base = replace(load_base(miniature.checkpoint(family), device), name="miniature", **settings)
+    base = _miniature_base(family, device)
     return Workshop(
         base=base,
         adapter=_adapter(pulid or miniature.adapter(family), base),
@@ -134,6 +133,17 @@ def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: st
         limits=miniature.LIMITS,
         check_prompt=miniature.check_prompt,
     )
+
+
+def _miniature_base(family: str, device: str) -> Base:
+    settings: dict[str, Any] = {"size": miniature.SIZE, "steps": miniature.STEPS, "guidance": miniature.GUIDANCE}
+    base = replace(load_base(miniature.checkpoint("sdxl"), device), name="miniature", **settings)
+    if family == "sdxl":
+        return base
+    from lib_pulid.training.flux import load_pipeline, prompt_encoder
+
+    pipeline, text = load_pipeline(miniature.checkpoint(family), base.pipeline), prompt_encoder(base.pipeline)
+    return replace(base, pipeline=pipeline, family=family, text=text, guidance_argument="true_cfg_scale")
 
 
 def _adapter(path: Path, base: Base) -> Adapter:

@@ -36,7 +36,7 @@ _EMPTY = (None, "", NONE)  # what hosts turn an empty text or list into
 
 @dataclass(frozen=True)
 class PulidUnit:
-    """One person's settings; the fields are those of FIELDS. images, mask: base64 or data URIs.
+    """One person's settings; the fields are those of FIELDS. images, mask: base64 or data URIs. box: four numbers.
 
     `on` fills in what depends on the checkpoint's family (weight None, preset "auto").
     """
@@ -57,6 +57,7 @@ class PulidUnit:
     face_index: int = 0
     fusion: str = "official"
     mask: str = ""
+    box: str = ""
     hires: str = "both"
     lora_weight: float = 1.0
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # fields set by name, not by a widget

@@ -7,7 +7,7 @@ here, and raised where the hosts let it end the request: when they ask the gener
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,10 @@ from typing import Any
 
 from lib_pulid import hosts
 from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
+from lib_pulid.fields import page_words
+from lib_pulid.hosts.base import add_callback
+from lib_pulid.hosts.families import chosen_checkpoint
 from lib_pulid.hosts.frame import remember_images
-from lib_pulid.hosts.webui import add_callback, chosen_checkpoint
 from lib_pulid.units import PulidUnit, at_unit, parse_args
 from lib_pulid.webui import accordion, infotext, routes, settings, xyz
 from lib_pulid.webui.actions import Actions
@@ -41,7 +43,7 @@ class PulidScript(scripts.Script):
     def ui(self, is_img2img: bool) -> list[Any]:
         tab = "img2img" if is_img2img else "txt2img"
         actions = Actions(self.library, checkpoint_family)
-        built = accordion.build(tab, settings.units(), self.library, actions, hosts.current().FAMILIES)
+        built = accordion.build(tab, settings.units(), self.library, actions, hosts.current().families)
         self.infotext_fields, self.paste_field_names = built.infotext_fields, built.paste_field_names
         return built.controls
 
@@ -73,7 +75,7 @@ class PulidScript(scripts.Script):
             with ends_the_request(p):
                 p.sample = Sampling(p, plan)
                 if not hasattr(scripts.Script, "process_before_every_sampling"):  # A1111 1.8
-                    hosts.current().start(p, plan)
+                    hosts.current().before_sampling(p, plan)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
         plan = getattr(p, PLAN, None)
@@ -128,15 +130,12 @@ def forget(p: Any) -> None:
 
 
 class Sampling:
-    """Replaces `p.sample` for one call, so that hooks are removed even when sampling raises.
-
-    After an error the hosts call no script.
-    """
+    """Replaces `p.sample` for one call, so that hooks are removed even when sampling raises."""
 
     def __init__(self, p: Any, plan: hosts.Plan) -> None:
         self._p, self._plan = p, plan
         before = vars(p).get("sample")
-        self._before = before._before if isinstance(before, Sampling) else before  # another extension's
+        self._before: Any = before._before if isinstance(before, Sampling) else before  # another extension's
 
     def leave(self) -> None:
         if vars(self._p).get("sample") is self:
@@ -147,19 +146,11 @@ class Sampling:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.leave()
         sample = self._before or partial(type(self._p).sample, self._p)
-        host, run = hosts.current(), None
         try:
-            run = host.start(self._p, self._plan)
-            run.is_sampling = True
-            samples = sample(*args, **kwargs)
-            run.check()
-            return samples
+            with hosts.current().sampling(self._p, self._plan):
+                return sample(*args, **kwargs)
         except Exception as error:
             raise short_of_memory(error) or error  # noqa: B904  its cause is set
-        finally:
-            if run is not None:
-                run.is_sampling = False
-            host.stop()
 
 
 class Refusal:
@@ -187,6 +178,16 @@ def short_of_memory(error: Exception) -> OutOfMemoryError | None:
     return short
 
 
+def in_page_words(error: Exception) -> Exception:
+    """Returns an error that names person and label, as the page does, where it named unit and field."""
+    words = page_words(str(error))
+    if not isinstance(error, PulidError) or words == str(error):
+        return error
+    told = type(error)(words)
+    told.__cause__ = error
+    return told
+
+
 @contextmanager
 def ends_the_request(p: Any) -> Iterator[None]:
     """Keeps any exception raised inside, even a bug of ours, and raises it again when the host asks for samples."""
@@ -195,6 +196,8 @@ def ends_the_request(p: Any) -> Iterator[None]:
     except Exception as raised:
         tell("")
         error = short_of_memory(raised) or raised
+        if not getattr(p, "is_api", False):
+            error = in_page_words(error)
         refusal = Refusal(error)
         p.sample = refusal
         sampler = getattr(p, "sampler", None)
@@ -219,10 +222,11 @@ def on_app_started(demo: Any, app: Any) -> None:
         routes.add_routes(app, PulidScript.library, shared.cmd_opts.api_auth)
 
 
-for event, callback in {
+CALLBACKS: dict[str, Callable[..., Any]] = {
     "app_started": on_app_started,
     "ui_settings": settings.add_settings,
-    "before_ui": lambda: xyz.add_axes(settings.units(), PulidScript.library),
-    "script_unloaded": lambda: hosts.current().stop(),
-}.items():
+    "before_ui": lambda: xyz.add_axes(settings.units(), PulidScript.library, hosts.current().families),
+    **hosts.current().callbacks(),
+}
+for event, callback in CALLBACKS.items():
     add_callback(event, callback, __file__)

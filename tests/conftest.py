@@ -23,6 +23,12 @@ settings.register_profile("fixed", derandomize=True, deadline=None, suppress_hea
 settings.load_profile("fixed")
 
 
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
 # ---------------------------------------------------------------- a WebUI whose images take milliseconds
 
 
@@ -55,7 +61,7 @@ def small_sdxl(monkeypatch) -> None:
     """The hosts take `small_unet` for an SDXL."""
     from tests.fake_modules.models import SMALL_SITES
 
-    monkeypatch.setattr("lib_pulid.hosts.webui.SDXL_SITES", SMALL_SITES)
+    monkeypatch.setattr("lib_pulid.hosts.families.SDXL_SITES", SMALL_SITES)
 
 
 # ---------------------------------------------------------------- a WebUI with the real face models' code

@@ -1,7 +1,7 @@
 """Small files in the real formats, with weights set by hand, so that the real insightface and facexlib run in tests.
 
-They see saturated magenta squares as faces: `draw_face` draws one. SCRFD measures a square's centre and size, at its
-640 x 640 input, between about 45 and 400 pixels a side. RetinaFace sees the square's "nose", whose colour says how
+They see saturated magenta squares as faces: `draw_face` draws one. SCRFD measures a square's center and size, at its
+640 x 640 input, between about 45 and 400 pixels a side. RetinaFace sees the square's "nose", whose color says how
 large the face is; it works at full size and whatever the face's size. So a test can draw a face that one of them, both,
 or none of them finds.
 """
@@ -20,14 +20,14 @@ import numpy as np
 from lib_pulid.face_models import FaceFiles, load_face_models
 from lib_pulid.faces import FaceModels
 
-SMALLEST, LARGEST_RATIO, STEPS = 32.0, 16.0, 64  # nose colours: 64 steps from 32 to 512 pixels of face
+SMALLEST, LARGEST_RATIO, STEPS = 32.0, 16.0, 64  # nose colors: 64 steps from 32 to 512 pixels of face
 NOSE_BLUE_OFFSET = 20
-# Landmarks relative to centre and side: eyes, nose, corners of the mouth.
+# Landmarks relative to center and side: eyes, nose, corners of the mouth.
 FACE_POINTS = np.array([[-0.2, -0.15], [0.2, -0.15], [0.0, 0.06], [-0.16, 0.25], [0.16, 0.25]])
 
 
 def blank(width: int, height: int, shade: int = 128) -> np.ndarray:
-    """A grey image with a gradient, uint8 RGB [H, W, 3], in which neither detector finds anything."""
+    """A gray image with a gradient, uint8 RGB [H, W, 3], in which neither detector finds anything."""
     ramp = np.linspace(shade - 30, shade + 30, width).astype(np.uint8)
     return np.repeat(np.tile(ramp, (height, 1))[:, :, None], 3, axis=2)
 
@@ -50,7 +50,7 @@ def draw_face(
 
 
 def photo(*faces: tuple[int, int], shade: int = 3) -> np.ndarray:
-    """A photo of people. faces: centre x and side of each."""
+    """A photo of people. faces: center x and side of each."""
     image = blank(640, 480)
     for x, side in faces:
         draw_face(image, (x, 240), side, shade=shade)
@@ -113,13 +113,13 @@ def write_scrfd(path: Path, landmarks: bool = True, size: int | None = None) -> 
     """SCRFD's interface (three strides, two anchors, scores, boxes, landmarks); of fixed input where a size is given.
 
     At each stride s a window of 8 x 8 cells of s pixels looks for a square that fills it and stands alone in the 16 x
-    16 cells around. Mass and first moments of those give its side and centre.
+    16 cells around. Mass and first moments of those give its side and center.
     """
     import onnx
     from onnx import TensorProto, helper
 
     graph = _OnnxGraph()
-    # RGB, (x - 127.5) / 128 -> R - 2 G + B: 4 for magenta, 2 for red and blue, 0 for grey; less 3, within 0..1.
+    # RGB, (x - 127.5) / 128 -> R - 2 G + B: 4 for magenta, 2 for red and blue, 0 for gray; less 3, within 0..1.
     graph.constant("colour", np.array([1, -2, 1], np.float32).reshape(1, 3, 1, 1))
     graph.node("Conv", ["input.1", "colour"], "response")
     graph.constant("bias", np.float32(-3.0))
@@ -181,7 +181,7 @@ def _scrfd_stride(graph: _OnnxGraph, stride: int) -> tuple[str, str, str]:
 
 
 def _scrfd_score(graph: _OnnxGraph, p: str) -> None:
-    """score = 1.3 (inside - share of the ring around that is magenta, too) - 0.15 (distance of the mass's centre).
+    """score = 1.3 (inside - share of the ring around that is magenta, too) - 0.15 (distance of the mass's center).
 
     The distance keeps the corners of a large square from passing for small squares.
     """
@@ -242,10 +242,10 @@ def _save(onnx, graph: _OnnxGraph, name: str, source, targets: list, path: Path)
 
 
 def write_retinaface(path: Path) -> None:
-    """facexlib's RetinaFace-ResNet50, all zero save for one path from the nose's colour to the heads of stride 8.
+    """facexlib's RetinaFace-ResNet50, all zero save for one path from the nose's color to the heads of stride 8.
 
     Channel j of the path carries relu(u - t_j), u = B - R - 2 G - 20: 107 - step on a nose, below 0 elsewhere in a face
-    and on grey. Log side is linear in u (boxes); the side itself is piecewise linear in the channels (landmarks).
+    and on gray. Log side is linear in u (boxes); the side itself is piecewise linear in the channels (landmarks).
     """
     import torch
 
@@ -335,7 +335,7 @@ def write_bisenet(path: Path, seed: int = 0) -> None:
     state = _zero_state("bisenet")
     conv, bias = torch.zeros(64, 3, 7, 7), torch.zeros(64)
     conv[0, :, 3, 3] = torch.tensor([0.6, 0.3, 0.1])
-    bias[0] = 2.2  # above 0 for every colour
+    bias[0] = 2.2  # above 0 for every color
     state["cp.resnet.conv1.weight"], state["cp.resnet.bn1.bias"] = conv, bias
     for name in ("cp.resnet.layer2.0.downsample.0", "ffm.convblk.conv", "conv_out.conv.conv"):
         state[name + ".weight"] = _carry(state[name + ".weight"], 1)

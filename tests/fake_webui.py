@@ -2,7 +2,7 @@
 
     with webui("a1111", models_dir) as ui:
         script = ui.script()
-        pictures = ui.generate(script, p, args)      # raises what would end the request
+        images = ui.generate(script, p, args)      # raises what would end the request
 
 Exceptions of script hooks are swallowed, as in the hosts; those of sampling end the generation. Interrupt and skip end
 a pass with what there is, at its next step; an interrupted generation begins no further batch.
@@ -145,6 +145,8 @@ class _Processing:
 class Generation(_Processing, a1111.P):
     """In A1111: a batch is a few UNet calls of `fake_modules.a1111.sample`."""
 
+    is_api = True  # the tests send dicts
+
     def __init__(
         self, unet: torch.nn.Module | None = None, name: str = "some-sdxl", batches: int = 1, steps: int = 2
     ) -> None:
@@ -210,7 +212,8 @@ class WebUI:
     def generate(self, script: Any, p: Any, args: Sequence[Any], between: Any = lambda batch: None) -> list:
         """process_images. p: Generation or ForgeGeneration. between: what other extensions do after a batch."""
         state = self.modules.shared.state
-        p.before_sampling = lambda p: self.hook("process_before_every_sampling", script, p, *args)
+        if hasattr(script, "process_before_every_sampling"):
+            p.before_sampling = lambda p: self.hook("process_before_every_sampling", script, p, *args)
         self.hook("process", script, p, *args)
         pictures = []
         for batch in range(p.batches):
@@ -230,7 +233,7 @@ def webui(host: str, models_dir: Path, gradio_version: str = "3.41.2") -> Iterat
     import lib_pulid.webui as package
 
     with installed(host) as modules, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib_pulid.hosts.webui.SDXL_SITES", SMALL_SITES)
+        patch.setattr("lib_pulid.hosts.families.SDXL_SITES", SMALL_SITES)
         before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("lib_pulid.webui.")}
         sys.modules["gradio"] = gradio(gradio_version)
         try:

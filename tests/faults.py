@@ -38,7 +38,7 @@ def of_host(name: str) -> Callable[[Host], tuple[Any, str]]:
 
     def find(host: Host) -> tuple[Any, str]:
         names = name.split("|")
-        return hosts.current()._Run, names[0] if host.kind == "a1111" else names[-1]
+        return hosts.current().run_class, names[0] if host.kind == "a1111" else names[-1]
 
     return find
 
@@ -83,10 +83,10 @@ STAGES = [
     Stage("process_batch", of_host("begin")),
     Stage("process_batch, done", of_host("begin"), after=True),
     Stage("process_batch, second batch", of_host("begin"), number=2),
-    Stage("process_before_every_sampling, or the first cfg_denoiser", of_host("_opened|patch")),
-    Stage("process_before_every_sampling, done", of_host("_opened|patch"), after=True),
-    Stage("cfg_denoiser callback", of_host("_opened|patch"), number=2),
-    Stage("cfg_denoiser callback, last", of_host("_opened|patch"), number=STEPS, after=True),
+    Stage("process_before_every_sampling, or the first cfg_denoiser", of_host("open|patch")),
+    Stage("process_before_every_sampling, done", of_host("open|patch"), after=True),
+    Stage("cfg_denoiser callback", of_host("open|patch"), number=2),
+    Stage("cfg_denoiser callback, last", of_host("open|patch"), number=STEPS, after=True),
     Stage("find the sites", of("lib_pulid.watch.Watch.over")),
     Stage("attach a hook", of("torch.nn.Module.register_forward_hook"), number=4),
     Stage("attach a hook, between the two of a layer", of("torch.nn.Module.register_forward_pre_hook"), number=4),

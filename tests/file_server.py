@@ -35,7 +35,7 @@ class Server:
     port: int = 0
     asked: list[Asked] = field(default_factory=list)
     sent: int = 0  # bytes of files
-    sums: bool = True  # whether the hub tells the sum
+    sums: bool = True  # whether the hub announces the checksum
     todo: list[Callable[[Handler, bytes], None]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -1,4 +1,4 @@
-"""A WebUI whose pictures take milliseconds: the whole chain from photo to picture, with next to nothing in its models.
+"""A WebUI whose images take milliseconds: the whole chain from photo to image, with next to nothing in its models.
 
     light = Light("forge", folder, monkeypatch)
     with light.running() as host:            # one start of the program
@@ -59,12 +59,8 @@ def unit(name: str, **settings: Any) -> dict[str, Any]:
     return {"images": [PHOTOS[name]], **settings}
 
 
-def equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
-
-
 class Detector:
-    """Sees one face in every picture that is not black."""
+    """Sees one face in every image that is not black."""
 
     def detect(self, image_bgr: np.ndarray) -> list[Detection]:
         if not image_bgr.any():
@@ -160,7 +156,7 @@ class Host:
         return made(self.unets[checkpoint], checkpoint, **{"steps": STEPS} | how)
 
     def generate(self, args: Sequence[Any], checkpoint: str = "sdxl", p: Any = None, **how: Any) -> list[Tensor]:
-        """The pictures of one request; raises what ends it."""
+        """The images of one request; raises what ends it."""
         self.state.interrupted = self.state.skipped = False  # as the hosts do when a job begins
         return self.ui.generate(self.script, p or self.processing(checkpoint, **how), args)
 
@@ -202,8 +198,8 @@ class Host:
         self.library.settle()
         found = {f"hooks on {name}": count_hooks(unet) for name, unet in self.unets.items()}
         callbacks = self.ui.modules.script_callbacks.callback_map
-        found |= {event: len(callbacks[event]) for event in ("callbacks_cfg_denoiser", "callbacks_cfg_denoised")}
-        found["runs"] = len(hosts.current()._running)
+        found |= {event: len(callbacks[event]) - 1 for event in ("callbacks_cfg_denoiser", "callbacks_cfg_denoised")}
+        found["runs"] = len(hosts.current().running)
         found["models that read photos"] = self.library._readers.loaded
         found["a line of progress"] = self.state.textinfo
         found["a patch"] = (
@@ -236,5 +232,5 @@ class Light:
                 yield host
             finally:
                 gc.unfreeze()
-                while hosts.current()._running:
-                    hosts.current()._running.pop().end()
+                while hosts.current().running:
+                    hosts.current().running.pop().end()

@@ -17,7 +17,8 @@ from PIL import Image, features
 
 from lib_pulid import cli
 from lib_pulid.errors import ImageError
-from lib_pulid.images import FORMATS, LONGEST_REGION, MAX_PIXELS, load_image, load_region
+from lib_pulid.images import FORMATS, MAX_PIXELS, load_image
+from lib_pulid.masks import LONGEST_SIDE, load_mask
 from lib_pulid.webui.pictures import decode, photo, region
 from tests.test_images import chunk, encoded, png
 
@@ -244,11 +245,11 @@ def test_paths_and_addresses_are_never_opened(place, read, monkeypatch, tmp_path
 
 def test_a_region_may_be_of_any_size_and_kind():
     for size in ((1, 1), (3, 7), (1, 500)):
-        assert load_region(encoded(Image.new("L", size, 255))).shape == size[::-1]
-    assert load_region(encoded(Image.new("1", (4, 4), 1))).max() == 1
+        assert load_mask(encoded(Image.new("L", size, 255))).shape == size[::-1]
+    assert load_mask(encoded(Image.new("1", (4, 4), 1))).max() == 1
     half = np.zeros((6, 10), np.uint8)
     half[:, :5] = 255
-    assert load_region(encoded(Image.fromarray(half))).mean() == 0.5
+    assert load_mask(encoded(Image.fromarray(half))).mean() == 0.5
 
 
 def test_where_a_region_is_transparent_nothing_is_painted():
@@ -266,7 +267,7 @@ def test_a_region_that_is_black_all_over_is_an_error(mask, tmp_path):
     mask.save(tmp_path / "mask.png")
     for source in (encoded(mask), tmp_path / "mask.png"):
         with pytest.raises(ImageError, match="the mask is entirely black"):
-            load_region(source, "the mask")
+            load_mask(source, "the mask")
     with pytest.raises(ImageError, match="the mask .* Paint the area for this face white\\.$"):
         region(text(encoded(mask)), "the mask")
     with pytest.raises(ImageError, match=r"mask\.png is entirely black"):
@@ -308,14 +309,14 @@ def colored(palette: list[int]) -> Image.Image:
     ids=lambda source: type(source).__name__,  # the same in every process
 )
 def test_a_region_acts_in_full_whatever_its_numbers(source):
-    assert np.array_equal(load_region(source), squares(1, np.float32))
+    assert np.array_equal(load_mask(source), squares(1, np.float32))
 
 
 def test_shares_between_black_and_white_stay():
     soft = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
-    assert np.allclose(load_region(encoded(Image.fromarray(soft))), soft / 255)
-    assert np.allclose(load_region(soft / 510), soft / 510)
-    assert load_region(encoded(Image.fromarray(squares(128, "uint8")))).max() == pytest.approx(128 / 255)
+    assert np.allclose(load_mask(encoded(Image.fromarray(soft))), soft / 255)
+    assert np.allclose(load_mask(soft / 510), soft / 510)
+    assert load_mask(encoded(Image.fromarray(squares(128, "uint8")))).max() == pytest.approx(128 / 255)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +332,7 @@ def test_shares_between_black_and_white_stay():
 def test_a_region_that_is_nearly_black_is_an_error(mask):
     for source in (mask, encoded(Image.fromarray(mask))):
         with pytest.raises(ImageError, match=r"the mask is nearly black \(.*% at its brightest"):
-            load_region(source, "the mask")
+            load_mask(source, "the mask")
 
 
 @pytest.mark.parametrize(
@@ -339,14 +340,14 @@ def test_a_region_that_is_nearly_black_is_an_error(mask):
 )
 def test_numbers_that_are_no_region(mask):
     with pytest.raises(ImageError, match="the mask: a mask"):
-        load_region(mask, "the mask")
+        load_mask(mask, "the mask")
 
 
 def test_a_huge_region_is_reduced():
-    wide = np.zeros((10, 3 * LONGEST_REGION), np.uint8)
-    wide[:, : 3 * LONGEST_REGION // 2] = 255
-    reduced = load_region(encoded(Image.fromarray(wide)))
-    assert reduced.shape == (3, LONGEST_REGION)
+    wide = np.zeros((10, 3 * LONGEST_SIDE), np.uint8)
+    wide[:, : 3 * LONGEST_SIDE // 2] = 255
+    reduced = load_mask(encoded(Image.fromarray(wide)))
+    assert reduced.shape == (3, LONGEST_SIDE)
     assert abs(reduced.mean() - 0.5) < 1e-3
 
 

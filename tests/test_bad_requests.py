@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lib_pulid import identity, images, names
+from lib_pulid import identity, images, masks, names
 from lib_pulid.errors import SettingError
 from lib_pulid.fields import FIELDS, LONGEST_TEXT, MOST_PHOTOS, MOST_UNITS, schema, show
 from lib_pulid.units import PulidUnit, default_args, parse_args
@@ -40,6 +40,8 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "choice": [None, True, 1, 0.5, "", "no such choice", [], ["official"], {}, HUGE, DEEP, "x" * 10**6],
     "text": [True, 1, 0.5, [], ["a"], {}, HUGE, DEEP, "x" * 10**6, "a\nb", "\0", "\ud800"],
     "image": [True, 1, 0.5, [], ["a"], {}, HUGE, DEEP],
+    "box": [True, 1, 0.5, {}, [1], [[]], ["a"] * 4, [0, 0, 1, HUGE], [0, 0, 1, math.nan], HUGE, DEEP, "x" * 10**6,
+            "0 0 1", [0, 0, 0, 1], "2 2 1 1", "\ud800"],
     "images": [True, 1, 0.5, {}, {"a": 1}, [None], [1], [[]], [""], [" "], ["a", None], HUGE, DEEP, ["a"] * 1000, "[",
                "[1]", '["a", {}]', "[" * 100_000, "[" * 100_000 + "]" * 100_000, json.dumps(["a"] * 1000)],
 }  # fmt: skip
@@ -144,6 +146,6 @@ def test_the_limits_in_the_docs_are_those_of_the_code():
         f"{images.MAX_PIXELS // 10**6} million pixels", f"{images.MAX_BYTES // 10**6} MB", f"| {MOST_PHOTOS} |",
         f"| {MOST_UNITS} |", f"{LONGEST_TEXT} characters", f"{names.LONGEST_NAME} bytes",
         f"{routes.LARGEST_BODY >> 20} MB, counted", f"| {identity.LARGEST_FILE // 10**6} MB |",
-        f"reduced to {images.LONGEST_REGION} pixels",
+        f"reduced to {masks.LONGEST_SIDE} pixels",
     }  # fmt: skip
     assert [limit for limit in limits if limit not in text] == []

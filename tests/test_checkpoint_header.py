@@ -36,8 +36,10 @@ def gguf(path: Path, shapes: dict[str, tuple[int, ...]], version: int = 3) -> Pa
         text("general.file_type") + struct.pack("<II", 4, 7),
         text("a.flag") + struct.pack("<I?", 7, True),
         text("a.long") + struct.pack("<IQ", 10, 1),
+        text("a.number") + struct.pack("<Id", 12, 1.0),
         text("a.list") + struct.pack("<IIQ3f", 9, 6, 3, 1.0, 2.0, 3.0),
         text("some.texts") + struct.pack("<IIQ", 9, 8, 2) + text("one") + text("two"),
+        text("some.lists") + struct.pack("<IIQ", 9, 9, 2) + 2 * (struct.pack("<IQ", 0, 3) + bytes(3)),
     ]
     tensors = [
         text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], 8, 0) for name, shape in shapes.items()

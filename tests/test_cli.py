@@ -70,7 +70,7 @@ def run(capsys, models_dir, tmp_path, monkeypatch):
 
 @pytest.fixture
 def generate(run, tmp_path):
-    """Runs `generate`; gives what was said and the picture, if there is one."""
+    """Runs `generate`; gives what was said and the image, if there is one."""
 
     def _generate(*rest: object, name: str = "picture.png") -> tuple[Said, np.ndarray | None]:
         path = tmp_path / "pictures" / name
@@ -189,26 +189,6 @@ def test_which_face(run, tmp_path):
         given = ("--face", GROUP, "--face-order", "left-to-right", "--face-index", index)
         boxes.append(run("embed", *given, "-o", tmp_path / f"{index}.safetensors", models=tmp_path / f"m{index}").box())
     assert boxes[0][0] + boxes[0][2] < boxes[1][0]
-
-
-def test_the_face_is_found_not_assumed(run, tmp_path):
-    """Each photo has its own box, and in the mirrored photo it is on the other side."""
-    said = {}
-    image = Image.open(PORTRAIT).convert("RGB")
-    canvas = Image.new("RGB", (image.width * 2, image.height * 2), "grey")
-    canvas.paste(image, (0, image.height))
-    canvas.save(tmp_path / "moved.png")
-    canvas.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
-    for path in (GROUP, tmp_path / "moved.png", tmp_path / "mirrored.png"):
-        out = run("embed", "--face", path, "-o", tmp_path / f"{path.stem}.safetensors", models=tmp_path / "m")
-        said[path.name] = out.box()
-        assert f"{path.name}: face at" in out.out
-    x, y, width, height = said["moved.png"]
-    assert 0 <= x < x + width <= image.width
-    assert image.height <= y < y + height <= 2 * image.height
-    assert abs(said["mirrored.png"][0] - (canvas.width - x - width)) < 0.3 * width
-    assert abs(said["mirrored.png"][1] - y) < 0.3 * height
-    assert said["group.png"] != said["moved.png"]
 
 
 @pytest.mark.parametrize(
@@ -404,7 +384,7 @@ def test_download_of_everything(run, hub, tmp_path, accept):
     assert len(written) == len(hub) == 7
     assert {path.name for path in catalog.require_encoders(tmp_path / "m").values()} == set(ENCODERS)
     assert said.out.count("non-commercial research purposes only") == 2
-    hub.clear()  # what is there is left alone, and no licence is asked for again
+    hub.clear()  # what is there is left alone, and no license is asked for again
     assert run("models", "download", models=tmp_path / "m").status == 0
     assert hub == {}
 
@@ -555,23 +535,18 @@ def test_doctor_where_nothing_is(run, hub, tmp_path):
     assert "Ready for" not in said.out
 
 
-def test_doctor_where_all_is(run, hub, tmp_path):
-    put(tmp_path, *ENCODERS, "pulid_v1.bin", "pulid_flux_v0.9.0.safetensors")
-    said = run("doctor", models=tmp_path)
-    assert (said.status, said.out.splitlines()[-1]) == (0, "Ready for SDXL and FLUX.")
-    assert "to do" not in said.out
+V1, FLUX = "pulid_v1.1.safetensors", "pulid_flux_v0.9.1.safetensors"
 
 
 @pytest.mark.parametrize(
-    ("adapter", "able", "other"),
-    [("pulid_v1.1.safetensors", "SDXL", "FLUX"), ("pulid_flux_v0.9.1.safetensors", "FLUX", "SDXL")],
+    ("adapters", "able", "other"),
+    [(("pulid_v1.bin", FLUX), "SDXL and FLUX", ""), ((V1,), "SDXL", "FLUX"), ((FLUX,), "FLUX", "SDXL")],
 )
-def test_doctor_is_content_with_one_family(run, hub, tmp_path, adapter, able, other):
-    put(tmp_path, *ENCODERS, adapter)
+def test_doctor_is_content_with_one_family(run, hub, tmp_path, adapters, able, other):
+    put(tmp_path, *ENCODERS, *adapters)
     said = run("doctor", models=tmp_path)
-    assert said.status == 0
-    assert said.out.splitlines()[-1] == f"Ready for {able}."
-    assert f"to do: for {other}: " in said.out
+    assert (said.status, said.out.splitlines()[-1]) == (0, f"Ready for {able}.")
+    assert said.out.count("to do") == said.out.count(f"to do: for {other}: ") == bool(other)
 
 
 def test_doctor_sees_a_truncated_file(run, hub, tmp_path):

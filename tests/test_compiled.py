@@ -1,4 +1,4 @@
-"""What was compiled for one picture serves the next; whatever it depends on compiles anew."""
+"""What was compiled for one image serves the next; whatever it depends on compiles anew."""
 
 from __future__ import annotations
 

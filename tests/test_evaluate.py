@@ -220,7 +220,7 @@ def picture(person: int | None, background: int = 100, style: int = 0) -> np.nda
 
 
 class Seer:
-    """Detector, recogniser, parser and judge of such images."""
+    """Detector, recognizer, parser and judge of such images."""
 
     name = "seer"
 

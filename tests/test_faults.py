@@ -1,4 +1,4 @@
-"""Whatever fails, and wherever: nothing is left behind, nothing is changed, and the next picture is the right one.
+"""Whatever fails, and wherever: nothing is left behind, nothing is changed, and the next image is the right one.
 
 One table of stages and faults, on the stand-ins of both hosts. A fault is raised, or a button is pressed, where a stage
 begins; of a stage that comes often (a denoiser call, the writing of a file), in the first, a middle or the last one.
@@ -25,8 +25,9 @@ from lib_pulid import hosts
 from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
 from lib_pulid.identity import Identity
 from tests import light_webui
+from tests.fake_modules.models import same
 from tests.faults import FAULTS, STAGES, TABLE, Stage, faulty
-from tests.light_webui import PHOTOS, Host, equal, unit
+from tests.light_webui import PHOTOS, Host, unit
 
 TWO = [unit("anna"), unit("ben", weight=0.5)]
 EXPECTED: dict[str, tuple[list, list]] = {}
@@ -43,7 +44,7 @@ def expected(host: Host) -> tuple[list, list]:
 @pytest.mark.parametrize(("stage", "fault"), TABLE, ids=[f"{stage.name}: {fault}" for stage, fault in TABLE])
 def test_a_fault_leaves_nothing_and_the_next_picture_is_right(host, stage, fault):
     plain, faced = expected(host)
-    assert not equal(plain, faced)
+    assert not same(plain, faced)
     before, numbers = host.fingerprint(), torch.get_rng_state()
     p, pictures, error = host.processing(batches=2), None, None
     with faulty(host, stage, FAULTS[fault]) as calls:
@@ -60,13 +61,13 @@ def test_a_fault_leaves_nothing_and_the_next_picture_is_right(host, stage, fault
     assert torch.equal(torch.get_rng_state(), numbers) and torch.is_grad_enabled()
     assert is_free(host.library._lock)
     assert all(Identity.load(path) for path in host.written())
-    assert equal(host.generate([]), plain[:1])
-    assert equal(host.generate(TWO), faced[:1])
+    assert same(host.generate([]), plain[:1])
+    assert same(host.generate(TWO), faced[:1])
     assert host.left_behind() == []
 
 
 def check_the_end(host: Host, stage: Stage, fault: str, pictures: Any, error: Any, faced: list) -> None:
-    """An error that tells, or nothing but right pictures; never one without the face."""
+    """An error that tells, or nothing but right images; never one without the face."""
     if fault in ("interrupt", "skip"):
         assert error is None
         whole = [picture for picture in pictures if len(picture) == len(faced[0])]
@@ -74,7 +75,7 @@ def check_the_end(host: Host, stage: Stage, fault: str, pictures: Any, error: An
     elif fault in ("ctrl-c", "exit", "thrown out"):
         assert isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
     elif not stage.fatal or fault == "full disk":
-        assert error is None and equal(pictures, faced)
+        assert error is None and same(pictures, faced)
     elif fault == "no memory":
         assert isinstance(error, OutOfMemoryError) and "Try a smaller image" in str(error)
         assert isinstance(error.__cause__, torch.cuda.OutOfMemoryError)
@@ -90,9 +91,9 @@ def test_a_request_that_ends_between_two_stages(host):
     host.ui.hook("process_batch", host.script, p, *TWO)
     assert host.left_behind() == []
     other = host.processing(batches=2)
-    assert equal([other.sample(), other.sample()], plain)  # another extension's, without scripts
+    assert same([other.sample(), other.sample()], plain)  # another extension's, without scripts
     assert host.left_behind() == []
-    assert equal(host.generate(TWO, batches=2), faced)
+    assert same(host.generate(TWO, batches=2), faced)
 
 
 def is_free(lock: Any) -> bool:
@@ -104,7 +105,7 @@ def is_free(lock: Any) -> bool:
 
 
 def test_reload_ui_lets_go_of_what_was_loaded(host):
-    """Models and compiled identities go with the script that loaded them, whatever the program was told of it."""
+    """Models and compiled identities go with the script that loaded them, whatever callbacks it registered."""
     gone = []
     for _ in range(3):
         host.generate(TWO)
@@ -185,22 +186,22 @@ class TestKill:
 
         killed_in_a_child(generate)
         assert [path for path in host.written() if path.suffix == ".safetensors"] == []
-        assert equal(host.generate(TWO), faced[:1])
+        assert same(host.generate(TWO), faced[:1])
 
     def test_after_a_photo_was_remembered(self, host):
         _, faced = expected(host)
 
         def generate() -> None:
-            place = hosts.current()._Run
+            place = hosts.current().run_class
             pytest.MonkeyPatch().setattr(place, "begin", kill)
             host.generate(TWO)
 
         killed_in_a_child(generate)
         assert len([Identity.load(path) for path in host.written()]) == 2
-        assert equal(host.generate(TWO), faced[:1])
+        assert same(host.generate(TWO), faced[:1])
 
 
-# ---------------------------------------------------------------- memory that does not suffice
+# ---------------------------------------------------------------- not enough memory
 
 
 def onnx_error(text: str) -> Exception:
@@ -275,7 +276,7 @@ def test_photos_are_read_on_the_cpu_where_the_gpu_has_no_memory(host, monkeypatc
     _, faced = expected(host)
     gpu = Gpu(host, monkeypatch, stage, LACKS[lack]())
     p = host.processing(batches=2)
-    assert equal(host.generate(TWO, p=p), faced)
+    assert same(host.generate(TWO, p=p), faced)
     assert [text.split(":")[0] for text in p.comments if "read on the CPU" in text] == ["PuLID unit 1"]  # told once
     assert gpu.tried == 1 and gpu.loaded[-2:] == ["cpu", "cpu"]
     assert host.left_behind() == []

@@ -10,7 +10,6 @@ import io
 import os
 import random
 import struct
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -27,13 +26,15 @@ from lib_pulid.errors import PulidError
 from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector
 from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
 from lib_pulid.identity import Identity
-from lib_pulid.images import load_image, load_region
+from lib_pulid.images import load_image
+from lib_pulid.masks import load_mask
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
 from tests.face_standins import write_arcface, write_scrfd
 from tests.small_models import pulid_files
-from tests.test_bad_files import hostile
+from tests.test_bad_files import hostile, peak
+from tests.test_checkpoint_header import gguf
 from tests.test_identity import an_identity
 from tests.test_weights import tower_state
 
@@ -68,14 +69,6 @@ def damaged(data: bytes, others: list[bytes], chance: random.Random) -> bytes:
         else:
             del result[max(at, len(result) - chance.choice((1, 8, 100, len(result)))) :]
     return bytes(result)
-
-
-def peak() -> float:
-    if sys.platform != "linux":
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def fuzz(corpus: list[tuple[str, bytes]], read: Callable[[Path], None], folder: Path, count: int, seed: int) -> int:
@@ -138,13 +131,13 @@ def pictures() -> list[tuple[str, bytes]]:
 
 
 def test_damaged_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 2_000_000)  # so that memory and time are those of small pictures
+    monkeypatch.setattr(images, "MAX_PIXELS", 2_000_000)  # so that memory and time are those of small images
 
     def read(path: Path) -> None:
         for image in (load_image(path.read_bytes(), "photo"), load_image(path)):
             assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
             assert 0 < image.shape[0] * image.shape[1] <= images.MAX_PIXELS
-        region = load_region(path)
+        region = load_mask(path)
         assert region.min() >= 0 and region.max() <= 1
 
     assert fuzz(pictures(), read, tmp_path, 1000, seed=1) > 500
@@ -228,31 +221,13 @@ def test_damaged_onnx(tmp_path):
 # ---------------------------------------------------------------- heads of checkpoints
 
 
-def gguf() -> bytes:
-    """Entries of each kind, a list of lists among them, and two tensors."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    numbers = {0: "<B", 4: "<I", 6: "<f", 7: "<?", 10: "<Q", 12: "<d"}
-    entries = [text(f"n{kind}") + struct.pack("<I", kind) + struct.pack(form, 1) for kind, form in numbers.items()]
-    entries += [
-        text("name") + struct.pack("<I", 8) + text("flux"),
-        text("l") + struct.pack("<IIQ", 9, 4, 3) + bytes(12),
-    ]
-    entries += [text("texts") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")]
-    entries += [text("lists") + struct.pack("<IIQ", 9, 9, 2) + (struct.pack("<IQ", 0, 3) + bytes(3)) * 2]
-    tensors = [text(name) + struct.pack("<IQQIQ", 2, 64, 32, 0, 0) for name in ("double_blocks.0.a", "b")]
-    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(entries))
-    return head + b"".join(entries) + b"".join(tensors) + bytes(100)
-
-
 DEEP_LIST = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)
 DEEP_LIST += struct.pack("<IQ", 9, 1) * 100_000
 
 
 def test_damaged_heads_of_checkpoints(tmp_path):
-    assert set(read_header(write(tmp_path / "x.gguf", gguf()))) == {"double_blocks.0.a", "b"}
+    whole = gguf(tmp_path / "x.gguf", {"double_blocks.0.a": (32, 64), "b": (32, 64)})
+    assert set(read_header(whole)) == {"double_blocks.0.a", "b"}
     for data in (DEEP_LIST, DEEP_LIST[:-8] + b"\xff" * 8):
         assert read_header(write(tmp_path / "deep.gguf", data)) == {}
 
@@ -261,7 +236,7 @@ def test_damaged_heads_of_checkpoints(tmp_path):
         assert all(isinstance(side, int) for shape in shapes.values() for side in shape)
         assert checkpoint_family(path) in ("", "sdxl", "flux")
 
-    corpus = [("x.gguf", gguf()), ("x.safetensors", save({"a.attn2.to_k.weight": torch.zeros(2, 2048)}))]
+    corpus = [("x.gguf", whole.read_bytes()), ("x.safetensors", save({"a.attn2.to_k.weight": torch.zeros(2, 2048)}))]
     fuzz(corpus, read, tmp_path, 300, seed=7)
 
 

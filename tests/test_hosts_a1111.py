@@ -6,21 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from lib_pulid import hosts
 from lib_pulid.errors import SettingError, UnsupportedModelError
-from lib_pulid.hosts.webui import Progress
+from lib_pulid.hosts.base import Progress
 from tests.fake_modules import installed
 from tests.fake_modules.a1111 import Denoiser, P, sample
-from tests.fake_modules.models import SD1_BLOCKS, SDXL_BLOCKS, Flux, UNet, small_unet
+from tests.fake_modules.models import SD1_BLOCKS, SDXL_BLOCKS, Flux, UNet, small_unet, text
 from tests.fake_modules.plan import RandomPlan
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture
@@ -39,17 +34,13 @@ def host():
     return hosts.current()
 
 
-def text(rows: int, length: int, seed: int) -> Tensor:
-    return torch.randn(rows, length, 2048, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("pictures, ands", [(1, 1), (1, 3), (2, 2)])
 @pytest.mark.parametrize("lengths", [(77, 77), (154, 77), (77, 154)])
 @pytest.mark.parametrize("skip_uncond", [False, True])
 def test_rows(p, together, pictures, ands, lengths, skip_uncond):
     """Only cond rows get the identity when there is no uncond identity: the others come out untouched."""
-    conds, unconds = text(pictures * ands, lengths[0], 1), text(pictures, lengths[1], 2)
+    conds, unconds = text(lengths[0], 1, pictures * ands), text(lengths[1], 2, pictures)
     mode = {"together": together, "pictures": pictures, "skip_uncond": skip_uncond}
     before = sample(p, conds, unconds, **mode)
     host().start(p, RandomPlan(has_uncond=False))
@@ -70,10 +61,10 @@ def test_rows_of_tiles_that_repeat_the_stack(p):
     from modules import script_callbacks
 
     params = SimpleNamespace(
-        x=torch.zeros(2, 4, 8, 8), sigma=torch.ones(1), text_cond=text(1, 77, 1), text_uncond=None, denoiser=denoiser
+        x=torch.zeros(2, 4, 8, 8), sigma=torch.ones(1), text_cond=text(), text_uncond=None, denoiser=denoiser
     )
     script_callbacks.cfg_denoiser_callback(params)
-    spy = unet.first.register_forward_hook(lambda *_: seen.append(run._running[0]._step.is_cond))
+    spy = unet.first.register_forward_hook(lambda *_: seen.append(run.running[0]._step.is_cond))
     for _ in range(2):
         unet(torch.randn(4, 4, 4, 4), None, torch.randn(4, 77, 2048))
     spy.remove()
@@ -85,18 +76,18 @@ def test_masks_in_tiles_are_refused(p):
     from modules import script_callbacks
 
     host().start(p, RandomPlan(mask=torch.ones(4, 4)))
-    call = {"x": torch.zeros(2, 4, 8, 8), "sigma": torch.ones(1), "text_cond": text(1, 77, 1), "text_uncond": None}
+    call = {"x": torch.zeros(2, 4, 8, 8), "sigma": torch.ones(1), "text_cond": text(), "text_uncond": None}
     script_callbacks.cfg_denoiser_callback(SimpleNamespace(**call, denoiser=Denoiser(p, total_steps=1)))
     with pytest.raises(SettingError, match="Field mask: .*Tiled Diffusion"):
-        p.sd_model.model.diffusion_model(torch.zeros(2, 4, 8, 4), None, text(2, 77, 1))
+        p.sd_model.model.diffusion_model(torch.zeros(2, 4, 8, 4), None, text(77, 1, 2))
 
 
 def test_asks_once_for_each_pass(p):
     plan = RandomPlan()
     host().start(p, plan)
-    sample(p, text(1, 77, 1), text(1, 77, 2))
+    sample(p, text(), text(seed=2))
     p.is_hr_pass = True
-    sample(p, text(1, 77, 1), text(1, 77, 2), hw=(16, 16))
+    sample(p, text(), text(seed=2), hw=(16, 16))
     assert plan.asked == [("some-sdxl", "sdxl", False), ("some-sdxl", "sdxl", True)]
 
 
@@ -105,27 +96,11 @@ def test_looks_at_a_unet_once(p, monkeypatch):
     seen, look = [], host().loaded_model
     monkeypatch.setattr(host(), "loaded_model", lambda p: seen.append(p) or look(p))
     host().start(p, RandomPlan())
-    sample(p, text(1, 77, 1), text(1, 77, 2), steps=5)
+    sample(p, text(), text(seed=2), steps=5)
     assert len(seen) == 1
     p.sd_model = P(small_unet(seed=3)).sd_model  # as a refiner comes
-    sample(p, text(1, 77, 1), text(1, 77, 2), steps=5)
+    sample(p, text(), text(seed=2), steps=5)
     assert len(seen) == 2
-
-
-def test_another_extensions_callback_does_not_hide_ours(p, modules):
-    """Later hosts keep sorted callbacks until their number changes."""
-    script_callbacks = modules.script_callbacks
-
-    def other(params):
-        pass
-
-    script_callbacks.on_cfg_denoiser(other)
-    sample(p, text(1, 77, 1), text(1, 77, 2))  # the list of one is kept
-    script_callbacks.remove_callbacks_for_function(other)
-    plan = RandomPlan()
-    host().start(p, plan)
-    sample(p, text(1, 77, 1), text(1, 77, 2))
-    assert plan.asked
 
 
 def test_refuses_when_the_layers_do_not_run(p):
@@ -134,15 +109,14 @@ def test_refuses_when_the_layers_do_not_run(p):
     unet.forward = lambda x, *_: x
     host().start(p, RandomPlan())
     with pytest.raises(UnsupportedModelError, match="TensorRT"):
-        sample(p, text(1, 77, 1), text(1, 77, 2))
+        sample(p, text(), text(seed=2))
     host().start(p, RandomPlan(start=0.9))  # not active, so nothing is missing
-    sample(p, text(1, 77, 1), text(1, 77, 2))
+    sample(p, text(), text(seed=2))
 
 
 def test_refuses_what_is_not_a_samplers_call(p):
-    host().start(p, RandomPlan())
-    with pytest.raises(UnsupportedModelError, match="img2img alternative"):
-        p.sd_model.model.diffusion_model(torch.zeros(2, 4, 8, 8), None, text(2, 77, 1))
+    with host().sampling(p, RandomPlan()), pytest.raises(UnsupportedModelError, match="img2img alternative"):
+        p.sd_model.model.diffusion_model(torch.zeros(2, 4, 8, 8), None, text(77, 1, 2))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import gc
 import importlib
 import sys
 import weakref
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -17,16 +18,12 @@ from lib_pulid import hosts
 from lib_pulid.errors import SettingError, UnsupportedModelError
 from tests.fake_modules import installed
 from tests.fake_modules.forge import P, sample
-from tests.fake_modules.models import SD1_BLOCKS, Flux, UNet, count_hooks, pack_layers, small_unet
+from tests.fake_modules.models import SD1_BLOCKS, Flux, UNet, count_hooks, pack_layers, same, small_unet, text
 from tests.fake_modules.plan import RandomPlan
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 SLOT = "model_function_wrapper"
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +42,6 @@ def host():
     return hosts.current()
 
 
-def text(length: int = 77, seed: int = 1, pictures: int = 1, width: int = 2048) -> Tensor:
-    return torch.randn(pictures, length, width, generator=torch.Generator().manual_seed(seed))
-
-
 def run(p: P, plan: RandomPlan | None, conds=None, unconds=None, **how) -> list[Tensor]:
     """A batch as the script drives it."""
     conds, unconds = conds or [text()], unconds if unconds is not None else [text(seed=2)]
@@ -62,10 +55,6 @@ def run(p: P, plan: RandomPlan | None, conds=None, unconds=None, **how) -> list[
 
 def unet(p: P):
     return p.sd_model.forge_objects.unet
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 @pytest.mark.parametrize("pictures", [1, 2])
@@ -126,7 +115,7 @@ def test_start_step(calls):
 
 
 def true_cfg(plan: RandomPlan | None, before_sampling=None, **settings) -> list[int]:
-    """Rows in each step's call with two pictures: two where the negative prompt is left out, else four."""
+    """Rows in each step's call with two images: two where the negative prompt is left out, else four."""
     p = P(Flux(), "flux-dev")
     vars(p).update(settings)
     if plan is not None:
@@ -215,7 +204,7 @@ def test_reference_tokens_of_kontext_get_no_identity(hw):
 
 @pytest.mark.parametrize("denoiser, width, family", [(small_unet, 2048, "sdxl"), (Flux, 6, "flux")])
 def test_packed_weights_are_not_taken_for_sizes(small_sdxl, denoiser, width, family):
-    """nf4: what is told of the model, and the picture, are those of the same layers in 16 bits."""
+    """nf4: family and image are those of the same layers in 16 bits."""
     seen = []
     for packed in (False, True):
         p = P(denoiser(), "nf4")
@@ -267,6 +256,19 @@ def test_chains_another_wrapper(p, first):
         host().stop()
 
 
+def test_another_wrapper_in_the_place_of_ours_in_every_step_is_refused(p, modules):
+    """One that is put there after our callback, and does not call what it found."""
+
+    def other(apply_model, args):
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    modules.script_callbacks.on_cfg_denoiser(lambda _: unet(p).set_model_unet_function_wrapper(other))
+    plain = run(p, None)
+    for weight, expected in ((0.0, nullcontext()), (1.0, pytest.raises(UnsupportedModelError, match="wrapper"))):
+        with expected, host().sampling(p, RandomPlan(weight=weight)):
+            assert same(sample(p, [text()], [text(seed=2)], before_sampling=host().before_sampling), plain)
+
+
 def tiled(apply_model, args):
     """As MultiDiffusion, between our wrapper and the denoiser: repeats the stack of rows for each of three tiles."""
     c = {**args["c"], "c_crossattn": args["c"]["c_crossattn"].repeat(3, 1, 1)}
@@ -286,7 +288,7 @@ def test_tiles(p):
     seen = []
     host().start(p, RandomPlan())
     denoiser = unet(p).model.diffusion_model
-    spy = denoiser.first.register_forward_hook(lambda *_: seen.append(host()._running[0]._step))
+    spy = denoiser.first.register_forward_hook(lambda *_: seen.append(host().running[0]._step))
     sample_tiled(p)
     spy.remove()
     del unet(p).model_options[SLOT]
@@ -295,7 +297,7 @@ def test_tiles(p):
 
 
 def test_regions_in_tiles_are_refused(p):
-    """A tile does not know its place in the picture; the region would act in each of them."""
+    """A tile does not know its place in the image; the region would act in each of them."""
     host().start(p, RandomPlan(mask=torch.ones(4, 4)))
     with pytest.raises(SettingError, match="mask.*MultiDiffusion"):
         sample_tiled(p)
@@ -320,7 +322,7 @@ def test_a_guidance_that_calls_with_the_negative_prompt_alone(p, modules):
 
     host().start(p, RandomPlan())
     layer = unet(p).model.diffusion_model.first
-    spy = layer.register_forward_hook(lambda *_: seen.append(host()._running[0]._step.is_cond))
+    spy = layer.register_forward_hook(lambda *_: seen.append(host().running[0]._step.is_cond))
     sample(p, [text()], [negative], before_sampling=before, steps=1)
     spy.remove()
     assert seen == [[False], [False, True]]

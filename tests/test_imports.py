@@ -17,19 +17,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    (
-        "contact_sheet",
-        "disk",
-        "names",
-        "camera_files",
-        "encoders",
-        "lora",
-        "methods",
-        "sites",
-        "gpu_cost",
-    ),
+    ("boxes", "contact_sheet", "disk", "names", "camera_files", "encoders", "lora", "methods", "sites", "gpu_cost"),
     ("images", "files", "projectors", "identity_net"),
-    ("weights", "faces", "watch"),
+    ("weights", "faces", "masks", "watch"),
     ("vision", "clip_vision", "face_models", "attention", "judge"),
     ("readings",),
     ("identity",),
@@ -146,11 +136,12 @@ def test_every_module_was_looked_at():
 def test_hosts_do_not_know_each_other():
     """Each host is one file over what they share; the package itself knows none of them."""
     modules = sources(ROOT)
-    shared = {"lib_pulid.hosts", "lib_pulid.hosts.webui", "lib_pulid.hosts.frame"}
+    shared = {f"lib_pulid.hosts{name}" for name in ("", ".base", ".families")}
     own = {
         "lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers", "lib_pulid.hosts.diffusers_checkpoint"},
         "lib_pulid.hosts.diffusers_control": {"lib_pulid.hosts.diffusers"},
-        "lib_pulid.hosts.webui": {"lib_pulid.hosts.frame"},
+        "lib_pulid.hosts.base": {"lib_pulid.hosts.injector"},
+        "lib_pulid.hosts.injector": {"lib_pulid.hosts.families", "lib_pulid.hosts.frame"},
     }
     for name, path in modules.items():
         if name.startswith("lib_pulid.hosts"):
@@ -201,6 +192,7 @@ OF_INJECTION = "insightface onnxruntime timm facexlib diffusers cv2 torchvision 
         ("lib_pulid", HEAVY),
         ("lib_pulid.errors", HEAVY),
         ("lib_pulid.files.catalog", f"{HEAVY} huggingface_hub requests httpx tqdm filelock"),
+        ("lib_pulid.face_models", f"torch {OF_INJECTION}"),
         ("lib_pulid.injection", OF_INJECTION),
         ("lib_pulid.hosts.diffusers", OF_INJECTION),
         ("lib_pulid.photos", "insightface onnxruntime timm facexlib diffusers cv2 torchvision transformers"),

@@ -20,15 +20,11 @@ from tests import layouts
 from tests.fake_modules.models import count_hooks
 from tests.reference import cases
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 TOKENS = cases.UNET["cross_attention_dim"]
 BOTH = DenoiseStep(0.0, [False, True], (16, 16))
 FLUX_HW = (2 * cases.FLUX_GRID[0], 2 * cases.FLUX_GRID[1])
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def person(seed: int = 77, width: int = TOKENS) -> Identity:
@@ -267,7 +263,7 @@ def test_flux_sites(flux):
 
 
 def test_reference_tokens_get_no_identity(flux, flux_adapter):
-    """Kontext appends tokens to the image; only the picture's own tokens may be touched by the first site."""
+    """Kontext appends tokens to the image; only the image's own tokens may be touched by the first site."""
     bfl, seen = layouts.BflFlux(flux), []
     injection = compile_injection(flux_adapter, person(79, 64))
     for injections in ([], [injection]):

@@ -13,7 +13,8 @@ from lib_pulid.errors import Interrupted
 from lib_pulid.webui import settings
 from lib_pulid.webui.interruptible import Interruptible
 from tests import light_webui
-from tests.light_webui import equal, unit
+from tests.fake_modules.models import same
+from tests.light_webui import unit
 
 
 def never() -> bool:
@@ -75,7 +76,7 @@ def test_an_interrupt_does_not_wait_for_the_work():
 
 @pytest.mark.parametrize("place", ["load_face_models", "load_vision_tower", "detect"])
 def test_interrupted_while_a_photo_is_read(host, monkeypatch, place):
-    """Generate ends while the model is still being loaded; the next picture waits for that, and is the right one."""
+    """Generate ends while the model is still being loaded; the next image waits for that, and is the right one."""
     plain, faced = host.generate([]), host.generate([unit("anna")])
     host.start_anew()
     gate, p = Gate(), host.processing()
@@ -103,8 +104,8 @@ def test_interrupted_while_a_photo_is_read(host, monkeypatch, place):
         gate.open()
         host.library.settle()
     assert host.left_behind(p) == []
-    assert equal(host.generate([]), plain)
-    assert equal(host.generate([unit("anna")]), faced)
+    assert same(host.generate([]), plain)
+    assert same(host.generate([unit("anna")]), faced)
 
 
 def loads(monkeypatch) -> list[str]:
@@ -130,7 +131,7 @@ def loads(monkeypatch) -> list[str]:
         (9e9, None, "cpu", True),
         (7e9, None, "cpu", False),
         (0, None, "cpu", False),
-        (99e9, None, "cuda:0", False),  # its memory is for pictures
+        (99e9, None, "cuda:0", False),  # its memory is for images
         (0, "always", "cuda:0", True),
         (99e9, "never", "cpu", False),
         (9e9, False, "cpu", True),  # what the setting was once

@@ -15,8 +15,8 @@ from lib_pulid import methods
 from lib_pulid.errors import MissingWeightsError, SettingError, UnsupportedModelError
 from lib_pulid.files import catalog
 from lib_pulid.units import PulidUnit
-from tests.fake_modules.models import SMALL_SITES, WIDTH, CrossAttention, count_hooks, small_unet
-from tests.light_webui import equal, unit
+from tests.fake_modules.models import SMALL_SITES, WIDTH, CrossAttention, count_hooks, same, small_unet
+from tests.light_webui import unit
 from tests.small_models import methods as small
 
 FILES = {
@@ -78,11 +78,11 @@ def test_a_photo_changes_the_image_and_off_is_bit_identical(host, files, kind):
     name = FILES[kind]
     plain = host.generate([], "sdxl")
     with_face = host.generate([unit("anna", model=name)], "sdxl")
-    assert not equal(plain, with_face)
-    assert equal(with_face, host.generate([unit("anna", model=name)], "sdxl"))
-    assert not equal(with_face, host.generate([unit("ben", model=name)], "sdxl"))
-    assert equal(plain, host.generate([unit("anna", model=name, weight=0)], "sdxl"))
-    assert equal(plain, host.generate([], "sdxl"))
+    assert not same(plain, with_face)
+    assert same(with_face, host.generate([unit("anna", model=name)], "sdxl"))
+    assert not same(with_face, host.generate([unit("ben", model=name)], "sdxl"))
+    assert same(plain, host.generate([unit("anna", model=name, weight=0)], "sdxl"))
+    assert same(plain, host.generate([], "sdxl"))
     assert host.left_behind() == []
 
 
@@ -93,10 +93,10 @@ def test_face_id_with_its_lora(host, files, whole):
     before = host.fingerprint()
     with_face = host.generate([one], whole)
     bare = host.generate([{**one, "lora_weight": 0}], whole)
-    assert not equal(plain, with_face)
-    assert not equal(with_face, bare)
-    assert equal(plain, host.generate([{**one, "weight": 0}], whole))
-    assert equal(plain, host.generate([], whole))
+    assert not same(plain, with_face)
+    assert not same(with_face, bare)
+    assert same(plain, host.generate([{**one, "weight": 0}], whole))
+    assert same(plain, host.generate([], whole))
     assert host.fingerprint() == before
     assert count_hooks(host.unets[whole]) == 0
 
@@ -109,8 +109,8 @@ def test_face_id_without_a_place_for_its_lora(host, files):
 def test_two_methods_in_one_image(host, files):
     both = [unit("anna"), unit("ben", model=FILES["instantid"])]
     images = host.generate(both, "sdxl")
-    assert not equal(images, host.generate(both[:1], "sdxl"))
-    assert not equal(images, host.generate(both[1:], "sdxl"))
+    assert not same(images, host.generate(both[:1], "sdxl"))
+    assert not same(images, host.generate(both[1:], "sdxl"))
 
 
 @pytest.mark.parametrize("given", [{"projection": "ortho"}, {"num_zero": 3}, {"preset": "style"}, {"lora_weight": 0.5}])
@@ -129,7 +129,7 @@ def test_the_pages_hidden_settings_are_no_error(host, files):
     """The positional list has a value for every widget."""
     values = PulidUnit(images=tuple(unit("anna")["images"]), model=FILES["instantid"], weight=0.8).positions()
     listed = host.generate([True, *values], "sdxl")
-    assert equal(listed, host.generate([unit("anna", model=FILES["instantid"], weight=0.8)], "sdxl"))
+    assert same(listed, host.generate([unit("anna", model=FILES["instantid"], weight=0.8)], "sdxl"))
 
 
 def test_auto_is_pulid_and_knows_who_made_an_identity(host, files):
@@ -138,7 +138,7 @@ def test_auto_is_pulid_and_knows_who_made_an_identity(host, files):
     host.library.save("Anna", saved)
     try:
         images = host.generate([{"identity": "Anna"}], "sdxl")
-        assert equal(images, host.generate([unit("anna", model=FILES["instantid"])], "sdxl"))
+        assert same(images, host.generate([unit("anna", model=FILES["instantid"])], "sdxl"))
     finally:
         (host.library.identities_dir / "Anna.safetensors").unlink()
 

@@ -305,3 +305,11 @@ def test_people_are_drawn_alike_each_time():
     assert np.array_equal(miniature.portrait(3), miniature.portrait(3))
     assert miniature.person(3) != miniature.person(4)
     assert Image.fromarray(miniature.group((1, 2))).size == (512, 512)
+
+
+def test_bench_times_the_way_from_a_photo(tmp_path):
+    from lib_pulid.bench import photos
+
+    way, stages = photos(tmp_path, photo=None, device="cpu", runs=1)
+    assert min(way[name] for name in ("loading", "first", "warm", "known")) > 0
+    assert {"detect", "recognize", "parse", "vision", "encode"} <= stages.keys()

@@ -1,4 +1,4 @@
-"""The page's and the API's way to files that are missing, with a catalogue of small files on a real server."""
+"""The page's and the API's way to files that are missing, with a catalog of small files on a real server."""
 
 from __future__ import annotations
 

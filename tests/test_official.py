@@ -20,6 +20,8 @@ from tests import layouts
 from tests.reference import cases
 from tests.small_models import cross_attention_pair, image_stream
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 LAYER = 1e-5  # relative error of a single module, float32
 REFERENCE = load_file(Path(__file__).parent / "reference" / "official.safetensors")
 
@@ -27,12 +29,6 @@ REFERENCE = load_file(Path(__file__).parent / "reference" / "official.safetensor
 def relative(ours: Tensor, official: Tensor) -> float:
     assert ours.shape == official.shape
     return ((ours - official).norm() / official.norm()).item()
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 # ---------------------------------------------------------------- encoders and tower

@@ -1,4 +1,4 @@
-"""What holds for every unit, every picture's parameters, every request and every region, not for examples only."""
+"""What holds for every unit, every image's parameters, every request and every region, not for examples only."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ VALID: dict[str, Any] = {
     "choice": lambda field: st.sampled_from(field.choices),
     "text": lambda field: NAMES,
     "image": lambda field: st.text(max_size=12),
+    "box": lambda field: st.sampled_from(["", "0 0 0.5 1", [0.25, 0.5, 0.5, 0.25]]),
     "images": lambda field: st.lists(st.text(min_size=1, max_size=12).filter(str.strip), max_size=4),
 }
 
@@ -51,6 +52,8 @@ def valid_dicts(draw) -> dict[str, Any]:
 
 def expected(field: Field, value: Any) -> Any:
     """What a unit has to hold for a value that was given: the same, but for blanks around it and an empty choice."""
+    if field.kind == "box":
+        return value if isinstance(value, str) else "0.25 0.5 0.5 0.25"
     if field.kind == "text":
         return field.default if value.strip() in ("", NONE) else value.strip()
     if field.kind == "image":
@@ -143,7 +146,7 @@ def test_any_text_is_an_image_or_a_message(text):
         pictures.decode(text, "photo 1")
 
 
-# ---------------------------------------------------------------- the picture's parameters
+# ---------------------------------------------------------------- the image's parameters
 
 
 FACTS = st.fixed_dictionaries({"hash": st.just("0123456789"), "file": NAMES, "weights": st.just("abcdef0123")})

@@ -52,7 +52,7 @@ def test_every_face_is_listed(drawn, faces):
 
 
 def test_crops_are_insightfaces(faces):
-    """The crop that the recogniser is trained on is the one that insightface makes."""
+    """The crop that the recognizer is trained on is the one that insightface makes."""
     from insightface.utils.face_align import norm_crop
 
     image, landmarks = faces.images[0], faces.landmarks[0]

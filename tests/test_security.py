@@ -117,7 +117,7 @@ class TestTheGridsPhotoFile:
     def axis(self, ui, library):
         from lib_pulid.webui import xyz
 
-        xyz.add_axes(1, library)
+        xyz.add_axes(1, library, ("sdxl",))
         options = ui.modules.scripts.scripts_data[0].module.axis_options
         return next(option for option in options if option.label == "[PuLID 1] Photo file")
 

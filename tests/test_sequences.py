@@ -1,6 +1,6 @@
-"""Random afternoons: settings that change, pictures that fail, and at the end the right picture.
+"""Random afternoons: settings that change, images that fail, and at the end the right image.
 
-A sequence is a seeded list of actions on a running program; its last picture has to be the one that a fresh start makes
+A sequence is a seeded list of actions on a running program; its last image has to be the one that a fresh start makes
 with the settings that the sequence arrived at, or the refusal in the same words. A failure prints the sequence, and
 `play(host, actions(seed, kind))` repeats it.
 """
@@ -83,7 +83,7 @@ def play(host: Host, sequence: list[Action]) -> Settings:
 
 
 def fail(host: Host, settings: Settings, stage: int, fault: str) -> None:
-    """At a stage which this picture may not come to."""
+    """At a stage which this image may not come to."""
     with faulty(host, STAGES[stage], FAULTS[fault]), suppress(Exception, KeyboardInterrupt):
         host.generate(settings.args, settings.checkpoint, batches=2)
 
@@ -91,7 +91,7 @@ def fail(host: Host, settings: Settings, stage: int, fault: str) -> None:
 def cells(host: Host, settings: Settings, weights: tuple[float, ...]) -> None:
     from lib_pulid.webui import xyz
 
-    axes = {axis.label: axis for axis in xyz.axes(AxisOption, 1, host.library)}
+    axes = {axis.label: axis for axis in xyz.axes(AxisOption, 1, host.library, ("sdxl", "flux"))}
     p = host.processing(settings.checkpoint)
     for weight in weights:
         cell = copy(p)
@@ -101,7 +101,7 @@ def cells(host: Host, settings: Settings, weights: tuple[float, ...]) -> None:
 
 
 def outcome(host: Host, settings: Settings, **how: Any) -> list[Any]:
-    """The pictures, or the words of the refusal."""
+    """The images, or the words of the refusal."""
     try:
         return host.generate(settings.args, settings.checkpoint, **how)
     except PulidError as error:
@@ -126,7 +126,7 @@ def fresh(host: Host, settings: Settings) -> list[Any]:
 
 
 def test_settings_tell_pictures_apart(host):
-    """Or the right picture would prove nothing. Whatever is changed, it is another one; where PuLID is off, none is."""
+    """Or the right image would prove nothing. Whatever is changed, it is another one; where PuLID is off, none is."""
     base = Settings(file=FILES[0])
     changes = [
         {},

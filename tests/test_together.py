@@ -17,7 +17,8 @@ from lib_pulid import hosts
 from lib_pulid.errors import SettingError
 from lib_pulid.identity import Identity
 from tests import light_webui
-from tests.light_webui import FILES, PHOTOS, Host, equal, unit
+from tests.fake_modules.models import count_hooks, same
+from tests.light_webui import FILES, PHOTOS, Host, unit
 
 PEOPLE = ("anna", "ben", "cleo")
 
@@ -68,7 +69,7 @@ def test_page_and_api_beside_generations(host, restless):
         chosen = random.Random(1)
         for _ in range(10):
             name = chosen.choice(PEOPLE)
-            assert equal(host.generate([unit(name)]), pictures[name])
+            assert same(host.generate([unit(name)]), pictures[name])
             host.forget_photos()
 
     def encode(seed: int) -> None:
@@ -122,9 +123,9 @@ def test_the_same_processing_again(host):
     plain, p = host.generate([]), host.processing()
     for args in ([unit("anna")], []):
         made = host.generate(args, p=p)
-        assert equal(made, plain) == (not args)
+        assert same(made, plain) == (not args)
     host.ui.hook("process", host.script, p, unit("anna"))  # and then the prompt could not be read
-    assert equal(host.generate([], p=p), plain)
+    assert same(host.generate([], p=p), plain)
 
 
 def test_of_two_who_save_under_one_name_the_second_is_told(host, monkeypatch):
@@ -179,7 +180,7 @@ INNER = {"off": [], "another person": [unit("ben")], "the same person": [unit("a
 @pytest.mark.parametrize("inner", INNER)
 def test_a_generation_inside_another(host, place, inner):
     expected = {"outer": host.generate([unit("anna")], batches=2), "inner": host.generate(INNER[inner])}
-    assert not equal(expected["outer"][:1], host.generate([]))
+    assert not same(expected["outer"][:1], host.generate([]))
     p, made = host.processing(batches=2), []
 
     def detail(number: int) -> None:
@@ -191,8 +192,8 @@ def test_a_generation_inside_another(host, place, inner):
         outer = host.generate([unit("anna")], p=p)
     else:
         outer = host.ui.generate(host.script, p, [unit("anna")], between=detail)
-    assert equal(outer, expected["outer"])
-    assert len(made) == 2 and all(equal(one, expected["inner"]) for one in made)
+    assert same(outer, expected["outer"])
+    assert len(made) == 2 and all(same(one, expected["inner"]) for one in made)
     assert host.left_behind() == []
 
 
@@ -206,7 +207,7 @@ def test_a_generation_that_fails_inside_another(host):
             inside(host, p, [unit("nobody")])
 
     p.before_step = detail
-    assert equal(host.generate([unit("anna")], p=p), expected)
+    assert same(host.generate([unit("anna")], p=p), expected)
 
     p = host.processing()
     p.before_step = lambda step: 1 / 0 if step == 1 else inside(host, p, [unit("ben")])
@@ -216,7 +217,7 @@ def test_a_generation_that_fails_inside_another(host):
 
 
 def test_reload_ui_while_a_picture_is_made(host):
-    """The program unloads scripts; the picture under way keeps its face."""
+    """The program unloads scripts; the image under way keeps its face."""
     expected, p = host.generate([unit("anna")]), host.processing()
 
     def reload(step: int) -> None:
@@ -224,7 +225,7 @@ def test_reload_ui_while_a_picture_is_made(host):
             unloaded.callback()
 
     p.before_step = reload
-    assert equal(host.generate([unit("anna")], p=p), expected)
+    assert same(host.generate([unit("anna")], p=p), expected)
     assert host.left_behind() == []
 
 
@@ -244,13 +245,16 @@ def test_another_extension_in_the_place_of_sample(host):
             p.sample = sample
 
         wrap()
-        assert equal(host.generate([unit("anna")], p=p), expected)
+        assert same(host.generate([unit("anna")], p=p), expected)
         assert calls == [keeps] * 2
         assert host.left_behind() == []
 
 
-def test_a_script_after_ours_that_puts_something_else_in_the_place_of_sample(host):
+@pytest.mark.parametrize("since", ["1.9", "1.8"])
+def test_a_script_after_ours_that_puts_something_else_in_the_place_of_sample(host, monkeypatch, since):
     """The face is there all the same, and nothing stays."""
+    if since == "1.8":
+        as_in_1_8(host, monkeypatch)
     expected, p, ours = host.generate([unit("anna")]), host.processing(), host.script.process_batch
 
     def process_batch(p: Any, *args: Any, **kwargs: Any) -> None:
@@ -258,8 +262,26 @@ def test_a_script_after_ours_that_puts_something_else_in_the_place_of_sample(hos
         p.sample = lambda: type(p).sample(p)
 
     host.script.process_batch = process_batch
-    assert equal(host.generate([unit("anna")], p=p), expected)
+    assert same(host.generate([unit("anna")], p=p), expected)
     assert host.left_behind() == []
+
+
+def as_in_1_8(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A1111 1.8 calls no script between process_batch and the first step."""
+    if host.kind != "a1111":
+        pytest.skip("A1111 only")
+    monkeypatch.delattr(host.ui.modules.scripts.Script, "process_before_every_sampling")
+    monkeypatch.delattr(type(host.script), "process_before_every_sampling")
+
+
+def test_nothing_is_hooked_where_1_8_fails_before_the_first_step(host, monkeypatch):
+    as_in_1_8(host, monkeypatch)
+    plain, p = host.generate([]), host.processing()
+    for hook in ("process", "process_batch"):
+        host.ui.hook(hook, host.script, p, unit("anna"))
+    assert count_hooks(host.unets["sdxl"]) == 0
+    assert same([host.processing().sample()], plain)  # another extension's, without scripts
+    assert same(host.generate([]), plain) and host.left_behind() == []
 
 
 def test_a_family_that_comes_in_the_middle_leaves_no_encoder_loaded(host):

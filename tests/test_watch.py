@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,13 +19,9 @@ from lib_pulid.watch import Watch
 from tests.fake_modules.models import Flux, UNet, count_hooks
 from tests.fake_modules.plan import RandomPlan
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 STEP = DenoiseStep(0.0, True)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def face(denoiser: nn.Module, factor: float = 1.0, **settings: Any) -> Injection:

@@ -17,20 +17,16 @@ from PIL import Image
 
 from lib_pulid import hosts
 from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError
-from lib_pulid.fields import FIELDS, MOST_PHOTOS, PRESETS
+from lib_pulid.fields import FAMILIES, FIELDS, MOST_PHOTOS, PRESETS
 from lib_pulid.units import PulidUnit, default_args
 from tests import small_models
 from tests.face_standins import packed, photo
-from tests.fake_modules.models import SD1_BLOCKS, SMALL_SITES, WIDTH, UNet, count_hooks, small_unet
+from tests.fake_modules.models import SD1_BLOCKS, SMALL_SITES, WIDTH, UNet, count_hooks, same, small_unet
 from tests.fake_webui import AxisOption, Generation, webui
 
 pytest.importorskip("insightface")
 pytest.importorskip("facexlib")
 ROOT = Path(__file__).parents[1]
-
-
-def same(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 class TestAGeneration:
@@ -54,7 +50,7 @@ class TestAGeneration:
         assert p.extra_generation_params == {}
 
     def test_a_detailers_calls_in_between_leave_the_parameters(self, ui, script, one):
-        """Of a batch of pictures ADetailer calls `postprocess` at the first and `process` at the last, both with a
+        """Of a batch of images ADetailer calls `postprocess` at the first and `process` at the last, both with a
         copy of `p`; the others get their parameters in between."""
         p, args = Generation(batches=2), [{"images": [one]}]
         seen = []
@@ -107,6 +103,13 @@ class TestNeverAStranger:
         assert ui.swallowed == []
         assert ui.modules.shared.state.textinfo is None
 
+    def test_the_page_gets_its_own_words(self, ui, script, nobody):
+        p = Generation()
+        p.is_api = False
+        with pytest.raises(NoFaceError, match="^Person 1, Photos: photo 1: no face was found"):
+            ui.generate(script, p, [{"images": [nobody]}])
+        assert p.comments[0].startswith("Person 1, Photos: ")
+
     @pytest.mark.parametrize("unet", [UNet(768, SD1_BLOCKS), UNet(1280)], ids=["SD 1.5", "refiner"])
     def test_a_model_that_cannot(self, ui, script, one, unet):
         with pytest.raises(PulidError, match="unit 1, field model: old: this is"):
@@ -114,7 +117,7 @@ class TestNeverAStranger:
         ui.generate(script, Generation(unet, "old"), default_args(3))
 
     def test_where_the_page_is_not_told_there_is_no_picture(self, ui, script, nobody, monkeypatch):
-        """The comment is below a result without pictures; an exception would only be printed."""
+        """The comment is below a result without images; an exception would only be printed."""
         monkeypatch.setattr(hosts.current(), "tells_errors", lambda p: False)
         p = Generation()
         assert ui.generate(script, p, [{"images": [nobody]}]) == [] and "no face" in p.comments[0]
@@ -369,12 +372,19 @@ class TestXYZ:
     def axes(self, ui, library) -> dict:
         from lib_pulid.webui import xyz
 
-        xyz.add_axes(2, library)
-        xyz.add_axes(2, library)  # Reload UI
+        xyz.add_axes(2, library, FAMILIES)
+        xyz.add_axes(2, library, FAMILIES)  # Reload UI
         options = ui.modules.scripts.scripts_data[0].module.axis_options
         assert all(isinstance(option, AxisOption) for option in options)
         assert len({option.label for option in options}) == len(options)
         return {option.label: option for option in options}
+
+    def test_only_what_the_host_can_load(self, library):
+        from lib_pulid.webui import xyz
+
+        labels = {axis.label for axis in xyz.axes(AxisOption, 1, library, ("sdxl",))}
+        assert "[PuLID 1] Projection" in labels
+        assert "[PuLID 1] Start step" not in labels
 
     def test_every_setting_of_every_unit(self, ui, library):
         labels = self.axes(ui, library)
@@ -391,6 +401,7 @@ class TestXYZ:
         path = tmp_path / "photo.png"
         Image.fromarray(photo((330, 210), shade=5)).save(path)
         p, pictures = Generation(small_unet()), {}
+        p.is_api = False  # the axis Photo file is for the page
         for weight in (0.0, 0.5, 1.0):
             for preset in PRESETS["sdxl"]:
                 cell = copy(p)
@@ -432,12 +443,12 @@ class TestActions:
         assert ticked["value"] is True
         assert "bad.png" in note
         assert len(json.loads(images)) == 2
-        gallery, selected = actions.show_photos(images)
-        assert len(gallery["value"]) == 2
-        assert selected == -1
+        strip = actions.show_photos(images)
+        assert strip.count("<img") == strip.count("<button") == 2
+        assert "data-index='1'" in strip
         assert json.loads(actions.remove_photo(images, 0)) == json.loads(images)[1:]
-        assert actions.remove_photo(actions.remove_photo(images, -1), -1) == ""
-        assert actions.remove_photo("", -1) == ""
+        assert actions.remove_photo(images, -1) == images  # a click from nowhere
+        assert actions.remove_photo(actions.remove_photo(images, 1), 0) == actions.show_photos("") == ""
 
     def test_no_more_photos_than_a_unit_may_have(self, actions, one, tmp_path):
         full = json.dumps([one] * MOST_PHOTOS)
@@ -449,7 +460,7 @@ class TestActions:
     def test_preview(self, actions, two, nobody):
         gallery, note = actions.preview(json.dumps([two, nobody]), "None", "largest", 1)
         assert len(gallery["value"]) == 3
-        assert gallery["value"][0][1].endswith("2 faces, the green one is used")
+        assert gallery["value"][0][1].endswith("2 faces")
         assert "number 2" in note
         assert "photo 2: no face was found" in note
         gallery, note = actions.preview("", "None", "largest", 0)

@@ -36,7 +36,7 @@ def test_detect(library, two):
     found = answer["photos"][0]
     assert len(found["faces"]) == 2
     x0, y0, x1, y1 = found["faces"][found["chosen"]]["box"]
-    assert x0 < 200 < x1 < 480  # the stand-in detector measures two neighbours less exactly than one
+    assert x0 < 200 < x1 < 480  # the stand-in detector measures two neighbors less exactly than one
     assert y0 < 240 < y1
     assert found["aligned"].startswith("data:image/png;base64,")
     assert any("2 faces" in warning for warning in found["warnings"])

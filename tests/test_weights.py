@@ -1,4 +1,4 @@
-"""Weight files of every layout are told apart by what is in them; whatever is no PuLID file is called what it is."""
+"""Weight files of every layout, recognized by their content; other files are refused by their kind."""
 
 from __future__ import annotations
 
@@ -204,41 +204,40 @@ def tensors(*names: str) -> dict[str, Tensor]:
     return {name: torch.zeros(2, 2) for name in names}
 
 
+KLEIN = "PuLID for FLUX.2 Klein, which does not work: .*random"
 FOREIGN = {
-    "kohya lora": (tensors("lora_unet_down_blocks_1.lora_down.weight", "lora_unet_down_blocks_1.alpha"), "a LoRA"),
-    "peft lora": (tensors("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"), "a LoRA"),
-    "half an ip-adapter": (
-        tensors("image_proj.latents", "image_proj.proj_out.weight"),
-        "an IP-Adapter of an unknown kind, or a part of one",
-    ),
-    "its other half": (
-        tensors("ip_adapter.1.to_k_ip.weight", "ip_adapter.1.to_v_ip.weight"),
-        "an IP-Adapter of an unknown kind, or a part of one",
-    ),
-    "sdxl checkpoint": (
-        tensors(
-            "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
-            "first_stage_model.decoder.conv_in.weight",
-            "model.diffusion_model.input_blocks.0.0.weight",
-        ),
-        "a Stable Diffusion checkpoint",
-    ),
-    "diffusers unet": (tensors("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"), "a Stable Diffusion"),
-    "flux transformer": (tensors("double_blocks.0.img_attn.qkv.weight", "img_in.weight"), "a FLUX transformer"),
-    "flux checkpoint": (
-        tensors("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "vae.decoder.conv_in.weight"),
-        "a FLUX transformer",
-    ),
-    "diffusers flux": (tensors("transformer_blocks.0.attn.to_q.weight", "x_embedder.weight"), "a FLUX transformer"),
-    "eva": (tensors("logit_scale", "visual.blocks.0.attn.q_bias", "text.ln_final.weight"), "a vision transformer"),
-    "controlnet": (tensors("control_model.input_blocks.0.0.weight"), "a ControlNet"),
-    "vae": (tensors("decoder.conv_in.weight", "encoder.conv_in.weight"), "a VAE"),
-    "retinaface": (tensors("module.body.conv1.weight", "module.fpn.output1.0.weight"), "a RetinaFace detector"),
-    "bisenet": (tensors("cp.resnet.conv1.weight", "ffm.convblk.conv.weight"), "a BiSeNet face parser"),
-    "flux half": (tensors("pulid_encoder.latents"), "a PuLID file for FLUX, or a part of one"),
-    "sdxl half": (tensors("id_adapter_attn_layers.1.id_to_k.weight"), "a PuLID file for SDXL, or a part of one"),
-    "unknown": (tensors("some.strange.name"), r"unknown kind \(its first keys: some\.strange\.name\)"),
-}
+    kind: (tensors(*keys.split()), words)
+    for kind, keys, words in (
+        ("kohya lora", "lora_unet_down_blocks_1.lora_down.weight lora_unet_down_blocks_1.alpha", "a LoRA"),
+        ("peft lora", "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "a LoRA"),
+        ("XLabs lora", "double_blocks.0.processor.qkv_lora1.up.weight", "a LoRA"),
+        ("LoKr", "lycoris_single_blocks_0_linear1.lokr_w1", "a LoRA"),
+        ("OFT", "oft_unet_input_blocks_1.oft_blocks", "a LoRA"),
+        ("half an ip-adapter", "image_proj.latents image_proj.proj_out.weight", "an IP-Adapter of an unknown kind"),
+        ("its other half", "ip_adapter.1.to_k_ip.weight ip_adapter.1.to_v_ip.weight", "an IP-Adapter of an unknown"),
+        ("XLabs ip-adapter", "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight", "an IP-Adapter"),
+        ("XLabs projection", "ip_adapter_proj_model.proj.weight", "an IP-Adapter"),
+        ("sdxl checkpoint", "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight "
+         "first_stage_model.decoder.conv_in.weight model.diffusion_model.input_blocks.0.0.weight",
+         "a Stable Diffusion checkpoint"),
+        ("diffusers unet", "conv_in.weight down_blocks.0.resnets.0.conv1.weight", "a Stable Diffusion"),
+        ("flux transformer", "double_blocks.0.img_attn.qkv.weight img_in.weight", "a FLUX transformer"),
+        ("flux checkpoint", "model.diffusion_model.double_blocks.0.img_attn.qkv.weight vae.decoder.conv_in.weight",
+         "a FLUX transformer"),
+        ("diffusers flux", "transformer_blocks.0.attn.to_q.weight x_embedder.weight", "a FLUX transformer"),
+        ("Klein v1", "pulid_ca_double.0.to_q.weight", KLEIN),
+        ("Klein v2", "pulid_ca_single.3.norm1.weight", KLEIN),
+        ("Klein's encoder", "id_former.latents", KLEIN),
+        ("eva", "logit_scale visual.blocks.0.attn.q_bias text.ln_final.weight", "a vision transformer"),
+        ("controlnet", "control_model.input_blocks.0.0.weight", "a ControlNet"),
+        ("vae", "decoder.conv_in.weight encoder.conv_in.weight", "a VAE"),
+        ("retinaface", "module.body.conv1.weight module.fpn.output1.0.weight", "a RetinaFace detector"),
+        ("bisenet", "cp.resnet.conv1.weight ffm.convblk.conv.weight", "a BiSeNet face parser"),
+        ("flux half", "pulid_encoder.latents", "a PuLID file for FLUX, or a part of one"),
+        ("sdxl half", "id_adapter_attn_layers.1.id_to_k.weight", "a PuLID file for SDXL, or a part of one"),
+        ("unknown", "some.strange.name", r"unknown kind \(its first keys: some\.strange\.name\)"),
+    )
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("container", [as_safetensors, pickled])

@@ -91,10 +91,10 @@ def _words(results: Mapping[str, Any], lines: Sequence[Line]) -> str:
     ]
     for judge in results["judges"]:
         same, different = (judge[key] for key in ("same_person", "different_people"))
-        told = [f"two photos of one person {same:.3f}"] * (same is not None)
-        told += [f"photos of different people {different:.3f}"] * (different is not None)
-        if told:
-            parts.append(f"By {judge['name']}{' recognizer' * (judge['name'] == OWN)}: {', '.join(told)}.")
+        ranges = [f"two photos of one person {same:.3f}"] * (same is not None)
+        ranges += [f"photos of different people {different:.3f}"] * (different is not None)
+        if ranges:
+            parts.append(f"By {judge['name']}{' recognizer' * (judge['name'] == OWN)}: {', '.join(ranges)}.")
     parts += [" ".join(results["equal_likeness"]), traits_table(lines, results["traits_on_photos"])]
     return "\n\n".join(filter(None, parts)) + "\n"
 

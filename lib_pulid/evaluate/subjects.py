@@ -70,8 +70,8 @@ def read_folder(folder: Path, prompts: Sequence[Prompt], each: int) -> list[Subj
                 problems.append(str(error))
     if problems:
         raise ImageError("\n".join(["These photos cannot be read. Repair or remove them:", *problems]))
-    shares = _shares(prompts, each)
-    return [Subject(name, first, tuple(others), next(shares)) for name, (first, *others) in images.items()]
+    turns = _turns(prompts, each)
+    return [Subject(name, first, tuple(others), next(turns)) for name, (first, *others) in images.items()]
 
 
 def _photos(folder: Path) -> dict[str, list[Path]]:
@@ -108,7 +108,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name.casefold())]
 
 
-def _shares(prompts: Sequence[Prompt], each: int) -> Iterator[tuple[Prompt, ...]]:
+def _turns(prompts: Sequence[Prompt], each: int) -> Iterator[tuple[Prompt, ...]]:
     each, start = min(each, len(prompts)), 0
     while True:
         yield tuple(prompts[(start + i) % len(prompts)] for i in range(each))
@@ -149,7 +149,7 @@ def drawn_people(
     from lib_pulid.training.dataset import HELD_OUT, Drawn
 
     people = Drawn(Path(), count, HELD_OUT)
-    shares = _shares(prompts, each) if prompts else None
+    turns = _turns(prompts, each) if prompts else None
 
     def subject(number: int) -> Subject:
         person = people.person(number)
@@ -161,7 +161,7 @@ def drawn_people(
                 f"The detector found no face in {MOST_DRAWINGS} drawings of one person, so it is not the miniature's."
             )
         rng = np.random.default_rng([HELD_OUT, 3, number])
-        own = next(shares) if shares else tuple(_scene_prompt(world.sample_scene(rng)) for _ in range(each))
+        own = next(turns) if turns else tuple(_scene_prompt(world.sample_scene(rng)) for _ in range(each))
         traits = {name: getattr(person, name) for name in world.ATTRIBUTES}
         return Subject(f"drawn {number}", found[0], tuple(found[1:]), own, traits)
 

@@ -1,29 +1,21 @@
-"""Connects PuLID to the programs it runs inside, one file each. The WebUIs' files share this interface:
+"""Connects PuLID to the programs it runs inside, one file each; the WebUIs' files have a `Host`.
 
-    NAME, FAMILIES              the host's name, for messages, and the model families it can load
-    loaded_model(p)             returns the loaded denoiser, or raises UnsupportedModelError
-    less_memory()               says how to save video memory there, for messages
-    start(p, plan) -> Run       makes every denoiser call of `p` inject what the plan says
-    before_sampling(p, plan)    is called before a pass is sampled, in case another script bypassed `start`
-    stop()                      removes everything; may be called at any time
-    tells_errors(p)             whether the user sees what is raised while `p` is processed
-
-`p` is the host's StableDiffusionProcessing. A batch is sampled between `start` and `stop`. Other generations may run
-between its batches (a detailer that repaints faces), and even while it is sampled; each has its own start and stop, and
-`stop` does not touch an outer generation that is being sampled.
+A batch is sampled inside `Host.sampling`. Other generations may run between the batches of one (a detailer that
+repaints faces), and even while it is sampled; each has its own, and `stop` leaves an outer one alone.
 
 Exceptions of a Plan are raised from the denoiser call, the one place where the hosts let them end the generation: in
-script hooks and callbacks they are printed and forgotten, and the image is made without the face.
+script hooks and callbacks they are printed and forgotten, and the image is made without the face. After an exception
+the hosts call no script.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -73,26 +65,58 @@ class Plan(Protocol):
         ...
 
 
-class Run(Protocol):
-    """What `start` installed. is_sampling: set by the caller; while it is True, `stop` skips this run."""
+class Host(Protocol):
+    """A WebUI that PuLID runs inside. `p` is its StableDiffusionProcessing.
 
-    is_sampling: bool
+    Attributes:
+        families: the model families it can load.
+    """
 
-    def check(self) -> None:
-        """Called after sampling. Raises what the host swallowed, since a step may have run without the face."""
+    families: tuple[str, ...]
+
+    def loaded_model(self, p: Any) -> LoadedModel:
+        """Returns the model that `p` samples with. Raises: UnsupportedModelError: there is no PuLID for it."""
+        ...
+
+    def less_memory(self) -> str:
+        """Says how to save video memory there, for messages."""
+        ...
+
+    def tells_errors(self, p: Any) -> bool:
+        """Whether the user sees what is raised while `p` is processed."""
+        ...
+
+    def callbacks(self) -> Mapping[str, Callable[..., None]]:
+        """Returns the script callbacks to register, once, by their events."""
+        ...
+
+    def sampling(self, p: Any, plan: Plan) -> AbstractContextManager[None]:
+        """Makes every denoiser call of `p` inside the `with` inject what the plan says.
+
+        Raises:
+            Exception: at the end, what the host swallowed, since a step may have run without the face.
+        """
+        ...
+
+    def before_sampling(self, p: Any, plan: Plan) -> None:
+        """Is called before a pass is sampled; injects until `stop`, in case another script bypassed `sampling`."""
+        ...
+
+    def stop(self) -> None:
+        """Removes everything, but for an outer generation that is being sampled. May be called at any time."""
         ...
 
 
-def current() -> ModuleType:
-    """Returns `hosts.forge` or `hosts.a1111`, by the modules that the program has; imports none of them.
+def current() -> Host:
+    """Returns the WebUI around us, by the modules that it has; imports none of them.
 
     Raises:
-        UnsupportedModelError: it is neither.
+        UnsupportedModelError: it is neither A1111 nor Forge.
     """
     if _has("modules_forge"):
-        return importlib.import_module("lib_pulid.hosts.forge")
+        return importlib.import_module("lib_pulid.hosts.forge").HOST
     if _has("modules") and _has("modules.sd_hijack"):
-        return importlib.import_module("lib_pulid.hosts.a1111")
+        return importlib.import_module("lib_pulid.hosts.a1111").HOST
     raise UnsupportedModelError("PuLID runs in AUTOMATIC1111's Stable Diffusion WebUI and in Forge. This is neither.")
 
 

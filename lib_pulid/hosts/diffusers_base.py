@@ -26,6 +26,7 @@ class Base:
         family: "sdxl" or "flux".
         text: converts a prompt to the pipeline's arguments.
         size, steps, guidance: the defaults; guidance is CFG on SDXL, distilled guidance on FLUX.
+        guidance_argument: the pipeline's name for it; "true_cfg_scale" for a FLUX without distilled guidance.
         name: for captions; by default the denoiser's class.
     """
 
@@ -35,6 +36,7 @@ class Base:
     size: int = 1024
     steps: int = 20
     guidance: float = 0.0
+    guidance_argument: str = "guidance_scale"
     name: str = ""
 
     @property
@@ -86,9 +88,9 @@ def paint(
     """Generates one image, size x size. None: the base's default."""
     return base.pipeline(
         **base.text(prompt),
+        **{base.guidance_argument: base.guidance if guidance is None else guidance},
         generator=torch.Generator().manual_seed(seed),
         num_inference_steps=base.steps if steps is None else steps,
-        guidance_scale=base.guidance if guidance is None else guidance,
         height=size or base.size,
         width=size or base.size,
     ).images[0]

@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 
 from lib_pulid import __version__
-from lib_pulid.fields import FIELD, FIELDS, NONE, Field
+from lib_pulid.fields import FIELD, FIELDS, NONE, PRESET_TIPS, Field
 from lib_pulid.units import PulidUnit
 from lib_pulid.webui import canvas
 from lib_pulid.webui.actions import AT_ONCE, FOLLOWING, PRESET_FIELDS, Actions, preset_choices
@@ -48,13 +48,19 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
         )
         family = families[0] if len(families) == 1 else ""
         shown = _silent(gr.Textbox(value=family, visible=False, label="PuLID family", elem_id=f"pulid_{tab}_family"))
-        with gr.Tabs(elem_id=f"pulid_{tab}_units"):
+        with gr.Tabs(elem_id=f"pulid_{tab}_units", elem_classes=["pulid-units"]):
             units = []
             for number in range(1, count + 1):
                 with gr.Tab(f"Person {number}", elem_id=f"pulid_{tab}_{number}"):
                     units.append(_Unit(tab, number, library, actions, shown))
         if not family:
             _follow_checkpoint(tab, units, actions, shown)
+        with gr.Accordion("Regions: where each face may appear", open=False, elem_id=f"pulid_{tab}_regions"):
+            gr.HTML(
+                "<p>Drag on the frame to draw a box for the person whose tab is open. Drag a box to move it, or its "
+                "corner to resize it. No box: everywhere.</p><div class='pulid-frame'></div>",
+                elem_classes=["pulid-hint"],
+            )
     missing.wire(units, actions.refresh)
     controls, fields = [on.value], [(on.value, PastedField(1, None, library))]
     for number, widgets in enumerate((unit.widgets for unit in units), 1):
@@ -168,21 +174,13 @@ class _Unit:
                 elem_id=self._id("drop"),
                 elem_classes=["pulid-drop"],
             )
-            self.gallery = gr.Gallery(
-                label="Photos of this person",
-                columns=3,
-                height=150,
-                object_fit="contain",
-                allow_preview=False,
-                show_download_button=False,
-                interactive=False,
-                elem_id=self._id("photos"),
-                elem_classes=["pulid-gallery"],
-            )
-        self.selected = _silent(gr.Number(value=-1, visible=False, label=f"PuLID {self._number} selected photo"))
+            self.strip = gr.HTML("", elem_id=self._id("photos"), elem_classes=["pulid-strip"])
+        # The page's script clicks it for the ✕ of a photo, and says which one.
+        self.remove = gr.Button("PuLID: remove a photo", visible=False, elem_id=self._id("remove"))
+        removed = f"PuLID {self._number} removed photo"
+        self.removed = _silent(gr.Number(value=-1, visible=False, label=removed))
         with gr.Row(elem_classes=["pulid-buttons"]):
             self.preview = gr.Button("Preview face", size="sm", elem_id=self._id("preview"))
-            self.remove = gr.Button("Remove photo", size="sm", elem_id=self._id("remove"))
             self.remove_all = gr.Button("Remove all photos", size="sm", elem_id=self._id("remove_all"))
 
     def _faces(self) -> None:
@@ -222,8 +220,9 @@ class _Unit:
     def _strength(self) -> None:
         with gr.Row():
             self._slider("weight")
-            presets = preset_choices(self._shown.value)
-            self.widgets["preset"] = gr.Radio(choices=presets, **self._common(FIELD["preset"]))
+            family = self._shown.value
+            preset = self._common(FIELD["preset"]) | ({"info": PRESET_TIPS[family]} if family else {})
+            self.widgets["preset"] = gr.Radio(choices=preset_choices(family), **preset)
         self.widgets["model"] = gr.Dropdown(
             choices=self._actions.model_choices(), allow_custom_value=True, **self._common(FIELD["model"])
         )
@@ -247,7 +246,8 @@ class _Unit:
             self._choice("fusion")
             self._choice("hires")
         self._hidden("mask")
-        with gr.Accordion("Mask: where this person's face may appear", open=False, elem_id=self._id("region")):
+        self.widgets["box"] = gr.Textbox(max_lines=1, placeholder="0 0 0.5 1", **self._common(FIELD["box"]))
+        with gr.Accordion("Mask: paint where this person's face may appear", open=False, elem_id=self._id("region")):
             gr.HTML(
                 "<p>Drop an image (white yes, black no), or start with a blank one and paint the area white. "
                 "No mask: everywhere.</p>",
@@ -271,11 +271,11 @@ class _Unit:
         act, w = self._actions, self.widgets
         images, identity, face = w["images"], w["identity"], [w["face_order"], w["face_index"]]
         self.drop.upload(act.add_photos, [self.drop, images], [self.drop, images, w["enabled"], self.note], **AT_ONCE)
-        images.change(act.show_photos, [images], [self.gallery, self.selected], **AT_ONCE)
+        images.change(act.show_photos, [images], [self.strip], **AT_ONCE)
         images.change(act.photos_count, [images, identity, self.note], [identity, self.note], **AT_ONCE)
         identity.change(act.identity_counts, [identity, images], [images], **AT_ONCE)
-        self.gallery.select(act.select_photo, [], [self.selected], **AT_ONCE)
-        self.remove.click(act.remove_photo, [images, self.selected], [images], **AT_ONCE)
+        which = "(images) => [images, Pulid.removed]"
+        self.remove.click(act.remove_photo, [images, self.removed], [images], _js=which, **AT_ONCE)
         self.remove_all.click(lambda: "", [], [images], **AT_ONCE)
         self.refresh.click(act.refresh, [identity], [identity, w["model"]], **AT_ONCE)
         self._wire_preview([images, identity, *face])

@@ -27,7 +27,7 @@ from lib_pulid.fields import (
     preset_name,
     preset_values,
 )
-from lib_pulid.images import load_image, thumbnail
+from lib_pulid.images import load_image
 from lib_pulid.methods import METHODS, Method, has, usual
 from lib_pulid.webui import pictures
 from lib_pulid.webui.library import Library
@@ -35,7 +35,7 @@ from lib_pulid.webui.library import Library
 if TYPE_CHECKING:
     from lib_pulid.identity import Identity
 
-THUMBNAIL = 256
+THUMBNAIL = 192
 PRESET_FIELDS = ("projection", "num_zero", "start_step")  # the fields that presets set
 ROWS = ("projection", "start_step", "lora_weight")  # the first settings of the rows that only some methods have
 FOLLOWING = ("weight", "fusion", *PRESET_FIELDS, "model")  # what is read when the checkpoint or the model changes
@@ -91,19 +91,18 @@ class Actions:
                 problems.append(str(error))
         return None, json.dumps(known) if known else "", gr.update(value=True) if known else gr.update(), _bad(problems)
 
-    def show_photos(self, images: str) -> tuple[Any, int]:
-        """Shows the photos. Returns the gallery, and that no photo is selected."""
-        photos = _images(images)
-        return gr.update(value=[thumbnail(pictures.decode(photo, "photo"), THUMBNAIL) for photo in photos]), -1
+    def show_photos(self, images: str) -> str:
+        """Shows the photos, each with a ✕ that the page's script listens to."""
+        photos = [pictures.decode(photo, "photo") for photo in _images(images)]
+        return "".join(
+            f"<figure><img alt='photo {n}' src='{pictures.small(photo, THUMBNAIL)}'><button type='button' "
+            f"data-index='{n - 1}' aria-label='Remove photo {n}' title='Remove photo {n}'>✕</button></figure>"
+            for n, photo in enumerate(photos, 1)
+        )
 
-    def select_photo(self, event: gr.SelectData) -> int:
-        return event.index
-
-    def remove_photo(self, images: str, selected: float) -> str:
-        """Removes the selected photo, or the last one."""
-        photos = list(_images(images))
-        index = int(selected) if 0 <= int(selected) < len(photos) else len(photos) - 1
-        rest = photos[:index] + photos[index + 1 :] if photos else []
+    def remove_photo(self, images: str, index: float) -> str:
+        """Removes a photo by its number, from 0."""
+        rest = [photo for n, photo in enumerate(_images(images)) if n != int(index)]
         return json.dumps(rest) if rest else ""
 
     # ------------------------------------------------------------ either photos or a saved identity
@@ -169,7 +168,7 @@ class Actions:
             except PulidError as error:
                 lines.append(_bad([str(error)]))
                 continue
-            found = "1 face" if len(face.detections) == 1 else f"{len(face.detections)} faces, the green one is used"
+            found = "1 face" if len(face.detections) == 1 else f"{len(face.detections)} faces"
             shown += [
                 (pictures.marked(photo, face), f"{name}: {found}"),
                 (face.aligned, f"{name}: aligned"),

@@ -87,7 +87,7 @@ def _value(field: Field, entries: Mapping[str, str], library: Library) -> Any:
         found = _find(entries, library)
         return {"identity": found or NONE, "images": "" if found else None}[field.name]
     if field.name not in entries:
-        return AUTO if field.name == "model" else None
+        return {"model": AUTO, "box": ""}.get(field.name)
     text = entries[field.name]
     try:
         return check(field, {"float": float, "int": int}.get(field.kind, str)(text), 0)

@@ -102,11 +102,11 @@ class Missing:
 
 
 def _progress(state: State) -> str:
-    share = f"{format_size(state.done)} of {format_size(state.total)}" if state.total else "connecting"
+    amount = f"{format_size(state.done)} of {format_size(state.total)}" if state.total else "connecting"
     note = f"; {html.escape(state.note)}" if state.note else ""
     rest = f" Next: {html.escape(', '.join(state.waiting))}." if state.waiting else ""
     bar = f"<progress max='{max(1, state.total)}' value='{state.done}'></progress>"
-    return f"<p>{html.escape(state.name)}: {share}{note}.{rest}</p>{bar}"
+    return f"<p>{html.escape(state.name)}: {amount}{note}.{rest}</p>{bar}"
 
 
 def _notice(files: Sequence[WeightFile]) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lib_pulid.errors import ImageError
-from lib_pulid.images import MAX_BYTES, load_image, load_region, resize_long_edge
+from lib_pulid.images import MAX_BYTES, load_image, resize_long_edge, thumbnail
+from lib_pulid.masks import load_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +62,15 @@ def encode(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def small(image: np.ndarray, side: int) -> str:
+    """Encodes an image, uint8 RGB [H, W, 3], for the page, at most side x side, as the data URI of a JPEG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(thumbnail(image, side)).save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def packed(photo: np.ndarray) -> str:
     """Encodes a photo, reduced to the size that the encoders read: same identity, smaller request."""
     return encode(resize_long_edge(photo))
@@ -72,10 +82,10 @@ def photo(text: str, name: str) -> np.ndarray:
 
 
 def region(text: str, name: str) -> Tensor:
-    """Decodes a mask, base64 or a data URI, to [H, W] float32, 0..1; see `images.load_region`."""
+    """Decodes a mask, base64 or a data URI, to [H, W] float32, 0..1; see `masks.load_mask`."""
     import torch
 
-    return torch.from_numpy(decode(text, name, load_region))
+    return torch.from_numpy(decode(text, name, load_mask))
 
 
 def drawn_region(picture: np.ndarray | None, strokes: np.ndarray | None = None) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from lib_pulid.boxes import read_box, within
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
+from lib_pulid.fields import place
 from lib_pulid.identity import check_fusion, with_uncond
 from lib_pulid.injection import Injection
 from lib_pulid.methods import usual
@@ -15,6 +17,8 @@ from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.pictures import photo, region
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lib_pulid.hosts import LoadedModel
     from lib_pulid.identity import Identity
     from lib_pulid.webui.library import Library
@@ -103,8 +107,7 @@ class UnitPlan:
         unit = unit.on(model.family, adapter.method)
         # Without negative rows it takes half the memory.
         identity = with_uncond(identity, adapter) if model.guided else replace(identity, uncond=None)
-        with _at(number, "mask"):
-            mask = region(unit.mask, "the mask") if unit.mask else None
+        mask = _mask(unit, number)
         with _at(number, "model"):
             injection = self.library.injection(
                 adapter,
@@ -147,6 +150,18 @@ class UnitPlan:
                 self.stop,
             )
             return identity, adapter
+
+
+def _mask(unit: PulidUnit, number: int) -> Tensor | None:
+    """Returns where the unit's face may appear, [H, W] float32; None: everywhere."""
+    with _at(number, "mask"):
+        mask = region(unit.mask, "the mask") if unit.mask else None
+    if not unit.box:
+        return mask
+    try:
+        return within(mask, read_box(unit.box))
+    except ValueError as error:
+        raise SettingError(place(number, "box") + str(error)) from error
 
 
 class _at:

@@ -101,17 +101,17 @@ async def _body(request: Any) -> dict[str, Any]:
 
 
 def models(library: Library) -> dict[str, Any]:
-    """Lists what a unit's model can be, and every file of the catalog with its state: there, missing or differs (in
-    size)."""
+    """Lists the values of a unit's field model, and all files of the catalog with their state: there, missing or
+    differs (in size)."""
     files = [
         {"name": file.name, "family": file.family or None, "method": file.method.name if file.method else None}
         for file in library.adapters()
     ]
-    catalogue = [_in_catalogue(file, library) for file in catalog.CATALOG]
-    return {"folder": str(library.folder), "models": files, "files": catalogue}
+    known = [_known(file, library) for file in catalog.CATALOG]
+    return {"folder": str(library.folder), "models": files, "files": known}
 
 
-def _in_catalogue(file: catalog.WeightFile, library: Library) -> dict[str, Any]:
+def _known(file: catalog.WeightFile, library: Library) -> dict[str, Any]:
     found = catalog.status(file, library.models_dir)
     return {
         "name": file.name,
@@ -220,14 +220,14 @@ def detect(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
 
 def _photo(text: str, name: str, unit: PulidUnit, library: Library) -> dict[str, Any]:
     photo = pictures.decode(text, name)
-    told: list[str] = []
-    face = library.read_face(photo, unit.choice, name, told.append)
+    notes: list[str] = []
+    face = library.read_face(photo, unit.choice, name, notes.append)
     scale = max(1.0, max(photo.shape[:2]) / 1024)  # faces are measured in the reduced photo
     boxes = [[round(float(x) * scale, 1) for x in found.box] for found in face.detections]
     return {
         "faces": [{"box": box, "score": float(found.score)} for box, found in zip(boxes, face.detections)],
         "chosen": next(i for i, found in enumerate(face.detections) if found is face.detection),
-        "warnings": [*pictures.warnings(face), *told],
+        "warnings": [*pictures.warnings(face), *notes],
         "aligned": pictures.encode(face.aligned),
         "parsed": pictures.encode(pictures.parsed(face)),
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from lib_pulid.disk import user_path
 from lib_pulid.fields import MOST_UNITS
-from lib_pulid.hosts.webui import CHROMA
+from lib_pulid.hosts.families import CHROMA
 
 SECTION = ("pulid", "PuLID")
 UNITS, FOLDER, DEVICE, KEEP = "pulid_units", "pulid_models_dir", "pulid_device", "pulid_keep_encoders"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,27 @@ def changes_of(p: Any) -> Mapping[int, Mapping[str, Any]]:
     return getattr(p, CHANGES, {})
 
 
-def axes(option: type, count: int, library: Library) -> list[Any]:
-    """Makes the axes. option: the host's AxisOption. count: number of units."""
-    return [axis for number in range(1, count + 1) for axis in _unit_axes(option, number, library)]
+def axes(option: type, count: int, library: Library, families: Collection[str]) -> list[Any]:
+    """Makes the axes. option: the host's AxisOption. count: number of units. families: that the host can load."""
+    fields = [field for field in FIELDS if not field.family or field.family in families]
+    return [axis for number in range(1, count + 1) for axis in _unit_axes(option, number, library, fields)]
 
 
-def add_axes(count: int, library: Library) -> None:
-    """Adds the axes to the host's X/Y/Z script, once."""
+def add_axes(count: int, library: Library, families: Collection[str]) -> None:
+    """Adds the axes to the host's X/Y/Z script, once. families: of the checkpoints that the host can load."""
     from modules import scripts
 
     for data in scripts.scripts_data:
         if data.script_class.__module__ == "xyz_grid.py" and hasattr(data, "module"):
             known = {axis.label for axis in data.module.axis_options}
-            new = axes(data.module.AxisOption, count, library)
+            new = axes(data.module.AxisOption, count, library, families)
             data.module.axis_options.extend(axis for axis in new if axis.label not in known)
             return
 
 
-def _unit_axes(option: type, number: int, library: Library) -> list[Any]:
+def _unit_axes(option: type, number: int, library: Library, fields: Sequence[Field]) -> list[Any]:
     made = [_photo_axis(option, number)]
-    for field in FIELDS:
+    for field in fields:
         if field.kind in ("images", "image"):
             continue
         convert = {"float": float, "int": int}.get(field.kind, str)

@@ -32,7 +32,14 @@ HOSTS = {
 
 @contextmanager
 def installed(host: str, cached: bool = True) -> Iterator[ModuleType]:
-    """Makes `modules` importable, as if inside that host. Yields it. cached: callbacks as from A1111 1.9 on."""
+    """Makes `modules` importable, as if inside that host, and registers our callbacks there. Yields it.
+
+    Args:
+        cached: callbacks as from A1111 1.9 on.
+    """
+    from lib_pulid import hosts
+    from lib_pulid.hosts.base import add_callback
+
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in _ROOTS}
     for name in before:
         del sys.modules[name]
@@ -47,6 +54,8 @@ def installed(host: str, cached: bool = True) -> Iterator[ModuleType]:
         _devices(made["modules.devices"])
         if host == "forge":
             made["modules_forge.main_thread"].last_exception = None
+        for event, callback in hosts.current().callbacks().items():
+            add_callback(event, callback)
         yield made["modules"]
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] in _ROOTS]:

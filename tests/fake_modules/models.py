@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +57,7 @@ class UNet(nn.Module):
 
 
 SMALL_BLOCKS = (2, 1, 2)
-SMALL_SITES = sum(SMALL_BLOCKS)  # in the place of hosts.webui.SDXL_SITES
+SMALL_SITES = sum(SMALL_BLOCKS)  # in the place of hosts.families.SDXL_SITES
 
 
 def small_unet(text_width: int = 2048, seed: int = 0) -> UNet:
@@ -132,6 +133,15 @@ def pack_layers(module: nn.Module) -> None:
             setattr(module, name, PackedLinear(child))
         else:
             pack_layers(child)
+
+
+def text(length: int = 77, seed: int = 1, pictures: int = 1, width: int = 2048) -> Tensor:
+    """A prompt's embedding, [pictures, length, width]."""
+    return torch.randn(pictures, length, width, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def count_hooks(module: nn.Module) -> int:

@@ -108,9 +108,14 @@ class Api:
 
     @cached_property
     def upscaler(self) -> str:
-        """For hires passes: of the latents, or of the image in hosts that have none for latents (Forge Neo)."""
+        """For hires passes: of the latents, or in hosts that have none for latents (Forge Neo) of the image."""
         latent = [mode["name"] for mode in self.get("/sdapi/v1/latent-upscale-modes")]
-        return "Latent" if "Latent" in latent else "Lanczos"
+        return "Latent" if "Latent" in latent else self.image_upscaler
+
+    @cached_property
+    def image_upscaler(self) -> str:
+        """One that needs no model; Forge Neo calls it "None" and resizes all the same."""
+        return "Lanczos" if "Lanczos" in [one["name"] for one in self.get("/sdapi/v1/upscalers")] else "None"
 
     def state(self) -> dict[str, Any]:
         return self.get("/host-test/state")

@@ -64,6 +64,10 @@ class Page:
     def chosen(self, name: str) -> str:
         return self.part(name).locator("input").first.input_value()
 
+    def box(self, number: int) -> str:
+        """The text of a person's box."""
+        return self.part(f"{number}_box").locator("input, textarea").first.input_value()
+
     def badge(self) -> str:
         return self.part("").locator(".pulid-badge").inner_text()
 

@@ -63,11 +63,12 @@ def preview(host: Running) -> str:
         page.open()
         page.drop("two")
         page.part("1_preview").click()
-        page.until("gradioApp().querySelector('#pulid_txt2img_1_note').innerText.trim() !== ''", "a note")
+        page.until("gradioApp().querySelector('#pulid_txt2img_1_seen').innerText.trim() !== ''", "a note")
         page.part("1_shown").locator("img").nth(2).wait_for(state="visible")
         page.keep(SCREENSHOTS, "preview", "#pulid_txt2img")
-        expect("2 faces" in page.note(), f"the note: {page.note()}")
-        return page.note()
+        captions = page.part("1_shown").inner_text()
+        expect("2 faces" in captions, f"the captions: {captions}")
+        return page.part("1_seen").inner_text()
 
 
 @rows.row("Page: generate without, with a dropped photo and its parameters below, off again: the first picture")
@@ -97,6 +98,55 @@ def drag(host: Running) -> None:
         page.part("1_remove_all").click()
         page.part("1_photos").locator("img").first.wait_for(state="detached")
         page.until("gradioApp().querySelector('#pulid_txt2img .pulid-badge').textContent.includes('no photo')", "badge")
+
+
+@rows.row("Page: the ✕ on a photo removes that one")
+def cross(host: Running) -> str:
+    with opened(host) as page:
+        page.open()
+        page.drop("anna", "ben", "two", "anna-2")
+        page.keep(SCREENSHOTS, "photos", "#pulid_txt2img")
+        kept = [one.get_attribute("src") for one in page.part("1_photos").locator("img").all()]
+        page.part("1_photos").locator("button").nth(1).click()
+        page.until("gradioApp().querySelectorAll('#pulid_txt2img_1_photos img').length === 3", "three are left")
+        left = [one.get_attribute("src") for one in page.part("1_photos").locator("img").all()]
+        expect(left == [kept[0], *kept[2:]], "another photo is gone")
+        return page.badge()
+
+
+@rows.row("Page: a box is drawn, moved, resized by keys, and written into the parameters")
+def region(host: Running) -> str:
+    with opened(host) as page:
+        ready(page)
+        page.open()
+        page.drop("anna")
+        page.part("regions").locator(".label-wrap").first.click()
+        frame = page.part("regions").locator(".pulid-frame")
+        frame.wait_for(state="visible")
+        frame.scroll_into_view_if_needed()
+        place = frame.bounding_box()
+
+        def drag(start: tuple[float, float], end: tuple[float, float]) -> list[float]:
+            for act, (x, y) in (("move", start), ("down", start), ("move", end), ("up", end)):
+                at = (place["x"] + x * place["width"], place["y"] + y * place["height"]) if act == "move" else ()
+                getattr(page.inner.mouse, act)(*at)
+            return [float(number) for number in page.box(1).split()]
+
+        drawn = drag((0.1, 0.1), (0.5, 0.9))
+        expect(all(abs(a - b) < 0.02 for a, b in zip(drawn, (0.1, 0.1, 0.4, 0.8))), f"drawn: {drawn}")
+        moved = drag((0.3, 0.5), (0.5, 0.5))
+        expect(abs(moved[0] - 0.3) < 0.02 and moved[2:] == drawn[2:], f"moved: {moved}")
+        page.keep(SCREENSHOTS, "regions", "#pulid_txt2img")
+        frame.locator(".pulid-box").focus()
+        page.inner.keyboard.press("Shift+ArrowRight")
+        expect(float(page.box(1).split()[2]) > moved[2], f"resized: {page.box(1)}")
+        page.generate()
+        text, box = page.parameters(), page.box(1)
+        expect(f"box: {box}" in text, f"below the image: {text}")
+        frame.locator(".pulid-box").focus()
+        page.inner.keyboard.press("Delete")
+        expect(page.box(1) == "", f"removed: {page.box(1)}")
+        return box
 
 
 @rows.row("Page: send to img2img takes settings and person along")
@@ -165,7 +215,7 @@ def identity(host: Running) -> str:
         page.drop("ben")
         page.part("1_save_name").locator("input, textarea").first.fill("Ben from the page")
         page.part("1_save").click()
-        page.until("gradioApp().querySelector('#pulid_txt2img_1_note').innerText.includes('is saved')", "a note")
+        page.until("gradioApp().querySelector('#pulid_txt2img_1_note').innerText.includes('Saved Ben')", "a note")
         expect(page.chosen("1_identity") == "Ben from the page", f"chosen: {page.chosen('1_identity')}")
         note = page.note()
         page.load()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+
 from tests.host.rows_basics import person
 from tests.host.table import Result, Rows, differ, expect
-from tests.host.webui import NAMES, Checkout, Running
+from tests.host.webui import NAMES, ROOT, Checkout, Running
 
 rows = Rows()
 LIMIT = 0.3
@@ -18,16 +21,22 @@ def log(host: Running) -> None:
     expect(not bad, f"{bad[:3]}")
 
 
-@rows.row("The program's start: under 0.3 s for the extension")
+@rows.row("The program's start: under 0.3 s of CPU time for the extension")
 def seconds(host: Running) -> str:
     """Script, widgets and callbacks; and, in a program of its own before that, install.py."""
-    records = host.api.get("/internal/profile-startup")["records"]
-    script = sum(value for name, value in records.items() if name.endswith("load scripts/pulid.py"))
-    widgets = sum(host.api.get("/host-test/start")["seconds"].values())
-    install = sum(value for name, value in records.items() if name.endswith("installers/sd-webui-pulid"))
+    took = dict(host.api.get("/host-test/start")["seconds"])
+    script, widgets, install = took.pop("script"), sum(took.values()), install_seconds(host)
     seen = f"script {script:.3f}, widgets and callbacks {widgets:.3f}, install.py {install:.3f} s"
-    expect(0 < script + widgets + install < LIMIT, seen)
+    expect(min(script, widgets, install) > 0, seen)
+    expect(script + widgets + install < LIMIT, seen)
     return seen
+
+
+def install_seconds(host: Running) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([host.process.args[0], ROOT / "install.py"], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @rows.row("The program's start: no import of insightface, onnxruntime, timm, facexlib by the extension")

@@ -75,7 +75,7 @@ def write_marked_identities(folder: Path) -> None:
     for the positive ones, "marked B" has them exchanged, and "marked C" shares A's positive ones only."""
     draw = torch.Generator().manual_seed(21)
     one, two, three = (torch.randn(1, TOKENS, small_models.TOKEN_WIDTH, generator=draw) for _ in range(3))
-    info = {"adapter": "PuLID v1.1 for SDXL", "photos": "1"}
+    info = {"photos": "1"}  # for SDXL and FLUX alike: who made them is not said
     for name, cond, uncond in (("A", one, two), ("B", two, one), ("C", one, three)):
         Identity(cond, uncond, {**info, "name": f"marked {name}"}).save(folder / f"marked {name}.safetensors")
 

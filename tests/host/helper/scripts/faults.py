@@ -56,7 +56,7 @@ def owner_of(place: str) -> tuple[Any, str]:
     if path == "run":
         from lib_pulid import hosts
 
-        return hosts.current()._Run, name
+        return hosts.current().run_class, name
     if path == "denoiser":
         objects = getattr(shared.sd_model, "forge_objects", None)
         model = shared.sd_model.model if objects is None else objects.unet.model

@@ -163,7 +163,7 @@ def klein() -> dict[str, str]:
     from backend.nn.flux import IntegratedFluxTransformer2DModel
 
     from lib_pulid.errors import UnsupportedModelError
-    from lib_pulid.hosts.webui import family_of
+    from lib_pulid.hosts.families import family_of
 
     sizes = {"in_channels": 128, "out_channels": 128, "vec_in_dim": None, "context_in_dim": 8, "hidden_size": 128}
     sizes |= {"num_heads": 1, "mlp_ratio": 3.0, "depth": 5, "depth_single_blocks": 20, "axes_dim": [32] * 4}

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from modules import script_callbacks, scripts, shared
 
 EXTENSION = "sd-webui-pulid"  # name of the folder that the extension is linked as
-_seconds: dict[str, float] = {}
 
 
 # ------------------------------------------------------------------------------------------------- time at start
@@ -25,14 +23,7 @@ def is_pulid(filename: str | None) -> bool:
 
 
 def timed(name: str, original: Any) -> Any:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            _seconds[name] = _seconds.get(name, 0.0) + time.perf_counter() - start
-
-    return run
+    return sys.modules["pulid_test_first_imports"].watcher.timed(name, original)
 
 
 def time_widgets() -> None:
@@ -124,7 +115,7 @@ def state() -> dict[str, Any]:
 def start() -> dict[str, Any]:
     watcher = sys.modules["pulid_test_first_imports"].watcher
     loaded = {name: name in sys.modules for name in ("insightface", "onnxruntime", "timm", "facexlib")}
-    return {"first_imports": watcher.first, "loaded": loaded, "seconds": _seconds}
+    return {"first_imports": watcher.first, "loaded": loaded, "seconds": watcher.seconds}
 
 
 def optimisations() -> list[str]:

@@ -1,0 +1,90 @@
+"""Tells the family of the model that a WebUI has loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from lib_pulid.errors import UnsupportedModelError
+from lib_pulid.sites import find_sites, is_chroma
+
+CHROMA = "pulid_chroma"  # name of the setting
+SDXL_SITES = 70
+SDXL_TEXT_WIDTH, REFINER_WIDTH = 2048, 1280
+# Width of the text embedding that a UNet's cross-attention reads -> the model, if it is not SDXL's base.
+TEXT_WIDTHS = {
+    768: "a Stable Diffusion 1.x model",
+    1024: "a Stable Diffusion 2.x model",
+    REFINER_WIDTH: "the SDXL refiner, which has no layers for PuLID",
+}
+
+
+def family_of(denoiser: nn.Module | None, name: str, wanted: str = "an SDXL checkpoint") -> str:
+    """Returns a denoiser's family, "sdxl" or "flux".
+
+    Args:
+        name: of the checkpoint. wanted: what the host could load instead, for the message.
+
+    Raises:
+        UnsupportedModelError: there is no PuLID for this model.
+    """
+    problem = "no checkpoint is loaded" if denoiser is None else _problem(denoiser)
+    if problem is None:
+        return find_sites(denoiser, chroma=True).family  # type: ignore[arg-type]
+    what = f"{name}: {problem}" if name else problem[:1].upper() + problem[1:]
+    hint = " To try PuLID on Chroma: Settings, PuLID." if denoiser is not None and is_chroma(denoiser) else ""
+    raise UnsupportedModelError(f"{what}. PuLID needs {wanted}: select one, or disable PuLID for this image.{hint}")
+
+
+def tries_chroma() -> bool:
+    """Reads the setting that treats Chroma as FLUX.1."""
+    from modules.shared import opts
+
+    return bool(opts.data.get(CHROMA, False))
+
+
+def is_refiner(denoiser: nn.Module | None) -> bool:
+    """Whether this is SDXL's refiner. It has no layers for PuLID, so it may only finish an image that the base model
+    started."""
+    return denoiser is not None and hasattr(denoiser, "input_blocks") and _text_width(denoiser) == REFINER_WIDTH
+
+
+def _problem(denoiser: nn.Module) -> str | None:
+    try:
+        sites = find_sites(denoiser, chroma=is_chroma(denoiser) and tries_chroma())
+    except UnsupportedModelError as error:
+        return str(error).rstrip(".")
+    if sites.family == "flux":
+        return None
+    width = _text_width(denoiser)
+    if width in TEXT_WIDTHS:
+        return f"this is {TEXT_WIDTHS[width]}"
+    if len(sites.sites) == SDXL_SITES:
+        return None  # `check_fit` compares its sizes with the PuLID file's
+    if width == SDXL_TEXT_WIDTH:
+        return f"this is a shortened SDXL with {len(sites.sites)} of {SDXL_SITES} cross-attention layers"
+    return f"this is an unknown UNet, with text embeddings of width {width}"
+
+
+def _text_width(unet: nn.Module) -> int:
+    attentions: Iterator[Any] = (module.attn2 for module in unet.modules() if hasattr(module, "attn2"))
+    for attention in attentions:
+        to_k = attention.to_k
+        # Forge's quantised layers have no in_features, and their weight may be packed.
+        return (
+            getattr(to_k, "in_features", None) or (getattr(to_k.weight, "quant_state", None) or to_k.weight).shape[-1]
+        )
+    return 0
+
+
+def chosen_checkpoint(name: str = "") -> Any:
+    """Returns the host's CheckpointInfo of the checkpoint with this name, or of the selected one; None without any.
+
+    Forge loads it only with the next image.
+    """
+    from modules import sd_models, shared
+
+    known = sd_models.checkpoint_aliases.get(name) if name else None
+    return known or sd_models.get_closet_checkpoint_match(shared.opts.data.get("sd_model_checkpoint") or "")

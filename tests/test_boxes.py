@@ -1,0 +1,92 @@
+"""Boxes: regions of a face as fractions of the image, from the page, the API and the command line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_pulid.boxes import LEAST, SOFT, Box, mask_of, read_box, within
+from lib_pulid.errors import SettingError
+from lib_pulid.fields import FIELD, schema
+from lib_pulid.units import PulidUnit
+from lib_pulid.webui import infotext
+
+LEFT = "0 0 0.5 1"
+
+
+@pytest.mark.parametrize("given", ["0.1 0.2 0.3 0.4", "0.1, 0.2, 0.3, 0.4", [0.1, 0.2, 0.3, 0.4], (0.1, 0.2, 0.3, 0.4)])
+def test_numbers_and_text(given):
+    assert PulidUnit.from_mapping({"box": given}, 1).box == "0.1 0.2 0.3 0.4"
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", [], "None"])
+def test_no_box(empty):
+    assert PulidUnit.from_mapping({"box": empty}, 1).box == ""
+
+
+@pytest.mark.parametrize(
+    "wrong", ["left half", "0 0 1", [0, 0, 1, 1, 1], [0, 0, 0.001, 1], [1.5, 0, 1, 1], [0, 0, float("nan"), 1], 5, True,
+              {"x": 0}, [None] * 4, "1e9 0 1 1", ["0", 0, True, 1]],
+)  # fmt: skip
+def test_wrong_boxes_are_refused(wrong):
+    with pytest.raises(SettingError, match="unit 2, field box: .*box"):
+        PulidUnit.from_mapping({"box": wrong}, 2)
+
+
+@given(st.lists(st.floats(-0.5, 1.5), min_size=4, max_size=4))
+def test_whatever_is_accepted_lies_in_the_image_and_reads_back(numbers):
+    try:
+        box = read_box(numbers)
+    except ValueError:
+        return
+    assert min(box) >= 0
+    assert min(box.width, box.height) >= LEAST
+    assert box.x + box.width <= 1 + 1e-9
+    assert box.y + box.height <= 1 + 1e-9
+    assert read_box(str(box)) == pytest.approx(box, abs=1e-3)
+
+
+def test_a_mask_is_one_inside_and_fades_at_the_edge():
+    mask = mask_of(Box(0.25, 0.25, 0.5, 0.5), 200)
+    assert mask[100, 100] == 1
+    assert mask[100, 30] == mask[30, 100] == 0
+    assert mask[100, 50] == pytest.approx(0.5, abs=0.05)  # the edge itself
+    row = mask[100, 30:101]
+    assert (row.diff() >= 0).all()
+    assert ((row > 0) & (row < 1)).sum() == pytest.approx(SOFT * 0.5 * 200, abs=2)
+
+
+def test_edges_of_the_image_do_not_fade():
+    mask = mask_of(read_box(LEFT), 100)
+    assert (mask[:, :40] == 1).all()
+    assert (mask[:, 60:] == 0).all()
+
+
+def test_two_halves_add_up_to_the_whole():
+    assert torch.allclose(mask_of(read_box(LEFT)) + mask_of(read_box("0.5 0 0.5 1")), torch.ones(1))
+
+
+def test_box_and_mask():
+    mask = torch.ones(20, 30)
+    mask[:, 15:] = 0
+    both = within(mask, read_box("0 0 1 0.5"))
+    assert both.shape == mask.shape
+    assert both[2, 2] == pytest.approx(1)
+    assert both[:, 15:].any() == both[15:].any() == False  # noqa: E712
+    with pytest.raises(ValueError, match="do not overlap"):
+        within(mask, read_box("0.8 0 0.2 1"))
+
+
+def test_infotext_keeps_it():
+    unit = PulidUnit(images=("x",), box="0.1 0.2 0.3 0.4")
+    text = infotext.write(unit, "sdxl", {"hash": "0" * 10, "weights": "1" * 10})
+    pasted = infotext.PastedField(1, FIELD["box"], None)
+    assert pasted({"PuLID 1": text}) == unit.box
+    without = infotext.write(PulidUnit(images=("x",)), "sdxl", {"hash": "0" * 10, "weights": "1" * 10})
+    assert pasted({"PuLID 1": without}) == ""
+
+
+def test_schema():
+    assert schema()["properties"]["box"]["items"] == {"type": "number"}
