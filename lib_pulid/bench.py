@@ -196,8 +196,9 @@ def photos(models_dir: Path, photo: Path | None, device: str, runs: int) -> list
 
 def _stages(image: np.ndarray, encoders: Encoders, adapter: Adapter, device: str, runs: int) -> dict[str, float]:
     from lib_pulid.faces import read_face
-    from lib_pulid.identity import encode_identity, face_features
+    from lib_pulid.identity import encode_identity
     from lib_pulid.images import resize_long_edge
+    from lib_pulid.readings import face_features
 
     bgr, models = np.ascontiguousarray(resize_long_edge(image)[:, :, ::-1]), encoders.faces
     face = read_face(image, models)

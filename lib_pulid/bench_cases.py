@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_pulid import disk
+from lib_pulid import disk, methods
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, Injection, compile_injection, inject
 from lib_pulid.sites import Site, Sites, cross_attention_site, image_stream_site
@@ -62,7 +62,7 @@ class Person:
 def adapter(family: str, sites: tuple) -> Adapter:
     encoder = nn.Identity()
     encoder.output_dim = TOKEN_WIDTH  # type: ignore[assignment]
-    return Adapter(family, "bench", encoder, sites, Path("bench"))
+    return Adapter(methods.usual(family), encoder, sites, Path("bench"))
 
 
 # ---------------------------------------------------------------- SDXL

@@ -105,7 +105,11 @@ def _add_faces(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="photo of the person; repeat it for several photos of the same person",
     )
-    parser.add_argument("--pulid", type=_path, help="PuLID file (default: the first that fits in the models folder)")
+    parser.add_argument(
+        "--pulid",
+        type=_path,
+        help="PuLID file, or another method's (default: the first PuLID file there)",
+    )
     parser.add_argument(
         "--face-order", choices=FACE_ORDERS, default="largest", help="how faces are ordered if a photo has several"
     )
@@ -130,10 +134,12 @@ def _add_generate(commands) -> None:
     parser.add_argument(
         "--projection",
         choices=PROJECTIONS,
-        default="ortho_v2",
-        help="SDXL: how the identity is decoupled from the prompt",
+        help="PuLID for SDXL: how the identity is decoupled from the prompt (default: ortho_v2)",
     )
-    parser.add_argument("--num-zero", type=int, default=20, help="SDXL, 0-80: more stays closer to the prompt")
+    parser.add_argument(
+        "--num-zero", type=int, help="PuLID for SDXL, 0-80: more stays closer to the prompt (default: 20)"
+    )
+    parser.add_argument("--lora-weight", type=float, help="FaceID, 0-2: strength of its LoRA (default: 1)")
     parser.add_argument("--start", type=float, default=0.0, help="start after this fraction of the steps")
     parser.add_argument("--end", type=float, default=1.0, help="stop after this fraction of the steps")
     parser.add_argument("--start-step", type=int, default=0, help="FLUX: first step with the face, counted from 0")
@@ -248,18 +254,14 @@ def run_generate(arguments: argparse.Namespace) -> int:
     for note in workshop.check_prompt(arguments.prompt):
         print(f"note: {note}")
     family = workshop.base.family
+    cli_checks.in_words(lambda: unit.check_method(workshop.adapter.method, 0))
     cli_checks.in_words(lambda: unit.check_steps(family, cli_checks.steps_of(arguments), 0))
     identity = with_uncond(saved, workshop.adapter) if saved else _identity(workshop, arguments)
-    weight = unit.on(family).weight or 0.0
+    unit = unit.on(family, workshop.adapter.method)
     injection = compile_injection(
         workshop.adapter,
         identity,
-        weight=weight,
-        projection=unit.projection,
-        num_zero=unit.num_zero,
-        start=unit.start,
-        end=unit.end,
-        start_step=unit.start_step if family == "flux" else 0,
+        **unit.settings(workshop.adapter.method),
         mask=mask,
         device=workshop.device,
         dtype=workshop.base.dtype,
@@ -267,7 +269,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     settings = {name: getattr(arguments, name) for name in ("seed", "steps", "size", "guidance")}
     picture, used = workshop.paint([injection], arguments.prompt, **settings)
     cli_checks.write_picture(picture, arguments.out)
-    print(f"{arguments.out}: identity {identity.short_hash}, weight {weight}, injected at {used} sites")
+    print(f"{arguments.out}: identity {identity.short_hash}, weight {unit.weight}, injected at {used} sites")
     if arguments.likeness:
         print(f"likeness: {_likeness(workshop, picture, identity)}")
     return 0

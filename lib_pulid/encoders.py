@@ -34,7 +34,7 @@ def _mlp_sizes(state: Mapping[str, Tensor], name: str) -> list[int]:
     return [state[f"{name}.0.weight"].shape[1], *(state[f"{name}.{i}.weight"].shape[0] for i in (0, 3, 6))]
 
 
-def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Loads the weights strictly, in float32 whatever the file's dtype, since identities are computed once."""
     module.load_state_dict({key: tensor.float() for key, tensor in state.items()}, strict=True, assign=True)
     module.eval().requires_grad_(False)
@@ -64,7 +64,7 @@ class IDEncoder(nn.Module):
         """Builds and strictly loads the encoder, with sizes from the shapes."""
         with torch.device("meta"):
             module = cls(_mlp_sizes(state, "body"), _mlp_sizes(state, "mapping_0"))
-        _load(module, state)
+        load(module, state)
         return module
 
     def forward(self, id_cond: Tensor, vit_hidden: Sequence[Tensor]) -> Tensor:
@@ -169,7 +169,7 @@ class IDFormer(nn.Module):
                 id_mapping=_mlp_sizes(state, "id_embedding_mapping"),
                 mapping=_mlp_sizes(state, "mapping_0"),
             )
-        _load(module, state)
+        load(module, state)
         return module
 
     def forward(self, id_cond: Tensor, vit_hidden: Sequence[Tensor]) -> Tensor:

@@ -46,14 +46,15 @@ class FaceFiles:
     """Paths of the four files. Without a landmarker, crops are aligned by the detector's landmarks."""
 
     detector: Path  # scrfd_10g_bnkps.onnx
-    recogniser: Path  # glintr100.onnx
+    recogniser: Path | None  # glintr100.onnx, or buffalo_l's w600k_r50.onnx for the methods that read that
     landmarker: Path | None  # detection_Resnet50_Final.pth
-    parser: Path  # parsing_bisenet.pth
+    parser: Path | None  # parsing_bisenet.pth
 
     @classmethod
     def among(cls, encoders: Mapping[str, Path]) -> FaceFiles:
-        """Picks the four out of `catalog.require_encoders`."""
-        return cls(**{field.name: encoders[field.name] for field in fields(cls)})
+        """Picks them out of `catalog.require_encoders`."""
+        recogniser = encoders.get("recogniser") or encoders.get("recogniser_buffalo")
+        return cls(encoders["detector"], recogniser, encoders.get("landmarker"), encoders.get("parser"))
 
 
 def load_face_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
@@ -66,9 +67,9 @@ def load_face_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
     detector = InsightFaceDetector(files.detector, providers)
     return FaceModels(
         detector=detector,
-        recogniser=ArcFaceRecogniser(files.recogniser, providers),
+        recogniser=None if files.recogniser is None else ArcFaceRecogniser(files.recogniser, providers),
         landmarker=None if files.landmarker is None else RetinaFaceLandmarker(files.landmarker, device),
-        parser=_load_parser(Path(files.parser), device),
+        parser=None if files.parser is None else _load_parser(Path(files.parser), device),
         notes=() if set(providers) <= set(detector.providers) else (ON_THE_CPU,),
     )
 
@@ -156,7 +157,7 @@ class InsightFaceDetector:
 
 
 class ArcFaceRecogniser:
-    """ArcFace (antelopev2's glintr100), with insightface's own alignment and preprocessing."""
+    """ArcFace (antelopev2's glintr100, buffalo_l's w600k_r50), with insightface's own alignment and preprocessing."""
 
     def __init__(self, path: str | Path, providers: Sequence[str] = CPU_ONLY) -> None:
         self._model = _load_onnx(Path(path), providers, "recognition", "a face recognizer (ArcFace)")

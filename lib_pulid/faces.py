@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CROP_SIZE = 512
+LONGEST = 1024  # pixels to which PuLID's official app first shrinks a photo (app_v1_1.py, 1aa2fc7)
 
 # Positions of eyes, nose and mouth corners in the aligned crop: facexlib, utils/face_restoration_helper.py, the five
 # FFHQ points for 512 x 512.
@@ -90,16 +91,18 @@ class Face:
     """One face, as the encoders need it.
 
     detection: in pixels of the photo after resize_long_edge, like `detections`, the candidates.
-    embedding: [512] float32, the recognizer's raw output, not normalized.
+    photo_bgr: uint8 BGR [H, W, 3], the photo in which it was found, after resize_long_edge.
+    embedding: [512] float32, the recognizer's raw output, not normalized; [0] without a recognizer.
     aligned: uint8 RGB [512, 512, 3], 0..255.
-    features: [1, 3, 512, 512] float32 RGB, 0..1: the face in gray on white.
+    features: [1, 3, 512, 512] float32 RGB, 0..1: the face in gray on white; None without a parser.
     notes: what the user should know; empty if all went well.
     """
 
     detection: Detection
+    photo_bgr: np.ndarray
     embedding: np.ndarray
     aligned: np.ndarray
-    features: Tensor
+    features: Tensor | None
     faces_found: int
     detections: tuple[Detection, ...]
     notes: tuple[str, ...]
@@ -131,26 +134,33 @@ class Parser(Protocol):
 
 @dataclass(frozen=True)
 class FaceModels:
-    """The models that read_face uses. Without a landmarker, crops are aligned by the detector's landmarks.
+    """The models that read_face uses. Without a landmarker, crops are aligned by the detector's landmarks; without a
+    recognizer or parser, a face lacks what they give.
 
     notes: what the user should know about the models; repeated with each face.
     """
 
     detector: Detector
-    recogniser: Recogniser
+    recogniser: Recogniser | None
     landmarker: Detector | None
-    parser: Parser
+    parser: Parser | None
     notes: tuple[str, ...] = ()
 
 
-def read_face(image: np.ndarray, models: FaceModels, choice: FaceChoice = LARGEST, name: str = "image") -> Face:
-    """Reads one person's face from a photo, uint8 RGB [H, W, 3], 0..255.
+def read_face(
+    image: np.ndarray,
+    models: FaceModels,
+    choice: FaceChoice = LARGEST,
+    name: str = "image",
+    longest: int = LONGEST,
+) -> Face:
+    """Reads one person's face from a photo, uint8 RGB [H, W, 3], 0..255. longest: pixels that its long edge is shrunk
+    to; 0: as it is.
 
     Raises:
         NoFaceError: there is no face, or none with this index; the message calls the photo `name`.
     """
-    # The official app first shrinks to 1024 (app_v1_1.py, 1aa2fc7).
-    bgr = np.ascontiguousarray(resize_long_edge(image)[:, :, ::-1])
+    bgr = np.ascontiguousarray((resize_long_edge(image, longest) if longest else image)[:, :, ::-1])
     found = models.detector.detect(bgr)
     marked = models.landmarker.detect(bgr) if models.landmarker is not None else []
     candidates = found or marked
@@ -170,7 +180,9 @@ def read_face(image: np.ndarray, models: FaceModels, choice: FaceChoice = LARGES
         else:
             landmarks = same.landmarks
     aligned_bgr = align(bgr, landmarks, name)
-    if found:
+    if models.recogniser is None:
+        embedding = np.zeros(0)
+    elif found:
         embedding = models.recogniser.embed(bgr, chosen)
     else:
         # As in the official code if insightface finds nothing.
@@ -180,9 +192,10 @@ def read_face(image: np.ndarray, models: FaceModels, choice: FaceChoice = LARGES
     aligned = np.ascontiguousarray(aligned_bgr[:, :, ::-1])
     return Face(
         detection=chosen,
+        photo_bgr=bgr,
         embedding=np.asarray(embedding, dtype=np.float32).reshape(-1),
         aligned=aligned,
-        features=face_features(aligned, models.parser.labels(aligned)),
+        features=None if models.parser is None else face_features(aligned, models.parser.labels(aligned)),
         faces_found=len(candidates),
         detections=tuple(candidates),
         notes=tuple(notes),

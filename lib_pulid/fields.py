@@ -24,6 +24,7 @@ from lib_pulid.faces import FACE_ORDERS
 from lib_pulid.files.catalog import FAMILIES
 from lib_pulid.identity import FUSIONS
 from lib_pulid.injection import MOST
+from lib_pulid.methods import usual
 from lib_pulid.names import NOBODY as NONE
 
 AUTO = "auto"
@@ -40,7 +41,7 @@ MOST_PHOTOS = 50  # per person; more than a handful add nothing
 LONGEST_TEXT = 255  # of a name, as of a file name
 
 # Default weight, as in the official demos.
-WEIGHTS: Mapping[str, float] = {"sdxl": 0.8, "flux": 1.0}
+WEIGHTS: Mapping[str, float] = {family: usual(family).weight for family in FAMILIES}
 
 # The official settings (commit 1aa2fc7) by model family; a name belongs to one family only. SDXL: fidelity and style
 # from app.py (PuLID v1), v1.1 from app_v1_1.py; neutral is the plain residual without orthogonal projection.
@@ -138,6 +139,8 @@ FIELDS = (
           "seed, or in turn.", choices=DRAWS, advanced=True),
     Field("keep_best", "Keep the best", "int", 0, "Keep so many of the images, those most like the person; 0: all.", 0,
           100, 1, advanced=True, pasted=False),
+    Field("lora_weight", "LoRA strength", "float", 1.0, "Strength of the LoRA in FaceID's file. Official: 1. Lower: "
+          "cleaner images, less likeness.", 0, MOST["lora_weight"], 0.05, advanced=True, family="sdxl"),
 )  # fmt: skip
 FIELD = {field.name: field for field in FIELDS}
 

@@ -21,22 +21,19 @@ import torch
 from torch import Tensor
 
 from lib_pulid import __version__, disk
-from lib_pulid.encoders import IDEncoder, IDFormer
+from lib_pulid.encoders import IDFormer
 from lib_pulid.errors import IdentityMismatchError, SettingError, WrongWeightsError
 from lib_pulid.files import pulidembd
 from lib_pulid.files.state_dict import read_safetensors
+from lib_pulid.readings import FaceFeatures, together
 from lib_pulid.weights import Adapter
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from lib_pulid.faces import Face
-    from lib_pulid.vision import VisionTower
-
 FUSIONS = ("official", "id_mix", "average")
 FILE_FORMAT = "sd-webui-pulid identity"
 FILE_VERSION = "1"
-VISION_BATCH = 4  # faces; each needs about 50 MB while the tower runs
 LARGEST_FILE = 100_000_000  # bytes; the identity of one photo takes 0.5 MB
 _EMBEDDING = "embedding."  # begins the names of these tensors in a file; the recognizer's hash follows
 HIDDEN_TOKENS = 577  # of the vision tower: 24 x 24 patches and the class token
@@ -181,35 +178,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # ---------------------------------------------------------------- Faces -> Identity
 
 
-@dataclass(frozen=True, eq=False)
-class FaceFeatures:
-    """The encoders' input from one photo.
-
-    Args:
-        id_cond: [1, 1280], ArcFace (512, raw) and the vision tower's class token (768, L2-normalized).
-        vit_hidden: five tensors [1, 577, 1024].
-    """
-
-    id_cond: Tensor
-    vit_hidden: tuple[Tensor, ...]
-
-
-@torch.no_grad()
-def face_features(faces: Sequence[Face], tower: VisionTower) -> list[FaceFeatures]:
-    """Runs the vision tower on faces, VISION_BATCH at once, on the tower's device."""
-    from lib_pulid.faces import vision_input
-
-    device, found = next(tower.parameters()).device, []
-    for first in range(0, len(faces), VISION_BATCH):
-        some = faces[first : first + VISION_BATCH]
-        class_tokens, hidden = tower(torch.cat([vision_input(face.features) for face in some]).to(device))
-        for i, face in enumerate(some):
-            arcface, class_token = torch.from_numpy(face.embedding).to(device)[None], class_tokens[i : i + 1]
-            id_cond = torch.cat((arcface, class_token / class_token.norm(dim=1, keepdim=True)), dim=1)
-            found.append(FaceFeatures(id_cond, tuple(scale[i : i + 1] for scale in hidden)))
-    return found
-
-
 @torch.no_grad()
 def encode_identity(
     photos: Sequence[FaceFeatures],
@@ -225,24 +193,25 @@ def encode_identity(
     Args:
         photos: the main photo first.
         fusion: "official": v1 keeps all tokens of the main photo and the first five of the others; v1.1
-            and FLUX encode all photos in one pass. "id_mix" (v1 only): all tokens of all photos, to blend two people.
-            "average": the mean of each photo's own tokens, which is not the official way.
+            and FLUX encode all photos in one pass; FaceID Portrait keeps all tokens; other methods take one photo.
+            "id_mix" (v1 only): all tokens of all photos, to blend two people. "average": the mean of each photo's own
+            tokens, which is no method's official way.
         info, thumbnail, embeddings: stored with the identity.
     """
-    check_fusion(fusion, adapter)
+    check_fusion(fusion, adapter, len(photos))
     if not photos:
         raise SettingError("an identity needs at least one photo")
-    in_encoder = not isinstance(adapter.encoder, IDEncoder)
     device = next(adapter.encoder.parameters()).device
-    photos = [_to(photo, device) for photo in photos]
+    photos = [photo.to(device) for photo in photos]
+    several = adapter.method.several
     if fusion == "average":
         each = [_encode(adapter, photo) for photo in photos]
         cond, uncond = (torch.stack(tokens).mean(0) for tokens in zip(*each))
-    elif in_encoder:
-        cond, uncond = _encode(adapter, _stacked(photos))
+    elif several == "together":
+        cond, uncond = _encode(adapter, together(photos))
     else:
         first, *others = [_encode(adapter, photo) for photo in photos]
-        keep = None if fusion == "id_mix" else adapter.encoder.num_token
+        keep = adapter.encoder.num_token if several == "first" and fusion != "id_mix" else None
         cond, uncond = (torch.cat([one, *(t[:, :keep] for t in rest)], dim=1) for one, *rest in zip(first, *others))
     if not (torch.isfinite(cond).all() and torch.isfinite(uncond).all()):
         raise WrongWeightsError(
@@ -254,20 +223,26 @@ def encode_identity(
     return Identity(cond.cpu().float(), uncond.cpu().float(), {**made, **(info or {})}, thumbnail, embeddings or {})
 
 
-def check_fusion(fusion: str, adapter: Adapter) -> None:
-    """Checks, before any photo is read, that the adapter's version supports a fusion. Raises: SettingError."""
+def check_fusion(fusion: str, adapter: Adapter, photos: int = 1) -> None:
+    """Checks, before any photo is read, that the adapter's method supports a fusion. photos: how many there are.
+
+    Raises:
+        SettingError.
+    """
     if fusion not in FUSIONS:
         raise SettingError(f"fusion is {fusion!r}; it has to be one of {', '.join(FUSIONS)}")
-    if fusion == "id_mix" and not isinstance(adapter.encoder, IDEncoder):
+    if fusion == "id_mix" and adapter.method.several != "first":
         raise SettingError(f"fusion id_mix works with PuLID v1 only, but the loaded file is {adapter.label}")
+    if fusion == "official" and photos > 1 and not adapter.method.several:
+        raise SettingError(
+            f"{adapter.method.name} has no official way to use several photos of a person. Give one photo, or set "
+            "fusion to average"
+        )
 
 
 def _encode(adapter: Adapter, photo: FaceFeatures) -> tuple[Tensor, Tensor]:
-    """Encodes a photo, and zeros in place of one photo: cond and uncond tokens, each [1, N, D]."""
-    cond = adapter.encoder(photo.id_cond, photo.vit_hidden)
-    one = photo.id_cond.shape[-2] if photo.id_cond.ndim == 3 else 1  # number of stacked photos
-    zeros = [torch.zeros_like(hidden[:, : hidden.shape[1] // one]) for hidden in photo.vit_hidden]
-    uncond = adapter.encoder(torch.zeros_like(photo.id_cond.reshape(one, -1)[:1]), zeros)
+    """Encodes a photo, and nobody in the place of one photo: cond and uncond tokens, each [1, N, D]."""
+    cond, uncond = (adapter.encoder(*given(adapter.method)) for given in (photo.inputs, photo.nobody))
     return cond, uncond
 
 
@@ -286,13 +261,3 @@ def with_uncond(identity: Identity, adapter: Adapter) -> Identity:
     id_cond, hidden = like.new_zeros(1, id_width), like.new_zeros(1, HIDDEN_TOKENS, hidden_width)
     uncond = adapter.encoder(id_cond, [hidden] * 5).cpu().float()
     return replace(identity, uncond=uncond) if uncond.shape == identity.cond.shape else identity
-
-
-def _stacked(photos: Sequence[FaceFeatures]) -> FaceFeatures:
-    """Stacks several photos: id_cond [1, n, 1280], hidden states [1, n * 577, 1024]."""
-    id_cond = torch.stack([photo.id_cond for photo in photos], dim=1)
-    return FaceFeatures(id_cond, tuple(torch.cat(scale, dim=1) for scale in zip(*(p.vit_hidden for p in photos))))
-
-
-def _to(photo: FaceFeatures, device: torch.device) -> FaceFeatures:
-    return FaceFeatures(photo.id_cond.to(device), tuple(hidden.to(device) for hidden in photo.vit_hidden))

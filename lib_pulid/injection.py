@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lib_pulid.attention import (
     PROJECTIONS,
@@ -32,12 +33,14 @@ from lib_pulid.attention import (
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource
+from lib_pulid.lora import Lora, strongest
 from lib_pulid.masks import load_mask
+from lib_pulid.methods import Method, has
 from lib_pulid.sites import Site, Sites, find_sites
 from lib_pulid.watch import Watch, WatchedSites, uncompiled
 from lib_pulid.weights import Adapter
 
-MOST = {"weight": 5, "num_zero": 80, "start_step": 10}  # maximum of each; the minimum is 0
+MOST = {"weight": 5, "num_zero": 80, "start_step": 10, "lora_weight": 2}  # maximum of each; the minimum is 0
 _SLACK = 1e-6  # for comparing i / n with a fraction that a user typed
 
 
@@ -85,16 +88,20 @@ class Injection:
     mask: Tensor | None
     start_step: int = 0
     images: frozenset[int] | None = None  # of the batch, that get the identity; None: all
+    lora: Lora | None = None
+    lora_weight: float = 0.0
 
     @property
     def nbytes(self) -> int:
         """Bytes kept on the device while sampling."""
-        return sum(site.nbytes for site in self.sites) + (0 if self.mask is None else self.mask.nbytes)
+        others = [one.nbytes for one in (self.mask, self.lora) if one is not None]
+        return sum(site.nbytes for site in self.sites) + sum(others)
 
     def to(self, device: str | torch.device) -> Injection:
         device = torch.device(device)
         mask = None if self.mask is None else self.mask.to(device)
-        return replace(self, sites=tuple(site.to(device) for site in self.sites), mask=mask)
+        lora = None if self.lora is None else self.lora.to(device)
+        return replace(self, sites=tuple(site.to(device) for site in self.sites), mask=mask, lora=lora)
 
     def is_active(self, step: DenoiseStep) -> bool:
         """Whether it is active in this call: from `start` and `start_step` on, before `end`; an end of 1 includes 1."""
@@ -126,11 +133,12 @@ def compile_injection(
     identity: Identity,
     *,
     weight: float = 1.0,
-    projection: str = "ortho_v2",
-    num_zero: int = 20,
+    projection: str | None = None,
+    num_zero: int | None = None,
     start: float = 0.0,
     end: float = 1.0,
     start_step: int = 0,
+    lora_weight: float | None = None,
     mask: Tensor | ImageSource | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -139,10 +147,14 @@ def compile_injection(
 
     Args:
         weight: likeness strength. Official: 0.8 on SDXL (range 0-5), 1 on FLUX (0-3). 0 changes nothing at all.
-        projection: "none", "ortho" or "ortho_v2"; SDXL only, see `attention.cross_attention_residual`.
-        num_zero: zero tokens beside the identity, 0-80; SDXL only. More leave more freedom to the prompt.
+        projection: "none", "ortho" or "ortho_v2", see `attention.add_cross_attention`; PuLID for SDXL only, where None
+            means "ortho_v2".
+        num_zero: zero tokens beside the identity, 0-80; PuLID for SDXL only, where None means 20. More leave more
+            freedom to the prompt.
         start, end: fractions of the sampling between which it is active.
         start_step: first step in which it is active, official on FLUX (range 0-10); the later of both starts counts.
+        lora_weight: strength of the LoRA in the file, 0-2; FaceID only, where None means 1, the official value. It acts
+            on the whole image, whatever the mask, and once for all injections of a file.
         mask: part of the image that gets the identity, in any resolution: [H, W], or an image; see `load_mask`.
         device, dtype: of the denoiser's computation. The products are computed in float32 and rounded once.
 
@@ -150,9 +162,17 @@ def compile_injection(
         The Injection. Without `identity.uncond`, uncond rows stay unchanged.
 
     Raises:
-        SettingError: a value is out of range. IdentityMismatchError: the identity belongs to another adapter.
+        SettingError: a value is out of range, or the adapter's method has no such setting.
+        IdentityMismatchError: the identity belongs to another adapter.
         ImageError: the mask is not an image, or black.
     """
+    method = adapter.method
+    _check_has(method, projection=projection, num_zero=num_zero, lora_weight=lora_weight)
+    lora_weight = 1.0 if lora_weight is None else lora_weight
+    if not 0 <= lora_weight <= MOST["lora_weight"]:
+        raise SettingError(f"lora_weight is {lora_weight}; it has to be in 0..{MOST['lora_weight']}")
+    projection = method.projection if projection is None else projection
+    num_zero = method.num_zero if num_zero is None else num_zero
     _check_settings(weight, projection, num_zero, start, end, start_step, mask)
     _check_match(adapter, identity)
     device = torch.device(device)
@@ -170,6 +190,8 @@ def compile_injection(
         end=float(end),
         mask=None if mask is None else _read_mask(mask).to(device),
         start_step=start_step,
+        lora=None if adapter.lora is None else adapter.lora.to(device, dtype),
+        lora_weight=0.0 if adapter.lora is None else float(lora_weight),
     )
 
 
@@ -198,7 +220,10 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
     with ExitStack() as hooks:
         hooks.enter_context(uncompiled())
         masks = _Masks(active, step)
+        loras = strongest([(one.lora, one.lora_weight) for one in active if one.lora is not None])
         for n, site in enumerate(watched.sites):
+            for handle in _attach_loras(site, n, loras):  # first: the site's query has the LoRA in it
+                hooks.callback(handle.remove)
             for handle in attach(site, n, active, step, masks):
                 hooks.callback(handle.remove)
         yield
@@ -215,6 +240,12 @@ def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: D
         return add_cross_attention(q, h, identities, site.heads)
 
     return site.attach(add)
+
+
+def _attach_loras(site: Site, n: int, loras: Sequence[tuple[Lora, float]]) -> Iterator[RemovableHandle]:
+    for lora, strength in loras:
+        for i, parts in enumerate(site.attentions):
+            yield from lora.attach(2 * n + i, parts, strength)
 
 
 def _attach_image_stream(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> Iterable:
@@ -349,6 +380,13 @@ def _check_settings(
         raise SettingError(f"mask has shape {list(mask.shape)}; it has to be [H, W]")
 
 
+def _check_has(method: Method, **given: object) -> None:
+    """Raises SettingError where a setting is given that an SDXL method has not; FLUX always passed over them."""
+    for name, value in given.items():
+        if value is not None and method.family == "sdxl" and not has(method, name):
+            raise SettingError(f"{method.name} has no {name}; leave it out")
+
+
 def _check_match(adapter: Adapter, identity: Identity) -> None:
     made_with = identity.info.get("encoder", "")
     if identity.family not in ("", adapter.family) or (made_with and not adapter.is_encoder(made_with)):
@@ -382,3 +420,9 @@ def check_fit(found: Sites, injection: Injection) -> None:
                 f"The PuLID file is for a model of another size: {site.name} has width {site.width}, "
                 f"not {tensors.width}. Use an SDXL or FLUX.1 model of the usual size."
             )
+    for n, site in enumerate(found.sites if injection.lora is not None else ()):
+        if not site.attentions:
+            raise UnsupportedModelError(f"The checkpoint has no self-attention beside {site.name}, where FaceID's LoRA "
+                                        "belongs. Use another checkpoint or another method.")  # fmt: skip
+        for i, parts in enumerate(site.attentions):
+            injection.lora.check_fit(2 * n + i, parts)  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
 """Makes an Identity from photos, and encodes each photo only once.
 
-Runs `faces.py`, `vision.py` and `identity.py` in one call, and caches the result by the content of all its inputs: the
-photos, the choice of face, the weights. A cached identity loads no encoder.
+Runs `faces.py`, `readings.py` and `identity.py` in one call, and caches the result by the content of all its inputs:
+the photos, the choice of face, the weights. A cached identity loads no encoder.
 """
 
 from __future__ import annotations
@@ -10,27 +10,43 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lib_pulid.errors import IdentityMismatchError, WrongWeightsError
 from lib_pulid.faces import LARGEST, Face, FaceChoice, FaceModels, read_face
-from lib_pulid.identity import FILE_VERSION, Identity, check_fusion, encode_identity, face_features
+from lib_pulid.identity import FILE_VERSION, Identity, check_fusion, encode_identity
 from lib_pulid.images import ImageSource, load_image, resize_long_edge, thumbnail
 from lib_pulid.likeness import Recognizer, mean_embedding
-from lib_pulid.vision import VisionTower
+from lib_pulid.methods import IMAGE_ENCODERS
+from lib_pulid.readings import FaceFeatures, read_features
 from lib_pulid.weights import Adapter
+
+if TYPE_CHECKING:
+    from lib_pulid.clip_vision import ClipVision
+    from lib_pulid.vision import VisionTower
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The models between a photo and an identity encoder."""
+    """The models between a photo and an identity encoder; None: the method needs none."""
 
-    faces: FaceModels
-    tower: VisionTower
+    faces: FaceModels | None
+    tower: VisionTower | ClipVision | None
+
+
+def load_image_encoder(files: Mapping[str, Path], device: str) -> VisionTower | ClipVision | None:
+    """Loads the image encoder that is among files by role; None if none is."""
+    from lib_pulid import clip_vision, vision
+
+    if "tower" in files:
+        return vision.load_vision_tower(files["tower"]).to(device)
+    path = next((files[role] for role in IMAGE_ENCODERS if role in files), None)
+    return None if path is None else clip_vision.load_clip_vision(path, device)
 
 
 class IdentityCache:
@@ -90,7 +106,7 @@ def make_identity(
     Raises:
         ImageError, NoFaceError: the message names the photo.
     """
-    check_fusion(fusion, adapter)
+    check_fusion(fusion, adapter, len(photos))
     names = [_name(photo, i) for i, photo in enumerate(photos)]
     images = [load_image(photo, name) for photo, name in zip(photos, names)]
     key = identity_key(images, adapter, encoders_id=encoders_id, choice=choice, fusion=fusion)
@@ -98,36 +114,50 @@ def make_identity(
     if known is not None and (judge is None or judge.key in known.embeddings):
         return known
     models = encoders()
-    faces = []
-    for name, image in zip(names, images):
-        faces.append(read_face(image, models.faces, choice, name))
+    faces: list[Face] = []
+    for name, image in zip(names, images) if models.faces is not None else ():
+        faces.append(read_face(image, models.faces, choice, name, adapter.method.longest))
         on_face(name, faces[-1])
     embeddings = {recognizer: mean_embedding([face.embedding for face in faces])} if recognizer and faces else {}
-    if judge is not None and judge.key not in embeddings:
-        embeddings |= _judged(images, faces, judge)
+    if judge is not None and judge.key not in embeddings and faces:
+        embeddings |= _judged(images, faces, judge, adapter.method.longest)
     if known is not None:
         identity = replace(known, embeddings={**known.embeddings, **embeddings})
     else:
         identity = encode_identity(
-            face_features(faces, models.tower),
+            _checked(read_features(images, faces, adapter.method, models.tower), adapter),
             adapter,
             fusion=fusion,
-            thumbnail=thumbnail(faces[0].aligned, 128) if faces else None,
+            thumbnail=thumbnail(faces[0].aligned if faces else images[0], 128) if images else None,
             embeddings=embeddings,
         )
     cache.put(key, identity)
     return identity
 
 
-def _judged(images: Sequence[np.ndarray], faces: Sequence[Face], judge: Recognizer) -> dict[str, np.ndarray]:
+def _judged(
+    images: Sequence[np.ndarray], faces: Sequence[Face], judge: Recognizer, longest: int
+) -> dict[str, np.ndarray]:
     """Embeds the photos' faces with the judge. A judge that fails costs its number, and not the person."""
     try:
         recogniser = judge.load()
-        seen = [np.ascontiguousarray(resize_long_edge(image)[:, :, ::-1]) for image in images]
+        seen = [np.ascontiguousarray(resize_long_edge(image, longest)[:, :, ::-1]) for image in images]
         return {judge.key: mean_embedding([recogniser.embed(bgr, face.detection) for bgr, face in zip(seen, faces)])}
     except Exception as error:  # a damaged file, a lack of memory, anything of onnxruntime
         logging.getLogger(__name__).warning("PuLID: %s cannot be used to measure likeness (%s)", judge.name, error)
         return {}
+
+
+def _checked(photos: list[FaceFeatures], adapter: Adapter) -> list[FaceFeatures]:
+    """Raises WrongWeightsError where CLIP's width is not the one that the projector was made for."""
+    for photo in photos:
+        seen = photo.patches if photo.image is None else photo.image
+        if seen is not None and seen.shape[-1] != adapter.encoder.input_dim:
+            raise WrongWeightsError(
+                f"The CLIP image encoder gives {seen.shape[-1]} numbers, but {adapter.path.name} needs "
+                f"{adapter.encoder.input_dim}: it is another CLIP. {adapter.label} needs the one of h94/IP-Adapter."
+            )
+    return photos
 
 
 def identity_key(

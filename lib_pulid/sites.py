@@ -10,8 +10,8 @@ their handles; nothing of the denoiser is replaced or copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Site:
             to `total` in place: a copy of `image`, or `image` itself. All are [B, L, width].
         inner: on an image stream, a layer that runs whenever the block does, and not where a cache answers for it. (A
             cross-attention's hooks are inside.)
+        attentions: of a cross-attention: the layers q, k, v and out of the self-attention before it and of itself.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Site:
     heads: int
     attach: Callable[[Callable[..., Any]], Iterable[RemovableHandle]]
     inner: nn.Module | None = None
+    attentions: tuple[Mapping[str, nn.Module], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,14 @@ def _cross_attentions(unet: nn.Module, part: str) -> Iterator[Site]:
     for name, module in getattr(unet, part).named_modules(prefix=part):
         attention = getattr(module, "attn2", None)
         if attention is not None and hasattr(attention, "to_q"):
-            yield cross_attention_site(f"{name}.attn2", attention)
+            yield replace(cross_attention_site(f"{name}.attn2", attention), attentions=_attentions(module))
+
+
+def _attentions(block: Any) -> tuple[Mapping[str, nn.Module], ...]:
+    both = [getattr(block, name, None) for name in ("attn1", "attn2")]
+    if not all(hasattr(one, "to_q") and hasattr(one, "to_k") for one in both):
+        return ()
+    return tuple({"q": one.to_q, "k": one.to_k, "v": one.to_v, "out": one.to_out[0]} for one in both)
 
 
 def cross_attention_site(name: str, attention: Any) -> Site:

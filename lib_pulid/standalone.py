@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,8 @@ from lib_pulid.likeness import (
     choose_judge,
     measure,
 )
-from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, make_identity
+from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, load_image_encoder, make_identity
 from lib_pulid.sites import find_sites
-from lib_pulid.vision import load_vision_tower
 from lib_pulid.watch import Watch
 from lib_pulid.weights import Adapter, load_adapter
 
@@ -140,13 +139,12 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
     path = pulid or catalog.find_adapter(base.family, models_dir)
     if path is None:
         raise catalog.no_adapter(base.family, models_dir / "pulid", models_dir)
-    files = catalog.require_encoders(models_dir)
+    adapter = _adapter(path, base)
+    files = catalog.require_encoders(models_dir, adapter.method.reads)
     return Workshop(
         base=base,
-        adapter=_adapter(path, base),
-        encoders=lambda: Encoders(
-            load_face_models(FaceFiles.among(files), device), load_vision_tower(files["tower"]).to(device)
-        ),
+        adapter=adapter,
+        encoders=lambda: _encoders(files, device),
         encoders_id=catalog.fingerprint(files, lambda path: fingerprint_files([path])),
         cache=cache,
         recognizer=fingerprint_files([files["recogniser"]]),
@@ -160,6 +158,12 @@ def _judges(own: Path, models_dir: Path, device: str) -> list[Recognizer]:
     found = judges.find(judges.BUFFALO, models_dir)
     keys = {fingerprint_files([path]): path for path in (found, own) if path is not None}
     return [Recognizer(key, p.stem, p == own, partial(load_recogniser, p, device)) for key, p in keys.items()]
+
+
+def _encoders(files: Mapping[str, Path], device: str) -> Encoders:
+    """Loads the models that read photos, from their files by role."""
+    faces = load_face_models(FaceFiles.among(files), device) if "detector" in files else None
+    return Encoders(faces, load_image_encoder(files, device))
 
 
 def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: str) -> Workshop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,6 @@ from lib_pulid.fields import (
     NOT_DRAWN,
     PRESET_FAMILY,
     PRESETS,
-    WEIGHTS,
     Field,
     Number,
     check,
@@ -30,7 +29,9 @@ from lib_pulid.fields import (
     show,
 )
 from lib_pulid.injection import acts
+from lib_pulid.methods import Method, has, usual
 
+SETTINGS = ("projection", "num_zero", "start_step", "lora_weight")  # of `compile_injection`, if the method has them
 _SWITCH = Field("on", "PuLID", "bool", False, "The accordion's own checkbox.")
 _SOURCES = ("draw", "identity", "images")  # of a person, the one that takes precedence first
 _EMPTY = (None, "", NONE)  # what hosts turn an empty text or list into
@@ -63,6 +64,8 @@ class PulidUnit:
     hires: str = "both"
     draw: str = NOT_DRAWN
     keep_best: int = 0
+    lora_weight: float = 1.0
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # fields set by name, not by a widget
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], number: Number) -> PulidUnit:
@@ -77,7 +80,8 @@ class PulidUnit:
             raise SettingError(place(number, "identity") + "give either images or an identity, not both.")
         if checked.get("draw", NOT_DRAWN) != NOT_DRAWN and (checked.get("images") or checked.get("identity")):
             raise SettingError(place(number, "draw") + "a photo is drawn; give neither images nor an identity, or off.")
-        return cls(**{**preset_values(checked.get("preset", "")), **checked})._checked(number)
+        preset = preset_values(checked.get("preset", ""))
+        return cls(**{**preset, **checked}, given=frozenset(checked))._checked(number)
 
     @classmethod
     def from_positions(cls, values: Sequence[Any], number: Number) -> PulidUnit:
@@ -94,19 +98,24 @@ class PulidUnit:
         """Returns a copy with some fields replaced, for X/Y/Z axes. Photo, identity and draw replace one another."""
         checked = {name: check(field_named(name, number), value, number) for name, value in values.items()}
         checked = _one_source(checked)
-        return replace(self, **{**preset_values(checked.get("preset", "")), **checked})._checked(number)
+        preset = preset_values(checked.get("preset", ""))
+        return replace(self, **{**preset, **checked}, given=self.given | set(checked))._checked(number)
 
     def positions(self) -> list[Any]:
         """Returns the inverse of `from_positions`, plain JSON; photos as in the accordion's hidden field."""
-        values = {**asdict(self), "images": json.dumps(self.images) if self.images else ""}
-        for name, field in FIELD.items():
-            if field.shown is not None and values[name] == field.default:
-                values[name] = field.shown
+        values = {**self.values(), "images": json.dumps(self.images) if self.images else ""}
+        for name, one in FIELD.items():
+            if one.shown is not None and values[name] == one.default:
+                values[name] = one.shown
         return list(values.values())
 
     def mapping(self) -> dict[str, Any]:
         """Returns the inverse of `from_mapping`, plain JSON."""
-        return {**asdict(self), "images": list(self.images)}
+        return {**self.values(), "images": list(self.images)}
+
+    def values(self) -> dict[str, Any]:
+        """Returns the fields of FIELDS by name."""
+        return {name: getattr(self, name) for name in FIELD}
 
     @property
     def choice(self) -> FaceChoice:
@@ -116,10 +125,26 @@ class PulidUnit:
         """Whether it is used in the first or the second (hires) pass."""
         return self.hires in ("both", "second" if hires else "first")
 
-    def on(self, family: str) -> PulidUnit:
-        """Resolves it for a checkpoint of this family: fills in the weight and the family's name of the preset."""
-        weight = WEIGHTS[family] if self.weight is None else self.weight
-        return replace(self, weight=weight, preset=preset_name(family, asdict(self)))
+    def on(self, family: str, method: Method | None = None) -> PulidUnit:
+        """Resolves it for a checkpoint of this family, and a method (None: PuLID): fills in the weight and the family's
+        name of the preset."""
+        method = method or usual(family)
+        weight = method.weight if self.weight is None else self.weight
+        return replace(self, weight=weight, preset=preset_name(family, self.values()))
+
+    def settings(self, method: Method) -> dict[str, Any]:
+        """Returns what `compile_injection` is given of it besides the mask, as far as the method has it."""
+        found = {name: getattr(self, name) for name in SETTINGS if has(method, name)}
+        return {"weight": self.weight or 0.0, "start": self.start, "end": self.end, **found}
+
+    def check_method(self, method: Method, number: int) -> None:
+        """Raises: SettingError: a setting was given that the method does not have."""
+        for name in FIELD:
+            named = name in self.given and FIELD[name].family in ("", method.family) and not has(method, name)
+            if named and (name != "preset" or self.preset in PRESET_FAMILY):
+                raise SettingError(
+                    f"{place(number, name)}{method.label} has no such setting. Leave it out, or choose another model."
+                )
 
     def check_family(self, family: str, number: Number) -> None:
         """Raises: SettingError: the preset belongs to the other family."""

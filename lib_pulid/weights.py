@@ -1,12 +1,12 @@
-"""Loads a PuLID file of any version, recognized by its keys and shapes, never by its name.
+"""Loads an adapter: a PuLID file of any version, or another method's, recognized by content, never by its name.
 
 Layouts (names and shapes: official `pulid/pipeline.py`, `pipeline_v1_1.py`, `pipeline_flux.py`, commit 1aa2fc7):
 
     id_adapter.*    id_adapter_attn_layers.{i}.id_to_k/id_to_v.weight    SDXL, v1 and v1.1
-    image_proj.*    ip_adapter.{i}.to_k_ip/to_v_ip.weight                SDXL, v1 converted for IP-Adapter loaders
+    image_proj.*    ip_adapter.{i}.to_k_ip/to_v_ip.weight                SDXL, v1 converted; the other methods
     pulid_encoder.* pulid_ca.{n}.*                                       FLUX, v0.9.0 and v0.9.1
 
-A new ID method enters here: one more layout that yields an encoder and the weights of its sites.
+Which method a file is, `methods.method_of` tells. A new one enters there, with its encoder in `_ENCODERS` here.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lib_pulid import methods
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import WrongWeightsError
+from lib_pulid.files.download import sha256_of
 from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
+from lib_pulid.lora import PARTS, Lora
+from lib_pulid.methods import Method, has
+from lib_pulid.projectors import FacePlusProjection, FaceProjection, ImageProjection, Resampler
 
 
 @dataclass(frozen=True)
@@ -63,27 +69,37 @@ SiteWeights = CrossAttentionWeights | ImageStreamWeights
 
 @dataclass(frozen=True)
 class Adapter:
-    """The content of a PuLID file: an identity encoder, and weights for every site in the order of injection.
+    """The content of a PuLID file, or of another method's: an identity encoder, and weights for every site in the order
+    of injection.
 
     Args:
-        family: "sdxl" or "flux".
-        version: "v1", "v1.1" (SDXL), "v0.9" (FLUX; 0.9.0 and 0.9.1 have the same keys and shapes, and
-            differ only in `fingerprint`).
-        encoder: IDEncoder or IDFormer, float32, in eval mode: `encoder(id_cond, vit_hidden)` -> [B, N, D].
+        method: which one it is. (PuLID 0.9.0 and 0.9.1 have the same keys and shapes, and differ only in
+            `fingerprint`.)
+        encoder: float32, in eval mode; called with the method's inputs, returns tokens [B, N, D].
         sites: CrossAttentionWeights (70 in SDXL) or ImageStreamWeights (20 in FLUX), in the file's dtype.
         path: of the file.
+        lora: of all attention layers, in the file's dtype; None if the method has none.
     """
 
-    family: str
-    version: str
+    method: Method
     encoder: nn.Module
     sites: tuple[SiteWeights, ...]
     path: Path
+    lora: Lora | None = None
+
+    @property
+    def family(self) -> str:
+        """ "sdxl" or "flux"."""
+        return self.method.family
+
+    @property
+    def version(self) -> str:
+        return self.method.version
 
     @property
     def label(self) -> str:
         """The name for users: "PuLID v1.1 for SDXL"."""
-        return f"PuLID {self.version} for {self.family.upper()}"
+        return self.method.label
 
     @cached_property
     def fingerprint(self) -> str:
@@ -108,7 +124,7 @@ class Adapter:
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Loads a PuLID file of any version.
+    """Loads an adapter of any method and version.
 
     Args:
         path: a `.safetensors` file or a torch pickle (read with `weights_only=True`). All sizes are taken
@@ -124,41 +140,61 @@ def load_adapter(path: str | Path) -> Adapter:
     """
     path = Path(path)
     state = read_state_dict(path)
-    for prefixes, build in _LAYOUTS.items():
-        if all(any(key.startswith(prefix) for key in state) for prefix in prefixes):
-            adapter = build(state, path)
-            check_numbers(state, path)
-            return adapter
-    raise WrongWeightsError(
-        f"{path.name} is {describe(state)}. Needed: a PuLID file, for SDXL (pulid_v1.bin, pulid_v1.1.safetensors, "
-        "ip-adapter_pulid_sdxl_fp16.safetensors) or for FLUX (pulid_flux_v0.9.x.safetensors)."
-    )
+    method = methods.method_of(_header(state), path.name, lambda: sha256_of(path))
+    if method is None:
+        raise WrongWeightsError(
+            f"{path.name} is {describe(state)}. Needed: a PuLID file, for SDXL (pulid_v1.bin, pulid_v1.1.safetensors, "
+            "ip-adapter_pulid_sdxl_fp16.safetensors) or for FLUX (pulid_flux_v0.9.x.safetensors)."
+        )
+    adapter = (_image_streams if method.family == "flux" else _cross_attentions)(state, method, path)
+    check_numbers(state, path)
+    return adapter
+
+
+def _header(state: Mapping[str, Tensor]) -> methods.Header:
+    return {key: methods.Tensors(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in state.items()}
 
 
 # ---------------------------------------------------------------- layouts
 
+# An encoder is built by `from_state_dict` and has an `output_dim`.
+_ENCODERS: Mapping[Method, type] = {
+    methods.PULID_V1: IDEncoder,
+    methods.PULID_V11: IDFormer,
+    methods.PULID_FLUX: IDFormer,
+    methods.INSTANTID: Resampler,
+    methods.IP_ADAPTER_H: ImageProjection,
+    methods.IP_ADAPTER_BIGG: ImageProjection,
+    methods.IP_ADAPTER_PLUS: Resampler,
+    methods.IP_ADAPTER_PLUS_FACE: Resampler,
+    methods.FACEID: FaceProjection,
+    methods.FACEID_PLUS: FacePlusProjection,
+    methods.PORTRAIT: FaceProjection,
+    methods.PORTRAIT_UNNORM: Resampler,
+}
+# Prefix of the encoder, and pattern of the layers' keys and values. At most four digits, here and below: a number in a
+# name must not determine how long this takes.
+_OWN = ("id_adapter.", r"id_adapter_attn_layers\.(\d{1,4})\.id_to_(k|v)\.weight")
+_LORA = r"ip_adapter\.(\d{1,4})\.to_(q|k|v|out)_lora\.(down|up)\.weight"
+_CONVERTED = ("image_proj.", r"ip_adapter\.(\d{1,4})\.to_(k|v)_ip\.weight")
 
-def _build_sdxl(state: Mapping[str, Tensor], path: Path) -> Adapter:
-    # At most four digits, here and below: a number in a name must not determine how long this takes.
-    return _sdxl(state, path, "id_adapter.", r"id_adapter_attn_layers\.(\d{1,4})\.id_to_(k|v)\.weight")
 
-
-def _build_sdxl_converted(state: Mapping[str, Tensor], path: Path) -> Adapter:
-    return _sdxl(state, path, "image_proj.", r"ip_adapter\.(\d{1,4})\.to_(k|v)_ip\.weight")
-
-
-def _sdxl(state: Mapping[str, Tensor], path: Path, encoder_prefix: str, pair: str) -> Adapter:
-    encoder, version = _encoder(_under(state, encoder_prefix), path)
-    matches = {key: re.fullmatch(pair, key) for key in state if not key.startswith(encoder_prefix)}
+def _cross_attentions(state: Mapping[str, Tensor], method: Method, path: Path) -> Adapter:
+    prefix, pair = _OWN if any(key.startswith(_OWN[0]) for key in state) else _CONVERTED
+    encoder = _encoder(_under(state, prefix), method, path)
+    matches = {key: re.fullmatch(pair, key) for key in state if not key.startswith(prefix)}
+    low_rank = {(int(m[1]), m[2], m[3]): state[key] for key in matches if (m := re.fullmatch(_LORA, key))}
+    if has(method, "lora_weight"):
+        matches = {key: match for key, match in matches.items() if not re.fullmatch(_LORA, key)}
     if foreign := sorted(key for key, match in matches.items() if match is None):
-        raise WrongWeightsError(f"{path.name} looks like PuLID for SDXL, but also holds {foreign[0]!r}.")
+        raise WrongWeightsError(f"{path.name} looks like {method.label}, but also holds {foreign[0]!r}.")
     table = {(int(m[1]), m[2]): state[key] for key, m in matches.items() if m}
     # i counts every attention processor of the UNet; cross-attention is every second one: 1, 3, 5, ...
-    count = 1 + max(i for i, _ in table) // 2
+    count = 1 + max((i for i, _ in table), default=1) // 2
     expected = {(i, x) for i in range(1, 2 * count, 2) for x in "kv"}
     if stray := sorted(set(table) ^ expected):
         raise WrongWeightsError(
-            f"{path.name} is PuLID for SDXL, but incomplete (layer {stray[0][0]}). Download it again."
+            f"{path.name} is {method.label}, but incomplete (layer {stray[0][0]}). Download it again."
         )
     sites = []
     for i in range(1, 2 * count, 2):
@@ -166,15 +202,34 @@ def _sdxl(state: Mapping[str, Tensor], path: Path, encoder_prefix: str, pair: st
         if site.to_k.shape != site.to_v.shape or tuple(site.to_k.shape[1:]) != (encoder.output_dim,):
             raise WrongWeightsError(f"{path.name}: layer {i} does not fit tokens of width {encoder.output_dim}.")
         sites.append(site)
-    return Adapter("sdxl", version, encoder, tuple(sites), path)
+    lora = _lora(low_rank, tuple(sites), path) if has(method, "lora_weight") else None
+    return Adapter(method, encoder, tuple(sites), path, lora)
 
 
-def _build_flux(state: Mapping[str, Tensor], path: Path) -> Adapter:
-    encoder, version = _encoder(_under(state, "pulid_encoder."), path)
-    if version != "v1.1":
+def _lora(state: Mapping[tuple[int, str, str], Tensor], sites: tuple[SiteWeights, ...], path: Path) -> Lora:
+    """Builds the LoRA. state: by layer, part, and "down" or "up"."""
+    expected = {(n, part, half) for n in range(2 * len(sites)) for part in PARTS for half in ("down", "up")}
+    if stray := sorted(set(state) ^ expected):
+        raise WrongWeightsError(f"{path.name}: its LoRA is incomplete (layer {stray[0][0]}). Download it again.")
+    layers = {}
+    for n, part in sorted({place[:2] for place in expected}):
+        down, up = state[n, part, "down"], state[n, part, "up"]
+        width = sites[n // 2].to_k.shape[0]  # type: ignore[union-attr]
+        if down.ndim != 2 or up.ndim != 2 or up.shape != (width, down.shape[0]):
+            raise WrongWeightsError(f"{path.name}: its LoRA of layer {n} (to_{part}) does not fit a width of {width}.")
+        layers[n, part] = down, up
+    digest = hashlib.sha256()
+    for pair in layers.values():
+        digest.update(b"".join(tensor[0].float().numpy().tobytes() for tensor in pair))
+    return Lora(layers, digest.hexdigest()[:16])
+
+
+def _image_streams(state: Mapping[str, Tensor], method: Method, path: Path) -> Adapter:
+    if "pulid_encoder.proj_out" not in state and "pulid_encoder.body.0.weight" in state:
         raise WrongWeightsError(
             f"{path.name} has the cross-attention of PuLID for FLUX, but another encoder. Download it again."
         )
+    encoder = _encoder(_under(state, "pulid_encoder."), method, path)
     modules = _under(state, "pulid_ca.")
     numbers = [int(match[0]) for key in modules if (match := re.match(r"\d{1,4}(?=\.)", key))]
     count = 1 + max(numbers, default=-1)
@@ -190,7 +245,7 @@ def _build_flux(state: Mapping[str, Tensor], path: Path) -> Adapter:
     )
     for n, site in enumerate(sites):
         _check_image_stream(site, encoder.output_dim, f"{path.name}: pulid_ca.{n}")
-    return Adapter("flux", "v0.9", encoder, sites, path)
+    return Adapter(method, encoder, sites, path)
 
 
 IMAGE_STREAM_KEYS = {
@@ -224,27 +279,15 @@ def _check_image_stream(site: ImageStreamWeights, token_dim: int, name: str) -> 
             raise WrongWeightsError(f"{name}.{field} has shape {tuple(getattr(site, field).shape)}, expected {shape}.")
 
 
-def _encoder(state: dict[str, Tensor], path: Path) -> tuple[IDEncoder | IDFormer, str]:
-    """Loads the identity encoder, v1's or v1.1's by its keys."""
-    kinds: dict[str, tuple[type[IDEncoder | IDFormer], str]]
-    kinds = {"body.0.weight": (IDEncoder, "v1"), "proj_out": (IDFormer, "v1.1")}
-    for key, (kind, version) in kinds.items():
-        if key in state:
-            try:
-                return kind.from_state_dict(state), version
-            except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError) as error:
-                raise WrongWeightsError(
-                    f"{path.name}: the identity encoder ({kind.__name__}) is incomplete or has other shapes: {error}"
-                ) from error
-    raise WrongWeightsError(f"{path.name} is {describe({f'image_proj.{key}': t for key, t in state.items()})}.")
+def _encoder(state: dict[str, Tensor], method: Method, path: Path) -> Any:
+    kind = _ENCODERS[method]
+    try:
+        return kind.from_state_dict(state)
+    except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise WrongWeightsError(
+            f"{path.name}: the identity encoder ({kind.__name__}) is incomplete or has other shapes: {error}"
+        ) from error
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
-
-
-_LAYOUTS = {
-    ("id_adapter.", "id_adapter_attn_layers."): _build_sdxl,
-    ("image_proj.", "ip_adapter."): _build_sdxl_converted,
-    ("pulid_encoder.", "pulid_ca."): _build_flux,
-}

@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("boxes", "contact_sheet", "disk", "names", "camera_files", "encoders", "sites", "gpu_cost"),
-    ("images", "files"),
+    ("boxes", "contact_sheet", "disk", "names", "camera_files", "encoders", "lora", "methods", "sites", "gpu_cost"),
+    ("images", "files", "projectors", "identity_net"),
     ("weights", "faces", "masks", "watch"),
-    ("vision", "face_models", "attention", "judge", "likeness"),
+    ("vision", "clip_vision", "face_models", "attention", "judge", "likeness"),
+    ("readings",),
     ("identity",),
     ("photos", "injection", "blend"),
     ("fields",),
@@ -138,6 +139,7 @@ def test_hosts_do_not_know_each_other():
     shared = {f"lib_pulid.hosts{name}" for name in ("", ".base", ".families")}
     own = {
         "lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers", "lib_pulid.hosts.diffusers_checkpoint"},
+        "lib_pulid.hosts.diffusers_control": {"lib_pulid.hosts.diffusers"},
         "lib_pulid.hosts.base": {"lib_pulid.hosts.injector"},
         "lib_pulid.hosts.injector": {"lib_pulid.hosts.families", "lib_pulid.hosts.frame"},
     }

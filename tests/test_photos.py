@@ -18,12 +18,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from lib_pulid import identity as identity_module
+from lib_pulid import readings
 from lib_pulid.errors import ImageError, NoFaceError, SettingError
 from lib_pulid.faces import Face, FaceChoice, read_face
-from lib_pulid.identity import Identity, encode_identity, face_features
+from lib_pulid.identity import Identity, encode_identity
 from lib_pulid.images import thumbnail
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, identity_key, make_identity
+from lib_pulid.readings import face_features
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.weights import load_adapter
 from tests.face_standins import blank, draw_face, remembering_models, write_face_files
@@ -137,7 +138,7 @@ def test_several_photos_are_one_call_of_the_tower(models, monkeypatch):
     sizes = []
     handle = models.tower.register_forward_pre_hook(lambda tower, args: sizes.append(len(args[0])))
     together = face_features(faces, models.tower)
-    monkeypatch.setattr(identity_module, "VISION_BATCH", 1)
+    monkeypatch.setattr(readings, "VISION_BATCH", 1)
     face_features(faces, models.tower)
     handle.remove()
     assert sizes == [2, 1, 1]

@@ -542,29 +542,33 @@ class TestActions:
         assert actions.name_preset("sdxl", "flux", "ortho", 16, 4) == {"__type__": "update"}  # the page shows the other
 
     def test_another_family(self, actions):
-        values = [0.8, "id_mix", "ortho", 16, 0, 0.5, "average", "none", 3, 4]  # of two units
+        values = [0.8, "id_mix", "ortho", 16, 0, "auto", 0.5, "average", "none", 3, 4, "auto"]  # of two units
         family, *updates = actions.follow_checkpoint("sdxl", "flux", *values)
         assert family == "flux"
-        first, second = updates[:5], updates[5:]
+        first, second = updates[:6], updates[6:]
         assert (first[0]["value"], second[0].get("value")) == (1.0, None)  # 0.5 was set by hand
         assert first[1]["choices"] == ["realistic", "stylized", "custom"]
         assert (first[1]["value"], second[1]["value"]) == ("stylized", "realistic")
         assert first[2]["choices"] == ["official", "average"]
         assert (first[2]["value"], second[2]["value"]) == ("official", "average")
-        assert [update["visible"] for update in first[3:]] == [False, True]
+        assert [update["visible"] for update in first[3:]] == [False, True, False]
         family, *updates = actions.follow_checkpoint("flux", "sdxl", 1.0, *values[1:])
         assert (updates[0]["value"], updates[1]["value"], updates[2]["value"]) == (0.8, "style", "id_mix")
         assert [update["visible"] for update in updates[3:5]] == [True, False]
 
     def test_the_same_family_or_none(self, actions):
         assert (
-            actions.follow_checkpoint("flux", "flux", 0.8, "official", "ortho", 16, 0) == [{"__type__": "update"}] * 6
+            actions.follow_checkpoint("flux", "flux", 0.8, "official", "ortho", 16, 0, "auto")
+            == [{"__type__": "update"}] * 7
         )
         actions.family = lambda name: ""
-        family, weight, preset, _, *lines = actions.follow_checkpoint("flux", "", 1.0, "official", "ortho", 16, 0)
+        family, weight, preset, _, *lines = actions.follow_checkpoint(
+            "flux", "", 1.0, "official", "ortho", 16, 0, "auto"
+        )
         assert (family, weight) == ("", {"__type__": "update"})
-        assert preset == {"__type__": "update", "choices": [*PRESETS["sdxl"], *PRESETS["flux"], "custom"]}
-        assert [line["visible"] for line in lines] == [True, True]
+        assert preset["choices"] == [*PRESETS["sdxl"], *PRESETS["flux"], "custom"]
+        assert preset["visible"] and "value" not in preset
+        assert [line["visible"] for line in lines] == [True, True, False]
 
     def test_a_painted_region(self, actions):
         from lib_pulid.webui.pictures import region

@@ -213,10 +213,8 @@ FOREIGN = {
         ("XLabs lora", "double_blocks.0.processor.qkv_lora1.up.weight", "a LoRA"),
         ("LoKr", "lycoris_single_blocks_0_linear1.lokr_w1", "a LoRA"),
         ("OFT", "oft_unet_input_blocks_1.oft_blocks", "a LoRA"),
-        ("ip-adapter plus", "image_proj.latents image_proj.proj_out.weight ip_adapter.1.to_k_ip.weight",
-         "an IP-Adapter, but no PuLID"),
-        ("ip-adapter faceid", "image_proj.proj.0.weight ip_adapter.1.to_k_ip.weight ip_adapter.1.to_v_ip.weight",
-         "an IP-Adapter, but no PuLID"),
+        ("half an ip-adapter", "image_proj.latents image_proj.proj_out.weight", "an IP-Adapter of an unknown kind"),
+        ("its other half", "ip_adapter.1.to_k_ip.weight ip_adapter.1.to_v_ip.weight", "an IP-Adapter of an unknown"),
         ("XLabs ip-adapter", "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight", "an IP-Adapter"),
         ("XLabs projection", "ip_adapter_proj_model.proj.weight", "an IP-Adapter"),
         ("sdxl checkpoint", "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight "

@@ -21,6 +21,8 @@ FAMILIES = ("sdxl", "flux")
 _NON_COMMERCIAL = "InsightFace model license: non-commercial research purposes only"
 _ANTELOPE = "insightface/models/antelopev2"
 _ANTELOPE_REVISION = "ba0c3e10f4548361eb9a63265d87ce1140ab5a05"
+_INSTANTID = "InstantID checkpoints: non-commercial research purposes only (InsightFace)"
+_FACEID = "IP-Adapter-FaceID models: non-commercial research purposes only (InsightFace)"
 _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download/"
 
 
@@ -31,10 +33,12 @@ class WeightFile:
     Args:
         name: file name. folder: below the models folder. purpose: in words.
         source: "owner/repository" on the Hugging Face Hub, or a URL. origin: a URL to try where the source fails.
-        group: "sdxl", "flux" (one file of a group is enough) or "encoders" (all are needed).
+        group: "sdxl", "flux" (one PuLID file of a family is enough), "encoders" (PuLID needs all), or "methods" (the
+            files of other methods, each by itself).
         licence: in words; `restricted` licenses have to be accepted.
-        size: bytes, or 0 where it is not known. sha256: or "" where it is not known.
-        role: of an encoder: "tower", or its name in `face_models.FaceFiles`.
+        size: bytes, or 0 where it is not known. sha256: its first digits, or "", where not all are known.
+        role: of a model that reads photos, as in `methods.Method.reads`.
+        remote: its path in the repository, if that is not its name.
         others: sizes of well-known other files that people put under this name, and what they are.
     """
 
@@ -50,13 +54,19 @@ class WeightFile:
     revision: str = "main"
     origin: str = ""
     role: str = ""
+    remote: str = ""
     others: tuple[tuple[int, str], ...] = ()
 
     @property
     def url(self) -> str:
         """For a person; the program asks huggingface_hub, which knows mirrors."""
-        hub = f"https://huggingface.co/{self.source}/resolve/{self.revision}/{self.name}"
+        hub = f"https://huggingface.co/{self.source}/resolve/{self.revision}/{self.path}"
         return self.source if "://" in self.source else self.origin or hub
+
+    @property
+    def path(self) -> str:
+        """Its path in the repository."""
+        return self.remote or self.name
 
     @property
     def size_text(self) -> str:
@@ -113,6 +123,39 @@ CATALOG = (
     WeightFile("parsing_bisenet.pth", "facexlib", "face parser (BiSeNet)", "leonelhs/facexlib",
                "encoders", "MIT", role="parser", origin=_FACEXLIB + "v0.2.0/parsing_bisenet.pth",
                size=53_289_463, sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567"),
+    WeightFile("ip-adapter_instant_id_sdxl.bin", "pulid", "InstantID for SDXL", "InstantX/InstantID", "methods",
+               _INSTANTID, restricted=True, remote="ip-adapter.bin", size=1_691_134_141, sha256="02b3618e"),
+    WeightFile("control_instant_id_sdxl.safetensors", "pulid", "InstantID's ControlNet (IdentityNet)",
+               "InstantX/InstantID", "methods", _INSTANTID, restricted=True, role="identity_net",
+               remote="ControlNetModel/diffusion_pytorch_model.safetensors", size=2_502_139_136, sha256="c8127be9"),
+    WeightFile("ip-adapter-faceid-portrait_sdxl_unnorm.bin", "pulid", "FaceID Portrait (unnorm) for SDXL",
+               "h94/IP-Adapter-FaceID", "methods", _FACEID, restricted=True, sha256="220bb86e"),
+    WeightFile("ip-adapter-faceid-portrait_sdxl.bin", "pulid", "FaceID Portrait for SDXL",
+               "h94/IP-Adapter-FaceID", "methods", _FACEID, restricted=True, sha256="5631ce78"),
+    WeightFile("ip-adapter-faceid_sdxl.bin", "pulid", "FaceID for SDXL", "h94/IP-Adapter-FaceID", "methods", _FACEID,
+               restricted=True, size=1_071_149_741, sha256="f455fed2"),
+    WeightFile("ip-adapter-faceid-plusv2_sdxl.bin", "pulid", "FaceID PlusV2 for SDXL", "h94/IP-Adapter-FaceID",
+               "methods", _FACEID, restricted=True, size=1_487_555_181, sha256="c6945d82"),
+    WeightFile("ip-adapter-plus-face_sdxl_vit-h.safetensors", "pulid", "IP-Adapter Plus Face for SDXL",
+               "h94/IP-Adapter", "methods", remote="sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors",
+               size=847_517_512, sha256="677ad886"),
+    WeightFile("ip-adapter-plus_sdxl_vit-h.safetensors", "pulid", "IP-Adapter Plus for SDXL",
+               "h94/IP-Adapter", "methods", remote="sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors",
+               size=847_517_512, sha256="3f5062b8"),
+    WeightFile("ip-adapter_sdxl_vit-h.safetensors", "pulid", "IP-Adapter for SDXL (ViT-H)",
+               "h94/IP-Adapter", "methods", remote="sdxl_models/ip-adapter_sdxl_vit-h.safetensors",
+               size=698_391_064, sha256="ebf05d91"),
+    WeightFile("ip-adapter_sdxl.safetensors", "pulid", "IP-Adapter for SDXL (ViT-bigG)",
+               "h94/IP-Adapter", "methods", remote="sdxl_models/ip-adapter_sdxl.safetensors", size=702_585_376),
+    WeightFile("CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors", "clip_vision", "image encoder of IP-Adapter (ViT-H)",
+               "h94/IP-Adapter", "methods", remote="models/image_encoder/model.safetensors", role="clip_h"),
+    WeightFile("CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors", "clip_vision",
+               "image encoder of IP-Adapter (ViT-bigG)", "h94/IP-Adapter", "methods",
+               remote="sdxl_models/image_encoder/model.safetensors", role="clip_bigg"),
+    WeightFile("w600k_r50.onnx", "insightface/models/buffalo_l", "face recognizer of FaceID", "public-data/insightface",
+               "methods", _NON_COMMERCIAL, restricted=True, remote="models/buffalo_l/w600k_r50.onnx",
+               role="recogniser_buffalo", size=174_383_860,
+               others=((260_665_334, "antelopev2's glintr100.onnx"), (13_616_099, "w600k_mbf.onnx of buffalo_s"))),
 )  # fmt: skip
 
 
@@ -158,14 +201,15 @@ def missing(family: str, models_dir: Path) -> tuple[WeightFile, ...]:
     return tuple(lacking)
 
 
-def require_encoders(models_dir: Path) -> dict[str, Path]:
-    """Finds all encoder files, by role.
+def require_encoders(models_dir: Path, roles: Iterable[str] = ()) -> dict[str, Path]:
+    """Finds the models that read photos, by role: those of these roles, or all that PuLID needs.
 
     Raises:
         MissingWeightsError: names every missing file, its folder and address.
         WrongWeightsError: a file is known to be another one, which would give a stranger's face.
     """
-    found = [status(file, models_dir) for file in in_group("encoders")]
+    files = [file for file in CATALOG if file.role and file.role in roles] if roles else in_group("encoders")
+    found = [status(file, models_dir) for file in files]
     if lacking := [one.file for one in found if one.path is None]:
         raise MissingWeightsError(f"PuLID needs files that are missing:\n{by_hand(lacking, models_dir)}\n"
                                   f"{how_to_get(lacking)}")  # fmt: skip
@@ -193,7 +237,7 @@ def fingerprint(encoders: Mapping[str, Path], fingerprint_of: Callable[[Path], s
     Raises:
         WrongWeightsError: a file of the right size has other bytes: it is damaged.
     """
-    files = {file.role: file for file in in_group("encoders")}
+    files = {file.role: file for file in CATALOG if file.role}
     found = {role: fingerprint_of(path) for role, path in encoders.items()}
     for role, path in encoders.items():
         if files[role].size == disk.size_of(path) and (wrong := _damage(files[role], path, found[role])):
@@ -222,7 +266,7 @@ def _problem(file: WeightFile, path: Path) -> str:
 
 
 def _damage(file: WeightFile, path: Path, found: str) -> str:
-    if not file.sha256 or file.sha256.startswith(found):
+    if not file.sha256 or file.sha256.startswith(found) or found.startswith(file.sha256):
         return ""
     return f"{path} is damaged: its checksum is {found[:8]}..., not {file.sha256[:8]}..."
 
@@ -246,15 +290,19 @@ def _places(file: WeightFile, models_dir: Path) -> Iterator[Path]:
         folders.append(models_dir.parent / "extensions" / "sd-webui-controlnet" / "models")
     elif file.folder == "facexlib":
         folders += _package("facexlib")
+    elif file.folder == "clip_vision":
+        folders.append(models_dir / "ControlNet")
     else:
         folders += [disk.user_path("~/.insightface/models") / home.name / deeper for deeper in ("", home.name)]
     cache = _folder_of("XDG_CACHE_HOME")
     folders.append(_folder_of("TORCH_HOME", default=cache / "torch") / "hub" / "checkpoints")
+    snapshots: list[Path] = []
     if "://" not in file.source:  # as huggingface_hub.constants says, whose import takes a third of a second
         home = _folder_of("HF_HOME", default=cache / "huggingface")
         hub = _folder_of("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=home / "hub")
-        folders += disk.listed(hub / f"models--{file.source.replace('/', '--')}" / "snapshots")
-    return (folder / file.name for folder in folders)
+        snapshots = disk.listed(hub / f"models--{file.source.replace('/', '--')}" / "snapshots")
+    yield from (folder / file.name for folder in folders)
+    yield from (snapshot / file.path for snapshot in snapshots)
 
 
 def _package(name: str) -> list[Path]:
@@ -290,7 +338,7 @@ def download(
     errors = []
     for source in filter(None, (file.source, file.origin)):
         try:
-            url, headers = (source, {}) if "://" in source else downloads.address(source, file.name, file.revision)
+            url, headers = (source, {}) if "://" in source else downloads.address(source, file.path, file.revision)
             downloads.fetch(Download(url, target, file.size, file.sha256), headers, progress, policy)
             return target
         except DownloadError as error:

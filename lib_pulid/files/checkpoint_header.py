@@ -55,6 +55,16 @@ def read_header(path: Path) -> Mapping[str, tuple[int, ...]]:
         return {}
 
 
+def read_dtypes(path: Path) -> dict[str, str]:
+    """Reads the dtypes ("F16") of a safetensors file's tensors, likewise."""
+    try:
+        with path.open("rb") as file:
+            entries = read_safetensors_header(file).items()
+            return {name: str(entry["dtype"]) for name, entry in entries if name != "__metadata__"}
+    except Exception:
+        return {}
+
+
 def read_safetensors_header(file: BinaryIO) -> dict[str, Any]:
     """Reads the JSON at the start of a safetensors file. Raises ValueError where there is none."""
     return json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEADER)))

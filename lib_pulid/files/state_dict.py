@@ -167,7 +167,13 @@ _KNOWN_FILES: tuple[tuple[str, str], ...] = (
     (r"^pulid_(encoder|ca)\.", "a PuLID file for FLUX, or a part of one"),
     (r"^id_adapter", "a PuLID file for SDXL, or a part of one"),
     (r"^visual\.blocks\.|^blocks\.\d+\.attn\.", "a vision transformer (EVA-CLIP), not PuLID itself"),
-    (r"^(image_proj|ip_adapter)(_proj)?(_model)?\.|\.processor\.ip_adapter_", "an IP-Adapter, but no PuLID"),
+    (
+        r"^id_encoder\.",
+        "PhotoMaker, which changes the prompt's embedding and adds nothing to the cross-attention, so it does not work "
+        "here. Use its own extension",
+    ),
+    (r"\.processor\.ip_adapter_", "an IP-Adapter for FLUX (XLabs), whose layers are not PuLID's"),
+    (r"^(image_proj|ip_adapter)(_proj)?(_model)?\.", "an IP-Adapter of an unknown kind, or a part of one"),
     (r"lora_|\.lora[_.]|_lora\d*\.|\.alpha$|lokr_|hada_|oft_(blocks|diag)|dora_scale|lycoris_", "a LoRA"),
     (r"^control_model\.|input_hint_block|controlnet_", "a ControlNet"),
     (r"^(model\.diffusion_model\.)?double_blocks\.|^(single_)?transformer_blocks\.", "a FLUX transformer"),

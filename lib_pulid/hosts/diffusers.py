@@ -46,7 +46,7 @@ def apply(pipeline: Any, injections: Sequence[Injection], sites: Sites | None = 
     sites = sites or find_sites(denoiser)
     sites = sites if isinstance(sites, WatchedSites) else Watch().over(sites)
     watch = sites.watch
-    read_step = (_UNetCalls if sites.family == "sdxl" else _TransformerCalls)(pipeline)
+    read_step = (UNetCalls if sites.family == "sdxl" else _TransformerCalls)(pipeline)
     call, acts = ExitStack(), False
 
     def enter(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -100,7 +100,7 @@ class _Calls:
         return getattr(self._pipeline, "_num_timesteps", None) or len(self._pipeline.scheduler.timesteps)
 
 
-class _UNetCalls(_Calls):
+class UNetCalls(_Calls):
     """Reads UNet2DConditionModel(sample, timestep, encoder_hidden_states, ...): every image once per guidance part."""
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> DenoiseStep:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lib_pulid.encoders import SCALES
 from lib_pulid.errors import NoFaceError
 from lib_pulid.faces import FaceModels, read_face
-from lib_pulid.identity import face_features
+from lib_pulid.readings import face_features
 from lib_pulid.training.dataset import SCENES_EACH, Drawn
 from lib_pulid.vision import VisionTower
 

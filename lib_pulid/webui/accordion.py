@@ -159,7 +159,7 @@ class _Unit:
         with gr.Accordion("Advanced", open=False, elem_id=self._id("advanced")):
             self._advanced()
         w = self.widgets
-        self.following = [w["weight"], w["preset"], w["fusion"], self._sdxl, self._flux]
+        self.following = [w["weight"], w["preset"], w["fusion"], self._sdxl, self._flux, self._lora]
         self._wire()
 
     def _id(self, name: str) -> str:
@@ -279,6 +279,8 @@ class _Unit:
         with gr.Row(visible=self._shown.value in ("", "flux")) as self._flux:
             self._slider("start_step")
             self._slider("cfg_start_step")
+        with gr.Row(visible=False) as self._lora:
+            self._slider("lora_weight")
         with gr.Row():
             self._slider("start")
             self._slider("end")
@@ -343,6 +345,8 @@ class _Unit:
         self.save_preset.click(act.save_preset, [self.preset_name, *settings], saved, **AT_ONCE)
         self.refresh.click(act.saved_presets, [], [self.presets], **AT_ONCE)
         moved = [w[name] for name in PRESET_FIELDS]
+        values = [w[name] for name in FOLLOWING]
+        w["model"].change(act.follow_model, [self._shown, *values], self.following, **AT_ONCE)
         w["preset"].change(act.apply_preset, [w["preset"]], moved, **AT_ONCE)
         for name in PRESET_FIELDS:
             name_preset = partial(act.name_preset, FIELD[name].family)

@@ -25,12 +25,12 @@ from lib_pulid.fields import (
     NOT_DRAWN,
     PRESET_FAMILY,
     PRESET_TIPS,
-    WEIGHTS,
     check,
     preset_name,
     preset_values,
 )
 from lib_pulid.images import load_image
+from lib_pulid.methods import METHODS, Method, has, usual
 from lib_pulid.webui import pictures
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.presets import SAVED
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 192
 PRESET_FIELDS = ("projection", "num_zero", "start_step")  # the fields that presets set
-FOLLOWING = ("weight", "fusion", *PRESET_FIELDS)  # the fields that are read when the checkpoint changes
+ROWS = ("projection", "start_step", "lora_weight")  # the first settings of the rows that only some methods have
+FOLLOWING = ("weight", "fusion", *PRESET_FIELDS, "model")  # what is read when the checkpoint or the model changes
 
 
 # The page bypasses gradio's queue, where a click would wait until the current image is done. Also, gradio 3.41 leaves a
@@ -317,13 +318,22 @@ class Actions:
 
         shown: the page's family, "" for all. name: of the checkpoint. values: of FOLLOWING, unit by unit.
 
-        Returns the family; then for every unit weight, preset, fusion, and the rows of SDXL and of FLUX.
+        Returns the family; then for every unit weight, preset, fusion, and ROWS.
         """
         family, count = self.family(name or ""), len(FOLLOWING)
         units = [values[i : i + count] for i in range(0, len(values), count)]
         if family == shown:
-            return [gr.update()] * (1 + 5 * len(units))
-        return [family, *(update for unit in units for update in _for_family(family, *unit))]
+            return [gr.update()] * (1 + (3 + len(ROWS)) * len(units))
+        return [family, *(update for unit in units for update in self.follow_model(family, *unit))]
+
+    def follow_model(self, family: str, *values: Any) -> list[Any]:
+        """Shows the settings of a family and of the selected model's method in one unit. values: of FOLLOWING.
+
+        Returns weight, preset, fusion, and ROWS.
+        """
+        *others, model = values
+        method = self._library.method_of(model) or (usual(family) if family else None)
+        return _for_method(family, method, *others)
 
     # ------------------------------------------------------------ mask
 
@@ -338,16 +348,29 @@ class Actions:
         return np.zeros((int(height or 512), int(width or 512), 3), np.uint8)
 
 
-def _for_family(family: str, weight: float, fusion: str, *values: Any) -> list[Any]:
-    others = [default for name, default in WEIGHTS.items() if name != family]
-    fusions = [choice for choice in FIELD["fusion"].choices if family != "flux" or choice != "id_mix"]
-    preset = {"value": _preset_name(family, values), "info": PRESET_TIPS[family]} if family else {}
+def _for_method(family: str, method: Method | None, weight: float, fusion: str, *values: Any) -> list[Any]:
+    """method: None if neither the checkpoint's family nor the model is known."""
+    fusions = [one for one in FIELD["fusion"].choices if one != "id_mix" or method is None or _may_mix(method)]
+    has_preset = method is None or has(method, "preset")
+    preset = {"value": _preset_name(family, values), "info": PRESET_TIPS[family]} if family and has_preset else {}
+    is_default = method is not None and weight != method.weight and weight in {one.weight for one in METHODS}
     return [
-        gr.update(value=WEIGHTS[family]) if family and weight in others else gr.update(),
-        gr.update(choices=preset_choices(family), **preset),
+        gr.update(value=method.weight) if method is not None and is_default else gr.update(),
+        gr.update(choices=preset_choices(family), visible=has_preset, **preset),
         gr.update(choices=fusions, value=fusion if fusion in fusions else FIELD["fusion"].default),
-        *(gr.update(visible=family in ("", own)) for own in FAMILIES),
+        *(gr.update(visible=_is_shown(name, family, method)) for name in ROWS),
     ]
+
+
+def _may_mix(method: Method) -> bool:
+    """Whether id_mix is of use in a version of the method; "auto" may be any of them."""
+    return any(one.several == "first" for one in METHODS if (one.name, one.family) == (method.name, method.family))
+
+
+def _is_shown(name: str, family: str, method: Method | None) -> bool:
+    """Whether a setting is of use with a checkpoint's family and a method, as far as they are known."""
+    candidates = [usual(one) for one in FAMILIES] if method is None else [method]
+    return family in ("", FIELD[name].family) and any(has(one, name) for one in candidates)
 
 
 def preset_choices(family: str) -> list[str]:

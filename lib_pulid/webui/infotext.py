@@ -13,6 +13,7 @@ from typing import Any
 from lib_pulid import names
 from lib_pulid.errors import SettingError
 from lib_pulid.fields import AUTO, FIELDS, NONE, NOT_DRAWN, Field, Number, from_text
+from lib_pulid.methods import has, maker_of
 from lib_pulid.units import PulidUnit
 from lib_pulid.webui.library import Library
 
@@ -33,15 +34,16 @@ def clear(parameters: MutableMapping[str, Any]) -> None:
 def write(unit: PulidUnit, family: str, facts: Mapping[str, str]) -> str:
     """Formats all settings of a unit that apply to the model family.
 
-    facts: "hash" of the identity, "file" and "weights" of the PuLID model; "experiment" if it is one; "photo" that was
-        drawn.
+    facts: "hash" of the identity, "file" and "weights" of the model; "method" if it is not PuLID; "experiment" if it is
+        one; "photo" that was drawn.
     """
-    unit = unit.on(family)
+    method = maker_of(facts.get("method", ""), family)
+    unit = unit.on(family, method)
     entries = {"hash": facts["hash"], "weights": facts["weights"]}
     for field in FIELDS:
-        if field.pasted and field.family in ("", family):
+        if field.pasted and field.family in ("", family) and has(method, field.name):
             entries[field.name] = _text(getattr(unit, field.name))
-    entries |= {name: facts[name] for name in ("file", "experiment", "photo") if name in facts}
+    entries |= {name: facts[name] for name in ("file", "method", "experiment", "photo") if name in facts}
     if unit.images:
         entries["photos"] = str(len(unit.images))
     if unit.mask:

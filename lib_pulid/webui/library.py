@@ -27,8 +27,10 @@ from lib_pulid.errors import (
 )
 from lib_pulid.fields import AUTO, Number
 from lib_pulid.files import catalog
-from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
+from lib_pulid.files.checkpoint_header import checkpoint_family, read_dtypes, read_header
+from lib_pulid.files.pickle_header import read_pickle_header
 from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
+from lib_pulid.methods import DTYPES, Header, Method, Tensors, maker_of, method_of, usual
 from lib_pulid.units import at_unit
 from lib_pulid.webui.fetching import Downloads
 from lib_pulid.webui.interruptible import Interruptible
@@ -47,16 +49,18 @@ if TYPE_CHECKING:
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 IDENTITY_SUFFIXES = (".safetensors", PULIDEMBD)
 CARD_IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "avif")  # what the hosts save beside a model as its card's image
-# Tensors of a PuLID file's identity encoder that an IP-Adapter in the same layout lacks.
-_ENCODERS = ("image_proj.body.0.weight", "image_proj.proj_out")
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A PuLID file. family: "sdxl", "flux", or "" if it has to be loaded to find out."""
+    """A PuLID file or one of another method. method: None if it has to be loaded to find out."""
 
     path: Path
-    family: str
+    method: Method | None = None
+
+    @property
+    def family(self) -> str:
+        return "" if self.method is None else self.method.family
 
     @property
     def name(self) -> str:
@@ -119,19 +123,23 @@ class Library:
     def adapters(self) -> list[AdapterFile]:
         """Lists the PuLID files, those of the catalog first and in its order, wherever `catalog.status` finds them."""
         order = {file.name: i for i, file in enumerate(catalog.CATALOG)}
-        skip = {file.name for file in catalog.in_group("encoders")}
+        skip = {file.name for file in catalog.CATALOG if file.role}
         paths = [path for path in _files(self.folder, WEIGHT_SUFFIXES) if path.name not in skip]
         names = {path.name for path in paths}
         elsewhere = (catalog.status(file, self.models_dir).path for file in catalog.CATALOG if file.name not in skip)
         paths += [path for path in elsewhere if path is not None and path.name not in names]
-        found = [AdapterFile(path, self._of(path, _family)) for path in paths]
-        found = [file for file in found if file.family != "other"]
+        found = [file for path in paths if (file := self._of(path, _adapter_file)) is not None]
         return sorted(found, key=lambda file: (order.get(file.name, len(order)), file.name.lower()))
 
-    def adapter(self, name: str, family: str, encoder: str = "") -> Adapter:
-        """Loads a PuLID file. name: of the file, with or without its suffix, or "auto".
+    def method_of(self, name: str) -> Method | None:
+        """Returns the method of a file by name, from its header; None with "auto", and where that does not tell."""
+        return next((file.method for file in self.adapters() if name in (file.name, file.path.stem)), None)
 
-        encoder: with "auto", the fingerprint of the encoder that a saved identity needs.
+    def adapter(self, name: str, family: str, encoder: str = "", made_for: str = "") -> Adapter:
+        """Loads a PuLID file, or one of another method. name: of the file, with or without its suffix, or "auto".
+
+        encoder, made_for: with "auto", the fingerprint of the encoder that a saved identity needs, and the label of its
+        adapter; else auto is PuLID.
 
         Raises:
             MissingWeightsError, WrongWeightsError, UnsupportedModelError.
@@ -140,16 +148,23 @@ class Library:
             if name != AUTO:
                 return self._checked(self._load(self._named(name)), family)
             left_out: list[str] = []
-            adapters = self._of_family(family, encoder, left_out)
+            method = maker_of(made_for, family)
+            adapters = self._of_method(method, encoder, left_out)
             first = next(adapters, None)
+            if first is None and method.name != usual(family).name:
+                raise MissingWeightsError(f"the identity was made with {method.label}, which is not in {self.folder}.")
             if first is None:
                 raise catalog.no_adapter(family, self.folder, self.models_dir, left_out)
             if not encoder or first.is_encoder(encoder):
                 return first
             return next((adapter for adapter in adapters if adapter.is_encoder(encoder)), first)
 
-    def _of_family(self, family: str, encoder: str, left_out: list[str]) -> Iterator[Adapter]:
-        files = [file for file in self.adapters() if file.family in (family, "")]
+    def _of_method(self, method: Method, encoder: str, left_out: list[str]) -> Iterator[Adapter]:
+        """Loads the files of a method, whatever their version."""
+        wanted = (method.name, method.family)
+        files = [
+            file for file in self.adapters() if file.method is None or (file.method.name, file.method.family) == wanted
+        ]
         if self._adapter is not None and encoder:  # the loaded file is checked at no cost
             loaded = self._adapter[1].path
             files.sort(key=lambda file: file.path != loaded)
@@ -157,11 +172,11 @@ class Library:
             try:
                 adapter = self._load(file.path)
             except (WrongWeightsError, MissingWeightsError) as error:
-                if file.family:
+                if file.method is not None:
                     raise  # its header says that it is a PuLID file: damaged
                 left_out.append(str(error))  # some other file in the folder
                 continue
-            if adapter.family == family:
+            if (adapter.method.name, adapter.family) == wanted:
                 yield adapter
 
     def _named(self, name: str) -> Path:
@@ -466,19 +481,25 @@ def _stamp(path: Path) -> tuple[str, int, int]:
     return str(path), stat.st_size, stat.st_mtime_ns
 
 
-def _family(path: Path) -> str:
-    """Returns a PuLID file's family by the tensor names in a safetensors header; for a pickle, by the catalog."""
-    if path.suffix.lower() != ".safetensors":
-        return next((file.group for file in catalog.CATALOG if file.name == path.name), "")
-    keys = read_header(path)
-    if not keys:
-        return ""  # damaged: listed, and loading it reports what is wrong
-    if any(key.startswith("pulid_ca.") for key in keys):
-        return "flux"
-    if any(key.startswith("id_adapter") for key in keys):
-        return "sdxl"
-    converted = any(key.startswith("ip_adapter.") for key in keys) and any(key in keys for key in _ENCODERS)
-    return "sdxl" if converted else "other"
+def _adapter_file(path: Path) -> AdapterFile | None:
+    """Tells an adapter's method by the names, shapes and dtypes of its tensors; None for another kind of file."""
+    is_pickle = path.suffix.lower() != ".safetensors"
+    header: Header = read_pickle_header(path) if is_pickle else _safetensors_header(path)
+    if not header and is_pickle:
+        file = catalog.named(path.name)  # written by an older torch
+        return AdapterFile(path, usual(file.group) if file is not None and file.group in catalog.FAMILIES else None)
+    if not header:
+        return AdapterFile(path)  # damaged: listed, and loading it reports what is wrong
+    try:
+        method = method_of(header, path.name)
+    except WrongWeightsError:
+        return AdapterFile(path) if is_pickle else None
+    return AdapterFile(path, method) if is_pickle or method is not None else None
+
+
+def _safetensors_header(path: Path) -> Header:
+    dtypes = read_dtypes(path)
+    return {key: Tensors(shape, DTYPES.get(dtypes[key], dtypes[key])) for key, shape in read_header(path).items()}
 
 
 def _fingerprint(path: Path) -> str:

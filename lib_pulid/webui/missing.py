@@ -11,6 +11,7 @@ import gradio as gr
 from lib_pulid.files import catalog
 from lib_pulid.files.catalog import FAMILIES, WeightFile
 from lib_pulid.files.download import format_size
+from lib_pulid.methods import usual
 from lib_pulid.webui.actions import AT_ONCE
 from lib_pulid.webui.fetching import State
 from lib_pulid.webui.library import Library
@@ -67,7 +68,9 @@ class Missing:
         folder = self._library.models_dir
         with_file = (family for family in FAMILIES if catalog.find_adapter(family, folder))
         lacking = catalog.missing(self._family() or next(with_file, FAMILIES[0]), folder)
-        own = {file.family for file in self._library.adapters()}  # under any name: recognized by content
+        # Under any name: recognized by content.
+        methods = [file.method for file in self._library.adapters() if file.method is not None]
+        own = {method.family for method in methods if method.name == usual(method.family).name}
         return tuple(file for file in lacking if file.group not in own)
 
     def values(self, accepted: bool) -> tuple[Any, ...]:

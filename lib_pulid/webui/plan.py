@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from lib_pulid.boxes import read_box, within
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
-from lib_pulid.fields import AUTO, NOT_DRAWN, Number, place, spoken
+from lib_pulid.fields import NOT_DRAWN, Number, place, spoken
 from lib_pulid.identity import check_fusion, with_uncond
 from lib_pulid.images import load_image
 from lib_pulid.injection import Injection
+from lib_pulid.methods import usual
 from lib_pulid.sites import is_chroma
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.pictures import packed, photo, region
@@ -146,8 +147,8 @@ class UnitPlan:
 
     def _compile(self, number: Number, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
         self.tell(f"PuLID: loading the model for {spoken(number)}")
-        unit = unit.on(model.family)
         identity, adapter = self._identity(number, unit, model.family)
+        unit = unit.on(model.family, adapter.method)
         self.people[number] = identity
         # Without negative rows it takes half the memory.
         identity = with_uncond(identity, adapter) if model.guided else replace(identity, uncond=None)
@@ -158,17 +159,14 @@ class UnitPlan:
             injection = self.library.injection(
                 adapter,
                 identity,
-                weight=unit.weight or 0.0,
-                projection=unit.projection,
-                num_zero=unit.num_zero,
-                start=unit.start,
-                end=unit.end,
-                start_step=unit.start_step if model.family == "flux" else 0,
+                **unit.settings(adapter.method),
                 mask=mask,
                 device=model.device,
                 dtype=model.dtype,
             )
         facts = {"hash": identity.short_hash, "file": adapter.path.name, "weights": adapter.fingerprint[:10]}
+        if adapter.method.name != usual(model.family).name:
+            facts["method"] = adapter.method.label
         if number in self.drawn:
             facts["photo"] = self.drawn[number].name
         return injection, facts
@@ -178,15 +176,17 @@ class UnitPlan:
             with _at(number, "identity"):
                 identity = self.library.with_embedding(self.library.saved(unit.identity), self.judge)
             with _at(number, "model"):
-                encoder = identity.info.get("encoder", "") if unit.model == AUTO else ""
-                adapter = self.library.adapter(unit.model, family, encoder)
+                encoder, made_for = (identity.info.get(key, "") for key in ("encoder", "adapter"))
+                adapter = self.library.adapter(unit.model, family, encoder, made_for)
+            unit.check_method(adapter.method, number)
             return identity, adapter
         if not unit.images:
             raise at_unit(number, "images", SettingError("add a photo, choose a saved identity, or disable this unit."))
         with _at(number, "model"):
             adapter = self.library.adapter(unit.model, family)
+        unit.check_method(adapter.method, number)
         with _at(number, "fusion"):
-            check_fusion(unit.fusion, adapter)
+            check_fusion(unit.fusion, adapter, len(unit.images))
         drawn = self.drawn[number].name if number in self.drawn else ""
         with _at(number, "draw" if drawn else "images", drawn):
             photos = [photo(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]

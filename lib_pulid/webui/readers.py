@@ -9,15 +9,17 @@ import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from lib_pulid.errors import is_out_of_memory
 from lib_pulid.files import catalog, judges
 from lib_pulid.likeness import Recognizer, SeenFace
+from lib_pulid.methods import IMAGE_ENCODERS
 
 if TYPE_CHECKING:
+    from lib_pulid.clip_vision import ClipVision
     from lib_pulid.faces import Detector, Face, FaceChoice, FaceModels, Recogniser
     from lib_pulid.identity import Identity
     from lib_pulid.photos import Encoders, IdentityCache
@@ -39,7 +41,8 @@ class Readers:
     def __init__(self, device: Callable[[], str], fingerprint: Callable[[Path], str]) -> None:
         self._device, self._fingerprint = device, fingerprint
         self._faces: FaceModels | None = None
-        self._tower: VisionTower | None = None
+        self._tower: VisionTower | ClipVision | None = None
+        self._loaded: dict[str, Any] = {}  # the files they were loaded from: methods need different ones
         self._seer: Detector | None = None
         self._judges: dict[Path, Recogniser] = {}
         self._moved = False  # to the CPU
@@ -63,7 +66,7 @@ class Readers:
         """Encodes photos of one person, uint8 RGB [H, W, 3]; see `photos.make_identity`."""
         from lib_pulid.photos import make_identity
 
-        files = catalog.require_encoders(models_dir)
+        files = catalog.require_encoders(models_dir, adapter.method.reads)
         identity = self._where_memory_suffices(
             lambda: make_identity(
                 list(photos),
@@ -74,7 +77,7 @@ class Readers:
                 choice=choice,
                 fusion=fusion,
                 on_face=lambda name, face: tell(f"{name} read"),
-                recognizer=self._fingerprint(files["recogniser"]),
+                recognizer=self._fingerprint(files["recogniser"]) if "recogniser" in files else "",
                 judge=judge,
             ),
             warn,
@@ -121,6 +124,7 @@ class Readers:
     def release(self) -> None:
         self._faces = self._tower = self._seer = None
         self._judges.clear()
+        self._loaded.clear()
         self._moved = False
 
     def _where_memory_suffices(self, work: Callable[[], Result], warn: Callable[[str], None]) -> Result:
@@ -141,21 +145,26 @@ class Readers:
         return CPU if self._moved else self._device()
 
     def _encoders(self, files: dict[str, Path], tell: Callable[[str], None]) -> Encoders:
-        from lib_pulid.photos import Encoders
-        from lib_pulid.vision import load_vision_tower
+        from lib_pulid.photos import Encoders, load_image_encoder
 
-        tell("loading the face models")
-        faces = self._face_models(files)
-        if self._tower is None:
+        faces = None
+        if "detector" in files:
+            tell("loading the face models")
+            faces = self._face_models(files)
+        wanted = [files[role] for role in IMAGE_ENCODERS if role in files]
+        if wanted and (self._tower is None or self._loaded.get("tower") != wanted):
             tell("loading the vision tower")
-            self._tower = load_vision_tower(files["tower"]).to(self._place())
-        return Encoders(faces, self._tower)
+            self._tower, self._loaded["tower"] = None, wanted  # first, so that two are never in memory
+            self._tower = load_image_encoder(files, self._place())
+        return Encoders(faces, self._tower if wanted else None)
 
     def _face_models(self, files: dict[str, Path]) -> FaceModels:
         from lib_pulid.face_models import FaceFiles, load_face_models
 
-        if self._faces is None:
-            self._faces = load_face_models(FaceFiles.among(files), self._place())
+        wanted = FaceFiles.among(files)
+        if self._faces is None or self._loaded.get("faces") != wanted:
+            self._faces = load_face_models(wanted, self._place())
+            self._loaded["faces"] = wanted
         return self._faces
 
     def _detector(self, models_dir: Path) -> Detector:

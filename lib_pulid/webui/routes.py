@@ -22,6 +22,7 @@ from lib_pulid.errors import (
 from lib_pulid.fields import FIELD, FIELDS, PRESETS, WEIGHTS, check, schema, spelled
 from lib_pulid.files import catalog
 from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
+from lib_pulid.methods import METHODS
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui import pictures
 from lib_pulid.webui.fetching import Downloads
@@ -109,7 +110,10 @@ async def _body(request: Any) -> dict[str, Any]:
 def models(library: Library) -> dict[str, Any]:
     """Lists the values of a unit's field model, and all files of the catalog with their state: there, missing or
     differs (in size)."""
-    files = [{"name": file.name, "family": file.family or None} for file in library.adapters()]
+    files = [
+        {"name": file.name, "family": file.family or None, "method": file.method.name if file.method else None}
+        for file in library.adapters()
+    ]
     known = [_known(file, library) for file in catalog.CATALOG]
     return {"folder": str(library.folder), "models": files, "files": known}
 
@@ -217,10 +221,15 @@ def _file(name: str, content: bytes) -> Any:
 
 
 def describe() -> dict[str, Any]:
-    """Returns the unit's JSON schema, the weight and presets of each family, and the positional order."""
+    """Returns the unit's JSON schema, the weight and presets of each family, each method's weight and own settings, and
+    the positional order."""
     presets = {family: {name: dict(values) for name, values in some.items()} for family, some in PRESETS.items()}
     order = [field.name for field in FIELDS]
-    return {**schema(), "weights": dict(WEIGHTS), "presets": presets, "order": order}
+    kinds = {
+        method.label: {"family": method.family, "weight": method.weight, "settings": list(method.settings)}
+        for method in METHODS
+    }
+    return {**schema(), "weights": dict(WEIGHTS), "presets": presets, "methods": kinds, "order": order}
 
 
 def detect(body: Mapping[str, Any], library: Library) -> dict[str, Any]:

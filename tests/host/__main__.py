@@ -26,6 +26,7 @@ from tests.host import (
     rows_img2img,
     rows_likeness,
     rows_long,
+    rows_methods,
     rows_miniature,
     rows_neo,
     rows_page,
@@ -34,7 +35,7 @@ from tests.host import (
     rows_weights,
     rows_works_with,
 )
-from tests.host.models import checkpoints, flux, miniature, pulid
+from tests.host.models import checkpoints, flux, methods, miniature, pulid
 from tests.host.table import Result, Row, as_markdown, run
 from tests.host.webui import NAMES, ROOT, Checkout, Running, running
 
@@ -43,6 +44,7 @@ GROUPS = {
     "basics": rows_basics,
     "batches": rows_batches,
     "works-with": rows_works_with,
+    "methods": rows_methods,
     "img2img": rows_img2img,
     "controlnet": rows_controlnet,
     "adetailer": rows_adetailer,
@@ -125,9 +127,9 @@ def keep_log(host: Running, generated: Path) -> None:
 def generate(folder: Path, checkout: Checkout) -> Path:
     """Checkpoints and the rest, unless they are there already as this program would write them."""
     models = sorted(Path(__file__).with_name("models").glob("*.py"))
-    large = [path for path in models if path.stem not in ("pulid", "configs", "flux", "gguf")]
+    large = [path for path in models if path.stem not in ("pulid", "methods", "configs", "flux", "gguf")]
     kinds = [path for path in models if path.stem in ("flux", "gguf")]
-    small = [*large, ROOT / "tests" / "face_standins.py", ROOT / "tests" / "small_models" / "__init__.py"]
+    small = [*large, ROOT / "tests" / "face_standins.py", *(ROOT / "tests" / "small_models").glob("*.py")]
     drawn = [*models, *(ROOT / "lib_pulid" / "miniature").iterdir(), *(ROOT / "lib_pulid" / "training").glob("*.py")]
 
     def checkpoints_and_companions() -> None:
@@ -140,6 +142,7 @@ def generate(folder: Path, checkout: Checkout) -> Path:
 
     def pulid_and_photos() -> None:
         pulid.write_models(folder / "models")
+        methods.write_models(folder / "models")
         pulid.write_photos(folder / "photos")
 
     unless_made(folder / "large.txt", fingerprint(large), checkpoints_and_companions)

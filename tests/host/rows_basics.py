@@ -180,7 +180,7 @@ def detect(host: Running) -> str:
 def routes(host: Running) -> str:
     models = {one["name"]: one["family"] for one in host.api.get("/pulid/models")["models"]}
     wanted = {"pulid_v1.1.safetensors": "sdxl", "pulid_v1.bin": "sdxl", "pulid_flux_v0.9.1.safetensors": "flux"}
-    expect(models == wanted, f"models: {models}")
+    expect(wanted.items() <= models.items(), f"models: {models}")
     schema = host.api.get("/pulid/schema")
     expect({"enabled", "images", "identity", "weight"} <= set(schema["properties"]), f"schema: {schema}")
     return ", ".join(schema["properties"])

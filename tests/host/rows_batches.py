@@ -20,8 +20,8 @@ LONG = "a very detailed photo of a cat, " * 20
 WEIGHT = 0.3
 
 
-def mirror(host: Running, **changes: Any) -> str:
-    """Checks one way of cutting; returns the distances."""
+def mirror(host: Running, people: tuple[str, str] = ("marked A", "marked B"), **changes: Any) -> str:
+    """Checks one way of cutting; returns the distances. people: identities with each other's tokens."""
     prompt = changes.pop("prompt", "a photo of a cat")
     negative = changes.pop("negative_prompt", "blurry")
     scale = changes.pop("cfg_scale", 4.0)
@@ -31,9 +31,9 @@ def mirror(host: Running, **changes: Any) -> str:
         asked = {"prompt": positive, "negative_prompt": other, "cfg_scale": guidance, **changes}
         return host.api.txt2img(*units, **asked).images
 
-    straight = made(prompt, negative, scale, "marked A")
-    mirrored = made(negative, prompt, 1 - scale, "marked B")
-    wrong = made(negative, prompt, 1 - scale, "marked A")
+    straight = made(prompt, negative, scale, people[0])
+    mirrored = made(negative, prompt, 1 - scale, people[1])
+    wrong = made(negative, prompt, 1 - scale, people[0])
     plain = made(prompt, negative, scale, None)
     same = max(close(a, b, "the mirror picture") for a, b in zip(straight, mirrored))
     other = min(differ(a, b, "the mirror picture with rows exchanged") for a, b in zip(straight, wrong))

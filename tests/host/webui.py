@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.host.api import Api
-from tests.host.models import miniature, pulid
+from tests.host.models import methods, miniature, pulid
 
 ROOT = Path(__file__).resolve().parents[2]
 HELPER = Path(__file__).resolve().parent / "helper"
@@ -204,6 +204,7 @@ def fill(data: Path, generated: Path, extensions: Sequence[Path], kind: str) -> 
     identities = data / "models" / "pulid" / "identities"
     identities.mkdir()
     pulid.write_marked_identities(identities)
+    methods.write_marked_identities(identities)
     for name, folder in (("ControlNet", "controlnet"), ("text_encoder", "modules")):
         links = data / "models" / name
         links.mkdir()

@@ -1,0 +1,706 @@
+"""The methods beside PuLID: told by a file's content, equal to the official code, and bit-identical when off.
+
+References: tests/reference/methods.safetensors, see record_methods.py there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lib_pulid import methods
+from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError, WrongWeightsError
+from lib_pulid.faces import CROP_LANDMARKS, Detection, FaceModels
+from lib_pulid.files.pickle_header import read_pickle_header
+from lib_pulid.hosts.diffusers import apply
+from lib_pulid.hosts.diffusers_control import identity_net
+from lib_pulid.identity import Identity, encode_identity
+from lib_pulid.identity_net import draw_points, place_points
+from lib_pulid.injection import DenoiseStep, compile_injection, inject
+from lib_pulid.lora import Lora
+from lib_pulid.photos import Encoders, IdentityCache, make_identity
+from lib_pulid.projectors import FacePlusProjection, FaceProjection, ImageProjection, Resampler
+from lib_pulid.readings import FaceFeatures
+from lib_pulid.sites import find_sites
+from lib_pulid.weights import Adapter, load_adapter
+from tests import layouts
+from tests.fake_modules.models import count_hooks
+from tests.reference import cases
+from tests.reference import method_cases as official
+from tests.small_models import TOKEN_WIDTH
+from tests.small_models import methods as small
+
+PROJECTOR, EFFECT = 1e-5, 1e-3  # relative errors: of a projector, and of what is added to a whole UNet's output
+REFERENCE = load_file(Path(__file__).parent / "reference" / "methods.safetensors")
+WIDTHS = (16, 24, 16)
+FILES = small.method_files(WIDTHS)
+
+
+def relative(ours: Tensor, official: Tensor) -> float:
+    assert ours.shape == official.shape
+    return ((ours - official).norm() / official.norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def write(tmp_path):
+    return lambda state, name="file.bin": small.write(tmp_path / name, state)
+
+
+# ---------------------------------------------------------------- which method a file is
+
+KINDS = {
+    "instantid": methods.INSTANTID,
+    "ip_adapter": methods.IP_ADAPTER_H,
+    "plus": methods.IP_ADAPTER_PLUS,
+    "face_id": methods.FACEID,
+    "face_id_plus": methods.FACEID_PLUS,
+    "portrait": methods.PORTRAIT,
+    "portrait_unnorm": methods.PORTRAIT_UNNORM,
+}
+
+
+@pytest.mark.parametrize("name", ["pulid_v1.bin", "pulid_v1.1.safetensors"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_told_by_its_content(write, kind, name):
+    adapter = load_adapter(write(FILES[kind], name))
+    assert adapter.method == KINDS[kind]
+    assert [site.to_k.shape for site in adapter.sites] == [(width, TOKEN_WIDTH) for width in WIDTHS]
+    assert {p.dtype for p in adapter.encoder.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pickle_is_told_without_loading_it(write, kind):
+    header = read_pickle_header(write(FILES[kind]))
+    assert {key: info.shape for key, info in header.items()} == {
+        key: tuple(tensor.shape) for key, tensor in small.flat(FILES[kind]).items()
+    }
+    assert methods.method_of(header, "file.bin") == KINDS[kind]
+
+
+def test_big_g_by_the_width_of_its_embedding(write):
+    state = {"image_proj": ImageProjection(1280, TOKEN_WIDTH, 4).state_dict(), "ip_adapter": small.layers(WIDTHS)}
+    assert load_adapter(write(state)).method == methods.IP_ADAPTER_BIGG
+
+
+def test_plus_face_by_its_checksum(write, monkeypatch):
+    """Plus and Plus Face have the same tensors."""
+    path = write(FILES["plus"])
+    assert load_adapter(path).method == methods.IP_ADAPTER_PLUS
+    monkeypatch.setattr(methods, "_PLUS_FACE", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    assert load_adapter(path).method == methods.IP_ADAPTER_PLUS_FACE
+
+
+def test_no_program_of_a_pickle_runs(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("made").mkdir, ())
+
+    torch.save({"image_proj": Evil(), "x": torch.zeros(1)}, tmp_path / "evil.bin")
+    assert read_pickle_header(tmp_path / "evil.bin") == {}
+    assert not (tmp_path / "made").exists()
+
+
+def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in state.items() if key != name}
+
+
+def changed(kind: str, table: str, **tensors: Tensor) -> dict:
+    state = FILES[kind]
+    return {**state, table: {**state[table], **{name.replace("__", "."): t for name, t in tensors.items()}}}
+
+
+REFUSED = {
+    "another precision": (
+        {table: small.half(state) for table, state in FILES["instantid"].items()},
+        "InstantID or IP-Adapter FaceID Portrait .* another precision",
+    ),
+    "sd15": (
+        small.method_files((16,), 768, only=["instantid"])["instantid"],
+        r"an IP-Adapter for Stable Diffusion 1\.5",
+    ),
+    "kolors": (small.method_files((16,), 4096, only=["instantid"])["instantid"], "an IP-Adapter for Kolors or FLUX"),
+    "full face": (
+        changed("instantid", "image_proj", proj__3__weight=torch.zeros(8)),
+        r"IP-Adapter Full Face, which exists for Stable Diffusion 1\.5 only",
+    ),
+    "infinite you": (
+        {"image_proj": small.resampler(512, output_dim=4096).state_dict()},
+        r"InfiniteYou's projector for FLUX.*InfuseNet",
+    ),
+    "photomaker": (
+        {"id_encoder": {"visual_projection.weight": torch.zeros(2, 2)}, "lora_weights": {"unet.x": torch.zeros(2, 2)}},
+        "PhotoMaker, which changes the prompt",
+    ),
+    "xlabs": (
+        {"double_blocks": {"0.processor.ip_adapter_double_stream_k_proj.weight": torch.zeros(2, 2)}},
+        "an IP-Adapter for FLUX",
+    ),
+    "face id without its lora": (
+        {**FILES["face_id"], "ip_adapter": small.layers(WIDTHS)},
+        "IP-Adapter FaceID without its LoRA",
+    ),
+    "half a lora": (
+        {**FILES["face_id"], "ip_adapter": without(FILES["face_id"]["ip_adapter"], "4.to_out_lora.up.weight")},
+        r"its LoRA is incomplete \(layer 4\)",
+    ),
+    "a lora of another width": (
+        changed("face_id", "ip_adapter", **{"2__to_q_lora__up__weight": torch.zeros(8, 4)}),
+        r"its LoRA of layer 2 \(to_q\) does not fit a width of 24",
+    ),
+    "a layer is missing": (
+        {**FILES["instantid"], "ip_adapter": small.layers(WIDTHS[1:]) | {"7.to_k_ip.weight": torch.zeros(16, 64)}},
+        r"InstantID for SDXL, but incomplete \(layer 7\)|incomplete \(layer 5\)",
+    ),
+    "projector": (
+        changed("instantid", "image_proj", layers__1__0__to_q__weight=torch.zeros(3, 3)),
+        r"the identity encoder \(Resampler\) is incomplete or has other shapes",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_relatives_that_do_not_work_are_named(write, what):
+    state, words = REFUSED[what]
+    with pytest.raises(WrongWeightsError, match=rf"(?s)^file\.bin(:| is).*({words})"):
+        load_adapter(write(state))
+
+
+# ---------------------------------------------------------------- equal to the official code
+
+
+def filled(module: torch.nn.Module, seed: int) -> dict[str, Tensor]:
+    return cases.fill(module, seed).state_dict()
+
+
+def test_resampler_of_a_face():
+    state = filled(small.resampler(official.FACE, official.WIDTH), 31)
+    assert relative(Resampler.from_state_dict(state)(official.embedding()), REFERENCE["resampler_face"]) < PROJECTOR
+
+
+def test_resampler_of_patches():
+    state = filled(small.resampler(official.PATCH, official.WIDTH), 32)
+    assert relative(Resampler.from_state_dict(state)(official.patches()), REFERENCE["resampler_plus"]) < PROJECTOR
+
+
+def test_image_projection():
+    state = filled(ImageProjection(official.IMAGE, official.WIDTH, official.TOKENS), 33)
+    ours = ImageProjection.from_state_dict(state)(official.image())
+    assert relative(ours, REFERENCE["image_projection"]) < PROJECTOR
+
+
+def test_face_projection():
+    state = filled(FaceProjection(official.FACE, 2 * official.FACE, official.WIDTH, official.TOKENS), 34)
+    ours = FaceProjection.from_state_dict(state)(official.embedding())
+    assert relative(ours, REFERENCE["face_projection"]) < PROJECTOR
+
+
+def test_face_projection_plus():
+    state = filled(small.face_plus(official.PLUS_WIDTH, official.PATCH), 35)
+    ours = FacePlusProjection.from_state_dict(state)(official.embedding(), official.patches())
+    assert relative(ours, REFERENCE["face_projection_plus"]) < PROJECTOR
+
+
+def whole_unet_adapter(path: Path, unet: torch.nn.Module, kind: str, seed: int) -> Adapter:
+    """An adapter with the layers that the official one was recorded with."""
+    widths = [site.width for site in find_sites(unet).sites]
+    state = small.method_files(widths, official.WIDTH, only=[kind])[kind]
+    shapes = {key: tuple(tensor.shape) for key, tensor in state["ip_adapter"].items() if "_lora" not in key}
+    if kind.startswith("face_id"):
+        shapes |= small.lora_shapes(widths, official.WIDTH, official.RANK)
+    return load_adapter(small.write(path, {**state, "ip_adapter": cases.fill_shapes(shapes, seed)}))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, unet) -> dict[str, Adapter]:
+    folder = tmp_path_factory.mktemp("whole")
+    seeds = {"plus": 41, "face_id": 42, "instantid": 43}
+    return {kind: whole_unet_adapter(folder / f"{kind}.bin", unet, kind, seed) for kind, seed in seeds.items()}
+
+
+@pytest.fixture
+def instantid(whole) -> Adapter:
+    return whole["instantid"]
+
+
+STEP = DenoiseStep(0.0, [False, True], (16, 16))  # the rows of `cases.unet_inputs`
+
+
+def effect(unet, injections, step=STEP) -> Tensor:
+    off = layouts.run_unet(unet)
+    with inject(unet, injections, step):
+        return layouts.run_unet(unet) - off
+
+
+WHOLE = {"instantid": "unet_instantid", "plus": "unet_ip_adapter", "face_id": "unet_face_id"}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_whole_unet(unet, whole, kind):
+    """All 70 sites, cond and uncond rows; FaceID with its LoRA in all 140 attention layers."""
+    count = official.TOKENS if kind == "face_id" else 16
+    injection = compile_injection(whole[kind], Identity(*official.tokens(count)), weight=official.SCALE)
+    assert (injection.projection, injection.num_zero) == ("none", 0)
+    ours, wanted = effect(unet, [injection]), REFERENCE[WHOLE[kind]] - layouts.run_unet(unet)
+    for row in (0, 1):  # uncond, cond
+        assert relative(ours[row], wanted[row]) < EFFECT
+
+
+# ---------------------------------------------------------------- identities
+
+
+def photo(seed: int) -> FaceFeatures:
+    return FaceFeatures(embedding=cases.normal(seed, 1, 512))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> dict[str, Adapter]:
+    folder = tmp_path_factory.mktemp("methods")
+    return {kind: load_adapter(small.write(folder / f"{kind}.bin", state)) for kind, state in FILES.items()}
+
+
+def test_uncond_is_the_projector_of_zeros(adapters):
+    adapter = adapters["instantid"]
+    identity = encode_identity([photo(1)], adapter)
+    assert torch.equal(identity.cond, adapter.encoder(photo(1).embedding))
+    assert torch.equal(identity.uncond, adapter.encoder(torch.zeros(1, 512)))
+    assert identity.info["adapter"] == "InstantID for SDXL"
+    assert identity.family == "sdxl"
+
+
+def test_portraits_faces_are_joined(adapters):
+    adapter = adapters["portrait_unnorm"]
+    identity = encode_identity([photo(seed) for seed in (1, 2, 3)], adapter)
+    each = [adapter.encoder(photo(seed).embedding) for seed in (1, 2, 3)]
+    assert torch.equal(identity.cond, torch.cat(each, dim=1))
+    assert identity.uncond.shape == (1, 3 * 16, TOKEN_WIDTH)
+
+
+def test_several_photos_without_an_official_way(adapters):
+    two = [photo(1), photo(2)]
+    with pytest.raises(SettingError, match="InstantID has no official way to use several photos.*average"):
+        encode_identity(two, adapters["instantid"])
+    mean = encode_identity(two, adapters["instantid"], fusion="average").cond
+    each = [encode_identity([one], adapters["instantid"]).cond for one in two]
+    assert torch.allclose(mean, sum(each) / 2, atol=1e-6)
+    with pytest.raises(SettingError, match="id_mix works with PuLID v1 only"):
+        encode_identity(two, adapters["instantid"], fusion="id_mix")
+
+
+def test_an_identity_of_another_method(adapters):
+    identity = encode_identity([photo(1)], adapters["instantid"])
+    with pytest.raises(IdentityMismatchError, match="made with InstantID for SDXL"):
+        compile_injection(adapters["portrait_unnorm"], identity)
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("given", [{"projection": "ortho"}, {"num_zero": 0}])
+def test_settings_that_a_method_does_not_have(adapters, given):
+    identity = encode_identity([photo(1)], adapters["instantid"])
+    with pytest.raises(SettingError, match=f"InstantID has no {next(iter(given))}"):
+        compile_injection(adapters["instantid"], identity, **given)
+
+
+def test_off_is_bit_identical(unet, instantid):
+    off = layouts.run_unet(unet)
+    identity = Identity(*official.tokens(16))
+    for settings in ({"weight": 0.0}, {"start": 0.5}):
+        with inject(unet, [compile_injection(instantid, identity, **settings)], STEP):
+            assert torch.equal(layouts.run_unet(unet), off)
+    assert torch.equal(layouts.run_unet(unet), off)
+
+
+# ---------------------------------------------------------------- FaceID's LoRA
+
+
+@pytest.fixture
+def face_id(whole) -> Adapter:
+    return whole["face_id"]
+
+
+def person(adapter: Adapter, seed: int = 305, **settings):
+    cond, uncond = cases.tokens(seed, width=official.WIDTH, count=official.TOKENS)
+    return compile_injection(adapter, Identity(cond, uncond), weight=official.SCALE, **settings)
+
+
+def test_the_lora_is_undone(unet, face_id):
+    weights = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    off = layouts.run_unet(unet)
+    assert effect(unet, [person(face_id)]).abs().max() > 0
+    assert torch.equal(layouts.run_unet(unet), off)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in unet.state_dict().items())
+    assert count_hooks(unet) == 0
+
+
+def test_the_loras_strength(unet, face_id):
+    """0 is the adapter without its LoRA; the identity's weight does not scale the LoRA; weight 0 is off."""
+    bare, halved = replace(face_id, lora=None), Lora({p: (d, u / 2) for p, (d, u) in face_id.lora.layers.items()}, "x")
+    none, half = (effect(unet, [person(face_id, lora_weight=strength)]) for strength in (0.0, 0.5))
+    assert torch.equal(none, effect(unet, [person(bare)]))
+    assert relative(half, effect(unet, [person(replace(face_id, lora=halved))])) < PROJECTOR
+    weak = compile_injection(face_id, Identity(*official.tokens(4)), weight=1e-6)
+    assert effect(unet, [weak]).norm() > 0.3 * half.norm()
+    nobody = compile_injection(face_id, Identity(*official.tokens(4)), weight=0)
+    assert not effect(unet, [nobody]).any()
+
+
+def test_two_people_with_one_file_have_one_lora(unet, face_id):
+    """The stronger one."""
+    first, second = person(face_id, lora_weight=0.5), person(face_id, 401)
+    assert first.lora is second.lora  # one copy on the device
+    strong = replace(first, lora_weight=1.0)
+    alone = replace(second, lora=None, lora_weight=0.0)
+    assert torch.equal(effect(unet, [first, second]), effect(unet, [strong, alone]))
+
+
+def test_a_lora_beside_pulid(unet, adapter, face_id):
+    """PuLID's own residual is added to the model with the LoRA in it."""
+    pulid = compile_injection(adapter, Identity(*cases.tokens(77, width=official.WIDTH)), weight=0.8)
+    both = effect(unet, [pulid, person(face_id)])
+    assert torch.isfinite(both).all()
+    assert not torch.allclose(both, effect(unet, [person(face_id)]), atol=1e-4)
+
+
+def test_fused_projections_are_refused(face_id):
+    unet = layouts.unet()
+    unet.fuse_qkv_projections()
+    with pytest.raises(UnsupportedModelError, match="did not run as layers of their own|bypasses|without its hooks"):
+        effect(unet, [person(face_id)])
+
+
+def test_a_lora_of_another_size(tmp_path, unet, face_id):
+    widths = [site.width for site in find_sites(unet).sites]
+    state = small.method_files(widths, official.WIDTH, text_width=32, only=["face_id"])["face_id"]
+    other = load_adapter(small.write(tmp_path / "x.bin", state))
+    with pytest.raises(UnsupportedModelError, match=r"LoRA in the file is for .* another size: layer 1 \(to_k\)"):
+        effect(unet, [person(other)])
+
+
+def test_sgm_layout(unet, face_id):
+    """A1111's and Forge's names, in another order."""
+    sgm = layouts.SgmUNet(unet)
+    off = sgm()
+    with inject(sgm, [person(face_id)], STEP):
+        ours = sgm()
+    assert torch.equal(ours - off, effect(unet, [person(face_id)]))
+
+
+# ---------------------------------------------------------------- CLIP
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory) -> Path:
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("clip") / "model.safetensors"
+    save_file(small.clip_vision(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(clip_file):
+    from lib_pulid.clip_vision import load_clip_vision
+
+    seed = torch.get_rng_state()
+    made = load_clip_vision(clip_file)
+    assert torch.equal(torch.get_rng_state(), seed)  # a host's random numbers are left alone
+    return made
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 301), (224, 224), (90, 61)])
+def test_clips_input(size):
+    from transformers import CLIPImageProcessorPil
+
+    from lib_pulid.clip_vision import clip_input
+
+    image = np.random.RandomState(1).randint(0, 256, (size[1], size[0], 3), np.uint8)
+    wanted = CLIPImageProcessorPil()(images=Image.fromarray(image), return_tensors="pt").pixel_values
+    assert torch.allclose(clip_input(image), wanted, atol=1e-5)
+
+
+def test_what_is_read_off_clip(clip):
+    pixels = cases.normal(5, 1, 3, 224, 224)
+    made = clip.model(pixels, output_hidden_states=True)
+    assert torch.equal(clip(pixels, pooled=True), made.image_embeds)
+    patches = clip(pixels, pooled=False)
+    assert patches.shape == (1, 257, small.CLIP_WIDTH)
+    assert torch.equal(patches, made.hidden_states[-2])
+
+
+def test_uncond_of_plus_is_an_image_of_zeros_not_black(clip):
+    """Zeros after the normalization, a mean gray; other programs take a black image."""
+    from lib_pulid.clip_vision import clip_input
+    from lib_pulid.readings import read_features
+
+    photo = np.full((40, 60, 3), 200, np.uint8)
+    features = read_features([photo], [], methods.IP_ADAPTER_PLUS, clip)[0]
+    assert torch.equal(features.patches, clip(clip_input(photo), pooled=False))
+    assert torch.equal(features.nobody(methods.IP_ADAPTER_PLUS)[0], clip(torch.zeros(1, 3, 224, 224), pooled=False))
+    black = clip(clip_input(np.zeros_like(photo)), pooled=False)
+    assert not torch.allclose(features.no_patches, black, atol=1e-2)
+
+
+def test_uncond_of_ip_adapter_is_an_embedding_of_zeros(clip, adapters):
+    from lib_pulid.readings import read_features
+
+    adapter = adapters["ip_adapter"]
+    features = read_features([np.full((40, 60, 3), 200, np.uint8)], [], adapter.method, clip)
+    identity = encode_identity(features, adapter)
+    assert torch.equal(identity.uncond, adapter.encoder(torch.zeros(1, small.CLIP_IMAGE)))
+    assert torch.equal(identity.cond, adapter.encoder(features[0].image))
+
+
+def test_an_older_files_position_ids(tmp_path):
+    from lib_pulid.clip_vision import load_clip_vision
+
+    ids = {"vision_model.embeddings.position_ids": torch.arange(257)[None]}
+    torch.save({**small.clip_vision(), **ids}, tmp_path / "pytorch_model.bin")
+    assert load_clip_vision(tmp_path / "pytorch_model.bin").model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("what", ["text", "layer", "336"])
+def test_another_clip_is_named(tmp_path, what):
+    from lib_pulid.clip_vision import load_clip_vision
+
+    state = small.clip_vision()
+    if what == "text":
+        state = {"text_model.final_layer_norm.weight": torch.zeros(4)}
+    elif what == "layer":
+        del state["vision_model.encoder.layers.1.mlp.fc1.bias"]
+    else:
+        state["vision_model.embeddings.position_embedding.weight"] = torch.zeros(577, small.CLIP_WIDTH)
+    torch.save(state, tmp_path / "clip.bin")
+    with pytest.raises(WrongWeightsError, match=r"^clip\.bin is (a text encoder|not a CLIP image encoder)"):
+        load_clip_vision(tmp_path / "clip.bin")
+
+
+# ---------------------------------------------------------------- photos
+
+
+class Seer:
+    """A face detector and recognizer; faces look at what they are given."""
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, ...]] = []
+
+    def detect(self, image_bgr: np.ndarray) -> list[Detection]:
+        self.sizes.append(image_bgr.shape[:2])
+        landmarks = CROP_LANDMARKS * (min(image_bgr.shape[:2]) / 512)
+        return [Detection(np.array([0, 0, 100, 100], np.float32), landmarks.astype(np.float32), 0.9)]
+
+    def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
+        return np.cos(np.arange(512) * image_bgr.mean() / 255).astype(np.float32)
+
+
+def made_of(adapter: Adapter, photos, clip=None, **settings) -> Identity:
+    seer = Seer()
+    faces = FaceModels(seer, seer, None, None) if adapter.method.sees_faces else None
+    encoders = Encoders(faces, clip)
+    return make_identity(photos, adapter, encoders=lambda: encoders, encoders_id="e", cache=IdentityCache(), **settings)
+
+
+COLOURS = np.random.RandomState(2).randint(0, 256, (300, 400, 3), np.uint8)
+
+
+def test_face_id_reads_the_normalized_embedding(adapters):
+    adapter = adapters["face_id"]
+    embedding = torch.from_numpy(Seer().embed(COLOURS[:, :, ::-1], None))[None]
+    wanted = adapter.encoder(embedding / embedding.norm())
+    assert torch.allclose(made_of(adapter, [COLOURS]).cond, wanted, atol=1e-5)
+    raw = made_of(adapters["portrait_unnorm"], [COLOURS])
+    assert torch.allclose(raw.cond, adapters["portrait_unnorm"].encoder(embedding), atol=1e-5)
+
+
+def test_face_id_plus_sees_the_aligned_face(adapters, clip):
+    """insightface's norm_crop at 224 pixels, with OpenCV's channels, as the official example hands it to CLIP."""
+    from insightface.utils.face_align import norm_crop
+
+    from lib_pulid.clip_vision import clip_input
+
+    adapter, seer = adapters["face_id_plus"], Seer()
+    bgr = np.ascontiguousarray(COLOURS[:, :, ::-1])
+    crop = norm_crop(bgr, seer.detect(bgr)[0].landmarks, image_size=224)
+    embedding = torch.from_numpy(seer.embed(bgr, None))[None]
+    unit = embedding / embedding.norm()
+    identity = made_of(adapter, [COLOURS], clip)
+    wanted = adapter.encoder(unit, clip(clip_input(crop), pooled=False))
+    assert torch.allclose(identity.cond, wanted, atol=1e-4)
+    nobody = adapter.encoder(torch.zeros(1, 512), clip(torch.zeros(1, 3, 224, 224), pooled=False))
+    assert torch.allclose(identity.uncond, nobody, atol=1e-4)
+
+
+def test_ip_adapter_needs_no_face(adapters, clip):
+    identity = made_of(adapters["plus"], [COLOURS], clip)
+    assert identity.cond.shape == (1, 16, TOKEN_WIDTH)
+    assert identity.thumbnail.shape == (96, 128, 3)
+
+
+def test_another_image_encoder_is_refused(tmp_path, adapters):
+    from lib_pulid.clip_vision import load_clip_vision
+
+    torch.save(small.clip_vision(width=32, image=24), tmp_path / "clip.bin")
+    for kind, width in (("plus", 32), ("ip_adapter", 24)):
+        with pytest.raises(WrongWeightsError, match=f"CLIP image encoder gives {width} numbers.*another CLIP"):
+            made_of(adapters[kind], [COLOURS], load_clip_vision(tmp_path / "clip.bin"))
+
+
+def test_photos_keep_their_size_where_the_official_code_keeps_it(adapters):
+    for kind, side in (("instantid", 1280), ("face_id", 2000)):
+        seer = Seer()
+        encoders = Encoders(FaceModels(seer, seer, None, None), None)
+        photo = np.full((1000, 2000, 3), 90, np.uint8)
+        make_identity([photo], adapters[kind], encoders=lambda: encoders, encoders_id="", cache=IdentityCache())  # noqa: B023
+        assert seer.sizes[0][1] == side
+
+
+# ---------------------------------------------------------------- a second witness
+
+
+@pytest.mark.parametrize("kind", ["ip_adapter", "plus", "portrait"])
+def test_diffusers_own_ip_adapter(tmp_path, unet, kind):
+    """`load_ip_adapter` of diffusers, with its own projectors and attention, on the same file."""
+    widths = [site.width for site in find_sites(unet).sites]
+    state = small.method_files(widths, official.WIDTH, only=[kind])[kind]
+    adapter = load_adapter(small.write(tmp_path / "x.bin", state))
+    theirs = layouts.unet()
+    nested = {table: {key: tensor.float() for key, tensor in part.items()} for table, part in state.items()}
+    theirs._load_ip_adapter_weights([nested], low_cpu_mem_usage=False)
+    for layer in theirs.attn_processors.values():
+        if hasattr(layer, "scale"):
+            layer.scale = [official.SCALE]
+    seen = {"ip_adapter": (1, small.CLIP_IMAGE), "plus": (9, small.CLIP_WIDTH), "portrait": (1, 512)}[kind]
+    both = cases.normal(9, 2, *seen)  # uncond, cond
+    if kind != "plus":
+        both[0] = 0
+    inputs = cases.unet_inputs()
+    added = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
+    added["image_embeds"] = [both[:, None] if kind == "plus" else both]  # [rows, images, ...]
+    args = (inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"])
+    wanted = theirs(*args, added_cond_kwargs=added).sample - layouts.run_unet(unet)
+    uncond, cond = (adapter.encoder(row if kind == "plus" else row[0])[:1] for row in both.unsqueeze(1))
+    ours = effect(unet, [compile_injection(adapter, Identity(cond, uncond), weight=official.SCALE)])
+    for row in (0, 1):
+        assert relative(ours[row], wanted[row]) < EFFECT
+
+
+# ---------------------------------------------------------------- InstantID's ControlNet
+
+
+def test_points_to_the_pixel():
+    ours = draw_points(np.array(official.CONTROL_POINTS), official.CONTROL_SIZE)
+    assert np.array_equal(ours, REFERENCE["points"].numpy())
+
+
+def test_points_in_an_image_of_another_size():
+    points = np.array(official.CONTROL_POINTS)
+    assert np.array_equal(place_points(points, (128, 96), (128, 96)), points)
+    assert np.allclose(place_points(points, (128, 96), (256, 192)), 2 * points)
+    wide = place_points(points, (100, 100), (200, 100))  # the photo's top and bottom are cut off
+    assert np.allclose(wide, 2 * points - [0, 50])
+    with pytest.raises(SettingError, match="five points"):
+        draw_points(np.zeros((4, 2)), (8, 8))
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    from diffusers import StableDiffusionXLPipeline
+
+    made = StableDiffusionXLPipeline(**official.parts(), add_watermarker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def net(pipeline, tmp_path_factory):
+    from safetensors.torch import save_file
+
+    from lib_pulid.hosts.diffusers_control import load_identity_net
+
+    path = tmp_path_factory.mktemp("net") / "control.safetensors"
+    save_file(official.identity_net(pipeline.unet).state_dict(), path)
+    return load_identity_net(path, pipeline)
+
+
+@pytest.fixture(scope="module")
+def instant(whole) -> tuple[Adapter, Identity]:
+    """The official pipeline's adapter and the identity of its face."""
+    encoder = Resampler.from_state_dict(filled(small.resampler(official.FACE, official.WIDTH), 31))
+    with torch.no_grad():
+        cond, uncond = encoder(official.embedding()).split(1)
+    return whole["instantid"], Identity(cond, uncond)
+
+
+def generate(pipeline, injections=(), **changes) -> Tensor:
+    inputs = {**official.pipeline_inputs(), "height": official.SIDE, "width": official.SIDE, **changes}
+    with apply(pipeline, list(injections)):
+        return pipeline(
+            **inputs, num_inference_steps=official.STEPS, guidance_scale=official.GUIDANCE, output_type="latent"
+        ).images
+
+
+POINTS = (np.array(official.CONTROL_POINTS), (official.SIDE, official.SIDE))
+
+
+def test_the_whole_official_pipeline(pipeline, net, instant):
+    """Adapter and IdentityNet, three steps with guidance, against the official pipeline's final latents."""
+    adapter, identity = instant
+    injection = compile_injection(adapter, identity, weight=official.SCALE)
+    off = generate(pipeline, [injection])
+    assert relative(off, REFERENCE["identity_net_off"]) < 1e-4
+    with identity_net(pipeline, net, identity, draw_points(*POINTS), weight=official.CONTROL_SCALE):
+        ours = generate(pipeline, [injection])
+    wanted = REFERENCE["identity_net_on"] - REFERENCE["identity_net_off"]
+    assert wanted.norm() > 0.01 * REFERENCE["identity_net_off"].norm()
+    assert relative(ours - off, wanted) < EFFECT
+    assert torch.equal(generate(pipeline, [injection]), off)
+
+
+def test_identity_nets_settings(pipeline, net, instant):
+    _, identity = instant
+    points, off = draw_points(*POINTS), generate(pipeline)
+    with identity_net(pipeline, net, identity, points, weight=0):
+        assert torch.equal(generate(pipeline), off)
+    made = []
+    for settings in ({}, {"start": 0.5}, {"end": 0.5}):
+        with identity_net(pipeline, net, identity, points, **settings):
+            made.append(generate(pipeline))
+    assert len({round(float((one - off).norm()), 6) for one in (*made, off)}) == 4
+    small_points = identity_net(pipeline, net, identity, draw_points(POINTS[0], (64, 64)))
+    with pytest.raises(SettingError, match="is 64 x 64 pixels, but the image is 128 x 128"), small_points:
+        generate(pipeline)
+    for wrong in ({"weight": 3}, {"weight": float("nan")}, {"start": 0.9, "end": 0.1}):
+        with pytest.raises(SettingError), identity_net(pipeline, net, identity, points, **wrong):
+            raise AssertionError
+    with (
+        pytest.raises(SettingError, match="uncond tokens"),
+        identity_net(pipeline, net, Identity(identity.cond), points),
+    ):
+        raise AssertionError
+    assert torch.equal(generate(pipeline), off)
+    assert count_hooks(pipeline.unet) == 0
+
+
+def test_another_file_as_identity_net(tmp_path, pipeline):
+    from lib_pulid.hosts.diffusers_control import load_identity_net
+
+    torch.save({"control_model.input_blocks.0.0.weight": torch.zeros(2)}, tmp_path / "x.pth")
+    with pytest.raises(WrongWeightsError, match=r"^x\.pth is a ControlNet\. Needed: InstantID's ControlNet"):
+        load_identity_net(tmp_path / "x.pth", pipeline)
+    torch.save({"controlnet_cond_embedding.conv_in.weight": torch.zeros(16, 3, 3, 3)}, tmp_path / "y.pth")
+    with pytest.raises(WrongWeightsError, match=r"^y\.pth is a ControlNet for another model"):
+        load_identity_net(tmp_path / "y.pth", pipeline)

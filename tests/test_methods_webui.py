@@ -1,0 +1,258 @@
+"""The other methods in a WebUI: from a photo to images, their settings on the page and in the API, their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lib_pulid import methods
+from lib_pulid.errors import MissingWeightsError, SettingError, UnsupportedModelError
+from lib_pulid.files import catalog
+from lib_pulid.units import PulidUnit
+from tests.fake_modules.models import SMALL_SITES, WIDTH, CrossAttention, count_hooks, same, small_unet
+from tests.light_webui import unit
+from tests.small_models import methods as small
+
+FILES = {
+    "instantid": "ip-adapter_instant_id_sdxl.bin",
+    "portrait_unnorm": "ip-adapter-faceid-portrait_sdxl_unnorm.bin",
+    "plus": "ip-adapter-plus_sdxl_vit-h.safetensors",
+    "face_id": "ip-adapter-faceid_sdxl.bin",
+}
+MODELS = ("w600k_r50.onnx",)
+CLIP = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
+TEXT_WIDTH = 2048
+
+
+@pytest.fixture(scope="module")
+def files(light_models) -> Iterator[dict[str, Path]]:
+    """The methods' files in the models folder, and what reads photos for them."""
+    folder = light_models / "pulid"
+    made = small.method_files([WIDTH] * SMALL_SITES, text_width=TEXT_WIDTH, gain=3.0, only=list(FILES))
+    paths = {kind: small.write(folder / FILES[kind], state) for kind, state in made.items()}
+    extra = [catalog.named(name) for name in MODELS]
+    for file in extra:
+        (light_models / file.folder).mkdir(parents=True, exist_ok=True)
+        (light_models / file.folder / file.name).write_text(file.name)
+    clip = light_models / "clip_vision" / CLIP
+    clip.parent.mkdir()
+    save_file(small.clip_vision(), clip)
+    yield paths
+    for path in (*paths.values(), clip, *(light_models / file.folder / file.name for file in extra)):
+        path.unlink()
+
+
+class WholeBlock(nn.Module):
+    """A transformer block with self-attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn1, self.attn2 = CrossAttention(WIDTH), CrossAttention(TEXT_WIDTH)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + 0.3 * self.attn1(x, x)
+        return x + 0.3 * self.attn2(x, context)
+
+
+@pytest.fixture
+def whole(host) -> str:
+    """A checkpoint with self-attention, which FaceID's LoRA needs."""
+    torch.manual_seed(3)
+    unet = small_unet()
+    for part in (unet.input_blocks, unet.middle_block, unet.output_blocks):
+        for i in range(len(part)):
+            part[i] = WholeBlock()
+    unet.requires_grad_(False)
+    host.unets["whole"] = unet
+    return "whole"
+
+
+@pytest.mark.parametrize("kind", ["instantid", "portrait_unnorm", "plus"])
+def test_a_photo_changes_the_image_and_off_is_bit_identical(host, files, kind):
+    name = FILES[kind]
+    plain = host.generate([], "sdxl")
+    with_face = host.generate([unit("anna", model=name)], "sdxl")
+    assert not same(plain, with_face)
+    assert same(with_face, host.generate([unit("anna", model=name)], "sdxl"))
+    assert not same(with_face, host.generate([unit("ben", model=name)], "sdxl"))
+    assert same(plain, host.generate([unit("anna", model=name, weight=0)], "sdxl"))
+    assert same(plain, host.generate([], "sdxl"))
+    assert host.left_behind() == []
+
+
+def test_face_id_with_its_lora(host, files, whole):
+    """In A1111 as in Forge: hooks, not the host's own LoRA."""
+    one = unit("anna", model=FILES["face_id"])
+    plain = host.generate([], whole)
+    before = host.fingerprint()
+    with_face = host.generate([one], whole)
+    bare = host.generate([{**one, "lora_weight": 0}], whole)
+    assert not same(plain, with_face)
+    assert not same(with_face, bare)
+    assert same(plain, host.generate([{**one, "weight": 0}], whole))
+    assert same(plain, host.generate([], whole))
+    assert host.fingerprint() == before
+    assert count_hooks(host.unets[whole]) == 0
+
+
+def test_face_id_without_a_place_for_its_lora(host, files):
+    with pytest.raises(UnsupportedModelError, match="no self-attention beside .* where FaceID's LoRA"):
+        host.generate([unit("anna", model=FILES["face_id"])], "sdxl")
+
+
+def test_two_methods_in_one_image(host, files):
+    both = [unit("anna"), unit("ben", model=FILES["instantid"])]
+    images = host.generate(both, "sdxl")
+    assert not same(images, host.generate(both[:1], "sdxl"))
+    assert not same(images, host.generate(both[1:], "sdxl"))
+
+
+@pytest.mark.parametrize("given", [{"projection": "ortho"}, {"num_zero": 3}, {"preset": "style"}, {"lora_weight": 0.5}])
+def test_a_setting_that_the_method_does_not_have(host, files, given):
+    name = next(iter(given))
+    with pytest.raises(SettingError, match=f"^PuLID unit 1, field {name}: InstantID for SDXL has no such setting"):
+        host.generate([unit("anna", model=FILES["instantid"], **given)], "sdxl")
+
+
+def test_lora_strength_with_pulid(host, files):
+    with pytest.raises(SettingError, match=r"^PuLID unit 1, field lora_weight: PuLID v1 for SDXL has no such setting"):
+        host.generate([unit("anna", lora_weight=0.5)], "sdxl")
+
+
+def test_the_pages_hidden_settings_are_no_error(host, files):
+    """The positional list has a value for every widget."""
+    values = PulidUnit(images=tuple(unit("anna")["images"]), model=FILES["instantid"], weight=0.8).positions()
+    listed = host.generate([True, *values], "sdxl")
+    assert same(listed, host.generate([unit("anna", model=FILES["instantid"], weight=0.8)], "sdxl"))
+
+
+def test_auto_is_pulid_and_knows_who_made_an_identity(host, files):
+    assert host.library.adapter("auto", "sdxl").method.name == "PuLID"
+    saved = host.encode("anna", FILES["instantid"])
+    host.library.save("Anna", saved)
+    try:
+        images = host.generate([{"identity": "Anna"}], "sdxl")
+        assert same(images, host.generate([unit("anna", model=FILES["instantid"])], "sdxl"))
+    finally:
+        (host.library.identities_dir / "Anna.safetensors").unlink()
+
+
+def test_an_identity_whose_file_is_gone(host, files):
+    host.library.save("Gone", host.encode("anna", FILES["instantid"]))
+    away = files["instantid"].with_suffix(".away")
+    files["instantid"].rename(away)
+    try:
+        with pytest.raises(MissingWeightsError, match="field model: the identity was made with InstantID for SDXL"):
+            host.generate([{"identity": "Gone"}], "sdxl")
+    finally:
+        away.rename(files["instantid"])
+        (host.library.identities_dir / "Gone.safetensors").unlink()
+
+
+def test_only_its_own_files_are_needed(host, files):
+    """InstantID needs antelopev2 alone; FaceID Portrait says which file it lacks."""
+    folder = host.folder / "pulid" / "EVA02_CLIP_L_336_psz14_s6B.pt"
+    folder.rename(folder.with_suffix(".away"))
+    buffalo = host.folder / "insightface/models/buffalo_l/w600k_r50.onnx"
+    buffalo.rename(buffalo.with_suffix(".away"))
+    try:
+        host.forget_photos()
+        host.generate([unit("anna", model=FILES["instantid"])], "sdxl")
+        with pytest.raises(MissingWeightsError, match=r"w600k_r50\.onnx \(face recognizer of FaceID"):
+            host.generate([unit("anna", model=FILES["portrait_unnorm"])], "sdxl")
+    finally:
+        for path in (folder, buffalo):
+            path.with_suffix(".away").rename(path)
+
+
+def test_the_other_recognizer_under_its_name_is_refused(tmp_path):
+    path = tmp_path / "insightface/models/buffalo_l/w600k_r50.onnx"
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(260_665_334)
+    status = catalog.status(catalog.named("w600k_r50.onnx"), tmp_path)
+    assert not status.usable
+    assert "antelopev2's glintr100.onnx, not w600k_r50.onnx" in status.problem
+
+
+# ---------------------------------------------------------------- the page, the API's lists, the parameters
+
+
+def shown(update: dict[str, Any]) -> bool:
+    return update["visible"]
+
+
+def test_the_page_follows_the_model(host, files):
+    from lib_pulid.webui.actions import FOLLOWING, Actions
+
+    actions = Actions(host.library, lambda name: "sdxl")
+    values = {"weight": 0.8, "fusion": "id_mix", "projection": "ortho_v2", "num_zero": 20, "start_step": 0}
+
+    def follow(model: str, **changed: Any) -> list[Any]:
+        given = {**values, "model": model, **changed}
+        return actions.follow_model("sdxl", *(given[name] for name in FOLLOWING))
+
+    weight, preset, fusion, sdxl, flux, lora = follow(FILES["instantid"])
+    assert [shown(one) for one in (preset, sdxl, flux, lora)] == [False] * 4
+    assert "value" not in weight  # 0.8 is InstantID's default, too
+    assert fusion["choices"] == ["official", "average"] and fusion["value"] == "official"
+    weight, preset, _, sdxl, flux, lora = follow(FILES["face_id"])
+    assert [shown(one) for one in (preset, sdxl, flux, lora)] == [False, False, False, True]
+    assert weight["value"] == 1.0
+    assert "value" not in follow(FILES["face_id"], weight=0.65)[0]  # set by hand
+    weight, preset, fusion, sdxl, flux, lora = follow("auto", weight=1.0)
+    assert [shown(one) for one in (preset, sdxl, flux, lora)] == [True, True, False, False]
+    assert (weight["value"], preset["value"]) == (0.8, "v1.1")
+
+
+def test_models_lists_the_methods(host, files):
+    from lib_pulid.webui import routes
+
+    listed = {one["name"]: one for one in routes.models(host.library)["models"]}
+    assert listed[FILES["instantid"]]["method"] == "InstantID"
+    assert listed[FILES["face_id"]]["method"] == "IP-Adapter FaceID"
+    assert {file["name"]: file["restricted"] for file in routes.models(host.library)["files"]}[FILES["instantid"]]
+    described = routes.describe()["methods"]
+    assert described["IP-Adapter FaceID for SDXL"] == {"family": "sdxl", "weight": 1.0, "settings": ["lora_weight"]}
+
+
+def test_parameters_have_the_methods_own_settings(host, files):
+    from lib_pulid.webui import infotext
+
+    p = host.processing("sdxl")
+    host.generate([unit("anna", model=FILES["instantid"])], p=p)
+    entries = infotext.read(p.extra_generation_params["PuLID 1"])
+    assert entries["method"] == "InstantID for SDXL"
+    assert (entries["weight"], entries["model"]) == ("0.8", FILES["instantid"])
+    assert not {"projection", "num_zero", "preset", "lora_weight"} & set(entries)
+
+
+def test_missing_files_are_pulids_all_the_same(host, files):
+    """InstantID's file does not count as a PuLID file."""
+    from lib_pulid.webui.missing import Missing
+
+    pulid = list(host.folder.glob("pulid/pulid_v1*"))
+    for path in pulid:
+        path.rename(path.with_suffix(".away"))
+    try:
+        missing = Missing("txt2img", host.library, lambda: "sdxl")
+        assert [file.name for file in missing.files()] == ["pulid_v1.1.safetensors"]
+    finally:
+        for path in pulid:
+            path.with_suffix(".away").rename(path)
+
+
+def test_every_method_can_be_had():
+    """Its file and what reads photos for it are in the catalog, under its license."""
+    roles = {file.role for file in catalog.CATALOG}
+    for method in methods.METHODS:
+        assert set(method.reads) <= roles, method.label
+    for name in FILES.values():
+        file = catalog.named(name)
+        assert file.restricted == (file.source != "h94/IP-Adapter"), name
