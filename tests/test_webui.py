@@ -18,6 +18,7 @@ from PIL import Image
 from lib_pulid import hosts
 from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError
 from lib_pulid.fields import FAMILIES, FIELDS, MOST_PHOTOS, PRESETS
+from lib_pulid.methods import has, usual
 from lib_pulid.units import PulidUnit, default_args
 from tests import small_models
 from tests.face_standins import packed, photo
@@ -327,7 +328,8 @@ class TestInfotext:
         assert (pasted["PuLID 1 enabled"], pasted["PuLID 2 enabled"]) == (False, True)
         for field in FIELDS:
             if field.pasted and field.name != "identity":
-                wanted = None if field.family == "flux" else getattr(unit, field.name)
+                is_written = field.family != "flux" and has(usual("sdxl"), field.name)
+                wanted = getattr(unit, field.name) if is_written else None
                 assert pasted[f"PuLID 2 {field.name}"] == wanted
         assert pasted["PuLID 2 identity"] == "None"  # not saved here
         assert pasted["PuLID 2 images"] is None  # whatever photos are there stay
@@ -542,11 +544,11 @@ class TestActions:
         assert actions.name_preset("sdxl", "flux", "ortho", 16, 4) == {"__type__": "update"}  # the page shows the other
 
     def test_another_family(self, actions):
-        values = [0.8, "id_mix", "ortho", 16, 0, "auto", 0.5, "average", "none", 3, 4, "auto"]  # of two units
+        values = [0.8, "id_mix", "ortho", 16, 0, "auto", 0.55, "average", "none", 3, 4, "auto"]  # of two units
         family, *updates = actions.follow_checkpoint("sdxl", "flux", *values)
         assert family == "flux"
         first, second = updates[:6], updates[6:]
-        assert (first[0]["value"], second[0].get("value")) == (1.0, None)  # 0.5 was set by hand
+        assert (first[0]["value"], second[0].get("value")) == (1.0, None)  # 0.55 was set by hand
         assert first[1]["choices"] == ["realistic", "stylized", "custom"]
         assert (first[1]["value"], second[1]["value"]) == ("stylized", "realistic")
         assert first[2]["choices"] == ["official", "average"]
