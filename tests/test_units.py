@@ -164,7 +164,8 @@ def test_schema():
     assert described["properties"]["weight"]["type"] == ["number", "null"]
     assert described["properties"]["weight"]["default"] is None
     families = {name: field.get("family") for name, field in described["properties"].items() if "family" in field}
-    assert families == {"projection": "sdxl", "num_zero": "sdxl", "start_step": "flux", "cfg_start_step": "flux"}
+    own = {"projection": "sdxl", "num_zero": "sdxl", "lora_weight": "sdxl"}
+    assert families == own | {"start_step": "flux", "cfg_start_step": "flux"}
     PulidUnit.from_mapping({name: field["default"] for name, field in described["properties"].items()}, 1)
     assert described["properties"]["hires"]["enum"] == [*HIRES_PASSES, None]
     assert described["additionalProperties"] is False
