@@ -201,14 +201,16 @@ def _stages(image: np.ndarray, encoders: Encoders, adapter: Adapter, device: str
     from lib_pulid.readings import face_features
 
     bgr, models = np.ascontiguousarray(resize_long_edge(image)[:, :, ::-1]), encoders.faces
+    tower: Any = encoders.tower
+    assert models is not None and models.recogniser is not None and models.parser is not None
     face = read_face(image, models)
     work: dict[str, Callable[[], object]] = {"detect": partial(models.detector.detect, bgr)}
     if models.landmarker is not None:
         work["landmarks"] = partial(models.landmarker.detect, bgr)
     work["recognize"] = partial(models.recogniser.embed, bgr, face.detection)
     work["parse"] = partial(models.parser.labels, face.aligned)
-    work["vision"] = partial(face_features, [face], encoders.tower)
-    work["encode"] = partial(encode_identity, face_features([face], encoders.tower), adapter)
+    work["vision"] = partial(face_features, [face], tower)
+    work["encode"] = partial(encode_identity, face_features([face], tower), adapter)
     return dict(zip(work, medians(device, runs, list(work.values()))))
 
 

@@ -176,7 +176,7 @@ class _Show:
 def _drawings(workshop: Workshop, photo: Path | None) -> Image.Image:
     encoders = workshop.encoders()  # once for all people
     workshop = replace(workshop, encoders=lambda: Encoders(encoders.faces, encoders.tower))
-    show = _Show(workshop, encoders.faces.detector, miniature.judge())  # type: ignore[arg-type]
+    show = _Show(workshop, encoders.faces.detector, miniature.judge())  # type: ignore[arg-type, union-attr]
     threads = torch.get_num_threads()
     torch.set_num_threads(min(2, threads))  # small models are slower on more
     sources: list[ImageSource] = [photo] if photo else [miniature.portrait(n) for n in PEOPLE]

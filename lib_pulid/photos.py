@@ -115,9 +115,10 @@ def make_identity(
         return known
     models = encoders()
     faces: list[Face] = []
-    for name, image in zip(names, images) if models.faces is not None else ():
-        faces.append(read_face(image, models.faces, choice, name, adapter.method.longest))
-        on_face(name, faces[-1])
+    if models.faces is not None:
+        for name, image in zip(names, images):
+            faces.append(read_face(image, models.faces, choice, name, adapter.method.longest))
+            on_face(name, faces[-1])
     embeddings = {recognizer: mean_embedding([face.embedding for face in faces])} if recognizer and faces else {}
     if judge is not None and judge.key not in embeddings and faces:
         embeddings |= _judged(images, faces, judge, adapter.method.longest)

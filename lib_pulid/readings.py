@@ -101,7 +101,9 @@ def read_features(
         return face_features(faces, vision)  # type: ignore[arg-type]
     found = []
     for i, photo in enumerate(photos):
-        values = {} if vision is None else _seen(_view(photo, faces[i] if faces else None, method), method, vision)
+        values: dict[str, Any] = (
+            {} if vision is None else _seen(_view(photo, faces[i] if faces else None, method), method, vision)
+        )
         if faces and len(faces[i].embedding):
             values["embedding"] = torch.from_numpy(faces[i].embedding)[None]
         found.append(FaceFeatures(**values))

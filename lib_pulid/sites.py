@@ -105,7 +105,7 @@ def _cross_attentions(unet: nn.Module, part: str) -> Iterator[Site]:
 
 
 def _attentions(block: Any) -> tuple[Mapping[str, nn.Module], ...]:
-    both = [getattr(block, name, None) for name in ("attn1", "attn2")]
+    both: list[Any] = [getattr(block, name, None) for name in ("attn1", "attn2")]
     if not all(hasattr(one, "to_q") and hasattr(one, "to_k") for one in both):
         return ()
     return tuple({"q": one.to_q, "k": one.to_k, "v": one.to_v, "out": one.to_out[0]} for one in both)

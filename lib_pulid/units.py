@@ -137,7 +137,7 @@ class PulidUnit:
         found = {name: getattr(self, name) for name in SETTINGS if has(method, name)}
         return {"weight": self.weight or 0.0, "start": self.start, "end": self.end, **found}
 
-    def check_method(self, method: Method, number: int) -> None:
+    def check_method(self, method: Method, number: Number) -> None:
         """Raises: SettingError: a setting was given that the method does not have."""
         for name in FIELD:
             named = name in self.given and FIELD[name].family in ("", method.family) and not has(method, name)

@@ -280,7 +280,7 @@ def _check_image_stream(site: ImageStreamWeights, token_dim: int, name: str) -> 
 
 
 def _encoder(state: dict[str, Tensor], method: Method, path: Path) -> Any:
-    kind = _ENCODERS[method]
+    kind: Any = _ENCODERS[method]
     try:
         return kind.from_state_dict(state)
     except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError) as error:

@@ -100,9 +100,11 @@ def _panel(arguments: argparse.Namespace, encoders: Encoders, device: str) -> Pa
         judges += open_judges(arguments.judge, own, arguments.models_dir, device)
     if not judges:
         print(f"note: the only judge is {OWN} recognizer, which overestimates likeness. {HOW_TO_GET}", file=sys.stderr)
+    models = encoders.faces
+    assert models is not None, "PuLID reads faces"
     return Panel(
-        models=encoders.faces,
-        judges=(*judges, own_judge(encoders.faces)),
+        models=models,
+        judges=(*judges, own_judge(models)),
         scene=miniature.scene_judge() if drawn else None,
         clip=open_clip_model(arguments.clip, device) if arguments.clip else None,
     )

@@ -100,6 +100,7 @@ class FacenetJudge:
 
 def own_judge(models: FaceModels) -> FaceJudge:
     """Returns the recognizer that makes the identities. It overestimates, since the adapter was trained with it."""
+    assert models.recogniser is not None, "PuLID has one"
     return RecogniserJudge(OWN, models.recogniser)
 
 

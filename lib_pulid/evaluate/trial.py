@@ -108,6 +108,7 @@ class Panel:
         """Writes 1 and 0 into head [H, W] within the crop of an image, by a matrix [2, 3]."""
         import cv2
 
+        assert self.models.parser is not None, "PuLID has one"
         size, border = (CROP_SIZE, CROP_SIZE), CROP_BORDER_BGR[::-1]
         labels = self.models.parser.labels(cv2.warpAffine(image, crop_from_image, size, borderValue=border))
         flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP

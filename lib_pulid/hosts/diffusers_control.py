@@ -95,7 +95,7 @@ def identity_net(
 
     def enter(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         step = read_step(args, kwargs)
-        if not acts(int(step.progress * step.steps + 1e-6), step.steps, start, end, 0):  # type: ignore[operator]
+        if not acts(int(step.progress * step.steps + 1e-6), step.steps, start, end, 0):  # type: ignore[operator, arg-type]
             return None
         sample: Tensor = args[0] if args else kwargs["sample"]
         _check_size(shown, sample)

@@ -77,6 +77,7 @@ def _compute(facts: Path, hidden: Path, data: Drawn, models: FaceModels, tower: 
         except NoFaceError:
             continue
         features = face_features([face], tower)[0]
+        assert features.id_cond is not None
         out[len(people)] = torch.cat(features.vit_hidden).half().numpy()
         conds.append(features.id_cond[0].numpy())
         people.append(person)

@@ -128,6 +128,7 @@ def marked(photo: np.ndarray, face: Face) -> np.ndarray:
 
 def parsed(face: Face) -> np.ndarray:
     """Returns the vision tower's input, the face in gray on white. uint8 RGB [512, 512, 3]."""
+    assert face.features is not None, "PuLID's face models have a parser"
     return (face.features[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 

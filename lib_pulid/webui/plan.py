@@ -203,7 +203,7 @@ class UnitPlan:
             return identity, adapter
 
 
-def _mask(unit: PulidUnit, number: int) -> Tensor | None:
+def _mask(unit: PulidUnit, number: Number) -> Tensor | None:
     """Returns where the unit's face may appear, [H, W] float32; None: everywhere."""
     with _at(number, "mask"):
         mask = region(unit.mask, "the mask") if unit.mask else None
