@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -122,15 +123,15 @@ class Page:
 
     def generate(self) -> np.ndarray:
         """Presses Generate and waits for the picture; uint8 RGB [H, W, 3]."""
+        before = self.shown_picture()
         self.find(f"#{self.tab}_generate").click()
-        return self.generated()
+        return self.generated(before)
 
-    def generated(self) -> np.ndarray:
-        """Waits for the picture of a run that has just been started."""
-        self.until("gradioApp().querySelector('.progressDiv')", "the progress bar")
+    def generated(self, before: str = "") -> np.ndarray:
+        """Waits for the picture of a run that has just been started. before: the source of the last one's picture."""
+        self.until(f"![{json.dumps(before)}, ''].includes({self._source()})", "another picture")
         self.until("!gradioApp().querySelector('.progressDiv')", "the end of the progress bar")
-        self.until(self._source(), "a picture")
-        self.inner.wait_for_timeout(1500)  # gradio puts the new picture in the place of the old one
+        self.inner.wait_for_timeout(1500)  # gradio puts the new picture in the place of the live preview
         return self.picture()
 
     def shown_picture(self) -> str:

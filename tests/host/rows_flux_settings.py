@@ -10,7 +10,7 @@ from tests.host import rows_page
 from tests.host.api import encoded
 from tests.host.page import Page, opened
 from tests.host.rows_basics import FAINT, default_unit, person
-from tests.host.table import Rows, differ, equal, expect
+from tests.host.table import Rows, close, differ, equal, expect
 from tests.host.webui import FORGES, Running
 
 rows = Rows()
@@ -69,11 +69,12 @@ def cfg_start_step(host: Running) -> str:
     always = made(host, person(host), **GUIDED)
     first = made(host, person(host, cfg_start_step=1), **GUIDED)
     seen = differ(always, first, "the first step without the negative prompt", FAINT)
-    try:
-        host.api.options(skip_early_cond=0.01)  # of the steps; the first is 0 of them
-        equal(first, made(host, person(host), **GUIDED), "Forge's own setting")
-    finally:
-        host.api.options(skip_early_cond=0.0)
+    if host.kind != "neo":  # whose own setting leaves the first step as it is
+        try:
+            host.api.options(skip_early_cond=0.01)  # of the steps; the first is 0 of them
+            equal(first, made(host, person(host), **GUIDED), "Forge's own setting")
+        finally:
+            host.api.options(skip_early_cond=0.0)
     never = made(host, person(host, cfg_start_step=STEPS), **GUIDED)
     equal(never, made(host, person(host), **{**GUIDED, "cfg_scale": 1.0}), "CFG 1")
     two = [person(host, cfg_start_step=1, weight=0.5), person(host, "ben", weight=0.5)]
@@ -88,7 +89,8 @@ def cfg_start_step(host: Running) -> str:
 
 @rows.row("FLUX: hires fix with a CFG of its own: 1 and 3, 3 and 1", FORGES)
 def hires_guidance(host: Running) -> str:
-    """At CFG 1 nothing is compiled for negative rows; the other pass has to get it."""
+    """At CFG 1 nothing is compiled for negative rows; the other pass has to get it. What is compiled has another layout
+    then, and in newer versions of torch another rounding."""
     asked: dict[str, Any] = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": host.api.upscaler, "steps": 4}
     asked |= {
         "denoising_strength": 0.7,
@@ -102,7 +104,7 @@ def hires_guidance(host: Running) -> str:
         face = made(host, person(host), **asked, **scales)
         late = made(host, person(host, cfg_start_step=20), **asked, **scales)
         without = made(host, person(host), **asked, **{**scales, "cfg_scale": 1.0, "hr_cfg": 1.0})
-        equal(late, without, f"{first:g} and {second:g}, without the negative prompt")
+        close(late, without, f"{first:g} and {second:g}, without the negative prompt")
         seen.append(f"{differ(face, late, 'with the negative prompt', FAINT):.1f}")
     return ", ".join(seen)
 
