@@ -271,7 +271,7 @@ def test_a_region_that_is_black_all_over_is_an_error(mask, tmp_path):
     with pytest.raises(ImageError, match="the mask .* Paint the area for this face white\\.$"):
         region(text(encoded(mask)), "the mask")
     with pytest.raises(ImageError, match=r"mask\.png is entirely black"):
-        cli._mask(tmp_path / "mask.png")
+        cli._mask(tmp_path / "mask.png", None)
 
 
 def squares(value: object, kind: str | type) -> np.ndarray:

@@ -437,7 +437,7 @@ def test_every_entry_is_complete():
         assert file.licence
         assert file.restricted == ("non-commercial" in file.licence)
         assert file.url.startswith("https://")
-        assert file.url.endswith(f"/{file.name}")
+        assert file.url.endswith(f"/{file.remote or file.name}")
         assert bool(file.size) == bool(file.sha256)
         assert file.sha256 == "" or download.SHA256.fullmatch(file.sha256)
         assert file.group in (*catalog.FAMILIES, "encoders")

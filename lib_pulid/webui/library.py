@@ -498,8 +498,10 @@ def _adapter_file(path: Path) -> AdapterFile | None:
 
 
 def _safetensors_header(path: Path) -> Header:
-    dtypes = read_dtypes(path)
-    return {key: Tensors(shape, DTYPES.get(dtypes[key], dtypes[key])) for key, shape in read_header(path).items()}
+    shapes, dtypes = read_header(path), read_dtypes(path)
+    if shapes.keys() != dtypes.keys():
+        return {}  # damaged
+    return {key: Tensors(shape, DTYPES.get(dtypes[key], dtypes[key])) for key, shape in shapes.items()}
 
 
 def _fingerprint(path: Path) -> str:

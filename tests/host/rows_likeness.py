@@ -114,7 +114,7 @@ def folder(host: Running) -> str:
         return sum(path.parent.name == name for path in host.data.rglob("*.png"))
 
     before = saved("not kept")
-    requested(host, save_images=True)
+    requested(host, save_images=True, override_settings={"samples_save": True})
     found = saved("not kept") - before
     expect(found == 2, f"{found} images in the folder “not kept”")
     return f"{found} images"
