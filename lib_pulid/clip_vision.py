@@ -20,7 +20,9 @@ from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 
 SIDE = 224
 HEADS = 16  # of both; no shape in a file tells it
-_POSITIONS = "vision_model.embeddings.position_ids"  # 0, 1, 2, ...; older files have it, newer transformers do not
+_POSITIONS = (
+    "vision_model.embeddings.position_ids"  # 0, 1, 2, ...; a part of the state in older files and older transformers
+)
 
 
 class ClipVision(nn.Module):
@@ -81,7 +83,8 @@ def load_clip_vision(path: str | Path, device: str = "cpu") -> ClipVision:
     try:
         with torch.random.fork_rng(devices=()):  # transformers draws initial weights; keep the host's random state
             model = CLIPVisionModelWithProjection(_config(state))
-        model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, strict=True)
+        own = {key: tensor for key, tensor in model.state_dict().items() if key == _POSITIONS}
+        model.load_state_dict({**own, **{key: tensor.float() for key, tensor in state.items()}}, strict=True)
     except (KeyError, IndexError, RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
         raise WrongWeightsError(f"{path.name} is not a CLIP image encoder: {str(error)[:300]}") from error
     return ClipVision(model).eval().requires_grad_(False).to(device=device, dtype=dtype)

@@ -308,10 +308,10 @@ def _same_face(chosen: Detection, found: list[Detection], marked: list[Detection
     if not marked:
         return None
     overlaps = box_overlaps(chosen.box, np.stack([face.box for face in marked]))
-    best = int(overlaps.argmax())
+    best = int(np.argmax(overlaps))
     # Heads may overlap: a better match for another of the detector's faces is that person, not this one.
     rivals = box_overlaps(marked[best].box, np.stack([face.box for face in found]))
-    if overlaps[best] < SAME_FACE_IOU or found[int(rivals.argmax())] is not chosen:
+    if overlaps[best] < SAME_FACE_IOU or found[int(np.argmax(rivals))] is not chosen:
         return None
     return marked[best]
 

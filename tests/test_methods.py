@@ -465,10 +465,25 @@ def test_uncond_of_ip_adapter_is_an_embedding_of_zeros(clip, adapters):
     assert torch.equal(identity.cond, adapter.encoder(features[0].image))
 
 
-def test_an_older_files_position_ids(tmp_path):
+@pytest.mark.parametrize("in_file", [True, False])
+@pytest.mark.parametrize("in_model", [True, False])
+def test_position_ids_of_older_files_and_older_transformers(tmp_path, monkeypatch, in_file, in_model):
+    """transformers 4.30, which A1111 pins, has them in the state."""
+    import transformers
+
     from lib_pulid.clip_vision import load_clip_vision
 
-    ids = {"vision_model.embeddings.position_ids": torch.arange(257)[None]}
+    class Older(transformers.CLIPVisionModelWithProjection):
+        def __init__(self, config):
+            super().__init__(config)
+            embeddings = self.vision_model.embeddings
+            ids = embeddings.position_ids
+            del embeddings.position_ids
+            embeddings.register_buffer("position_ids", ids)
+
+    if in_model:
+        monkeypatch.setattr(transformers, "CLIPVisionModelWithProjection", Older)
+    ids = {"vision_model.embeddings.position_ids": torch.arange(257)[None]} if in_file else {}
     torch.save({**small.clip_vision(), **ids}, tmp_path / "pytorch_model.bin")
     assert load_clip_vision(tmp_path / "pytorch_model.bin").model.config.num_hidden_layers == 3
 
