@@ -20,9 +20,7 @@ from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 
 SIDE = 224
 HEADS = 16  # of both; no shape in a file tells it
-_POSITIONS = (
-    "vision_model.embeddings.position_ids"  # 0, 1, 2, ...; a part of the state in older files and older transformers
-)
+_POSITIONS = "vision_model.embeddings.position_ids"  # 0, 1, 2, ...; in older files and older transformers
 
 
 class ClipVision(nn.Module):
