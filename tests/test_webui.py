@@ -544,11 +544,11 @@ class TestActions:
         assert actions.name_preset("sdxl", "flux", "ortho", 16, 4) == {"__type__": "update"}  # the page shows the other
 
     def test_another_family(self, actions):
-        values = [0.8, "id_mix", "ortho", 16, 0, "auto", 0.55, "average", "none", 3, 4, "auto"]  # of two units
+        values = [0.8, "id_mix", "ortho", 16, 0, "auto", 0.5, "average", "none", 3, 4, "auto"]  # of two units
         family, *updates = actions.follow_checkpoint("sdxl", "flux", *values)
         assert family == "flux"
         first, second = updates[:6], updates[6:]
-        assert (first[0]["value"], second[0].get("value")) == (1.0, None)  # 0.55 was set by hand
+        assert (first[0]["value"], second[0].get("value")) == (1.0, None)  # 0.5 was set by hand
         assert first[1]["choices"] == ["realistic", "stylized", "custom"]
         assert (first[1]["value"], second[1]["value"]) == ("stylized", "realistic")
         assert first[2]["choices"] == ["official", "average"]

@@ -25,6 +25,7 @@ from lib_pulid.fields import (
     NOT_DRAWN,
     PRESET_FAMILY,
     PRESET_TIPS,
+    WEIGHTS,
     check,
     preset_name,
     preset_values,
@@ -353,7 +354,7 @@ def _for_method(family: str, method: Method | None, weight: float, fusion: str, 
     fusions = [one for one in FIELD["fusion"].choices if one != "id_mix" or method is None or _may_mix(method)]
     has_preset = method is None or has(method, "preset")
     preset = {"value": _preset_name(family, values), "info": PRESET_TIPS[family]} if family and has_preset else {}
-    is_default = method is not None and weight != method.weight and weight in {one.weight for one in METHODS}
+    is_default = method is not None and weight != method.weight and weight in WEIGHTS.values()
     return [
         gr.update(value=method.weight) if method is not None and is_default else gr.update(),
         gr.update(choices=preset_choices(family), visible=has_preset, **preset),

@@ -125,7 +125,7 @@ def optimisations() -> list[str]:
     return [one.title() for one in getattr(sd_hijack, "optimizers", []) if one.is_available()]
 
 
-_read: list[str] = []
+_read: list[bool] = []
 
 
 def count_photos() -> dict[str, int]:
@@ -135,9 +135,9 @@ def count_photos() -> dict[str, int]:
     if not hasattr(photos.read_face, "pulid_test"):
         original = photos.read_face
 
-        def read_face(image: Any, models: Any, choice: Any, name: str) -> Any:
-            _read.append(name)
-            return original(image, models, choice, name)
+        def read_face(*args: Any, **kwargs: Any) -> Any:
+            _read.append(True)
+            return original(*args, **kwargs)
 
         read_face.pulid_test = True
         photos.read_face = read_face
