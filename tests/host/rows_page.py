@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -184,7 +185,9 @@ def paste(host: Running) -> str:
         expect(page.number("1_start") == 0.25, f"start: {page.number('1_start')}")
         expect(page.number("1_num_zero") == 16, f"zero tokens: {page.number('1_num_zero')}")
         expect(page.chosen("1_projection") == "ortho", f"projection: {page.chosen('1_projection')}")
-        equal(made.image, page.generate(), "the pasted settings")
+        image = page.generate()
+        asked, used = (set(re.split(r"[,\n]\s*", text)) for text in (made.parameters[0], page.parameters()))
+        equal(made.image, image, f"the pasted settings, which differ in {sorted(asked ^ used)}")
         return page.badge()
 
 
