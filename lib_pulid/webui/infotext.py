@@ -43,6 +43,8 @@ def write(unit: PulidUnit, family: str, facts: Mapping[str, str]) -> str:
     for field in FIELDS:
         if field.pasted and field.family in ("", family) and has(method, field.name):
             entries[field.name] = _text(getattr(unit, field.name))
+    if unit.draw == NOT_DRAWN:
+        del entries["draw"]
     entries |= {name: facts[name] for name in ("file", "method", "experiment", "photo") if name in facts}
     if unit.images:
         entries["photos"] = str(len(unit.images))
@@ -90,7 +92,7 @@ def _value(field: Field, entries: Mapping[str, str], library: Library) -> Any:
     if field.name == "draw" and _find(entries, library):
         return NOT_DRAWN  # the same person, whatever is in the folder now
     if field.name not in entries:
-        return {"model": AUTO, "box": ""}.get(field.name)
+        return {"model": AUTO, "box": "", "draw": NOT_DRAWN}.get(field.name)
     text = entries[field.name]
     try:
         return from_text(field, text, 0)
