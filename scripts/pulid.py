@@ -144,7 +144,7 @@ def measure(p: Any, plan: UnitPlan | None) -> None:
     if meter is None and is_whole and wanted:
         meter = likeness.Meter(PulidScript.library, likeness.judges_of(PulidScript.library, p.comment))
         setattr(p, METER, meter)
-    if meter is not None:
+    if meter is not None and is_whole:  # not a copied `p` with the outer one's
         meter.follow(plan, p)
 
 

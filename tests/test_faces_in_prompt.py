@@ -230,13 +230,14 @@ class TestWithoutTheScript:
         if copied:  # with all that an outer generation put there
             outer.prompt = "<pulid:ben>"
             outer.setup_prompts()
-            saved.ui.hook("process", saved.script, outer, {"identity": "ben"})
+            saved.ui.hook("process", saved.script, outer, {"identity": "ben", "keep_best": 1})
             p = copy(outer)
         p.prompt, p.before_sampling = "<pulid:anna>", lambda p: None
         assert same(self.repaint(saved, p), saved.generate([{"identity": "anna"}]))
         if copied:
             assert list(outer.extra_generation_params) == ["PuLID 1", "PuLID tag 1"]
             assert "identity: ben" in outer.extra_generation_params["PuLID tag 1"]
+            assert outer.pulid_meter.plan is outer.pulid_plan  # likeness is measured with the outer one's people
         assert all(count_hooks(unet) == 0 for unet in saved.unets.values())
 
     def test_no_tag_no_face(self, saved):
