@@ -138,9 +138,10 @@ class PulidUnit:
         return {"weight": self.weight or 0.0, "start": self.start, "end": self.end, **found}
 
     def check_method(self, method: Method, number: Number) -> None:
-        """Raises: SettingError: a setting was given that the method does not have."""
+        """Raises: SettingError: a setting that the method does not have was given another value than its default."""
         for name in FIELD:
-            named = name in self.given and FIELD[name].family in ("", method.family) and not has(method, name)
+            changed = name in self.given and getattr(self, name) != FIELD[name].default
+            named = changed and FIELD[name].family in ("", method.family) and not has(method, name)
             if named and (name != "preset" or self.preset in PRESET_FAMILY):
                 raise SettingError(
                     f"{place(number, name)}{method.label} has no such setting. Leave it out, or choose another model."

@@ -21,7 +21,7 @@ from lib_pulid.hosts.base import add_callback
 from lib_pulid.hosts.families import chosen_checkpoint
 from lib_pulid.hosts.frame import remember_images
 from lib_pulid.units import PulidUnit, at_unit
-from lib_pulid.webui import accordion, infotext, likeness, network, prompt, routes, settings, xyz
+from lib_pulid.webui import accordion, infotext, likeness, network, prompt, remote, routes, settings, xyz
 from lib_pulid.webui.actions import Actions
 from lib_pulid.webui.draws import Draws
 from lib_pulid.webui.library import Library
@@ -39,6 +39,7 @@ class PulidScript(scripts.Script):
         settings.models_dir, settings.device, settings.keep_encoders, settings.likeness, settings.portraits
     )
     draws = Draws(settings.photo_folder)
+    answers = remote.Answers()
 
     def title(self) -> str:
         return "PuLID"
@@ -57,6 +58,11 @@ class PulidScript(scripts.Script):
 
     def setup(self, p: Any, *args: Any) -> None:
         remember_images(p)
+
+    def before_process(self, p: Any, *args: Any) -> None:
+        self.answers.take()
+        if remote.is_used(p):
+            remote.spell_out(p, self, xyz.changes_of(p), self.library.presets)
 
     def process(self, p: Any, *args: Any) -> None:
         """Reads the units and compiles them, so that whatever can fail fails before the first step."""
@@ -103,6 +109,7 @@ class PulidScript(scripts.Script):
         is_done = getattr(processed, "images", None) and not getattr(p, likeness.INNER, False)  # not ADetailer's calls
         if is_done and plan is not None and plan.drawn:
             self.draws.advance(getattr(p, "n_iter", 1))
+        remote.report(self.answers.take(), p, processed)
         try:
             if is_done and meter is not None:
                 p.extra_generation_params.pop(likeness.ENTRY, None)  # the text of a grid comes next

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +17,16 @@ from lib_pulid.errors import SettingError
 from lib_pulid.hosts.frame import WHOLE, Frame, frame_of, part_of_mask, remember_images
 
 
+class Processing:
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
 def processing(*sizes: tuple[int, int], **values: Any) -> Any:
     """A StableDiffusionProcessing of 64 x 64 whose images have these sizes."""
     images = [Image.new("RGB", size) for size in sizes]
     common = {"width": 64, "height": 64, "resize_mode": 0, "inpaint_full_res": False, "image_mask": None}
-    return SimpleNamespace(**{**common, "init_images": images, "paste_to": None, **values})
+    return Processing(**{**common, "init_images": images, "paste_to": None, **values})
 
 
 def test_text_to_image() -> None:
@@ -106,6 +113,14 @@ def test_loopback_goes_on_with_what_it_made() -> None:
         assert frame_of(p, hires=False) == (0.25, 0, 0.75, 1)
         p.init_images = [Image.new("RGB", (64, 64))]
         assert frame_of(p, hires=False) == frame
+
+
+def test_what_is_remembered_is_sent_and_copied_with_the_rest() -> None:
+    """stable-diffusion-webui-distributed sends all attributes but the images as JSON; grids copy them."""
+    p = chosen("sd_upscale.py", replaced=True)
+    json.dumps({name: value for name, value in vars(p).items() if name not in ("init_images", "scripts")})
+    with pytest.raises(SettingError, match="Field mask"):
+        frame_of(copy(p), hires=False)
 
 
 def test_batches_of_files_without_a_script() -> None:

@@ -11,6 +11,7 @@ txt2img. What is denoised may be a part of it, or more than it:
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from lib_pulid.errors import SettingError
 
-GIVEN = "pulid_given_images"  # attribute of a StableDiffusionProcessing
+GIVEN = "pulid_given_images"  # attribute of a StableDiffusionProcessing: a key of _given
+_given: dict[int, list[Any]] = {}  # not in the attribute: other extensions send all of them on as JSON
 # Chosen scripts that replace the images given, with what was made of them or with larger copies of them.
 LOOPBACK, WHOLE_IMAGES = "loopback", "ultimate-upscale"
 _LATENT_PIXEL = 8
@@ -48,7 +50,11 @@ WHOLE = Frame()
 
 def remember_images(p: Any) -> None:
     """Keeps the request's input images, before a selected script can replace them."""
-    vars(p).setdefault(GIVEN, [image for image in getattr(p, "init_images", None) or () if image is not None])
+    images = [image for image in getattr(p, "init_images", None) or () if image is not None]
+    if images and GIVEN not in vars(p):
+        setattr(p, GIVEN, id(p))
+        _given[id(p)] = images
+        weakref.finalize(p, _given.pop, id(p))
 
 
 def frame_of(p: Any, hires: bool) -> Frame:
@@ -136,7 +142,7 @@ def _input_images(p: Any) -> list[Any]:
     Raises:
         SettingError: a script replaced the input images with others, such as tiles.
     """
-    images, given = list(getattr(p, "init_images", None) or ()), vars(p).get(GIVEN)
+    images, given = list(getattr(p, "init_images", None) or ()), _given.get(vars(p).get(GIVEN, 0))
     chosen = (getattr(p, "script_args", None) or (0,))[0]
     scripts = getattr(getattr(p, "scripts", None), "selectable_scripts", ())
     if not given or not isinstance(chosen, int) or not 0 < chosen <= len(scripts):
