@@ -16,6 +16,7 @@ from tests.host import (
     rows_basics,
     rows_batches,
     rows_controlnet,
+    rows_distributed,
     rows_errors,
     rows_faces,
     rows_flags,
@@ -63,6 +64,7 @@ GROUPS = {
 }
 WITH_MINIATURE = ("page", "miniature", "likeness")  # somebody looks at their images
 ON_DEMAND = ("long", "sequences")  # they take many minutes
+WITH_OWN_STARTS = ("distributed", "flags", "weights")
 
 
 def main() -> int:
@@ -79,6 +81,8 @@ def main() -> int:
         names = [name for name in args.only or GROUPS if (name in WITH_MINIATURE) == is_small]
         chosen = [row for name in names for row in rows_of(name, args) if checkout.kind in row.hosts]
         results += in_one_run(checkout, folder, chosen, args.extension) if chosen else []
+    if not args.only or "distributed" in args.only:
+        results += rows_distributed.run_all(checkout, generated, args.extension, args.match)
     if not args.only or "flags" in args.only:
         results += rows_flags.run_all(checkout, generated, args.match)
     if not args.only or "weights" in args.only:
@@ -100,7 +104,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--python", type=Path, help="its interpreter; default: venv/bin/python in it")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "host", help="folder for generated models")
     only = f"groups of rows; default: all but {' and '.join(ON_DEMAND)}"
-    parser.add_argument("--only", nargs="+", choices=(*GROUPS, "flags", "weights"), help=only)
+    parser.add_argument("--only", nargs="+", choices=(*GROUPS, *WITH_OWN_STARTS), help=only)
     parser.add_argument("--match", default="", help="only rows with this in their name")
     parser.add_argument("--extension", type=Path, action="append", default=[], help="folder of one more extension")
     parser.add_argument("--screenshots", type=Path, help="folder for pictures of the page")
@@ -108,7 +112,7 @@ def arguments() -> argparse.Namespace:
 
 
 def rows_of(name: str, args: argparse.Namespace) -> Iterable[Row]:
-    if name in ("flags", "weights") or (name in ON_DEMAND and not args.only):
+    if name in WITH_OWN_STARTS or (name in ON_DEMAND and not args.only):
         return []
     return [row for row in GROUPS[name].rows.rows if args.match.lower() in row.behaviour.lower()]
 
