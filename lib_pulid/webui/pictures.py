@@ -53,22 +53,18 @@ def decode(text: str, name: str, read: Callable[[bytes, str], np.ndarray] = load
         raise
 
 
-def encode(image: np.ndarray, kind: str = "PNG") -> str:
-    """Encodes an image, uint8 RGB [H, W, 3], as the data URI of a PNG, or of a JPEG."""
+def encode(image: np.ndarray, kind: str = "PNG", **how: int) -> str:
+    """Encodes an image, uint8 RGB [H, W, 3], as the data URI of a PNG, or of a JPEG. how: Pillow's options."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind)
+    Image.fromarray(image).save(buffer, kind, **how)
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def small(image: np.ndarray, side: int) -> str:
     """Encodes an image, uint8 RGB [H, W, 3], for the page, at most side x side, as the data URI of a JPEG."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(thumbnail(image, side)).save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return encode(thumbnail(image, side), "JPEG", quality=85)
 
 
 def packed(photo: np.ndarray) -> str:
