@@ -1,7 +1,7 @@
 """Builds the accordion's widgets. What they do is in actions.py.
 
-Written for gradio 3.41 and 4.40; the hosts add `tooltip=` and `_js=` to both. Photos and the mask travel as text in
-hidden fields, so that a unit's values are plain JSON, from the page as from the API.
+Written for gradio 3.41 and 4.40; the hosts add `tooltip=` and `_js=` to both. Photos (their hashes, see dropped.py) and
+the mask travel as text in hidden fields, so that a unit's values are plain JSON, from the page as from the API.
 
 The host translates the page by whole texts (`localizations/`), so every label, hint and paragraph is one literal.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +23,6 @@ from lib_pulid.webui.notes import bad, good, warn
 
 if TYPE_CHECKING:
     from lib_pulid.identity import Identity
-
-THUMBNAIL = 192
 
 
 class Actions:
@@ -66,19 +65,24 @@ class Actions:
                 problems.append(f"{path.name} and all after it were skipped: {MOST_PHOTOS} photos is the maximum.")
                 break
             try:
-                known.append(pictures.packed(load_image(path)))
+                known.append(self._library.photos.add(load_image(path)))
             except PulidError as error:
                 problems.append(str(error))
         return None, json.dumps(known) if known else "", gr.update(value=True) if known else gr.update(), bad(problems)
 
     def show_photos(self, images: str) -> str:
         """Shows the photos, each with a ✕ that the page's script listens to."""
-        photos = [pictures.decode(photo, "photo") for photo in _images(images)]
         return "".join(
-            f"<figure><img alt='photo {n}' src='{pictures.small(photo, THUMBNAIL)}'><button type='button' "
-            f"data-index='{n - 1}' aria-label='Remove photo {n}' title='Remove photo {n}'>✕</button></figure>"
-            for n, photo in enumerate(photos, 1)
+            f"<figure>{self._thumbnail(text, n)}<button type='button' data-index='{n - 1}' "
+            f"aria-label='Remove photo {n}' title='Remove photo {n}'>✕</button></figure>"
+            for n, text in enumerate(_images(images), 1)
         )
+
+    def _thumbnail(self, text: str, number: int) -> str:
+        try:
+            return f"<img alt='photo {number}' src='{self._library.photos.thumbnail(text, 'photo')}'>"
+        except PulidError as error:
+            return f"<img alt='photo {number}: add it again' title='{html.escape(str(error))}'>"
 
     def remove_photo(self, images: str, index: float) -> str:
         """Removes a photo by its number, from 0."""
@@ -155,7 +159,7 @@ class Actions:
         for number, text in enumerate(images, 1):
             name = f"photo {number}"
             try:
-                photo = pictures.decode(text, name)
+                photo = self._library.photos.read(text, name)
                 face = self._library.encoders.read_face(photo, choice, name, lambda text: lines.append(warn(text)))
             except MissingWeightsError:
                 raise
@@ -212,7 +216,7 @@ class Actions:
         return gr.update(choices=self.identity_choices(), value=NONE), "", good(f"Deleted {gone.name}.")
 
     def _encoded(self, images: str, model: str, choice: FaceChoice, fusion: str, told: list[str]) -> Identity:
-        photos = [pictures.photo(text, f"photo {i}") for i, text in enumerate(_images(images), 1)]
+        photos = [self._library.photos.read(text, f"photo {i}") for i, text in enumerate(_images(images), 1)]
         if not photos:
             raise SettingError("No photo to save: drop one above.")
         adapter = self._library.adapters.load(model or AUTO, self._family_for(model))

@@ -18,7 +18,7 @@ from lib_pulid.sites import is_chroma
 from lib_pulid.stores.encoders import Listener
 from lib_pulid.stores.folder import stamp
 from lib_pulid.units import PulidUnit, at_unit
-from lib_pulid.webui.pictures import packed, photo, region
+from lib_pulid.webui.pictures import packed, region
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,7 +185,7 @@ class UnitPlan:
             check_fusion(unit.fusion, adapter, len(unit.images))
         drawn = self.drawn[number].name if number in self.drawn else ""
         with at_unit(number, "draw" if drawn else "images", drawn):
-            photos = [photo(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
+            photos = [self.library.photos.read(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
             listener = Listener(
                 lambda text: self.tell(f"PuLID: {spoken(number)}, {text}"),
                 lambda text: self.warn(f"PuLID {spoken(number)}: {text}"),
