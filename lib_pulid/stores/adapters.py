@@ -72,10 +72,9 @@ class Adapters:
             MissingWeightsError, WrongWeightsError, UnsupportedModelError.
         """
         with self._lock:
-            return self._any(family, encoder, made_for) if name == AUTO else self._one(name, family)
-
-    def _one(self, name: str, family: str) -> Adapter:
-        adapter = self._load(self._named(name))
+            if name == AUTO:
+                return self._any(family, encoder, made_for)
+            adapter = self._load(self._named(name))
         if adapter.family != family:
             raise UnsupportedModelError(
                 f"{adapter.path.name} is {adapter.label}, but the checkpoint is {family.upper()}. "

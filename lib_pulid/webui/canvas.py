@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -16,15 +15,6 @@ HEIGHT = 360
 WHITE = "#ffffff"
 
 
-@dataclass(frozen=True)
-class Canvas:
-    """Args: values: widgets with image and strokes. changed: gradio's events. picture: the widget for a new image."""
-
-    values: list[Any]
-    changed: list[Callable[..., Any]]
-    picture: Any
-
-
 def build(tab: str, number: int, mask: Any) -> None:
     """Builds the panel of a person. mask: the hidden widget with the mask as text."""
     name = f"pulid_{tab}_{number}"
@@ -34,13 +24,13 @@ def build(tab: str, number: int, mask: Any) -> None:
             "No mask: everywhere.</p>",
             elem_classes=["pulid-hint"],
         )
-        canvas = _canvas(f"{name}_canvas")
+        values, events, picture = _canvas(f"{name}_canvas")
         blank = gr.Button("Blank image to paint on", size="sm", elem_id=f"{name}_blank")
-    for changed in canvas.changed:
-        changed(keep_region, canvas.values, [mask], **AT_ONCE)
+    for changed in events:
+        changed(keep_region, values, [mask], **AT_ONCE)
     labels = (f"PuLID {number} {side}" for side in ("width", "height"))
     width, height = (silent(gr.Number(visible=False, label=label)) for label in labels)
-    blank.click(empty_picture, [width, height], [canvas.picture], _js=f"() => pulid.pictureSize('{tab}')", **AT_ONCE)
+    blank.click(empty_picture, [width, height], [picture], _js=f"() => pulid.pictureSize('{tab}')", **AT_ONCE)
 
 
 def keep_region(picture: Any, strokes: Any = None) -> str:
@@ -55,10 +45,11 @@ def empty_picture(width: float, height: float) -> np.ndarray:
     return np.zeros((int(height or 512), int(width or 512), 3), np.uint8)
 
 
-def _canvas(elem_id: str) -> Canvas:
+def _canvas(elem_id: str) -> tuple[list[Any], list[Callable[..., Any]], Any]:
     """Builds Forge's own canvas, or gradio 3's sketch pad, or else an upload without a brush.
 
-    gradio 4's editor freezes the page when it is hidden in an accordion.
+    gradio 4's editor freezes the page when it is hidden in an accordion. Returns the widgets with image and strokes,
+    their events, and the widget for a new image.
     """
     try:
         from modules_forge.forge_canvas.canvas import ForgeCanvas
@@ -76,10 +67,10 @@ def _canvas(elem_id: str) -> Canvas:
             elem_id=elem_id,
         )
         values = [made.background, made.foreground]
-        return Canvas(values, [value.change for value in values], made.background)
+        return values, [value.change for value in values], made.background
     common = {"type": "numpy", "label": "Mask", "show_label": False, "height": HEIGHT, "elem_id": elem_id}
     if gr.__version__.startswith("3."):
         sketch = gr.Image(source="upload", tool="sketch", brush_color=WHITE, **common)
-        return Canvas([sketch], [sketch.change, sketch.edit], sketch)
+        return [sketch], [sketch.change, sketch.edit], sketch
     upload = gr.Image(**common)
-    return Canvas([upload], [upload.change], upload)
+    return [upload], [upload.change], upload
