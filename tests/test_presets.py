@@ -118,10 +118,7 @@ class TestFiles:
     def test_official_names_are_left_alone(self, values):
         presets = Presets(ModelsFolder(lambda: Settings(Path())))
         for name in (*PRESET_FAMILY, "auto", "custom", "stylised", None, 5):
-            assert presets.expand({**values, "preset": name}, 1) == {
-                **values,
-                "preset": name,
-            }
+            assert presets.expand({**values, "preset": name}, 1) == {**values, "preset": name}
 
 
 class TestUse:

@@ -542,9 +542,8 @@ class TestActions:
             assert following.name_preset("sdxl", shown, "ortho", 16.0, 0)["value"] == "style"
         assert following.name_preset("sdxl", "sdxl", "ortho", 17, 0)["value"] == "custom"
         assert following.name_preset("flux", "flux", "ortho", 17, 4.0)["value"] == "realistic"
-        assert following.name_preset("sdxl", "flux", "ortho", 16, 4) == {
-            "__type__": "update"
-        }  # the page shows the other
+        # The page shows the other family.
+        assert following.name_preset("sdxl", "flux", "ortho", 16, 4) == {"__type__": "update"}
 
     def test_another_family(self, following):
         values = [0.8, "id_mix", "ortho", 16, 0, "auto", 0.5, "average", "none", 3, 4, "auto"]  # of two units
