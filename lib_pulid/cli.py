@@ -297,10 +297,12 @@ def run_embed(arguments: argparse.Namespace) -> int:
 
 def run_blend(arguments: argparse.Namespace) -> int:
     from lib_pulid.blend import read_share
-    from lib_pulid.webui.library import Library
+    from lib_pulid.stores.folder import ModelsFolder, Settings
+    from lib_pulid.stores.identities import Identities
 
     people = [read_share(text) for text in arguments.people]
-    made = Library(lambda: arguments.models_dir).blend(people, arguments.name)
+    folder = ModelsFolder(lambda: Settings(arguments.models_dir))
+    made = Identities(folder).blend(people, arguments.name)
     print(f"{made.path}: identity {made.short_hash}, {made.adapter}")
     return 0
 

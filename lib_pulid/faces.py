@@ -160,7 +160,7 @@ def read_face(
     Raises:
         NoFaceError: there is no face, or none with this index; the message calls the photo `name`.
     """
-    bgr = np.ascontiguousarray((resize_long_edge(image, longest) if longest else image)[:, :, ::-1])
+    bgr = np.ascontiguousarray(resize_long_edge(image, longest)[:, :, ::-1])
     found = models.detector.detect(bgr)
     marked = models.landmarker.detect(bgr) if models.landmarker is not None else []
     candidates = found or marked

@@ -61,13 +61,13 @@ def load_image(source: ImageSource, name: str = "image", background: int = 255) 
 
 
 def resize_long_edge(image: np.ndarray, limit: int = 1024) -> np.ndarray:
-    """Shrinks an image, uint8 [H, W, 3], so that its long edge is at most `limit`; never enlarges it.
+    """Shrinks an image, uint8 [H, W, 3], so that its long edge is at most `limit` (0: any); never enlarges it.
 
     Equal to `resize_numpy_image_long` of pulid/utils.py (1aa2fc7), which the official app calls with 1024, except that
     no edge becomes 0 (for a strip of 1 x 4000 pixels).
     """
     height, width = image.shape[:2]
-    if max(height, width) <= limit:
+    if not limit or max(height, width) <= limit:
         return image
     import cv2
 

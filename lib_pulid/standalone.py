@@ -15,7 +15,7 @@ from lib_pulid import disk, miniature
 from lib_pulid.errors import MissingWeightsError, NoFaceError
 from lib_pulid.face_models import FaceFiles, load_detector, load_face_models, load_recogniser
 from lib_pulid.faces import LARGEST, Detector, Face, FaceChoice
-from lib_pulid.files import catalog, judges
+from lib_pulid.files import catalog
 from lib_pulid.hosts.diffusers import apply, denoiser_of
 from lib_pulid.hosts.diffusers_base import Base, load_base, paint
 from lib_pulid.identity import Identity
@@ -34,6 +34,8 @@ from lib_pulid.likeness import (
 )
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, load_image_encoder, make_identity
 from lib_pulid.sites import find_sites
+from lib_pulid.stores.encoders import recognizers
+from lib_pulid.stores.folder import ModelsFolder, Settings
 from lib_pulid.watch import Watch
 from lib_pulid.weights import Adapter, load_adapter
 
@@ -141,23 +143,17 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
         raise catalog.no_adapter(base.family, models_dir / "pulid", models_dir)
     adapter = _adapter(path, base)
     files = catalog.require_encoders(models_dir, adapter.method.reads)
+    folder = ModelsFolder(lambda: Settings(models_dir))
     return Workshop(
         base=base,
         adapter=adapter,
         encoders=lambda: _encoders(files, device),
-        encoders_id=catalog.fingerprint(files, lambda path: fingerprint_files([path])),
+        encoders_id=catalog.fingerprint(files, folder.fingerprint),
         cache=cache,
-        recognizer=fingerprint_files([files["recogniser"]]),
-        judges=_judges(files["recogniser"], models_dir, device),
+        recognizer=folder.fingerprint(files["recogniser"]),
+        judges=recognizers(files["recogniser"], folder, partial(load_recogniser, device=device)),
         detector=lambda: load_detector(files["detector"], device),
     )
-
-
-def _judges(own: Path, models_dir: Path, device: str) -> list[Recognizer]:
-    """See `webui.readers.Readers.judges`."""
-    found = judges.find(judges.BUFFALO, models_dir)
-    keys = {fingerprint_files([path]): path for path in (found, own) if path is not None}
-    return [Recognizer(key, p.stem, p == own, partial(load_recogniser, p, device)) for key, p in keys.items()]
 
 
 def _encoders(files: Mapping[str, Path], device: str) -> Encoders:

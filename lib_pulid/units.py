@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from lib_pulid.errors import PulidError, SettingError
+from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
 from lib_pulid.faces import FaceChoice
 from lib_pulid.fields import (
     AUTO,
@@ -239,9 +240,14 @@ def default_args(count: int) -> list[Any]:
     return [False, *(value for unit in units for value in unit)]
 
 
-def at_unit(number: Number, field: str, error: PulidError) -> PulidError:
-    """Returns the same error with unit and field before its message."""
-    return type(error)(place(number, field) + str(error))
+@contextmanager
+def at_unit(number: Number, field: str, file: str = "") -> Iterator[None]:
+    """Puts unit and field, and the name of a file, before the messages of errors raised inside."""
+    try:
+        yield
+    except PulidError as error:
+        name = "identity" if isinstance(error, IdentityMismatchError) else field
+        raise type(error)(place(number, name) + (f"{file}: " if file else "") + str(error)) from error
 
 
 def _one_source(checked: dict[str, Any]) -> dict[str, Any]:

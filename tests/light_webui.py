@@ -167,16 +167,16 @@ class Host:
         """A person's identity for an SDXL file."""
         from lib_pulid.webui.pictures import decode
 
-        adapter = self.library.adapter(file, "sdxl")
-        return self.library.encode([decode(PHOTOS[name], "photo")], adapter, LARGEST, "official")
+        adapter = self.library.adapters.load(file, "sdxl")
+        return self.library.encoders.encode([decode(PHOTOS[name], "photo")], adapter, LARGEST, "official")
 
     def save(self, **people: str) -> None:
         """Saves identities: the name of each, and whose it is. Each photo is read once for all tests."""
         for name, person in people.items():
             if (self.folder, person) not in _ENCODED:
                 _ENCODED[self.folder, person] = self.encode(person)
-            self.library.save(name, _ENCODED[self.folder, person])
-        self.library.release()
+            self.library.identities.save(name, _ENCODED[self.folder, person])
+        self.library.encoders.release()
 
     def start_anew(self) -> None:
         """As if the program had been started again: a library that knows nothing, and nothing written."""
@@ -188,8 +188,8 @@ class Host:
 
     def forget_photos(self) -> None:
         """They will be read again."""
-        self.library._cache = None
-        for path in (self.library.folder / "cache").glob("*.safetensors"):
+        self.library.identities._cache = None
+        for path in (self.library.folder.path / "cache").glob("*.safetensors"):
             path.unlink(missing_ok=True)
 
     # ------------------------------------------------------------ what may not be left behind
@@ -206,12 +206,12 @@ class Host:
 
     def left_behind(self, p: Any = None) -> list[str]:
         """In words; empty when nothing is, once interrupted work has ended. p: what was generated."""
-        self.library.settle()
+        self.library.encoders.settle()
         found = {f"hooks on {name}": count_hooks(unet) for name, unet in self.unets.items()}
         callbacks = self.ui.modules.script_callbacks.callback_map
         found |= {event: len(callbacks[event]) - 1 for event in ("callbacks_cfg_denoiser", "callbacks_cfg_denoised")}
         found["runs"] = len(hosts.current().running)
-        found["models that read photos"] = self.library._readers.loaded
+        found["models that read photos"] = self.library.encoders.loaded
         found["a line of progress"] = self.state.textinfo
         found["a patch"] = (
             p is not None and self.kind == "forge" and SLOT in p.sd_model.forge_objects.unet.model_options
@@ -221,7 +221,7 @@ class Host:
         return [f"{what}: {count}" for what, count in found.items() if count]
 
     def written(self) -> list[Path]:
-        folders = (self.library.identities_dir, self.library.folder / "cache")
+        folders = (self.library.identities.folder, self.library.folder.path / "cache")
         return [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
 
 

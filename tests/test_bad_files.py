@@ -25,6 +25,7 @@ from lib_pulid.files.checkpoint_header import checkpoint_family
 from lib_pulid.files.state_dict import HARMLESS, read_state_dict
 from lib_pulid.identity import FILE_FORMAT, LARGEST_FILE, FaceFeatures, Identity, encode_identity
 from lib_pulid.photos import fingerprint_files
+from lib_pulid.stores.folder import Settings
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
@@ -238,9 +239,9 @@ def test_a_lying_head_is_refused_by_every_reader(tmp_path, what):
         with pytest.raises(ERRORS, match=r"pulid_v1\.1\.safetensors"):
             load(path)
     (tmp_path / "pulid" / "identities" / "x.safetensors").write_bytes(LYING[what])
-    library = Library(lambda: tmp_path)
-    assert library.identities() == []
-    assert [file.name for file in library.adapters()] in ([path.name], [])  # the list of models is there all the same
+    library = Library(lambda: Settings(tmp_path))
+    assert library.identities.listed() == []
+    assert [file.name for file in library.adapters.listed()] in ([path.name], [])  # the list is there all the same
     assert peak() - before < 300
 
 
@@ -345,7 +346,7 @@ def library(tmp_path) -> Library:
     an_identity().save(tmp_path / "secret.safetensors")
     an_identity().save(folder / "anna.safetensors")
     (tmp_path / "secret.bin").write_bytes(pickled(v1_state()))
-    return Library(lambda: tmp_path / "models")
+    return Library(lambda: Settings(tmp_path / "models"))
 
 
 def outside(tmp_path: Path, name: str) -> list[str]:
@@ -362,12 +363,12 @@ def outside(tmp_path: Path, name: str) -> list[str]:
 
 def test_a_name_never_leads_out_of_the_models_folder(library, tmp_path):
     for name in [*outside(tmp_path, "secret"), "", ".", "..", "/", "~", "http://localhost:1/x", "a" * 255, "anna\0"]:
-        assert library.find(name) is None
+        assert library.identities.find(name) is None
         with pytest.raises(IdentityMismatchError, match="is not in .*(Saved identities|Did you mean)"):
-            library.saved(name)
+            library.identities.load(name)
         with pytest.raises(MissingWeightsError, match="is not in .*PuLID files there"):
-            library.adapter(name, "sdxl")
-    assert library.saved("anna").short_hash == an_identity().short_hash
+            library.adapters.load(name, "sdxl")
+    assert library.identities.load("anna").short_hash == an_identity().short_hash
 
 
 NAMES_THAT_CANNOT_BE = [
@@ -379,21 +380,21 @@ NAMES_THAT_CANNOT_BE = [
 
 @pytest.mark.parametrize("name", NAMES_THAT_CANNOT_BE, ids=ascii)
 def test_names_an_identity_cannot_have(library, name):
-    before = sorted(library.identities_dir.iterdir())
+    before = sorted(library.identities.folder.iterdir())
     with pytest.raises(SettingError, match="A name may have letters, digits"):
-        library.save(name, an_identity())
-    assert sorted(library.identities_dir.iterdir()) == before
+        library.identities.save(name, an_identity())
+    assert sorted(library.identities.folder.iterdir()) == before
 
 
 @pytest.mark.parametrize(
     "name", ["Berta", "Zoë 李", "हिन्दी", "ภาษาไทย", "O'Neill (2)", "x" * 80, "李" * 66, "console", "e\u0301", "1"]
 )
 def test_names_of_every_language(library, name):
-    saved = library.save(name, an_identity(cond=an_identity().cond + 1))
-    assert library.saved(saved.name).cond is not None
-    assert saved.path.parent == library.identities_dir
+    saved = library.identities.save(name, an_identity(cond=an_identity().cond + 1))
+    assert library.identities.load(saved.name).cond is not None
+    assert saved.path.parent == library.identities.folder
     with pytest.raises(SettingError, match="already saved"):
-        library.save(name, an_identity())
+        library.identities.save(name, an_identity())
 
 
 # ---------------------------------------------------------------- identities

@@ -16,6 +16,7 @@ from lib_pulid.cli import main
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
 from lib_pulid.identity import FaceFeatures, Identity, encode_identity
 from lib_pulid.likeness import cosine
+from lib_pulid.stores.folder import Settings
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
 from tests import small_models
@@ -151,17 +152,17 @@ def test_a_wrong_share_as_text(text):
 
 @pytest.fixture
 def library(tmp_path) -> Library:
-    made = Library(lambda: tmp_path)
+    made = Library(lambda: Settings(tmp_path))
     for name in AXES:
-        made.save(name, saved(name))
-    made.save("later", saved("anna", V11))
+        made.identities.save(name, saved(name))
+    made.identities.save("later", saved("anna", V11))
     return made
 
 
 def test_the_command(library, tmp_path, capsys):
     arguments = ["blend", "anna:0.7", "Ben:0.3", "--name", "carla", "--models-dir", str(tmp_path)]
     assert main(arguments) == 0
-    carla = library.saved("carla")
+    carla = library.identities.load("carla")
     assert carla.info["name"] == "carla"
     assert carla.short_hash in capsys.readouterr().out
     assert torch.equal(carla.cond, blend(people(0.7, 0.3)).cond)
@@ -170,7 +171,7 @@ def test_the_command(library, tmp_path, capsys):
     for wrong, words in ({"anna:0": "above 0", "nobody:1": "nobody is not in", "later:1": "different things"}).items():
         assert main(["blend", "ben:1", wrong, "--name", "x", "--models-dir", str(tmp_path)]) == 1
         assert words in capsys.readouterr().err
-    assert library.find("x") is None
+    assert library.identities.find("x") is None
 
 
 def test_the_route(library):
@@ -178,7 +179,7 @@ def test_the_route(library):
     from lib_pulid.webui import routes
 
     answer = json.loads(json.dumps(routes.blend({"people": {"anna": 0.7, "ben": 0.3}, "name": "carla"}, library)))
-    assert answer == {"name": "carla", "hash": library.saved("carla").short_hash, "made_for": V1}
+    assert answer == {"name": "carla", "hash": library.identities.load("carla").short_hash, "made_for": V1}
 
 
 @pytest.mark.parametrize(
@@ -195,34 +196,35 @@ def test_the_route_says_what_is_wrong(library, body):
 
     with pytest.raises(PulidError):
         routes.blend(body, library)
-    assert library.find("x") is None
+    assert library.identities.find("x") is None
 
 
 def test_the_page(ui, script, tmp_path):
     """The names in the order in which they were chosen; shares as typed, or none."""
     from lib_pulid.webui.actions import Actions
+    from lib_pulid.webui.blending import blend as save_blend
 
-    library = Library(lambda: tmp_path)
+    library = Library(lambda: Settings(tmp_path))
     for name in AXES:
-        library.save(name, saved(name))
+        library.identities.save(name, saved(name))
     actions = Actions(library, lambda name: "")
-    listed, name, note, *units = actions.blend(2, ["ben", "anna"], "0.7 0.3", "carla")
-    assert torch.allclose(library.saved("carla").cond.mean(1)[0], torch.tensor([0.3, 0.7, 0]))
+    listed, name, note, *units = save_blend(library, 2, ["ben", "anna"], "0.7 0.3", "carla")
+    assert torch.allclose(library.identities.load("carla").cond.mean(1)[0], torch.tensor([0.3, 0.7, 0]))
     assert "Saved carla" in note
     assert name["value"] == ""
     assert listed["choices"] == ["anna", "ben", "carla", "cleo"]
     assert [unit["choices"] for unit in units] == [["None", "anna", "ben", "carla", "cleo"]] * 2
     assert "a blend of ben 0.7, anna 0.3" in actions.preview("", "carla", "largest", 0)[1]
-    actions.blend(1, ["ben", "anna"], "", "equal")
-    assert torch.equal(library.saved("equal").cond, blend(people(1, 1)[::-1]).cond)
+    save_blend(library, 1, ["ben", "anna"], "", "equal")
+    assert torch.equal(library.identities.load("equal").cond, blend(people(1, 1)[::-1]).cond)
     for wrong in (
         ([], "", "x"),
         (["anna", "ben"], "0.7", "x"),
         (["anna", "ben"], "a, b", "x"),
         (["anna", "ben"], "", ""),
     ):
-        assert "pulid-bad" in actions.blend(1, *wrong)[2]
-    assert library.find("x") is None
+        assert "pulid-bad" in save_blend(library, 1, *wrong)[2]
+    assert library.identities.find("x") is None
 
 
 def test_the_page_has_it(ui, script):
@@ -250,9 +252,9 @@ def test_the_page_has_it(ui, script):
 
 def test_a_blend_is_a_person(library):
     """It is saved as one, and can be blended again where it has as many tokens."""
-    path = library.blend([("anna", 1.0), ("ben", 1.0)], "carla").path
+    path = library.identities.blend([("anna", 1.0), ("ben", 1.0)], "carla").path
     assert Identity.load(path).info["blend"] == "anna 0.5, ben 0.5"
-    other = library.blend([("anna", 1.0), ("cleo", 1.0)], "other")
-    again = library.blend([("carla", 3.0), (other.short_hash, 1.0)], "again")
-    assert torch.allclose(library.saved("again").cond.mean(1)[0], torch.tensor([0.5, 0.375, 0.125]))
+    other = library.identities.blend([("anna", 1.0), ("cleo", 1.0)], "other")
+    again = library.identities.blend([("carla", 3.0), (other.short_hash, 1.0)], "again")
+    assert torch.allclose(library.identities.load("again").cond.mean(1)[0], torch.tensor([0.5, 0.375, 0.125]))
     assert again.adapter == V1

@@ -31,13 +31,13 @@ class TestCards:
     def test_every_saved_identity_has_one(self, saved, page):
         assert page.title == "Faces"
         cards = page.create_html()
-        assert list(cards) == [one.name for one in saved.library.identities()] == ["Anna", "ben's 2.0"]
-        for one in saved.library.identities():
+        assert list(cards) == [one.name for one in saved.library.identities.listed()] == ["Anna", "ben's 2.0"]
+        for one in saved.library.identities.listed():
             item = cards[one.name]
             assert item["shorthash"] == one.short_hash and one.short_hash in item["search_terms"]
             assert item["filename"] == str(one.path) and item["metadata"]["photos"] == "1"
             assert {"default", "name"} <= set(item["sort_keys"])
-        assert page.allowed_directories_for_previews() == [str(saved.library.identities_dir)]
+        assert page.allowed_directories_for_previews() == [str(saved.library.identities.folder)]
 
     def test_a_click_writes_a_tag_that_works(self, saved, page):
         for name, item in page.create_html().items():
@@ -49,7 +49,7 @@ class TestCards:
 
     def test_the_image_is_the_identitys_own_or_the_one_beside_it(self, saved, page):
         assert page.create_html()["Anna"]["preview"].startswith("data:image/jpeg;base64,")
-        (saved.library.identities_dir / "Anna.png").write_bytes(b"")
+        (saved.library.identities.folder / "Anna.png").write_bytes(b"")
         assert page.create_html()["Anna"]["preview"].endswith("Anna.png")
         assert page.items["Anna"]["local_preview"].endswith("Anna.png")
 
@@ -58,11 +58,11 @@ class TestCards:
         assert identity.thumbnail is not None
         saved.ui.modules.shared.opts.data["pulid_portraits"] = False
         try:
-            saved.library.save("Cleo", identity)
+            saved.library.identities.save("Cleo", identity)
         finally:
             del saved.ui.modules.shared.opts.data["pulid_portraits"]
         assert page.create_html()["Cleo"]["preview"] == ""
-        assert saved.library.saved("Cleo").thumbnail is None
+        assert saved.library.identities.load("Cleo").thumbnail is None
 
     def test_one_card_again(self, saved, page):
         assert page.create_item("Anna", enable_filter=False)["name"] == "Anna"
@@ -80,7 +80,7 @@ class TestTheEditor:
         editor = page.create_user_metadata_editor(None, "txt2img")
         assert isinstance(editor, UserMetadataEditor)
         editor.save_with_weight("Anna", "from the trip", "left profile", 1.2)
-        assert json.loads((saved.library.identities_dir / "Anna.json").read_text())["preferred weight"] == 1.2
+        assert json.loads((saved.library.identities.folder / "Anna.json").read_text())["preferred weight"] == 1.2
         item = page.create_html()["Anna"]
         assert (written(item), item["description"]) == ("<pulid:Anna:1.2>", "from the trip")
         assert editor.put_values_into_components("Anna")[-2:] == ["left profile", 1.2]
@@ -89,7 +89,7 @@ class TestTheEditor:
 
     @pytest.mark.parametrize("text", ["{", '{"preferred weight": "much"}', '{"preferred weight": 1e9}'])
     def test_a_file_that_someone_edited(self, saved, page, text):
-        (saved.library.identities_dir / "Anna.json").write_text(text)
+        (saved.library.identities.folder / "Anna.json").write_text(text)
         assert parse_tag(*find_tags(written(page.create_html()["Anna"])), 1).values == {"weight": 0.8}
 
 
@@ -101,12 +101,12 @@ class TestDeleting:
         return Actions(saved.library, lambda name: "sdxl")
 
     def test_at_the_second_click_with_all_beside_it(self, saved, actions):
-        folder = saved.library.identities_dir
+        folder = saved.library.identities.folder
         for name in ("Anna.json", "Anna.png", "Anna.preview.jpg", "Anna.txt"):
             (folder / name).write_text("")
         _, asked, note = actions.delete("Anna", "")
         assert asked == "Anna" and "Click again to delete" in note and "Anna.safetensors" in note
-        assert len(saved.library.identities()) == 2
+        assert len(saved.library.identities.listed()) == 2
         listed, asked, note = actions.delete("Anna", asked)
         assert "Deleted Anna" in note and asked == ""
         assert (listed["choices"], listed["value"]) == (["None", "ben's 2.0"], "None")
@@ -115,12 +115,12 @@ class TestDeleting:
 
     def test_not_another_one_than_asked(self, saved, actions):
         _, asked, _ = actions.delete("ben's 2.0", "Anna")
-        assert asked == "ben's 2.0" and len(saved.library.identities()) == 2
+        assert asked == "ben's 2.0" and len(saved.library.identities.listed()) == 2
 
     def test_what_is_not_saved(self, saved, actions):
         """The cache has identities as well, which have no names."""
         saved.encode("anna")
-        cached = next((saved.library.folder / "cache").glob("*.safetensors"))
+        cached = next((saved.library.folder.path / "cache").glob("*.safetensors"))
         for name, words in (("None", "Select"), ("gone", "is not in"), ("../cache/x", "is not in")):
             _, asked, note = actions.delete(name, name)
             assert words in note and asked == ""

@@ -199,7 +199,7 @@ class TestParameters:
     def test_the_hash_is_beside_the_tag_and_no_unit_is_pasted(self, saved):
         with_prompt(saved, "<pulid:anna:0.6>")
         entries = saved.last.extra_generation_params
-        (one,) = (known for known in saved.library.identities() if known.name == "anna")
+        (one,) = (known for known in saved.library.identities.listed() if known.name == "anna")
         assert f"hash: {one.short_hash}" in entries["PuLID tag 1"] and "weight: 0.6" in entries["PuLID tag 1"]
         saved.script.ui(False)
         pasted = {str(name): name(entries) for _, name in saved.script.infotext_fields}
@@ -285,9 +285,9 @@ class TestRows:
 def test_each_image_of_a_batch_on_flux(saved):
     if saved.kind != "forge":
         pytest.skip("A1111 has no FLUX")
-    adapter = saved.library.adapter("auto", "flux")
+    adapter = saved.library.adapters.load("auto", "flux")
     photo = pictures.decode(PHOTOS["cleo"], "photo")
-    saved.library.save("cleo", saved.library.encode([photo], adapter, LARGEST, "official"))
+    saved.library.identities.save("cleo", saved.library.encoders.encode([photo], adapter, LARGEST, "official"))
 
     def made(*prompts):
         p = saved.processing("flux")

@@ -59,7 +59,9 @@ def test_a_fault_leaves_nothing_and_the_next_picture_is_right(host, stage, fault
     assert host.left_behind(p) == []
     assert host.fingerprint() == before
     assert torch.equal(torch.get_rng_state(), numbers) and torch.is_grad_enabled()
-    assert is_free(host.library._lock)
+    assert all(
+        is_free(store._lock) for store in (host.library.adapters, host.library.identities, host.library.encoders)
+    )
     assert all(Identity.load(path) for path in host.written())
     assert same(host.generate([]), plain[:1])
     assert same(host.generate(TWO), faced[:1])
@@ -166,12 +168,12 @@ class TestKill:
         def save() -> None:
             for place in places:
                 pytest.MonkeyPatch().setattr(place, act)
-            host.library.save("Anna", identity)
+            host.library.identities.save("Anna", identity)
 
         killed_in_a_child(save)
-        assert host.library.identities() == [] and host.library.find("Anna") is None
-        saved = host.library.save("Anna", identity)
-        assert [one.name for one in host.library.identities()] == ["Anna"]
+        assert host.library.identities.listed() == [] and host.library.identities.find("Anna") is None
+        saved = host.library.identities.save("Anna", identity)
+        assert [one.name for one in host.library.identities.listed()] == ["Anna"]
         assert torch.equal(Identity.load(saved.path).cond, identity.cond)
 
     @pytest.mark.parametrize("moment", KILLS)
@@ -245,7 +247,7 @@ class Gpu:
 
     def __init__(self, host: Host, patch: pytest.MonkeyPatch, stage: str, error: Exception) -> None:
         self._error, self.loaded, self.tried = error, [], 0
-        patch.setattr(host.library._readers, "_device", lambda: "cuda:0")
+        patch.setattr("lib_pulid.webui.settings.device", lambda: "cuda:0")
         patch.setattr("lib_pulid.face_models.load_face_models", lambda files, device: self._load(stage, device))
         patch.setattr("tests.light_webui.Tower.to", lambda tower, device: self._move(tower, stage, device))
 

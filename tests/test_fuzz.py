@@ -28,6 +28,7 @@ from lib_pulid.files.checkpoint_header import checkpoint_family, read_header
 from lib_pulid.identity import Identity
 from lib_pulid.images import load_image
 from lib_pulid.masks import load_mask
+from lib_pulid.stores.folder import Settings
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
@@ -158,10 +159,10 @@ def read_adapter(path: Path) -> None:
 def test_damaged_safetensors(tmp_path):
     folder = tmp_path / "pulid"
     folder.mkdir()
-    library = Library(lambda: tmp_path)
+    library = Library(lambda: Settings(tmp_path))
 
     def read(path: Path) -> None:
-        library.adapters()
+        library.adapters.listed()
         read_adapter(path)
 
     corpus = [(f"{name}.safetensors", save(state)) for name, state in WEIGHTS.items()]
@@ -193,11 +194,11 @@ def test_damaged_pickles(tmp_path):
 
 def test_damaged_identities(tmp_path):
     (tmp_path / "pulid" / "identities").mkdir(parents=True)
-    library = Library(lambda: tmp_path)
+    library = Library(lambda: Settings(tmp_path))
     data = an_identity().save(tmp_path / "x").read_bytes()
 
     def read(path: Path) -> None:
-        library.identities()
+        library.identities.listed()
         identity = Identity.load(path)
         assert identity.cond.shape[0] == 1 and torch.isfinite(identity.cond).all()
         assert identity.thumbnail is None or identity.thumbnail.shape[2] == 3

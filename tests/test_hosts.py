@@ -105,6 +105,25 @@ def test_a_face_that_would_never_act_ends_the_generation(kind, p, monkeypatch):
     assert kind.left(p) == 0
 
 
+def test_the_layers_are_gone_through_once_for_a_model(kind, p, monkeypatch):
+    """Not in each step: that takes milliseconds. To the first cross-attention is not far."""
+    unet, walks, named_modules = kind.denoiser(p), [], nn.Module.named_modules
+    tops = {unet, *unet.children()}
+
+    def counted(module: nn.Module, *args: Any, **how: Any) -> Iterator[tuple[str, nn.Module]]:
+        yield from named_modules(module, *args, **how)
+        if module in tops:
+            walks.append(module)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    counts = []
+    for steps in (2, 6):
+        walks.clear()
+        kind.run(p, RandomPlan(), steps=steps)
+        counts.append(len(walks))
+    assert counts[0] == counts[1] > 0
+
+
 # ---------------------------------------------------------------- another model in the middle
 
 

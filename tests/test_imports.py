@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("photos", "injection", "blend"),
     ("fields",),
     ("units", "tags", "bench_cases"),
+    ("stores",),
     ("hosts",),  # a package of several files, see test_hosts_do_not_know_each_other
     ("training",),
     ("miniature",),

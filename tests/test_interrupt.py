@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lib_pulid.errors import Interrupted
+from lib_pulid.stores.interruptible import Interruptible
 from lib_pulid.webui import settings
-from lib_pulid.webui.interruptible import Interruptible
 from tests import light_webui
 from tests.fake_modules.models import same
 from tests.light_webui import unit
@@ -98,11 +98,11 @@ def test_interrupted_while_a_photo_is_read(host, monkeypatch, place):
         presses.start()
         assert host.generate([unit("anna")], p=p) == []
         presses.join()
-        assert host.library._work.is_busy
+        assert host.library.encoders._work.is_busy
         assert any("Interrupted" in text for text in p.comments) and host.state.textinfo is None
-        host.library.release()  # waits for nothing
+        host.library.encoders.release()  # waits for nothing
         gate.open()
-        host.library.settle()
+        host.library.encoders.settle()
     assert host.left_behind(p) == []
     assert same(host.generate([]), plain)
     assert same(host.generate([unit("anna")]), faced)
@@ -144,8 +144,9 @@ def test_models_are_kept_where_memory_suffices(host, monkeypatch, free, wanted, 
     monkeypatch.delitem(options, "pulid_keep_encoders")
     if wanted is not None:
         monkeypatch.setitem(options, "pulid_keep_encoders", wanted)
-    monkeypatch.setitem(host.library._keep.__globals__, "_free_memory", lambda: free)
-    monkeypatch.setitem(host.library._keep.__globals__, "device", lambda: device)
+    monkeypatch.setattr("lib_pulid.webui.settings._free_memory", lambda: free)
+    monkeypatch.setattr("lib_pulid.webui.settings.device", lambda: device)
+    monkeypatch.setattr(light_webui.Tower, "to", lambda tower, device: tower)
     host.generate([unit("anna")])
     host.generate([unit("ben")])
     assert seen == ["faces", "tower"] * (1 if kept else 2)

@@ -185,7 +185,7 @@ def test_off_is_off(host, monkeypatch):
 
     for name in ("face_models.load_detector", "face_models.load_recogniser", "webui.likeness.measure"):
         monkeypatch.setattr(f"lib_pulid.{name}", fail)
-    monkeypatch.setattr(type(host.library), "see", fail)
+    monkeypatch.setattr(type(host.library.encoders), "see", fail)
     made = generate(host, [unit("anna")], [color("anna")])
     assert [number(one) for one in made.infotexts] == [None]
     assert "likeness" not in made.comments
@@ -259,7 +259,7 @@ def test_a_saved_identity_of_an_earlier_version(host, options):
     from dataclasses import replace
 
     old = replace(host.encode("anna"), embeddings={})
-    host.library.save("old anna", old)
+    host.library.identities.save("old anna", old)
     host.forget_photos()
     made = generate(host, [{"identity": "old anna"}], [color("anna")])
     assert number(made.infotexts[0]) is None
@@ -272,10 +272,10 @@ def test_a_saved_identity_of_an_earlier_version(host, options):
 
 def test_a_photo_of_an_earlier_cache_is_read_again(host, options):
     generate(host, [unit("anna")], [color("anna")])
-    (path,) = (host.library.folder / "cache").glob("*.safetensors")
+    (path,) = (host.library.folder.path / "cache").glob("*.safetensors")
     tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("embedding.")}
     save_file(tensors, path, {"format": "sd-webui-pulid identity", "version": "1"})
-    host.library._cache = None
+    host.library.identities._cache = None
     assert number(generate(host, [unit("anna")], [color("anna")]).infotexts[0]) == "1.00"
     assert Identity.load(path).embeddings
 
@@ -306,7 +306,7 @@ def test_another_recognizer_is_the_judge(host, options, buffalo, monkeypatch):
     assert "overestimates" not in made.comments
     assert set(loaded) == {buffalo}
     # Who is saved without it is known to the adapter's own recognizer only.
-    host.library.save("anna", host.encode("ben"))
+    host.library.identities.save("anna", host.encode("ben"))
     made = generate(host, [{"identity": "anna"}], [color("ben")])
     assert number(made.infotexts[0]) == "1.00"
     assert "the adapter's own recognizer, which overestimates" in made.comments

@@ -16,7 +16,8 @@ from lib_pulid import __version__
 from lib_pulid.fields import FIELDS, PRESET_TIPS
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [ROOT / "lib_pulid" / "webui" / f"{name}.py" for name in ("accordion", "missing", "settings")]
+BUILDERS = ("accordion", "blending", "canvas", "missing", "settings")
+SOURCES = [ROOT / "lib_pulid" / "webui" / f"{name}.py" for name in BUILDERS]
 
 
 def texts_of(path: Path) -> set[str]:

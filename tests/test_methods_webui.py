@@ -132,18 +132,18 @@ def test_the_pages_hidden_settings_are_no_error(host, files):
 
 
 def test_auto_is_pulid_and_knows_who_made_an_identity(host, files):
-    assert host.library.adapter("auto", "sdxl").method.name == "PuLID"
+    assert host.library.adapters.load("auto", "sdxl").method.name == "PuLID"
     saved = host.encode("anna", FILES["instantid"])
-    host.library.save("Anna", saved)
+    host.library.identities.save("Anna", saved)
     try:
         images = host.generate([{"identity": "Anna"}], "sdxl")
         assert same(images, host.generate([unit("anna", model=FILES["instantid"])], "sdxl"))
     finally:
-        (host.library.identities_dir / "Anna.safetensors").unlink()
+        (host.library.identities.folder / "Anna.safetensors").unlink()
 
 
 def test_an_identity_whose_file_is_gone(host, files):
-    host.library.save("Gone", host.encode("anna", FILES["instantid"]))
+    host.library.identities.save("Gone", host.encode("anna", FILES["instantid"]))
     away = files["instantid"].with_suffix(".away")
     files["instantid"].rename(away)
     try:
@@ -151,7 +151,7 @@ def test_an_identity_whose_file_is_gone(host, files):
             host.generate([{"identity": "Gone"}], "sdxl")
     finally:
         away.rename(files["instantid"])
-        (host.library.identities_dir / "Gone.safetensors").unlink()
+        (host.library.identities.folder / "Gone.safetensors").unlink()
 
 
 def test_only_its_own_files_are_needed(host, files):
@@ -188,14 +188,14 @@ def shown(update: dict[str, Any]) -> bool:
 
 
 def test_the_page_follows_the_model(host, files):
-    from lib_pulid.webui.actions import FOLLOWING, Actions
+    from lib_pulid.webui.following import FOLLOWING, Following
 
-    actions = Actions(host.library, lambda name: "sdxl")
+    following = Following(host.library, lambda name: "sdxl")
     values = {"weight": 0.8, "fusion": "id_mix", "projection": "ortho_v2", "num_zero": 20, "start_step": 0}
 
     def follow(model: str, **changed: Any) -> list[Any]:
         given = {**values, "model": model, **changed}
-        return actions.follow_model("sdxl", *(given[name] for name in FOLLOWING))
+        return following.follow_model("sdxl", *(given[name] for name in FOLLOWING))
 
     weight, preset, fusion, sdxl, flux, lora = follow(FILES["instantid"])
     assert [shown(one) for one in (preset, sdxl, flux, lora)] == [False] * 4

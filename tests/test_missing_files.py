@@ -189,7 +189,7 @@ def test_a_pulid_file_elsewhere_can_be_chosen(library, tmp_path):
     files = small_models.write_files(tmp_path / "made", [WIDTH] * SMALL_SITES, 64)
     (tmp_path / "ControlNet").mkdir()
     files.sdxl.rename(tmp_path / "ControlNet" / "pulid.safetensors")
-    assert [(file.name, file.family) for file in library.adapters()] == [("pulid.safetensors", "sdxl")]
+    assert [(file.name, file.family) for file in library.adapters.listed()] == [("pulid.safetensors", "sdxl")]
 
 
 # ---------------------------------------------------------------- HTTP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from lib_pulid.errors import PulidError, SettingError
 from lib_pulid.fields import FIELD, PRESET_FAMILY
+from lib_pulid.stores.folder import ModelsFolder, Settings
 from lib_pulid.units import PulidUnit, default_args
 from lib_pulid.webui.presets import SAVED, Presets
 from tests.fake_modules.models import same
@@ -21,14 +23,14 @@ SOFT = {"weight": 0.4, "end": 0.7, "projection": "ortho", "num_zero": 16}
 
 @pytest.fixture
 def presets(tmp_path):
-    return Presets(lambda: tmp_path / "presets")
+    return Presets(ModelsFolder(lambda: Settings(tmp_path)))
 
 
 @pytest.fixture
-def written(presets, tmp_path):
+def written(presets):
     def write(text, name="mine"):
-        (tmp_path / "presets").mkdir(exist_ok=True)
-        (tmp_path / "presets" / f"{name}.json").write_text(text, "utf-8")
+        presets.folder().mkdir(parents=True, exist_ok=True)
+        (presets.folder() / f"{name}.json").write_text(text, "utf-8")
         return presets
 
     return write
@@ -53,8 +55,8 @@ class TestFiles:
     @settings(max_examples=30)
     @given(values=valid_dicts())
     def test_every_setting_but_the_face(self, tmp_path_factory, values):
-        presets = Presets(lambda: folder)
         folder = tmp_path_factory.mktemp("presets")
+        presets = Presets(ModelsFolder(lambda: Settings(folder)))
         presets.save("x", values)
         unit = PulidUnit.from_mapping({key: value for key, value in values.items() if key in SAVED}, 1)
         loaded = presets.load("x")
@@ -114,8 +116,9 @@ class TestFiles:
     @settings(max_examples=20)
     @given(st.dictionaries(st.sampled_from(sorted(FIELD)), st.none() | st.floats() | st.text(max_size=5)))
     def test_official_names_are_left_alone(self, values):
+        presets = Presets(ModelsFolder(lambda: Settings(Path())))
         for name in (*PRESET_FAMILY, "auto", "custom", "stylised", None, 5):
-            assert Presets(lambda: None).expand({**values, "preset": name}, 1) == {**values, "preset": name}
+            assert presets.expand({**values, "preset": name}, 1) == {**values, "preset": name}
 
 
 class TestUse:
@@ -160,29 +163,29 @@ class TestUse:
 
 class TestThePage:
     @pytest.fixture
-    def actions(self, soft):
-        from lib_pulid.webui.actions import Actions
+    def following(self, soft):
+        from lib_pulid.webui.following import Following
 
-        return Actions(soft.library, lambda name: "sdxl")
+        return Following(soft.library, lambda name: "sdxl")
 
-    def test_loading_sets_the_widgets(self, actions):
-        *widgets, listed, note = actions.load_preset("Soft")
+    def test_loading_sets_the_widgets(self, following):
+        *widgets, listed, note = following.load_preset("Soft")
         set_to = {name: one["value"] for name, one in zip(SAVED, widgets) if "value" in one}
         assert set_to == SOFT and listed["value"] == "None" and "Soft" in note
-        assert all("value" not in one for one in actions.load_preset("None"))
-        assert "there is no preset" in actions.load_preset("gone")[-1]
+        assert all("value" not in one for one in following.load_preset("None"))
+        assert "there is no preset" in following.load_preset("gone")[-1]
 
-    def test_saving(self, soft, actions):
+    def test_saving(self, soft, following):
         values = [getattr(PulidUnit(weight=0.9), name) for name in SAVED]
-        listed, name, note = actions.save_preset("Mine", *values)
+        listed, name, note = following.save_preset("Mine", *values)
         saved = soft.library.presets.folder() / "Mine.json"
         try:
             assert listed["choices"] == ["None", "Mine", "Soft"] and name["value"] == "" and "Saved" in note
             assert json.loads(saved.read_text())["weight"] == 0.9
-            assert "already saved" in actions.save_preset("mine", *values)[-1]
+            assert "already saved" in following.save_preset("mine", *values)[-1]
         finally:
             saved.unlink()
-        assert "Enter a name" in actions.save_preset(" ", *values)[-1]
+        assert "Enter a name" in following.save_preset(" ", *values)[-1]
 
     def test_the_widgets_are_wired(self, soft):
         soft.script.ui(False)  # nothing is missing in the table

@@ -18,6 +18,7 @@ from lib_pulid.errors import ImageError, PulidError, SettingError
 from lib_pulid.fields import FAMILIES, FIELD, FIELDS, LONGEST_TEXT, MOST_UNITS, NONE, Field, check
 from lib_pulid.injection import DenoiseStep, _Masks, token_grid
 from lib_pulid.methods import has, usual
+from lib_pulid.stores.folder import Settings
 from lib_pulid.units import PulidUnit, default_args, parse_args
 from lib_pulid.webui import infotext, pictures, routes
 from lib_pulid.webui.library import Library
@@ -134,7 +135,7 @@ def test_any_arguments_are_units_or_a_message(args):
 @pytest.fixture(scope="module")
 def empty_library(tmp_path_factory) -> Library:
     folder = tmp_path_factory.mktemp("models")
-    return Library(lambda: folder)
+    return Library(lambda: Settings(folder))
 
 
 @given(st.dictionaries(st.sampled_from(["images", "face_order", "face_index"]) | st.text(max_size=5), JSON))

@@ -8,21 +8,28 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lib_pulid.units import PulidUnit, default_args, parse_args
 from lib_pulid.webui import remote
+from lib_pulid.webui.dropped import DroppedPhotos
+from lib_pulid.webui.pictures import decode
 from lib_pulid.webui.presets import Presets
 
 ANNA = PulidUnit(images=("YQ==",), weight=0.6, start=0.2)
 BEN = PulidUnit(identity="ben", projection="ortho")
 
 
+PHOTOS = DroppedPhotos()
+
+
 def sent(args: list[Any], changes: Any = None, folder: Any = None) -> list[Any]:
     """What the other extension sends: our part of the arguments, as JSON."""
+    library = SimpleNamespace(presets=Presets(SimpleNamespace(path=folder)), photos=PHOTOS)
     p = SimpleNamespace(script_args=["before", *args, "after"])
     script = SimpleNamespace(args_from=1, args_to=1 + len(args))
-    remote.spell_out(p, script, changes or {}, Presets(lambda: folder))
+    remote.spell_out(p, script, changes or {}, library)
     assert p.script_args[0] == "before" and p.script_args[-1] == "after"
     assert len(p.script_args) == len(args) + 2
     return json.loads(json.dumps(p.script_args[1:-1]))
@@ -48,8 +55,20 @@ def test_what_a_grid_sets_is_in_it():
     assert unit == replace(ANNA, weight=0.9)
 
 
+def test_photos_of_this_machine_are_sent():
+    image = np.random.default_rng(1).integers(0, 256, (30, 2000, 3), np.uint8)
+    [(_, unit)] = parse_args(sent(page(replace(ANNA, images=(PHOTOS.add(image), "YQ==")))))
+    np.testing.assert_array_equal(decode(unit.images[0], "photo"), image)
+    assert unit.images[1] == "YQ=="
+
+
+def test_a_photo_that_is_lost_is_left_to_the_generation_here():
+    args = page(replace(ANNA, images=("sha256:0",)))
+    assert sent(args) == args
+
+
 def test_presets_of_this_machine_become_their_settings(tmp_path):
-    Presets(lambda: tmp_path).save("soft", {"weight": 0.4, "end": 0.7})
+    Presets(SimpleNamespace(path=tmp_path)).save("soft", {"weight": 0.4, "end": 0.7})
     [(_, unit)] = parse_args(sent([{"images": ["YQ=="], "preset": "soft"}, *default_args(1)[1:]], None, tmp_path))
     assert (unit.weight, unit.end) == (0.4, 0.7)
 

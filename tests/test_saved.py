@@ -26,6 +26,7 @@ from lib_pulid.errors import (
 from lib_pulid.files import catalog, pulidembd
 from lib_pulid.identity import Identity, with_uncond
 from lib_pulid.injection import compile_injection
+from lib_pulid.stores.folder import Settings
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
 from tests import small_models
@@ -38,7 +39,7 @@ def person(value: float = 1.0, **info: str) -> Identity:
 
 @pytest.fixture
 def library(tmp_path) -> Library:
-    return Library(lambda: tmp_path)
+    return Library(lambda: Settings(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +52,18 @@ def files(tmp_path_factory) -> small_models.SmallFiles:
 
 def test_a_name_that_another_program_takes_meanwhile(library, tmp_path, monkeypatch):
     """It has looked and found the name free; then the other is quicker."""
-    theirs, real = Library(lambda: tmp_path), Identity.save
+    theirs, real = Library(lambda: Settings(tmp_path)), Identity.save
 
     def save(self: Identity, path: Path) -> Path:
         if self.cond[0, 0, 0] == 1:
-            theirs.save("anna", person(2))
+            theirs.identities.save("anna", person(2))
         return real(self, path)
 
     monkeypatch.setattr(Identity, "save", save)
     with pytest.raises(SettingError, match="anna is already saved"):
-        library.save("anna", person(1))
-    assert library.saved("anna").cond[0, 0, 0] == 2
-    assert os.listdir(library.identities_dir) == ["anna.safetensors"]
+        library.identities.save("anna", person(1))
+    assert library.identities.load("anna").cond[0, 0, 0] == 2
+    assert os.listdir(library.identities.folder) == ["anna.safetensors"]
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -92,8 +93,8 @@ def test_another_spelling_saved_meanwhile_is_seen(library, monkeypatch):
 
     monkeypatch.setattr(Identity, "save", save)
     with pytest.raises(SettingError, match="ANNA is already saved"):
-        library.save("anna", person(1))
-    assert [one.name for one in library.identities()] == ["ANNA"]
+        library.identities.save("anna", person(1))
+    assert [one.name for one in library.identities.listed()] == ["ANNA"]
 
 
 # ---------------------------------------------------------------- names
@@ -104,22 +105,22 @@ SPELLINGS = ["Zoë", unicodedata.normalize("NFD", "Zoë"), "ZOË", " zoë ", "Zo
 @pytest.mark.parametrize("asked", SPELLINGS, ids=ascii)
 @pytest.mark.parametrize("kept", SPELLINGS[:3], ids=ascii)
 def test_one_name_in_all_its_spellings(library, kept, asked):
-    person(1).save(library.identities_dir / f"{kept}.safetensors")
-    assert library.saved(asked).cond[0, 0, 0] == 1
+    person(1).save(library.identities.folder / f"{kept}.safetensors")
+    assert library.identities.load(asked).cond[0, 0, 0] == 1
     if asked != "Zoë\u200b":
         with pytest.raises(SettingError, match="is already saved"):
-            library.save(asked, person(2))
-    assert len(library.identities()) == 1
+            library.identities.save(asked, person(2))
+    assert len(library.identities.listed()) == 1
 
 
 def test_two_that_differ_in_spelling_only_are_not_mixed_up(library):
     for value, name in enumerate(("anna", "Anna", unicodedata.normalize("NFD", "Zoë"), "Zoë")):
-        person(value).save(library.identities_dir / f"{name}.safetensors")
-    assert library.saved("Anna").cond[0, 0, 0] == 1
-    assert library.saved("Zoë").cond[0, 0, 0] == 3
-    assert library.saved(unicodedata.normalize("NFD", "Zoë")).cond[0, 0, 0] == 2
+        person(value).save(library.identities.folder / f"{name}.safetensors")
+    assert library.identities.load("Anna").cond[0, 0, 0] == 1
+    assert library.identities.load("Zoë").cond[0, 0, 0] == 3
+    assert library.identities.load(unicodedata.normalize("NFD", "Zoë")).cond[0, 0, 0] == 2
     with pytest.raises(SettingError, match="ANNA could be .* or .*Spell it"):
-        library.saved("ANNA")
+        library.identities.load("ANNA")
 
 
 @pytest.mark.parametrize(
@@ -134,11 +135,11 @@ def test_what_is_wrong_with_a_name_is_told(name, reason):
 
 
 def test_a_hash_in_capitals_and_a_damaged_file_by_name(library):
-    saved = library.save("anna", person(1))
-    assert library.saved(saved.short_hash.upper()).short_hash == saved.short_hash
-    (library.identities_dir / "ben.safetensors").write_bytes(b"half")
+    saved = library.identities.save("anna", person(1))
+    assert library.identities.load(saved.short_hash.upper()).short_hash == saved.short_hash
+    (library.identities.folder / "ben.safetensors").write_bytes(b"half")
     with pytest.raises(IdentityMismatchError, match=r"ben\.safetensors is not a saved identity, or is damaged"):
-        library.saved("ben")
+        library.identities.load("ben")
 
 
 # ---------------------------------------------------------------- rights
@@ -195,16 +196,16 @@ def test_any_folder_may_be_closed(tmp_path, closed, files, place):
     (tmp_path / "pulid" / "identities").mkdir(parents=True)
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     save_file(load_file(files.sdxl), tmp_path / "pulid" / "mine.safetensors")
-    library = Library(lambda: tmp_path)
+    library = Library(lambda: Settings(tmp_path))
     closed.append(str(tmp_path / place))
     open_still = place not in ("", "pulid")
-    assert [file.name for file in library.adapters()] == (["mine.safetensors"] if open_still else [])
-    assert library.identities() == []
-    assert library.find("0123456789") is None
+    assert [file.name for file in library.adapters.listed()] == (["mine.safetensors"] if open_still else [])
+    assert library.identities.listed() == []
+    assert library.identities.find("0123456789") is None
     assert len(catalog.missing("", tmp_path)) == 5
     if place in ("", "pulid", "pulid/identities"):
         with pytest.raises(StorageError, match="cannot be written"):
-            library.save("anna", person())
+            library.identities.save("anna", person())
 
 
 def test_a_folder_that_cannot_be_written_is_named(library, tmp_path, monkeypatch):
@@ -213,7 +214,7 @@ def test_a_folder_that_cannot_be_written_is_named(library, tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "write_bytes", refused)
     with pytest.raises(StorageError, match=rf"{tmp_path}.*anna\.safetensors cannot be written \(Permission denied\)"):
-        library.save("anna", person())
+        library.identities.save("anna", person())
 
 
 @pytest.mark.parametrize("what", ["pulid", "pulid/identities"])
@@ -221,10 +222,10 @@ def test_a_file_in_the_place_of_a_folder(tmp_path, what):
     path = tmp_path / what
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("no folder")
-    library = Library(lambda: tmp_path)
-    assert (library.adapters(), library.identities()) == ([], [])
+    library = Library(lambda: Settings(tmp_path))
+    assert (library.adapters.listed(), library.identities.listed()) == ([], [])
     with pytest.raises(StorageError):
-        library.save("anna", person())
+        library.identities.save("anna", person())
 
 
 def test_a_copy_that_may_be_read_goes_before_one_that_may_not(tmp_path, closed):
@@ -262,13 +263,13 @@ def test_auto_passes_over_other_adapters(tmp_path, files):
         torch.save({"image_proj": {encoder: torch.ones(8)}, "ip_adapter": {"1.to_k_ip.weight": torch.ones(8)}},
                    folder / f"{name}.bin")  # fmt: skip
     save_file({"double_blocks.0.processor.proj_lora1.down.weight": torch.ones(2, 2)}, folder / "a_lora.safetensors")
-    library = Library(lambda: tmp_path)
-    assert library.adapter("auto", "sdxl").path.name == "my_pulid.safetensors"
+    library = Library(lambda: Settings(tmp_path))
+    assert library.adapters.load("auto", "sdxl").path.name == "my_pulid.safetensors"
     with pytest.raises(WrongWeightsError, match=r"a_ip-adapter\.safetensors is an IP-Adapter of an unknown kind"):
-        library.adapter("a_ip-adapter", "sdxl")
+        library.adapters.load("a_ip-adapter", "sdxl")
     (folder / "my_pulid.safetensors").unlink()
     with pytest.raises(MissingWeightsError, match="no PuLID file for SDXL(.|\n)*Left out: a.bin is an IP-Adapter"):
-        library.adapter("auto", "sdxl")
+        library.adapters.load("auto", "sdxl")
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
@@ -276,10 +277,10 @@ def test_other_files_are_called_what_they_are(tmp_path, kind):
     state, words = FOREIGN[kind]
     (tmp_path / "pulid").mkdir()
     save_file(state, tmp_path / "pulid" / "mine.safetensors")
-    library = Library(lambda: tmp_path)
+    library = Library(lambda: Settings(tmp_path))
     with pytest.raises(WrongWeightsError, match=rf"mine\.safetensors is .*{words}"):
-        library.adapter("mine.safetensors", "flux")
-    assert library.adapters() == []
+        library.adapters.load("mine.safetensors", "flux")
+    assert library.adapters.listed() == []
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
@@ -342,11 +343,11 @@ VALUES = np.random.default_rng(3).integers(-64, 64, (32, 64)).astype(np.float32)
 @pytest.mark.parametrize("kind", [0, 1, 30])
 @pytest.mark.parametrize("more", [{}, {"general_alignment": 64}])
 def test_a_pulidembd_made_by_hand_is_read(library, kind, more):
-    library.identities_dir.mkdir(parents=True)
-    (library.identities_dir / "anna.pulidembd").write_bytes(by_hand(VALUES, kind, **more))
-    assert [(one.name, one.adapter) for one in library.identities()] == [("anna.pulidembd", "PuLID for FLUX")]
-    for name in ("anna", "anna.pulidembd", library.identities()[0].short_hash):
-        identity = library.saved(name)
+    library.identities.folder.mkdir(parents=True)
+    (library.identities.folder / "anna.pulidembd").write_bytes(by_hand(VALUES, kind, **more))
+    assert [(one.name, one.adapter) for one in library.identities.listed()] == [("anna.pulidembd", "PuLID for FLUX")]
+    for name in ("anna", "anna.pulidembd", library.identities.listed()[0].short_hash):
+        identity = library.identities.load(name)
         np.testing.assert_array_equal(identity.cond[0].numpy(), VALUES)
         assert (identity.family, identity.uncond) == ("flux", None)
 
@@ -378,13 +379,13 @@ def test_its_uncond_is_what_the_encoder_makes_of_zeros(tmp_path, files):
 
 
 def test_a_copy_of_it_as_an_identity_of_ours_keeps_what_is_known(library):
-    library.identities_dir.mkdir(parents=True)
-    (library.identities_dir / "anna.pulidembd").write_bytes(by_hand(VALUES))
-    library.save("ben", library.saved("anna"))
-    library.save("carl.pulidembd", library.saved("ben"))
-    assert library.saved("ben").family == "flux"
-    assert (library.identities_dir / "carl.pulidembd").read_bytes() == by_hand(VALUES)
-    assert [one.name for one in library.identities()] == ["anna.pulidembd", "ben", "carl.pulidembd"]
+    library.identities.folder.mkdir(parents=True)
+    (library.identities.folder / "anna.pulidembd").write_bytes(by_hand(VALUES))
+    library.identities.save("ben", library.identities.load("anna"))
+    library.identities.save("carl.pulidembd", library.identities.load("ben"))
+    assert library.identities.load("ben").family == "flux"
+    assert (library.identities.folder / "carl.pulidembd").read_bytes() == by_hand(VALUES)
+    assert [one.name for one in library.identities.listed()] == ["anna.pulidembd", "ben", "carl.pulidembd"]
 
 
 @pytest.mark.parametrize("wrong", ["version", "architecture", "cut", "head", "name", "kind", "size"])

@@ -280,9 +280,9 @@ def test_a_saved_identity_holds_what_its_file_says_and_no_photo(ui, script, one,
 
     p = Generation()
     ui.hook("process", script, p, {"images": [one]})
-    (path,) = [library.find(text[6:16]) for text in p.extra_generation_params.values()]
+    (path,) = [library.identities.find(text[6:16]) for text in p.extra_generation_params.values()]
     with safe_open(str(path), "pt") as file:
-        own = f"embedding.{library.judges()[-1].key}"
+        own = f"embedding.{library.encoders.judges()[-1].key}"
         assert set(file.keys()) == {"cond", "uncond", "thumbnail", own}  # noqa: SIM118
         assert max(file.get_tensor("thumbnail").shape) <= 128
         assert set(file.metadata()) == {"format", "version", "adapter", "encoder", "photos", "fusion", "made_by"}

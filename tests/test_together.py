@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lib_pulid import hosts
+from lib_pulid import disk, hosts
 from lib_pulid.errors import SettingError
 from lib_pulid.identity import Identity
 from tests import light_webui
@@ -77,7 +77,7 @@ def test_page_and_api_beside_generations(host, restless):
         for _ in range(6):
             name, file = chosen.choice(list(hashes))
             assert host.encode(name, file).short_hash == hashes[name, file]
-            host.library.release()
+            host.library.encoders.release()
 
     def look() -> None:
         chosen = random.Random(3)
@@ -87,7 +87,7 @@ def test_page_and_api_beside_generations(host, restless):
             actions.preview(json.dumps([PHOTOS[name]]), "None", "largest", 0)
             note = actions.save(f"{name} {number}", json.dumps([PHOTOS[name]]), FILES[0], "largest", 0, "official")[2]
             assert f"({hashes[name, FILES[0]]}) for PuLID" in note
-            assert host.library.saved(f"{name} {number}").short_hash == hashes[name, FILES[0]]
+            assert host.library.identities.load(f"{name} {number}").short_hash == hashes[name, FILES[0]]
 
     at_once(generate, lambda: encode(1), lambda: encode(2), look)
     assert host.left_behind() == [] and host.ui.swallowed == []
@@ -104,13 +104,13 @@ def test_nobody_lets_go_of_what_another_reads_with(host, monkeypatch):
 
     def release() -> None:
         assert reading.wait(30)
-        host.library.release()
+        host.library.encoders.release()
         let_go.set()
 
     def look() -> None:
         assert reading.wait(30)
         try:
-            assert not let_go.wait(0.2) and host.library._readers.loaded
+            assert not let_go.wait(0.2) and host.library.encoders.loaded
         finally:
             go_on.set()
 
@@ -140,24 +140,22 @@ def test_of_two_who_save_under_one_name_the_second_is_told(host, monkeypatch):
 
     def save(identity: Identity) -> None:
         try:
-            saved.append(host.library.save("One name", identity).short_hash)
+            saved.append(host.library.identities.save("One name", identity).short_hash)
         except SettingError as error:
             told.append(str(error))
 
     at_once(lambda: save(anna), lambda: save(ben))
     assert len(saved) == 1 and len(told) == 1 and "already saved" in told[0]
-    assert host.library.saved("One name").short_hash == saved[0]
+    assert host.library.identities.load("One name").short_hash == saved[0]
 
 
 def test_a_file_that_goes_while_the_list_is_made(host, monkeypatch):
-    from lib_pulid.webui import library
-
-    host.library.save("Stays", host.encode("anna", FILES[0]))
-    listed = library._files
-    gone = host.library.identities_dir / "Gone.safetensors"
-    monkeypatch.setattr(library, "_files", lambda *args: [gone, *listed(*args)])
-    assert [one.name for one in host.library.identities()] == ["Stays"]
-    assert {file.name for file in host.library.adapters()} >= set(FILES)
+    host.library.identities.save("Stays", host.encode("anna", FILES[0]))
+    listed = disk.listed
+    gone = host.library.identities.folder / "Gone.safetensors"
+    monkeypatch.setattr(disk, "listed", lambda *args: [gone, *listed(*args)])
+    assert [one.name for one in host.library.identities.listed()] == ["Stays"]
+    assert {file.name for file in host.library.adapters.listed()} >= set(FILES)
 
 
 # ---------------------------------------------------------------- one generation inside another
@@ -271,7 +269,7 @@ def as_in_1_8(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     if host.kind != "a1111":
         pytest.skip("A1111 only")
     monkeypatch.delattr(host.ui.modules.scripts.Script, "process_before_every_sampling")
-    monkeypatch.delattr(type(host.script), "process_before_every_sampling")
+    monkeypatch.delattr(type(host.script).__base__, "process_before_every_sampling")
 
 
 def test_nothing_is_hooked_where_1_8_fails_before_the_first_step(host, monkeypatch):

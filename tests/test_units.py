@@ -152,9 +152,8 @@ def test_hires_passes():
 
 
 def test_other_errors_get_their_place():
-    error = at_unit(2, "images", NoFaceError("photo 1: no face"))
-    assert isinstance(error, NoFaceError)
-    assert str(error) == "PuLID unit 2, field images: photo 1: no face"
+    with pytest.raises(NoFaceError, match="^PuLID unit 2, field images: photo 1: no face$"), at_unit(2, "images"):
+        raise NoFaceError("photo 1: no face")
 
 
 def test_schema():

@@ -179,11 +179,6 @@ class TestTheAccordion:
             assert len(labels) == len(set(labels)) > 30
             assert {"Weight", "Weight (person 2)", "Weight (person 3)"} <= set(labels)
 
-    def test_without_an_input_accordion(self, ui, script):
-        del ui.modules.ui_components.InputAccordion
-        controls = script.ui(False)
-        assert controls[0].value is False
-
     def test_fields_are_pasted_into_and_sent_by_name(self, script):
         script.ui(False)
         names = [str(name) for _, name in script.infotext_fields]
@@ -358,7 +353,7 @@ class TestInfotext:
         short_hash = from_cache["PuLID 1 identity"]
         assert len(short_hash) == 10
         assert from_cache["PuLID 1 images"] == ""
-        saved = library.save("Found again", library.saved(short_hash))
+        saved = library.identities.save("Found again", library.identities.load(short_hash))
         try:
             assert self.pasted(library, parameters)["PuLID 1 identity"] == "Found again"
             unet = small_unet()
@@ -398,7 +393,7 @@ class TestXYZ:
         from copy import copy
 
         axes, calls = self.axes(ui, library), []
-        readers, read = library._readers, library._readers._encoders
+        readers, read = library.encoders, library.encoders._encoders
         monkeypatch.setattr(readers, "_encoders", lambda *args: (calls.append(1), read(*args))[1])
         path = tmp_path / "photo.png"
         Image.fromarray(photo((330, 210), shade=5)).save(path)
@@ -480,7 +475,7 @@ class TestActions:
             gallery, note = actions.preview("", "Anna", "largest", 0)
             assert len(gallery["value"]) == 1
         finally:
-            (library.identities_dir / "Anna.safetensors").unlink()
+            (library.identities.folder / "Anna.safetensors").unlink()
 
     def test_photos_or_a_saved_identity_one_of_them_is_there(self, script):
         """Whichever came last counts, and the other is gone from the page."""
@@ -498,8 +493,8 @@ class TestActions:
 
     def test_a_deleted_identity_is_chosen_no_longer(self, actions, library, one):
         actions.save("Gone", json.dumps([one]), "auto", "largest", 0, "official")
-        path = library.identities_dir / "Gone.safetensors"
-        short_hash = library.find("Gone") and library.identities()[0].short_hash
+        path = library.identities.folder / "Gone.safetensors"
+        short_hash = library.identities.find("Gone") and library.identities.listed()[0].short_hash
         for chosen in ("Gone", "gone", short_hash, "None", "", None):
             assert "value" not in actions.refresh(chosen)[0]
         path.unlink()
@@ -517,12 +512,12 @@ class TestActions:
         assert actions.no_preview() == gone
 
     def test_save_what_is_chosen_under_another_name(self, actions, library, one):
-        saved = [library.identities_dir / f"{name}.safetensors" for name in ("First", "Second")]
+        saved = [library.identities.folder / f"{name}.safetensors" for name in ("First", "Second")]
         try:
             actions.save("First", json.dumps([one]), "auto", "largest", 0, "official")
             listed, _, note = actions.save("Second", "", "auto", "largest", 0, "official", "First")
             assert listed["value"] == "Second"
-            assert library.saved("Second").short_hash == library.saved("First").short_hash
+            assert library.identities.load("Second").short_hash == library.identities.load("First").short_hash
             note = actions.save("x.pulidembd", "", "auto", "largest", 0, "official", "First")[2]
             assert "is for FLUX" in note
             assert "No photo to save" in actions.save("Third", "", "auto", "largest", 0, "official", "None")[2]
@@ -533,19 +528,26 @@ class TestActions:
     def test_a_name_that_cannot_be(self, actions, one):
         assert "pulid-bad" in actions.save("../x", json.dumps([one]), "auto", "largest", 0, "official")[2]
 
-    def test_presets_and_sliders(self, actions):
-        assert [update.get("value") for update in actions.apply_preset("style")] == ["ortho", 16, None]
-        assert [update.get("value") for update in actions.apply_preset("realistic")] == [None, None, 4]
-        assert actions.apply_preset("custom") == [{"__type__": "update"}] * 3
-        for shown in ("", "sdxl"):
-            assert actions.name_preset("sdxl", shown, "ortho", 16.0, 0)["value"] == "style"
-        assert actions.name_preset("sdxl", "sdxl", "ortho", 17, 0)["value"] == "custom"
-        assert actions.name_preset("flux", "flux", "ortho", 17, 4.0)["value"] == "realistic"
-        assert actions.name_preset("sdxl", "flux", "ortho", 16, 4) == {"__type__": "update"}  # the page shows the other
+    @pytest.fixture
+    def following(self, library):
+        from lib_pulid.webui.following import Following
 
-    def test_another_family(self, actions):
+        return Following(library, lambda name: {"": "sdxl"}.get(name, name))
+
+    def test_presets_and_sliders(self, following):
+        assert [update.get("value") for update in following.apply_preset("style")] == ["ortho", 16, None]
+        assert [update.get("value") for update in following.apply_preset("realistic")] == [None, None, 4]
+        assert following.apply_preset("custom") == [{"__type__": "update"}] * 3
+        for shown in ("", "sdxl"):
+            assert following.name_preset("sdxl", shown, "ortho", 16.0, 0)["value"] == "style"
+        assert following.name_preset("sdxl", "sdxl", "ortho", 17, 0)["value"] == "custom"
+        assert following.name_preset("flux", "flux", "ortho", 17, 4.0)["value"] == "realistic"
+        # The page shows the other family.
+        assert following.name_preset("sdxl", "flux", "ortho", 16, 4) == {"__type__": "update"}
+
+    def test_another_family(self, following):
         values = [0.8, "id_mix", "ortho", 16, 0, "auto", 0.5, "average", "none", 3, 4, "auto"]  # of two units
-        family, *updates = actions.follow_checkpoint("sdxl", "flux", *values)
+        family, *updates = following.follow_checkpoint("sdxl", "flux", *values)
         assert family == "flux"
         first, second = updates[:6], updates[6:]
         assert (first[0]["value"], second[0].get("value")) == (1.0, None)  # 0.5 was set by hand
@@ -554,17 +556,17 @@ class TestActions:
         assert first[2]["choices"] == ["official", "average"]
         assert (first[2]["value"], second[2]["value"]) == ("official", "average")
         assert [update["visible"] for update in first[3:]] == [False, True, False]
-        family, *updates = actions.follow_checkpoint("flux", "sdxl", 1.0, *values[1:])
+        family, *updates = following.follow_checkpoint("flux", "sdxl", 1.0, *values[1:])
         assert (updates[0]["value"], updates[1]["value"], updates[2]["value"]) == (0.8, "style", "id_mix")
         assert [update["visible"] for update in updates[3:5]] == [True, False]
 
-    def test_the_same_family_or_none(self, actions):
+    def test_the_same_family_or_none(self, following):
         assert (
-            actions.follow_checkpoint("flux", "flux", 0.8, "official", "ortho", 16, 0, "auto")
+            following.follow_checkpoint("flux", "flux", 0.8, "official", "ortho", 16, 0, "auto")
             == [{"__type__": "update"}] * 7
         )
-        actions.family = lambda name: ""
-        family, weight, preset, _, *lines = actions.follow_checkpoint(
+        following.family = lambda name: ""
+        family, weight, preset, _, *lines = following.follow_checkpoint(
             "flux", "", 1.0, "official", "ortho", 16, 0, "auto"
         )
         assert (family, weight) == ("", {"__type__": "update"})
@@ -572,17 +574,18 @@ class TestActions:
         assert preset["visible"] and "value" not in preset
         assert [line["visible"] for line in lines] == [True, True, False]
 
-    def test_a_painted_region(self, actions):
+    def test_a_painted_region(self, library):
+        from lib_pulid.webui.canvas import empty_picture, keep_region
         from lib_pulid.webui.pictures import region
 
-        empty, strokes = actions.empty_picture(64, 32), np.zeros((32, 64, 4), np.uint8)
+        empty, strokes = empty_picture(64, 32), np.zeros((32, 64, 4), np.uint8)
         assert empty.shape == (32, 64, 3)
-        assert actions.keep_region(empty) == ""
-        assert actions.keep_region(None) == ""
+        assert keep_region(empty) == ""
+        assert keep_region(None) == ""
         strokes[:, :32] = 255
-        for painted in (actions.keep_region(empty, strokes), actions.keep_region({"image": empty, "mask": strokes})):
+        for painted in (keep_region(empty, strokes), keep_region({"image": empty, "mask": strokes})):
             assert region(painted, "region").mean() == 0.5
-        assert region(actions.keep_region(strokes[:, :, :3], np.zeros_like(strokes)), "region").mean() == 0.5
+        assert region(keep_region(strokes[:, :, :3], np.zeros_like(strokes)), "region").mean() == 0.5
 
 
 def test_settings_and_flags(ui, script, tmp_path):

@@ -72,8 +72,9 @@ def test_an_error_that_ends_a_request(client, error, status):
 
 def test_a_saved_identity_as_a_file(client, library):
     values = torch.arange(32 * 64, dtype=torch.float32).reshape(1, 32, 64) / 16
+    folder = library.identities.folder
     paths = [
-        Identity(values, info={"adapter": f"PuLID for {family}"}).save(library.identities_dir / f"{name}.safetensors")
+        Identity(values, info={"adapter": f"PuLID for {family}"}).save(folder / f"{name}.safetensors")
         for name, family in (("Zoë file", "FLUX"), ("Sdxl file", "SDXL"))
     ]
     try:

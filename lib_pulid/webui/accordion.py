@@ -1,7 +1,7 @@
 """Builds the accordion's widgets. What they do is in actions.py.
 
-Written for gradio 3.41 and 4.40; the hosts add `tooltip=` and `_js=` to both. Photos and the mask travel as text in
-hidden fields, so that a unit's values are plain JSON, from the page as from the API.
+Written for gradio 3.41 and 4.40; the hosts add `tooltip=` and `_js=` to both. Photos (their hashes, see dropped.py) and
+the mask travel as text in hidden fields, so that a unit's values are plain JSON, from the page as from the API.
 
 The host translates the page by whole texts (`localizations/`), so every label, hint and paragraph is one literal.
 """
@@ -14,16 +14,19 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
+from modules.ui_components import InputAccordion
 
 from lib_pulid import __version__
 from lib_pulid.fields import FIELD, FIELDS, NONE, PRESET_TIPS, Field
 from lib_pulid.units import PulidUnit
-from lib_pulid.webui import canvas
-from lib_pulid.webui.actions import AT_ONCE, FOLLOWING, PRESET_FIELDS, Actions, preset_choices
+from lib_pulid.webui import blending, canvas
+from lib_pulid.webui.actions import Actions
+from lib_pulid.webui.following import FOLLOWING, PRESET_FIELDS, Following, preset_choices
 from lib_pulid.webui.infotext import PastedField
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.missing import Missing
 from lib_pulid.webui.presets import SAVED
+from lib_pulid.webui.widgets import AT_ONCE, TOOL, Unspoken, silent, tool
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,26 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
 
     tab: "txt2img" or "img2img". count: number of units. families: of the checkpoints that the host can load.
     """
-    with _switch(tab) as on:
+    on = InputAccordion(False, label="PuLID", elem_id=f"pulid_{tab}")
+    with on:
         missing = Missing(tab, library, lambda: actions.family(""))
+        following = Following(library, actions.family)
         gr.HTML(
             "<p>One tab is one person. Drop a photo with a large, sharp face, describe the image in the prompt, and "
-            f"generate.</p><p>{on.hint}</p><p class='pulid-version'>PuLID {__version__}</p>",
+            "generate.</p><p>Opening this panel enables PuLID and closing it disables it. Once you use the checkbox, "
+            f"only the checkbox counts.</p><p class='pulid-version'>PuLID {__version__}</p>",
             elem_classes=["pulid-hint"],
         )
         family = families[0] if len(families) == 1 else ""
-        shown = _silent(gr.Textbox(value=family, visible=False, label="PuLID family", elem_id=f"pulid_{tab}_family"))
+        shown = silent(gr.Textbox(value=family, visible=False, label="PuLID family", elem_id=f"pulid_{tab}_family"))
         with gr.Tabs(elem_id=f"pulid_{tab}_units", elem_classes=["pulid-units"]):
             units = []
             for number in range(1, count + 1):
                 with gr.Tab(f"Person {number}", elem_id=f"pulid_{tab}_{number}"):
-                    units.append(_Unit(tab, number, library, actions, shown))
-        _blend(tab, units, actions)
+                    units.append(_Unit(tab, number, actions, following, shown))
+        blending.build(tab, [unit.widgets["identity"] for unit in units], library)
         if not family:
-            _follow_checkpoint(tab, units, actions, shown)
+            _follow_checkpoint(tab, units, following, shown)
         with gr.Accordion("Regions: where each face may appear", open=False, elem_id=f"pulid_{tab}_regions"):
             gr.HTML(
                 "<p>Drag on the frame to draw a box for the person whose tab is open. Drag a box to move it, or its "
@@ -64,82 +70,24 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
                 elem_classes=["pulid-hint"],
             )
     missing.wire(units, actions.refresh)
-    controls, fields = [on.value], [(on.value, PastedField(1, None, library))]
+    controls, fields = [on], [(on, PastedField(1, None, library))]
     for number, widgets in enumerate((unit.widgets for unit in units), 1):
         controls += [widgets[field.name] for field in FIELDS]
         fields += [(widgets[field.name], PastedField(number, field, library)) for field in FIELDS]
     return Built(controls, fields, [str(name) for _, name in fields])
 
 
-class _switch:
-    """The host's accordion with a checkbox in its title; without one in the host, a checkbox in a plain accordion.
-
-    hint: how to enable PuLID. The hosts' accordion is on while it is open, until its checkbox has been clicked; from
-    then on the title only opens and closes it.
-    """
-
-    def __init__(self, tab: str) -> None:
-        elem_id = f"pulid_{tab}"
-        try:
-            from modules.ui_components import InputAccordion
-        except ImportError:
-            self._box = gr.Accordion("PuLID", open=False, elem_id=elem_id)
-            self._plain, self.hint = True, ""
-            self.value: Any = None
-        else:
-            self._box = self.value = InputAccordion(False, label="PuLID", elem_id=elem_id)
-            self._plain = False
-            self.hint = (
-                "Opening this panel enables PuLID and closing it disables it. Once you use the checkbox, only the "
-                "checkbox counts."
-            )
-        self._elem_id = elem_id
-
-    def __enter__(self) -> _switch:
-        self._box.__enter__()
-        if self._plain:
-            self.value = gr.Checkbox(False, label="Enable PuLID", elem_id=f"{self._elem_id}-checkbox")
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._box.__exit__(*error)
-
-
-def _follow_checkpoint(tab: str, units: Sequence[_Unit], actions: Actions, shown: Any) -> None:
+def _follow_checkpoint(tab: str, units: Sequence[_Unit], following: Following, shown: Any) -> None:
     """Adds a hidden button for the page's script, which knows the selected checkpoint and when it changes."""
-    name = _silent(gr.Textbox(value="", visible=False, label="PuLID checkpoint"))
+    name = silent(gr.Textbox(value="", visible=False, label="PuLID checkpoint"))
     button = gr.Button("PuLID: follow the checkpoint", visible=False, elem_id=f"pulid_{tab}_checkpoint")
     button.click(
-        actions.follow_checkpoint,
+        following.follow_checkpoint,
         [shown, name, *(unit.widgets[field] for unit in units for field in FOLLOWING)],
         [shown, *(part for unit in units for part in unit.following)],
         _js=f"(shown, name, ...values) => [shown, Pulid.follow('{tab}'), ...values]",
         **AT_ONCE,
     )
-
-
-def _blend(tab: str, units: Sequence[_Unit], actions: Actions) -> None:
-    """Adds the widgets that blend saved people into a new one."""
-
-    def elem(name: str) -> str:
-        return f"pulid_{tab}_blend_{name}"
-
-    with gr.Accordion("Blend saved people into a new one", open=False, elem_id=elem("panel")):
-        with gr.Row(elem_classes=["pulid-line"]):
-            listed = actions.identity_choices()[1:]
-            people = gr.Dropdown(choices=listed, multiselect=True, label="People to blend", elem_id=elem("people"))
-            refresh = _tool("\U0001f504", elem("refresh"), "Refresh identities and models")
-        with gr.Row(elem_classes=["pulid-line"]):
-            placeholder = "0.7, 0.3 in this order; empty: equal"
-            shares = gr.Textbox(label="Shares", placeholder=placeholder, max_lines=1, elem_id=elem("shares"))
-            name = gr.Textbox(label="Save the blend as", max_lines=1, elem_id=elem("name"))
-            save = gr.Button("Save blend", size="sm", elem_id=elem("save"), elem_classes=["pulid-tool"])
-        note = gr.HTML("", elem_id=elem("note"), elem_classes=["pulid-note"])
-    for widget in (people, shares, name):
-        _silent(widget)
-    refresh.click(actions.list_people, [], [people], **AT_ONCE)
-    lists = [unit.widgets["identity"] for unit in units]
-    save.click(partial(actions.blend, len(units)), [people, shares, name], [people, name, note, *lists], queue=False)
 
 
 class _Unit:
@@ -148,9 +96,9 @@ class _Unit:
     shown: the hidden field with the model family that the page shows. following: the widgets that change with it.
     """
 
-    def __init__(self, tab: str, number: int, library: Library, actions: Actions, shown: Any) -> None:
+    def __init__(self, tab: str, number: int, actions: Actions, following: Following, shown: Any) -> None:
         self._shown = shown
-        self._tab, self._number, self._library, self._actions = tab, number, library, actions
+        self._tab, self._number, self._actions, self._following = tab, number, actions, following
         self._defaults = replace(PulidUnit(), enabled=number == 1).positions()
         self.widgets: dict[str, Any] = {}
         self._photos()
@@ -168,20 +116,15 @@ class _Unit:
     def _common(self, field: Field, tip: bool = True) -> dict[str, Any]:
         value = self._defaults[FIELDS.index(field)]
         # The hosts save the page's settings by label: equal labels would be one setting for all people.
-        common = {
-            "label": self._label(field.label),
-            "value": value,
-            "elem_id": self._id(field.name),
-            "interactive": True,
-        }
-        return {**common, "info": field.tip} if tip else common
+        common = {"label": self._label(field.label), "value": value, "elem_id": self._id(field.name)}
+        return common | {"interactive": True} | ({"info": field.tip} if tip else {})
 
     def _label(self, text: str) -> str:
         return text if self._number == 1 else f"{text} (person {self._number})"
 
     def _hidden(self, name: str) -> None:
         label = f"PuLID {self._number} {name}"
-        widget = _silent(gr.Textbox(value="", visible=False, elem_id=self._id(name), label=label))
+        widget = silent(gr.Textbox(value="", visible=False, elem_id=self._id(name), label=label))
         widget.preprocess = Unspoken.of  # gradio calls it with the page's value
         self.widgets[name] = widget
 
@@ -204,7 +147,7 @@ class _Unit:
         # The page's script clicks it for the ✕ of a photo, and says which one.
         self.remove = gr.Button("PuLID: remove a photo", visible=False, elem_id=self._id("remove"))
         removed = f"PuLID {self._number} removed photo"
-        self.removed = _silent(gr.Number(value=-1, visible=False, label=removed))
+        self.removed = silent(gr.Number(value=-1, visible=False, label=removed))
         with gr.Row(elem_classes=["pulid-buttons"]):
             self.preview = gr.Button("Preview face", size="sm", elem_id=self._id("preview"))
             self.remove_all = gr.Button("Remove all photos", size="sm", elem_id=self._id("remove_all"))
@@ -221,29 +164,21 @@ class _Unit:
             elem_classes=["pulid-shown"],
         )
         self.seen = gr.HTML("", elem_id=self._id("seen"), elem_classes=["pulid-note"])
-        self.asked = _silent(gr.Textbox(value="", visible=False, label=f"PuLID {self._number} preview of"))
+        self.asked = silent(gr.Textbox(value="", visible=False, label=f"PuLID {self._number} preview of"))
         with gr.Row(elem_classes=["pulid-line"]):
             self.widgets["identity"] = gr.Dropdown(
                 choices=self._actions.identity_choices(),
                 allow_custom_value=True,
-                **{
-                    **self._common(FIELD["identity"], tip=False),
-                    "value": NONE,
-                    "label": self._label("Or a saved identity"),
-                },
+                **self._common(FIELD["identity"], tip=False)
+                | {"value": NONE, "label": self._label("Or a saved identity")},
             )
-            self.refresh = _tool("\U0001f504", self._id("refresh"), "Refresh identities and models")
-            self.name = _silent(
-                gr.Textbox(
-                    label="Save this person as",
-                    placeholder="name, or name.pulidembd",
-                    max_lines=1,
-                    elem_id=self._id("save_name"),
-                )
-            )
-            self.save = gr.Button("Save identity", size="sm", elem_id=self._id("save"), elem_classes=["pulid-tool"])
-            self.delete = _tool("\U0001f5d1", self._id("delete"), "Delete the selected identity")
-            self.doomed = _silent(gr.Textbox(value="", visible=False, label=f"PuLID {self._number} to delete"))
+            self.refresh = tool("\U0001f504", self._id("refresh"), "Refresh identities and models")
+            label, hint = "Save this person as", "name, or name.pulidembd"
+            name = gr.Textbox(label=label, placeholder=hint, max_lines=1, elem_id=self._id("save_name"))
+            self.name = silent(name)
+            self.save = gr.Button("Save identity", size="sm", elem_id=self._id("save"), **TOOL)
+            self.delete = tool("\U0001f5d1", self._id("delete"), "Delete the selected identity")
+            self.doomed = silent(gr.Textbox(value="", visible=False, label=f"PuLID {self._number} to delete"))
 
     def _strength(self) -> None:
         with gr.Row():
@@ -252,8 +187,8 @@ class _Unit:
             preset = self._common(FIELD["preset"]) | ({"info": PRESET_TIPS[family]} if family else {})
             self.widgets["preset"] = gr.Radio(choices=preset_choices(family), **preset)
         with gr.Row(elem_classes=["pulid-line"]):
-            listed = self._actions.saved_presets()
-            self.presets = _silent(
+            listed = self._following.saved_presets()
+            self.presets = silent(
                 gr.Dropdown(
                     label=self._label("Load a saved preset"),
                     choices=listed["choices"],
@@ -262,12 +197,10 @@ class _Unit:
                     elem_id=self._id("presets"),
                 )
             )
-            self.preset_name = _silent(
+            self.preset_name = silent(
                 gr.Textbox(label="Save these settings as", max_lines=1, elem_id=self._id("preset_name"))
             )
-            self.save_preset = gr.Button(
-                "Save preset", size="sm", elem_id=self._id("save_preset"), elem_classes=["pulid-tool"]
-            )
+            self.save_preset = gr.Button("Save preset", size="sm", elem_id=self._id("save_preset"), **TOOL)
         self.widgets["model"] = gr.Dropdown(
             choices=self._actions.model_choices(), allow_custom_value=True, **self._common(FIELD["model"])
         )
@@ -295,14 +228,7 @@ class _Unit:
             self._slider("keep_best")
         self._hidden("mask")
         self.widgets["box"] = gr.Textbox(max_lines=1, placeholder="0 0 0.5 1", **self._common(FIELD["box"]))
-        with gr.Accordion("Mask: paint where this person's face may appear", open=False, elem_id=self._id("region")):
-            gr.HTML(
-                "<p>Drop an image (white yes, black no), or start with a blank one and paint the area white. "
-                "No mask: everywhere.</p>",
-                elem_classes=["pulid-hint"],
-            )
-            self.canvas = canvas.build(self._id("canvas"))
-            self.blank = gr.Button("Blank image to paint on", size="sm", elem_id=self._id("blank"))
+        canvas.build(self._tab, self._number, self.widgets["mask"])
 
     def _slider(self, name: str) -> None:
         field = FIELD[name]
@@ -316,7 +242,7 @@ class _Unit:
     # ------------------------------------------------------------ events
 
     def _wire(self) -> None:
-        act, w = self._actions, self.widgets
+        act, follow, w = self._actions, self._following, self.widgets
         images, identity, face = w["images"], w["identity"], [w["face_order"], w["face_index"]]
         self.drop.upload(act.add_photos, [self.drop, images], [self.drop, images, w["enabled"], self.note], **AT_ONCE)
         images.change(act.show_photos, [images], [self.strip], **AT_ONCE)
@@ -340,23 +266,17 @@ class _Unit:
         self.delete.click(act.delete, [identity, self.doomed], [identity, self.doomed, self.note], **AT_ONCE)
         identity.change(lambda: "", [], [self.doomed], **AT_ONCE)
         settings = [w[name] for name in SAVED]
-        self.presets.change(act.load_preset, [self.presets], [*settings, self.presets, self.note], **AT_ONCE)
+        self.presets.change(follow.load_preset, [self.presets], [*settings, self.presets, self.note], **AT_ONCE)
         saved = [self.presets, self.preset_name, self.note]
-        self.save_preset.click(act.save_preset, [self.preset_name, *settings], saved, **AT_ONCE)
-        self.refresh.click(act.saved_presets, [], [self.presets], **AT_ONCE)
+        self.save_preset.click(follow.save_preset, [self.preset_name, *settings], saved, **AT_ONCE)
+        self.refresh.click(follow.saved_presets, [], [self.presets], **AT_ONCE)
         moved = [w[name] for name in PRESET_FIELDS]
         values = [w[name] for name in FOLLOWING]
-        w["model"].change(act.follow_model, [self._shown, *values], self.following, **AT_ONCE)
-        w["preset"].change(act.apply_preset, [w["preset"]], moved, **AT_ONCE)
+        w["model"].change(follow.follow_model, [self._shown, *values], self.following, **AT_ONCE)
+        w["preset"].change(follow.apply_preset, [w["preset"]], moved, **AT_ONCE)
         for name in PRESET_FIELDS:
-            name_preset = partial(act.name_preset, FIELD[name].family)
+            name_preset = partial(follow.name_preset, FIELD[name].family)
             w[name].change(name_preset, [self._shown, *moved], [w["preset"]], **AT_ONCE)
-        for changed in self.canvas.changed:
-            changed(act.keep_region, self.canvas.values, [w["mask"]], **AT_ONCE)
-        size = f"() => pulid.pictureSize('{self._tab}')"
-        labels = (f"PuLID {self._number} {side}" for side in ("width", "height"))
-        width, height = (_silent(gr.Number(visible=False, label=label)) for label in labels)
-        self.blank.click(act.empty_picture, [width, height], [self.canvas.picture], _js=size, **AT_ONCE)
 
     def _wire_preview(self, of: list[Any]) -> None:
         """Shows a preview. of: the widgets that determine it; it disappears when one of them changes."""
@@ -366,28 +286,3 @@ class _Unit:
         made.then(act.still_asked, [*of, self.asked], shown, **AT_ONCE)
         for widget in of:
             widget.change(act.no_preview, [], shown, **AT_ONCE)
-
-
-def _silent(widget: Any) -> Any:
-    """Keeps a widget out of the host's ui-config.json."""
-    widget.do_not_save_to_config = True
-    return widget
-
-
-class Unspoken(str):
-    """A photo as text whose repr is its length: after an error the hosts print a request's arguments."""
-
-    @classmethod
-    def of(cls, text: str | None) -> Unspoken | None:
-        return None if text is None else cls(text)
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} characters>" if len(self) else "''"
-
-
-def _tool(text: str, elem_id: str, tooltip: str) -> Any:
-    try:
-        from modules.ui_components import ToolButton
-    except ImportError:
-        return gr.Button(text, elem_id=elem_id, elem_classes=["pulid-tool"])
-    return ToolButton(text, elem_id=elem_id, elem_classes=["pulid-tool"], tooltip=tooltip)

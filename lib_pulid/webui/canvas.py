@@ -1,30 +1,55 @@
-"""Builds a widget for an image that one can paint on; every host has a different one."""
+"""Builds the panel in which a mask is painted; every host has a different widget for that."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+import numpy as np
+
+from lib_pulid.webui.pictures import drawn_region
+from lib_pulid.webui.widgets import AT_ONCE, silent
 
 HEIGHT = 360
 WHITE = "#ffffff"
 
 
-@dataclass(frozen=True)
-class Canvas:
-    """Args: values: widgets with image and strokes. changed: gradio's events. picture: the widget for a new image."""
+def build(tab: str, number: int, mask: Any) -> None:
+    """Builds the panel of a person. mask: the hidden widget with the mask as text."""
+    name = f"pulid_{tab}_{number}"
+    with gr.Accordion("Mask: paint where this person's face may appear", open=False, elem_id=f"{name}_region"):
+        gr.HTML(
+            "<p>Drop an image (white yes, black no), or start with a blank one and paint the area white. "
+            "No mask: everywhere.</p>",
+            elem_classes=["pulid-hint"],
+        )
+        values, events, picture = _canvas(f"{name}_canvas")
+        blank = gr.Button("Blank image to paint on", size="sm", elem_id=f"{name}_blank")
+    for changed in events:
+        changed(keep_region, values, [mask], **AT_ONCE)
+    labels = (f"PuLID {number} {side}" for side in ("width", "height"))
+    width, height = (silent(gr.Number(visible=False, label=label)) for label in labels)
+    blank.click(empty_picture, [width, height], [picture], _js=f"() => pulid.pictureSize('{tab}')", **AT_ONCE)
 
-    values: list[Any]
-    changed: list[Callable[..., Any]]
-    picture: Any
+
+def keep_region(picture: Any, strokes: Any = None) -> str:
+    """Returns the mask as text. gradio 3 passes image and strokes in a dict."""
+    if isinstance(picture, dict):
+        picture, strokes = picture.get("image"), picture.get("mask")
+    return drawn_region(picture, strokes)
 
 
-def build(elem_id: str) -> Canvas:
+def empty_picture(width: float, height: float) -> np.ndarray:
+    """Returns a black image of the size that will be generated."""
+    return np.zeros((int(height or 512), int(width or 512), 3), np.uint8)
+
+
+def _canvas(elem_id: str) -> tuple[list[Any], list[Callable[..., Any]], Any]:
     """Builds Forge's own canvas, or gradio 3's sketch pad, or else an upload without a brush.
 
-    gradio 4's editor freezes the page when it is hidden in an accordion.
+    gradio 4's editor freezes the page when it is hidden in an accordion. Returns the widgets with image and strokes,
+    their events, and the widget for a new image.
     """
     try:
         from modules_forge.forge_canvas.canvas import ForgeCanvas
@@ -42,10 +67,10 @@ def build(elem_id: str) -> Canvas:
             elem_id=elem_id,
         )
         values = [made.background, made.foreground]
-        return Canvas(values, [value.change for value in values], made.background)
+        return values, [value.change for value in values], made.background
     common = {"type": "numpy", "label": "Mask", "show_label": False, "height": HEIGHT, "elem_id": elem_id}
     if gr.__version__.startswith("3."):
         sketch = gr.Image(source="upload", tool="sketch", brush_color=WHITE, **common)
-        return Canvas([sketch], [sketch.change, sketch.edit], sketch)
+        return [sketch], [sketch.change, sketch.edit], sketch
     upload = gr.Image(**common)
-    return Canvas([upload], [upload.change], upload)
+    return [upload], [upload.change], upload

@@ -6,7 +6,7 @@ Imported when the page is built: it needs the host's modules.
 from __future__ import annotations
 
 import os.path
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gradio as gr
@@ -14,8 +14,10 @@ from modules import shared, ui_extra_networks, ui_extra_networks_user_metadata
 
 from lib_pulid.fields import FIELD, WEIGHTS
 from lib_pulid.injection import MOST
+from lib_pulid.stores.identities import SavedIdentity
 from lib_pulid.tags import NAMES
-from lib_pulid.webui.library import Library, SavedIdentity
+from lib_pulid.webui import pictures
+from lib_pulid.webui.library import Library
 
 TITLE = "Faces"
 WEIGHT = "preferred weight"  # in a card's .json, as in Lora's
@@ -29,21 +31,22 @@ class FacesPage(ui_extra_networks.ExtraNetworksPage):
         self._library = library
 
     def allowed_directories_for_previews(self) -> list[str]:
-        return [os.path.abspath(self._library.identities_dir)]
+        return [os.path.abspath(self._library.identities.folder)]
 
     def list_items(self) -> Iterator[dict[str, Any]]:
-        for index, saved in enumerate(self._library.identities()):
+        for index, saved in enumerate(self._library.identities.listed()):
             yield self._item(saved, index)
 
     def create_item(self, name: str, index: int | None = None, enable_filter: bool = True) -> dict[str, Any] | None:
         """Makes one card; None if the identity is gone. The host calls it after a card was edited."""
-        named = (saved for saved in self._library.identities() if saved.name == name)
+        named = (saved for saved in self._library.identities.listed() if saved.name == name)
         return next((self._item(saved, index) for saved in named), None)
 
     def _item(self, saved: SavedIdentity, index: int | None) -> dict[str, Any]:
         filename = os.path.abspath(saved.path)
         stem, _ = os.path.splitext(filename)
-        info, portrait = self._library.card(saved)
+        info, thumbnail = self._library.identities.card(saved)
+        portrait = "" if thumbnail is None else pictures.encode(thumbnail, "JPEG")
         item = {
             "name": saved.name,
             "filename": filename,
@@ -96,7 +99,7 @@ def preferred_weight(metadata: dict[str, Any]) -> float:
     return float(weight) if 0 < weight <= MOST["weight"] else 0.0
 
 
-def default_weight(info: dict[str, str]) -> float:
+def default_weight(info: Mapping[str, str]) -> float:
     """Returns the default weight of the family that an identity was made for."""
     return WEIGHTS.get(info.get("adapter", "").rpartition(" for ")[2].lower(), WEIGHTS["sdxl"])
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from lib_pulid.errors import PulidError
 from lib_pulid.files import catalog
 from lib_pulid.files.catalog import WeightFile
+from lib_pulid.stores.folder import ModelsFolder
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,10 @@ class _Stopped(Exception):
 
 
 class Downloads:
-    """A queue of downloads with one background thread.
+    """A queue of downloads with one background thread."""
 
-    Args:
-        models_dir: returns the models folder.
-    """
-
-    def __init__(self, models_dir: Callable[[], Path]) -> None:
-        self._models_dir = models_dir
+    def __init__(self, folder: ModelsFolder) -> None:
+        self._folder = folder
         self._lock = threading.Lock()
         self._state = State()
         self._queue: list[WeightFile] = []
@@ -80,7 +76,7 @@ class Downloads:
                 self._state = State(running=True, name=file.name, total=file.size, problems=self._state.problems)
                 self._told()
             try:
-                catalog.download(file, self._models_dir(), self._progress)
+                catalog.download(file, self._folder.models_dir, self._progress)
             except _Stopped:
                 pass
             except PulidError as error:

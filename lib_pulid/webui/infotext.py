@@ -103,11 +103,11 @@ def _value(field: Field, entries: Mapping[str, str], library: Library) -> Any:
 def _find(entries: Mapping[str, str], library: Library) -> str:
     """Returns the name of the saved identity with this hash, or the hash if only the cache has it, or ""."""
     short_hash = entries.get("hash", "")
-    saved = [one.name for one in library.identities() if one.short_hash == short_hash]
+    saved = [one.name for one in library.identities.listed() if one.short_hash == short_hash]
     if saved:
         written = names.key(entries.get("identity", ""))
         return next((name for name in saved if names.key(name) == written), saved[0])
-    return short_hash if short_hash and library.find(short_hash) else ""
+    return short_hash if short_hash and library.identities.find(short_hash) else ""
 
 
 def _text(value: Any) -> str:

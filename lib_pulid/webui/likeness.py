@@ -84,7 +84,7 @@ class Meter:
     """Measures the images of one request.
 
     Args:
-        judges: see `Library.judges`. plan: of the current batch. keep: how many images to keep; 0: all.
+        judges: see `EncoderPool.judges`. plan: of the current batch. keep: how many images to keep; 0: all.
     """
 
     library: Library
@@ -132,7 +132,7 @@ class Meter:
             return None
         pixels = np.asarray(image.convert("RGB"))
         wanted = [_person(plan, number, judge, p) for number in people]
-        return measure(self.library.see(pixels, judge, self._warn), wanted, pixels.shape[:2])
+        return measure(self.library.encoders.see(pixels, judge, self._warn), wanted, pixels.shape[:2])
 
     @property
     def judge(self) -> Recognizer | None:
@@ -272,9 +272,9 @@ def _moved(path: Path) -> Path:
 
 
 def judges_of(library: Library, warn: Callable[[str], None]) -> Sequence[Recognizer]:
-    """Returns `Library.judges`; none, and a note, if the files are not all there: it costs only the number."""
+    """Returns `EncoderPool.judges`; none, and a note, if the files are not all there: it costs only the number."""
     try:
-        return library.judges()
+        return library.encoders.judges()
     except PulidError as error:
         warn(f"PuLID likeness: not measured. {error}")
         return ()

@@ -12,9 +12,9 @@ from lib_pulid.files import catalog
 from lib_pulid.files.catalog import FAMILIES, WeightFile
 from lib_pulid.files.download import format_size
 from lib_pulid.methods import usual
-from lib_pulid.webui.actions import AT_ONCE
 from lib_pulid.webui.fetching import State
 from lib_pulid.webui.library import Library
+from lib_pulid.webui.widgets import AT_ONCE
 
 
 class Missing:
@@ -65,11 +65,11 @@ class Missing:
 
     def files(self) -> tuple[WeightFile, ...]:
         """Lists the files missing for the loaded checkpoint's family; without one, for a family with a PuLID file."""
-        folder = self._library.models_dir
+        folder = self._library.folder.models_dir
         with_file = (family for family in FAMILIES if catalog.find_adapter(family, folder))
         lacking = catalog.missing(self._family() or next(with_file, FAMILIES[0]), folder)
         # Under any name: recognized by content.
-        methods = [file.method for file in self._library.adapters() if file.method is not None]
+        methods = [file.method for file in self._library.adapters.listed() if file.method is not None]
         own = {method.family for method in methods if method.name == usual(method.family).name}
         return tuple(file for file in lacking if file.group not in own)
 
@@ -86,7 +86,7 @@ class Missing:
         )
 
     def _text(self, files: Sequence[WeightFile], state: State) -> str:
-        folder = self._library.models_dir
+        folder = self._library.folder.models_dir
         lines = [f"<p class='pulid-bad'>{_lines(problem)}</p>" for problem in state.problems]
         if state.running:
             return "".join([_progress(state), *lines])

@@ -53,32 +53,23 @@ def decode(text: str, name: str, read: Callable[[bytes, str], np.ndarray] = load
         raise
 
 
-def encode(image: np.ndarray, kind: str = "PNG") -> str:
-    """Encodes an image, uint8 RGB [H, W, 3], as the data URI of a PNG, or of a JPEG."""
+def encode(image: np.ndarray, kind: str = "PNG", **how: int) -> str:
+    """Encodes an image, uint8 RGB [H, W, 3], as the data URI of a PNG, or of a JPEG. how: Pillow's options."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind)
+    Image.fromarray(image).save(buffer, kind, **how)
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def small(image: np.ndarray, side: int) -> str:
     """Encodes an image, uint8 RGB [H, W, 3], for the page, at most side x side, as the data URI of a JPEG."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(thumbnail(image, side)).save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return encode(thumbnail(image, side), "JPEG", quality=85)
 
 
 def packed(photo: np.ndarray) -> str:
-    """Encodes a photo, reduced to the size that the encoders read: same identity, smaller request."""
-    return encode(resize_long_edge(photo))
-
-
-def photo(text: str, name: str) -> np.ndarray:
-    """Decodes base64 or a data URI to uint8 RGB [H, W, 3], reduced to the size that the encoders read."""
-    return resize_long_edge(decode(text, name))
+    """Encodes a photo without loss, at its own size: each method reads it at another one."""
+    return encode(photo, compress_level=1)
 
 
 def region(text: str, name: str) -> Tensor:
@@ -113,17 +104,17 @@ def _strokes(layer: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- preview
 
 
-def marked(photo: np.ndarray, face: Face) -> np.ndarray:
-    """Draws a frame around every face of a photo, the chosen one's thick and green. uint8 RGB [H, W, 3]."""
+def marked(face: Face) -> np.ndarray:
+    """Draws a frame around every face of a photo, the chosen one's thick and green. uint8 RGB [H, W, 3], at most 1024."""
     from PIL import Image, ImageDraw
 
-    picture = Image.fromarray(resize_long_edge(photo))
+    picture = Image.fromarray(np.ascontiguousarray(face.photo_bgr[:, :, ::-1]))
     draw = ImageDraw.Draw(picture)
     thin = max(2, max(picture.size) // 300)
     for found in face.detections:
         chosen = found is face.detection
         draw.rectangle(_corners(found), outline=DRAWN if chosen else OTHER, width=3 * thin if chosen else thin)
-    return np.asarray(picture)
+    return resize_long_edge(np.asarray(picture))
 
 
 def parsed(face: Face) -> np.ndarray:

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib_pulid.boxes import read_box, within
-from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
+from lib_pulid.errors import SettingError
 from lib_pulid.fields import NOT_DRAWN, Number, place, spoken
 from lib_pulid.identity import check_fusion, with_uncond
 from lib_pulid.images import load_image
 from lib_pulid.injection import Injection
 from lib_pulid.methods import usual
 from lib_pulid.sites import is_chroma
+from lib_pulid.stores.encoders import Listener
+from lib_pulid.stores.folder import stamp
 from lib_pulid.units import PulidUnit, at_unit
-from lib_pulid.webui.pictures import packed, photo, region
+from lib_pulid.webui.pictures import packed, region
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +88,7 @@ class UnitPlan:
         """
         wanted = [(number, unit) for number, unit in self.units if unit.draw != NOT_DRAWN]
         for rank, (number, unit) in enumerate(wanted):
-            with _at(number, "draw"):
+            with at_unit(number, "draw"):
                 path = draw(number, rank, unit.draw)
                 photos = (packed(load_image(path)),)
             self.drawn[number] = path
@@ -138,7 +140,7 @@ class UnitPlan:
         finally:
             if missing:
                 self.tell("")
-                self.library.release()
+                self.library.encoders.release()
         return {number: self._known[key][:2] for number, key in keys.items()}
 
     def _is_known(self, key: Any, model: LoadedModel) -> bool:
@@ -155,15 +157,9 @@ class UnitPlan:
         mask = _mask(unit, number)
         if mask is not None:
             self.masks[number] = mask
-        with _at(number, "model"):
-            injection = self.library.injection(
-                adapter,
-                identity,
-                **unit.settings(adapter.method),
-                mask=mask,
-                device=model.device,
-                dtype=model.dtype,
-            )
+        with at_unit(number, "model"):
+            settings = {**unit.settings(adapter.method), "mask": mask, "dtype": model.dtype}
+            injection = self.library.compiled.get(adapter, stamp(adapter.path), identity, model.device, **settings)
         facts = {"hash": identity.short_hash, "file": adapter.path.name, "weights": adapter.fingerprint[:10]}
         if adapter.method.name != usual(model.family).name:
             facts["method"] = adapter.method.label
@@ -173,39 +169,35 @@ class UnitPlan:
 
     def _identity(self, number: Number, unit: PulidUnit, family: str) -> tuple[Identity, Adapter]:
         if unit.identity:
-            with _at(number, "identity"):
-                identity = self.library.with_embedding(self.library.saved(unit.identity), self.judge)
-            with _at(number, "model"):
+            with at_unit(number, "identity"):
+                identity = self.library.identities.load_for(self.judge, unit.identity)
+            with at_unit(number, "model"):
                 encoder, made_for = (identity.info.get(key, "") for key in ("encoder", "adapter"))
-                adapter = self.library.adapter(unit.model, family, encoder, made_for)
+                adapter = self.library.adapters.load(unit.model, family, encoder, made_for)
             unit.check_method(adapter.method, number)
             return identity, adapter
         if not unit.images:
-            raise at_unit(number, "images", SettingError("add a photo, choose a saved identity, or disable this unit."))
-        with _at(number, "model"):
-            adapter = self.library.adapter(unit.model, family)
+            raise SettingError(place(number, "images") + "add a photo, choose a saved identity, or disable this unit.")
+        with at_unit(number, "model"):
+            adapter = self.library.adapters.load(unit.model, family)
         unit.check_method(adapter.method, number)
-        with _at(number, "fusion"):
+        with at_unit(number, "fusion"):
             check_fusion(unit.fusion, adapter, len(unit.images))
         drawn = self.drawn[number].name if number in self.drawn else ""
-        with _at(number, "draw" if drawn else "images", drawn):
-            photos = [photo(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
-            identity = self.library.encode(
-                photos,
-                adapter,
-                unit.choice,
-                unit.fusion,
+        with at_unit(number, "draw" if drawn else "images", drawn):
+            photos = [self.library.photos.read(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
+            listener = Listener(
                 lambda text: self.tell(f"PuLID: {spoken(number)}, {text}"),
                 lambda text: self.warn(f"PuLID {spoken(number)}: {text}"),
                 self.stop,
-                self.judge,
             )
-            return identity, adapter
+            encode = self.library.encoders.encode
+            return encode(photos, adapter, unit.choice, unit.fusion, self.judge, listener), adapter
 
 
 def _mask(unit: PulidUnit, number: Number) -> Tensor | None:
     """Returns where the unit's face may appear, [H, W] float32; None: everywhere."""
-    with _at(number, "mask"):
+    with at_unit(number, "mask"):
         mask = region(unit.mask, "the mask") if unit.mask else None
     if not unit.box:
         return mask
@@ -213,19 +205,3 @@ def _mask(unit: PulidUnit, number: Number) -> Tensor | None:
         return within(mask, read_box(unit.box))
     except ValueError as error:
         raise SettingError(place(number, "box") + str(error)) from error
-
-
-class _at:
-    """Adds unit and field, and the file of a drawn photo, to errors raised inside."""
-
-    def __init__(self, number: Number, field_name: str, file: str = "") -> None:
-        self._place, self._file = (number, field_name), file
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, PulidError):
-            name = "identity" if isinstance(error, IdentityMismatchError) else self._place[1]
-            named = type(error)(f"{self._file}: {error}") if self._file else error
-            raise at_unit(self._place[0], name, named) from error

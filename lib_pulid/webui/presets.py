@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from lib_pulid import disk, names
 from lib_pulid.errors import SettingError
 from lib_pulid.fields import AUTO, CUSTOM, FIELD, FIELDS, OLD_CHOICES, PRESET_FAMILY, Number, place, show
+from lib_pulid.stores.folder import ModelsFolder
 from lib_pulid.units import PulidUnit
 
 SUFFIX = ".json"
@@ -27,9 +28,12 @@ _OFFICIAL = {names.key(name): name for name in (*PRESET_FAMILY, *OLD_CHOICES, AU
 
 @dataclass(frozen=True)
 class Presets:
-    """The saved presets. folder: returns theirs."""
+    """The saved presets."""
 
-    folder: Callable[[], Path]
+    models: ModelsFolder
+
+    def folder(self) -> Path:
+        return self.models.path / "presets"
 
     def names(self) -> list[str]:
         return sorted((path.stem for path in self._paths()), key=str.lower)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lib_pulid.errors import SettingError
 from lib_pulid.fields import MOST_UNITS, Number, place
 from lib_pulid.tags import Tag, find_tags, parse_tag
-from lib_pulid.units import PulidUnit, parse_args, unit_of
+from lib_pulid.units import PulidUnit, at_unit, parse_args, unit_of
 from lib_pulid.webui import infotext
 
 if TYPE_CHECKING:
@@ -223,7 +223,8 @@ def check_rest(p: Any, request: Request, library: Library) -> None:
         seen.add(tags)
         for number, unit in request.asked(tags, library.presets).units:
             if isinstance(number, str):
-                library.check_saved(unit.identity, number)
+                with at_unit(number, "identity"):
+                    library.identities.path(unit.identity)
 
 
 def warn_of_negative(p: Any) -> None:

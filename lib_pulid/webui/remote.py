@@ -1,7 +1,7 @@
 """Works with stable-diffusion-webui-distributed, which has other machines make a part of a batch.
 
 It sends the script's arguments to their API before the generation starts here (`before_process`): without what a grid
-sets in a cell, without presets that only this machine has, and cut to the other machine's number of tabs. So the
+sets in a cell, without the photos and presets of this machine, and cut to the other machine's number of tabs. So the
 arguments become dicts that say all of it. What another machine answers instead of images is only in its log.
 """
 
@@ -16,7 +16,8 @@ from typing import Any
 from lib_pulid.errors import PulidError
 from lib_pulid.fields import FIELD
 from lib_pulid.units import PulidUnit, default_args, parse_args
-from lib_pulid.webui.presets import Presets
+from lib_pulid.webui.dropped import DroppedPhotos
+from lib_pulid.webui.library import Library
 
 TITLE, LOGGER = "Distribute", "distributed"  # the extension's
 ENTRY = "PuLID errors elsewhere"
@@ -29,7 +30,7 @@ def is_used(p: Any) -> bool:
     return any(script.title() == TITLE for script in some)
 
 
-def spell_out(p: Any, script: Any, changes: Mapping[int, Mapping[str, Any]], presets: Presets) -> None:
+def spell_out(p: Any, script: Any, changes: Mapping[int, Mapping[str, Any]], library: Library) -> None:
     """Writes the units into the script's part of a generation's arguments, as dicts. Wrong arguments stay as they are.
 
     Args:
@@ -39,18 +40,22 @@ def spell_out(p: Any, script: Any, changes: Mapping[int, Mapping[str, Any]], pre
     args = list(p.script_args)
     mine = slice(script.args_from, script.args_to)
     with contextlib.suppress(PulidError):  # `process` reads them again, and reports it
-        changes = {number: presets.expand(values, number) for number, values in changes.items()}
-        units = dict(parse_args(presets.expand_args(args[mine]), changes))
+        changes = {number: library.presets.expand(values, number) for number, values in changes.items()}
+        units = dict(parse_args(library.presets.expand_args(args[mine]), changes))
         if units:
-            dicts = [_spelled(units[n]) if n in units else {"enabled": False} for n in range(1, max(units) + 1)]
+            dicts = [
+                _spelled(units[n], library.photos) if n in units else {"enabled": False}
+                for n in range(1, max(units) + 1)
+            ]
             args[mine] = [*dicts, *default_args(len(args[mine]) // len(FIELD))[len(dicts) :]]
             p.script_args = args
 
 
-def _spelled(unit: PulidUnit) -> dict[str, Any]:
+def _spelled(unit: PulidUnit, photos: DroppedPhotos) -> dict[str, Any]:
     """Returns what differs from the defaults."""
-    usual = PulidUnit().mapping()
-    return {name: value for name, value in unit.mapping().items() if name not in LEFT_OUT and value != usual[name]}
+    usual, values = PulidUnit().values(), unit.values()
+    values["images"] = [photos.sendable(text, f"photo {i}") for i, text in enumerate(unit.images, 1)]
+    return {name: value for name, value in values.items() if name not in LEFT_OUT and value not in (usual[name], [])}
 
 
 class Answers(logging.Handler):

@@ -112,14 +112,14 @@ def models(library: Library) -> dict[str, Any]:
     differs (in size)."""
     files = [
         {"name": file.name, "family": file.family or None, "method": file.method.name if file.method else None}
-        for file in library.adapters()
+        for file in library.adapters.listed()
     ]
     known = [_known(file, library) for file in catalog.CATALOG]
-    return {"folder": str(library.folder), "models": files, "files": known}
+    return {"folder": str(library.folder.path), "models": files, "files": known}
 
 
 def _known(file: catalog.WeightFile, library: Library) -> dict[str, Any]:
-    found = catalog.status(file, library.models_dir)
+    found = catalog.status(file, library.folder.models_dir)
     return {
         "name": file.name,
         "for": file.group,
@@ -129,7 +129,7 @@ def _known(file: catalog.WeightFile, library: Library) -> dict[str, Any]:
         "license": file.licence,
         "licence": file.licence,  # the old spelling
         "restricted": file.restricted,
-        "folder": str(found.path.parent if found.path else library.models_dir / file.folder),
+        "folder": str(found.path.parent if found.path else library.folder.models_dir / file.folder),
         "url": file.url,
     }
 
@@ -163,15 +163,15 @@ def progress(downloads: Downloads) -> dict[str, Any]:
 
 
 def identities(library: Library) -> dict[str, Any]:
-    saved = [{"name": one.name, "hash": one.short_hash, "made_for": one.adapter} for one in library.identities()]
-    return {"folder": str(library.identities_dir), "identities": saved}
+    saved = [{"name": one.name, "hash": one.short_hash, "made_for": one.adapter} for one in library.identities.listed()]
+    return {"folder": str(library.identities.folder), "identities": saved}
 
 
 def blend(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
     """Blends saved identities and saves the result. body: people (name or short hash -> share) and name.
 
     Raises:
-        SettingError, IdentityMismatchError: see `Library.blend`.
+        SettingError, IdentityMismatchError: see `Identities.blend`.
     """
     people, name = body.get("people"), body.get("name")
     if not isinstance(people, dict) or not isinstance(name, str) or set(body) - {"people", "name"}:
@@ -180,7 +180,7 @@ def blend(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
         )
     for one, share in people.items():
         check_share(share, spelled(one))
-    made = library.blend(list(people.items()), name)
+    made = library.identities.blend(list(people.items()), name)
     return {"name": made.name, "hash": made.short_hash, "made_for": made.adapter}
 
 
@@ -201,13 +201,13 @@ def identity_file(name: str, library: Library) -> tuple[str, bytes]:
     Raises:
         PulidError: there is no such identity, or it is for SDXL, which `.pulidembd` does not support.
     """
-    path = library.find(name)
+    path = library.identities.find(name)
     if path is None and name.lower().endswith(PULIDEMBD):
-        identity = library.saved(name[: -len(PULIDEMBD)])
+        identity = library.identities.load(name[: -len(PULIDEMBD)])
         with tempfile.TemporaryDirectory() as folder:
             return name, identity.save(Path(folder) / f"identity{PULIDEMBD}").read_bytes()
-    if path is None or path.parent != library.identities_dir:
-        raise IdentityMismatchError(f"{name} is not in {library.identities_dir}.")
+    if path is None or path.parent != library.identities.folder:
+        raise IdentityMismatchError(f"{name} is not in {library.identities.folder}.")
     return path.name, path.read_bytes()
 
 
@@ -246,17 +246,16 @@ def detect(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
     if not unit.images:
         raise SettingError("PuLID, field images: no photo; send at least one, as base64.")
     try:
-        return {"photos": [_photo(text, f"photo {i}", unit, library) for i, text in enumerate(unit.images, 1)]}
-    except PulidError as error:
-        raise at_unit(0, "images", error) from error
+        with at_unit(0, "images"):
+            return {"photos": [_photo(text, f"photo {i}", unit, library) for i, text in enumerate(unit.images, 1)]}
     finally:
-        library.release()
+        library.encoders.release()
 
 
 def _photo(text: str, name: str, unit: PulidUnit, library: Library) -> dict[str, Any]:
     photo = pictures.decode(text, name)
     notes: list[str] = []
-    face = library.read_face(photo, unit.choice, name, notes.append)
+    face = library.encoders.read_face(photo, unit.choice, name, notes.append)
     scale = max(1.0, max(photo.shape[:2]) / 1024)  # faces are measured in the reduced photo
     boxes = [[round(float(x) * scale, 1) for x in found.box] for found in face.detections]
     return {

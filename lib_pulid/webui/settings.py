@@ -9,6 +9,7 @@ from typing import Any
 from lib_pulid.disk import user_path
 from lib_pulid.fields import MOST_UNITS
 from lib_pulid.hosts.families import CHROMA
+from lib_pulid.stores.folder import Settings
 
 SECTION = ("pulid", "PuLID")
 UNITS, FOLDER, DEVICE, KEEP = "pulid_units", "pulid_models_dir", "pulid_device", "pulid_keep_encoders"
@@ -94,6 +95,11 @@ def photo_folder() -> Path | None:
 
 def portraits() -> bool:
     return bool(_option(PORTRAITS, True))
+
+
+def chosen() -> Settings:
+    """Returns what the stores ask for."""
+    return Settings(models_dir(), device(), keep_encoders(), likeness(), portraits())
 
 
 def _free_memory() -> int:

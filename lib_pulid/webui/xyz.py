@@ -110,9 +110,9 @@ def _choices(field: Field, library: Library) -> Callable[[], list[str]] | None:
     if field.kind == "bool":
         return lambda: ["yes", "no"]
     if field.name == "model":
-        return lambda: [AUTO, *(file.name for file in library.adapters())]
+        return lambda: [AUTO, *(file.name for file in library.adapters.listed())]
     if field.name == "identity":
-        return lambda: [one.name for one in library.identities()]
+        return lambda: [one.name for one in library.identities.listed()]
     if field.name == "preset":
         return lambda: [*field.choices, *library.presets.names()]
     return (lambda: list(field.choices)) if field.choices else None

@@ -71,8 +71,8 @@ def owner_of(place: str) -> tuple[Any, str]:
 def forget_photos() -> None:
     """So that they are read again."""
     ours = next(data.script_class for data in scripts.scripts_data if Path(data.path).name == "pulid.py")
-    ours.library._cache = None
-    for path in (ours.library.folder / "cache").glob("*.safetensors"):
+    ours.library.identities._cache = None
+    for path in (ours.library.folder.path / "cache").glob("*.safetensors"):
         path.unlink()
 
 

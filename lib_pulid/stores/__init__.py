@@ -1,0 +1,1 @@
+"""Finds and loads what is in the models folder: adapters, encoders of photos, identities."""

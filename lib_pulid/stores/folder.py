@@ -1,0 +1,81 @@
+"""Knows the models folder, how its owner wants it used, and what was read of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib_pulid import disk
+from lib_pulid.files import catalog
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the owner of the program has chosen.
+
+    Args:
+        models_dir: the models folder, see `catalog`. device: of the encoders of photos.
+        keep_encoders: whether they stay loaded. likeness: whether the likeness of images is measured.
+        portraits: whether saved identities keep a small image of the face.
+    """
+
+    models_dir: Path
+    device: str = "cpu"
+    keep_encoders: bool = False
+    likeness: bool = False
+    portraits: bool = True
+
+
+class ModelsFolder:
+    """The models folder. What was read of a file is remembered until the file changes.
+
+    ask: returns the settings; it is called at each use, since they may change at any time.
+    """
+
+    def __init__(self, ask: Callable[[], Settings]) -> None:
+        self._ask = ask
+        self._read: dict[Any, Any] = {}  # by the reader, and the file's path, size and time
+
+    @property
+    def settings(self) -> Settings:
+        return self._ask()
+
+    @property
+    def models_dir(self) -> Path:
+        return self.settings.models_dir
+
+    @property
+    def path(self) -> Path:
+        """The folder of PuLID files: `pulid` in the models folder, or the models folder itself if it has the files."""
+        folder = self.models_dir / "pulid"
+        here = disk.is_folder(folder) or not disk.is_folder(self.models_dir)
+        return folder if here else _flat(self.models_dir) or folder
+
+    def remembered(self, path: Path, read: Callable[[Path], Any]) -> Any:
+        """Returns `read(path)`, called once until the file changes."""
+        key = (read.__qualname__, stamp(path))
+        if key not in self._read:
+            self._read[key] = read(path)
+        return self._read[key]
+
+    def fingerprint(self, path: Path) -> str:
+        """Returns a hash of a file's content, see `fingerprint_files`."""
+        from lib_pulid.photos import fingerprint_files
+
+        return self.remembered(path, lambda path: fingerprint_files([path]))
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Returns what changes with a file: its path, size and time."""
+    try:
+        stat = path.stat()
+    except OSError:  # deleted since it was listed, or not accessible: reading it reports that
+        return str(path), 0, 0
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
+def _flat(models_dir: Path) -> Path | None:
+    known = {file.name for file in catalog.CATALOG}
+    return models_dir if any(path.name in known for path in disk.listed(models_dir)) else None

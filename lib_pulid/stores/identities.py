@@ -1,0 +1,215 @@
+"""Finds, loads, saves and deletes identities: the saved ones, and those in the cache of read photos."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib_pulid import disk, names
+from lib_pulid.errors import IdentityMismatchError, SettingError
+from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
+from lib_pulid.stores.folder import ModelsFolder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lib_pulid.identity import Identity
+    from lib_pulid.likeness import Recognizer
+    from lib_pulid.photos import IdentityCache
+
+SUFFIXES = (".safetensors", PULIDEMBD)
+CARD_IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "avif")  # what the hosts save beside a model as its card's image
+
+
+@dataclass(frozen=True)
+class SavedIdentity:
+    name: str
+    short_hash: str
+    adapter: str
+    path: Path
+
+
+class Identities:
+    """The identities in a models folder."""
+
+    def __init__(self, models: ModelsFolder) -> None:
+        self._models = models
+        self._lock = threading.Lock()
+        self._cache: tuple[Path, IdentityCache] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the saved ones."""
+        return self._models.path / "identities"
+
+    @property
+    def cache(self) -> IdentityCache:
+        """The identities of all photos that were read."""
+        from lib_pulid.photos import IdentityCache
+
+        folder = self._models.path / "cache"
+        if self._cache is None or self._cache[0] != folder:
+            self._cache = folder, IdentityCache(folder)
+        return self._cache[1]
+
+    def listed(self) -> list[SavedIdentity]:
+        """Lists the saved identities by name; skips other files."""
+        return sorted(self._in(self.folder, SUFFIXES), key=lambda saved: saved.name.lower())
+
+    def find(self, name_or_hash: str) -> Path | None:
+        """Returns an identity's path: saved, by name (in any spelling) or short hash; or cached, by hash.
+
+        Raises:
+            SettingError: the name fits several.
+        """
+        paths = disk.listed(self.folder, SUFFIXES)
+        for spelled in (_shown_name, lambda path: path.stem, lambda path: path.name):
+            if (found := names.find(name_or_hash, {spelled(path): path for path in paths[::-1]})) is not None:
+                return found
+        short_hash = name_or_hash.lower()
+        if not names.HASH.fullmatch(short_hash):
+            return None
+        return next((one.path for one in (*self.listed(), *self._cached()) if one.short_hash == short_hash), None)
+
+    def path(self, name_or_hash: str) -> Path:
+        """Returns an identity's path, see `find`.
+
+        Raises:
+            IdentityMismatchError: no identity has this name or hash. SettingError: the name fits several.
+        """
+        path = self.find(name_or_hash)
+        if path is None:
+            raise self._unknown(name_or_hash)
+        return path
+
+    def load(self, name_or_hash: str) -> Identity:
+        """Loads an identity. Raises: as `path`, and IdentityMismatchError: its file is damaged."""
+        from lib_pulid.identity import Identity
+
+        return Identity.load(self.path(name_or_hash))
+
+    def load_for(self, judge: Recognizer | None, name_or_hash: str) -> Identity:
+        """Loads an identity, and adds the embeddings that the cache has of the same one, if the judge's is missing: its
+        photo was given again since it was saved. Raises: as `load`."""
+        from lib_pulid.identity import Identity
+
+        identity = self.load(name_or_hash)
+        if judge is None or judge.key in identity.embeddings:
+            return identity
+        for found in self._cached():
+            if judge.key not in identity.embeddings and found.short_hash == identity.short_hash:
+                identity = replace(identity, embeddings={**identity.embeddings, **Identity.load(found.path).embeddings})
+        return identity
+
+    def save(self, name: str, identity: Identity) -> SavedIdentity:
+        """Saves an identity under a new name; if the name ends in `.pulidembd`, in that format.
+
+        Raises:
+            SettingError: the name is taken, in any spelling, or is not a valid name. StorageError.
+        """
+        name = names.new(name)
+        path = self.folder / (name if name.lower().endswith(PULIDEMBD) else f"{name}.safetensors")
+        with self._lock:  # of two who save under one name, the second gets an error
+            self._check_free(path, [])
+            thumbnail = identity.thumbnail if self._models.settings.portraits else None
+            replace(identity, info={**identity.info, "name": name}, thumbnail=thumbnail).save(path)
+            try:
+                self._check_free(path, [path])  # another program may have saved another spelling
+            except SettingError:
+                path.unlink(missing_ok=True)
+                raise
+        return _as_saved(path, identity)
+
+    def blend(self, people: Sequence[tuple[str, float]], name: str) -> SavedIdentity:
+        """Saves a blend of saved identities, given by name or short hash with their shares, under a new name.
+
+        Raises:
+            SettingError, IdentityMismatchError: see `blend.blend`, `load` and `save`.
+        """
+        from lib_pulid.blend import blend
+
+        names.new(name)  # before the work
+        return self.save(name, blend([(one, self.load(one), share) for one, share in people]))
+
+    def card(self, saved: SavedIdentity) -> tuple[Mapping[str, str], np.ndarray | None]:
+        """Returns how an identity was made, and its small image of the face, uint8 RGB [h, w, 3]."""
+        return self._models.remembered(saved.path, _card)
+
+    def delete(self, name: str) -> SavedIdentity:
+        """Deletes a saved identity, and its card's image and notes.
+
+        Raises:
+            IdentityMismatchError: no saved identity has this name. SettingError: the name fits several. StorageError.
+        """
+        with self._lock:
+            gone = self.named(name)
+            stem = gone.path.stem
+            beside = [f"{stem}.json", *(f"{stem}{part}.{kind}" for part in ("", ".preview") for kind in CARD_IMAGES)]
+            if any(one.path.stem == stem for one in self.listed() if one != gone):  # x.pulidembd beside x
+                beside = []
+            for one in (gone.path, *(gone.path.with_name(name) for name in beside)):
+                disk.delete(one)
+            return gone
+
+    def named(self, name: str) -> SavedIdentity:
+        """Returns a saved identity by name or hash, without loading it. Raises: as `delete`."""
+        path = self.find(name)
+        found = next((one for one in self.listed() if one.path == path), None)
+        if found is None:
+            raise self._unknown(name)
+        return found
+
+    def _cached(self) -> list[SavedIdentity]:
+        return self._in(self._models.path / "cache", (".safetensors",))
+
+    def _in(self, folder: Path, suffixes: tuple[str, ...]) -> list[SavedIdentity]:
+        found = (self._models.remembered(path, _saved) for path in disk.listed(folder, suffixes))
+        return [saved for saved in found if saved is not None]
+
+    def _unknown(self, name: str) -> IdentityMismatchError:
+        known = {names.key(one.name): one.name for one in self.listed()}
+        near = [known[key] for key in difflib.get_close_matches(names.key(name), known, 3)]
+        hint = (
+            f"Did you mean {' or '.join(near)}?"
+            if near
+            else f"Saved identities: {', '.join(known.values()) or 'none'}."
+        )
+        return IdentityMismatchError(f"{name} is not in {self.folder}. {hint}")
+
+    def _check_free(self, path: Path, own: Sequence[Path]) -> None:
+        for other in disk.listed(self.folder, SUFFIXES):
+            if names.key(other.name) == names.key(path.name) and other not in own:
+                shown = _shown_name(other)
+                raise SettingError(f"{shown} is already saved. Choose another name, or delete {other} first.")
+
+
+def _shown_name(path: Path) -> str:
+    """Returns a saved identity's name: its file's stem, or the full file name for another program's format."""
+    return path.name if path.suffix.lower() == PULIDEMBD else path.stem
+
+
+def _as_saved(path: Path, identity: Identity) -> SavedIdentity:
+    return SavedIdentity(_shown_name(path), identity.short_hash, identity.info.get("adapter", ""), path)
+
+
+def _saved(path: Path) -> SavedIdentity | None:
+    from lib_pulid.identity import Identity
+
+    try:
+        return _as_saved(path, Identity.load(path))
+    except IdentityMismatchError:
+        return None
+
+
+def _card(path: Path) -> tuple[Mapping[str, str], np.ndarray | None]:
+    from lib_pulid.identity import Identity
+
+    try:
+        identity = Identity.load(path)
+    except IdentityMismatchError:  # damaged since it was listed
+        return {}, None
+    return identity.info, identity.thumbnail

@@ -1,0 +1,69 @@
+"""Builds the widgets that blend saved people into a new one, and does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from lib_pulid.blend import read_share
+from lib_pulid.errors import PulidError, SettingError
+from lib_pulid.fields import NONE
+from lib_pulid.webui.library import Library
+from lib_pulid.webui.notes import bad, good
+from lib_pulid.webui.widgets import AT_ONCE, TOOL, silent, tool
+
+
+def build(tab: str, lists: Sequence[Any], library: Library) -> None:
+    """Builds the panel. lists: the widgets of all persons that list the saved identities."""
+
+    def elem(name: str) -> str:
+        return f"pulid_{tab}_blend_{name}"
+
+    with gr.Accordion("Blend saved people into a new one", open=False, elem_id=elem("panel")):
+        with gr.Row(elem_classes=["pulid-line"]):
+            label = "People to blend"
+            people = gr.Dropdown(choices=_people(library), multiselect=True, label=label, elem_id=elem("people"))
+            refresh = tool("\U0001f504", elem("refresh"), "Refresh identities and models")
+        with gr.Row(elem_classes=["pulid-line"]):
+            placeholder = "0.7, 0.3 in this order; empty: equal"
+            shares = gr.Textbox(label="Shares", placeholder=placeholder, max_lines=1, elem_id=elem("shares"))
+            name = gr.Textbox(label="Save the blend as", max_lines=1, elem_id=elem("name"))
+            save = gr.Button("Save blend", size="sm", elem_id=elem("save"), **TOOL)
+        note = gr.HTML("", elem_id=elem("note"), elem_classes=["pulid-note"])
+    for widget in (people, shares, name):
+        silent(widget)
+    refresh.click(lambda: gr.update(choices=_people(library)), [], [people], **AT_ONCE)
+    made = partial(blend, library, len(lists))
+    save.click(made, [people, shares, name], [people, name, note, *lists], queue=False)
+
+
+def blend(library: Library, units: int, people: Any, shares: str, name: str) -> tuple[Any, ...]:
+    """Saves a blend. people: the names, in the order in which they were chosen. shares: "" for equal ones.
+
+    Returns the people, an empty name field, a note, and the list of saved identities of each unit.
+    """
+    try:
+        given = _shares(shares or "", people or [])
+        made = library.identities.blend(list(zip(people or [], given)), name or "")
+    except PulidError as error:
+        return (gr.update(), gr.update(), bad([str(error)]), *[gr.update()] * units)
+    note = good(f"Saved {made.name} ({made.short_hash}) for {made.adapter}. Select it as a saved identity.")
+    saved = _people(library)
+    return (gr.update(choices=saved), gr.update(value=""), note, *[gr.update(choices=[NONE, *saved])] * units)
+
+
+def _people(library: Library) -> list[str]:
+    return [one.name for one in library.identities.listed()]
+
+
+def _shares(text: str, people: Sequence[str]) -> list[float]:
+    """Reads shares as typed, "0.7, 0.3". Raises: SettingError."""
+    parts = [part for part in text.replace(";", ",").replace(" ", ",").split(",") if part]
+    if parts and len(parts) != len(people):
+        raise SettingError(
+            f"{len(parts)} shares for {len(people)} people: write one for each, in their order, or none."
+        )
+    return [read_share(f"{name}:{part}")[1] for name, part in zip(people, parts)] or [1.0] * len(people)

@@ -1,0 +1,35 @@
+"""What the accordion's widgets have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from modules.ui_components import ToolButton
+
+# The page bypasses gradio's queue, where a click would wait until the current image is done. Also, gradio 3.41 leaves a
+# queued request open when its page is closed (`Queue.clean_event`), and Reload UI may wait for it.
+AT_ONCE: Mapping[str, Any] = {"queue": False, "show_progress": False}
+TOOL: Mapping[str, Any] = {"elem_classes": ["pulid-tool"]}  # a small button beside a field
+
+
+def silent(widget: Any) -> Any:
+    """Keeps a widget out of the host's ui-config.json."""
+    widget.do_not_save_to_config = True
+    return widget
+
+
+def tool(text: str, elem_id: str, tooltip: str) -> Any:
+    """Builds the host's small button."""
+    return ToolButton(text, elem_id=elem_id, tooltip=tooltip, **TOOL)
+
+
+class Unspoken(str):
+    """A photo as text whose repr is its length: after an error the hosts print a request's arguments."""
+
+    @classmethod
+    def of(cls, text: str | None) -> Unspoken | None:
+        return None if text is None else cls(text)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} characters>" if len(self) else "''"
