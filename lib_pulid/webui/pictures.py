@@ -105,7 +105,7 @@ def _strokes(layer: np.ndarray) -> np.ndarray:
 
 
 def marked(face: Face) -> np.ndarray:
-    """Draws a frame around every face of a photo, the chosen one's thick and green. uint8 RGB [H, W, 3], at most 1024."""
+    """Frames every face of a photo, the chosen one thick and green. uint8 RGB [H, W, 3], edges of at most 1024."""
     from PIL import Image, ImageDraw
 
     picture = Image.fromarray(np.ascontiguousarray(face.photo_bgr[:, :, ::-1]))
