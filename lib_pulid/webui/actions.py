@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 192
 PRESET_FIELDS = ("projection", "num_zero", "start_step")  # the fields that presets set
-ROWS = ("projection", "start_step", "lora_weight")  # the first settings of the rows that only some methods have
+# The first settings of the rows that only some methods have.
+ROWS = ("projection", "start_step", "lora_weight", "identity_net")
 FOLLOWING = ("weight", "fusion", *PRESET_FIELDS, "model")  # what is read when the checkpoint or the model changes
 
 
