@@ -128,13 +128,12 @@ class PulidUnit:
 
     def on(self, family: str, method: Method | None = None) -> PulidUnit:
         """Resolves it for a checkpoint of this family, and a method (None: PuLID): fills in the weight, the strength of
-        its ControlNet (0 without one), and the family's name of the preset."""
+        its ControlNet (0 without one, and by default with a weight of 0), and the family's name of the preset."""
         method = method or usual(family)
         weight = method.weight if self.weight is None else self.weight
-        net = method.control_weight if self.identity_net is None else self.identity_net
-        return replace(
-            self, weight=weight, identity_net=net if method.control else 0.0, preset=preset_name(family, self.values())
-        )
+        usual_net = method.control_weight if weight else 0.0
+        net = usual_net if self.identity_net is None or not method.control else self.identity_net
+        return replace(self, weight=weight, identity_net=net, preset=preset_name(family, self.values()))
 
     def settings(self, method: Method) -> dict[str, Any]:
         """Returns what `compile_injection` is given of it besides the mask, as far as the method has it."""

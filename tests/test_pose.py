@@ -335,6 +335,12 @@ def test_pulids_face_in_instantids_pose(host, net_file):
     assert len({tuple(one[-1].flatten().tolist()) for one in images}) == 4
 
 
+def test_a_weight_of_0_is_off_unless_the_net_is_asked_for(host, net_file):
+    plain = host.generate([], "sdxl")
+    assert same(plain, host.generate([person(weight=0)], "sdxl"))
+    assert same(plain, host.generate([person(weight=0, identity_net=0.8)], "sdxl")) == (host.kind == "a1111")
+
+
 def test_without_the_file(host, adapter_file):
     """Asked for by name it is an error; by default, the adapter acts, and a note says what is missing."""
     forge_only(host)
