@@ -140,5 +140,5 @@ def _in_frame(injection: Injection, frame: Frame) -> Injection:
     return replace(
         injection,
         mask=None if mask is None else part_of_mask(mask, frame),
-        control=None if control is None else replace(control, part=tuple(frame)),
+        control=None if control is None else replace(control, part=frame),
     )
