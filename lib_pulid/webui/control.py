@@ -89,7 +89,7 @@ def left_out(
     Raises:
         SettingError: more than one unit of an image asked for it by name.
     """
-    clashing = {one for one in controlled if _others(one, controlled, share)}
+    clashing = [one for one in controlled if _others(one, controlled, share)]
     asked = [one for one in clashing if FIELD in controlled[one].given]
     for one in asked:
         if others := _others(one, asked, share):
@@ -97,13 +97,13 @@ def left_out(
                 f"{place(one, FIELD)}an image can follow the pose of one person only, and {spoken(others[0])} has a "
                 "strength, too. Set it to 0 for all but one."
             )
-    out = clashing - set(asked)
+    out = [one for one in clashing if one not in asked]
     if out:
         warn(
-            "PuLID: an image can follow the pose of one person only, so IdentityNet was left out for "
-            f"{' and '.join(spoken(one) for one in sorted(out, key=str))}. Set its strength to 0 for all but one."
+            "PuLID: an image can follow the pose of one person only, so the ControlNet was left out for "
+            f"{' and '.join(map(spoken, out))}. Set {FIELD} to 0 for all but one."
         )
-    return out
+    return set(out)
 
 
 def _others(one: Number, units: Iterable[Number], share: Callable[[Number, Number], bool]) -> list[Number]:

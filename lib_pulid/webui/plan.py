@@ -67,14 +67,12 @@ class UnitPlan:
         """
         self._experiment(model)
         wanted = [(number, unit) for number, unit in self.units if unit.in_pass(hires)]
-        return [
-            replace(
-                injection,
-                images=self.images.get(number, injection.images),
-                control=None if number in self._without_net else injection.control,
-            )
-            for number, (injection, _) in self._compiled(wanted, model).items()
-        ]
+        found = []
+        for number, (injection, _) in self._compiled(wanted, model).items():
+            if number in self.images:
+                injection = replace(injection, images=self.images[number])
+            found.append(replace(injection, control=None) if number in self._without_net else injection)
+        return found
 
     def of_image(self, index: int) -> tuple[Number, ...]:
         """Returns the units of one image of the batch."""
@@ -182,9 +180,9 @@ class UnitPlan:
                 dtype=model.dtype,
             )
         control, why_not = control_for(number, unit, adapter.method, identity, model, self.library, self.warn)
-        injection = replace(injection, control=control)
         facts = {"hash": identity.short_hash, "file": adapter.path.name, "weights": adapter.fingerprint[:10]}
         if control is not None:
+            injection = replace(injection, control=control)
             facts["net"] = control.path.name
         elif adapter.method.control:
             facts |= {"identity_net": "0"} | ({"left out": why_not} if why_not else {})
