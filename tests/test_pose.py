@@ -147,10 +147,12 @@ def run(forge: Any, p: P, plan: RandomPlan | None, pictures: int = 1, **how: Any
         forge.stop()
 
 
-def of_diffusers(net: Any, x: Tensor, t: Tensor, tokens: Tensor, weight: float) -> list[Tensor]:
+def of_diffusers(
+    net: Any, x: Tensor, t: Tensor, tokens: Tensor, weight: float, part: tuple[float, ...] = (0, 0, 1, 1)
+) -> list[Tensor]:
     """What diffusers' ControlNet adds to the UNet, with the pooled text and sizes at zero."""
     size = [side * 8 for side in x.shape[-2:]]
-    image = torch.from_numpy(POSE.drawn((size[1], size[0]))).permute(2, 0, 1)[None].float() / 255
+    image = torch.from_numpy(POSE.drawn((size[1], size[0]), part)).permute(2, 0, 1)[None].float() / 255
     zeros = SimpleNamespace(text=torch.zeros(len(x), 1280), sizes=torch.zeros(len(x), 1536))
     projection, net.add_time_proj = net.add_time_proj, torch.nn.Identity()
     try:
@@ -176,6 +178,39 @@ def test_residuals_are_those_of_diffusers(forge, net, file, identity):
         assert relative(one, other) < 1e-5
     swapped = of_diffusers(net, x, torch.full((2,), 14.6), torch.cat((identity.cond, identity.uncond)), 0.8)
     assert relative(found[-1], swapped[-1]) > 1e-2
+
+
+def test_each_pass_gets_the_points_at_its_size(forge, net, file, identity):
+    """The first pass and that of hires fix."""
+    p = P(Listening())
+    forge.start(p, plan_of(file, identity))
+    try:
+        for hires, side in ((False, 8), (True, 16)):
+            p.is_hr_pass = hires
+            how = {"steps": 1, "hw": (side, side), "before_sampling": forge.before_sampling}
+            sample(p, [text()], [text(seed=2)], **how)
+    finally:
+        forge.stop()
+    tokens = torch.cat((identity.uncond, identity.cond))
+    for side, given in zip((8, 16), p.sd_model.forge_objects.unet.model.diffusion_model.given):
+        x = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+        wanted = of_diffusers(net, x, torch.full((2,), 14.6), tokens, 0.8)
+        assert relative(given["middle"][0], wanted[-1]) < 1e-5
+
+
+def test_an_inpainted_region_gets_its_part_of_the_face(forge, net, file, identity):
+    """As with "only masked", and ADetailer."""
+    from PIL import Image
+
+    p = P(Listening())
+    vars(p).update(init_images=[Image.new("RGB", (256, 256))], inpaint_full_res=True, image_mask=object())
+    vars(p).update(paste_to=(64, 64, 128, 128), width=64, height=64)
+    run(forge, p, plan_of(file, identity), steps=1)
+    (given,) = p.sd_model.forge_objects.unet.model.diffusion_model.given
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    what = (net, x, torch.full((2,), 14.6), torch.cat((identity.uncond, identity.cond)), 0.8)
+    assert relative(given["middle"][0], of_diffusers(*what, part=(0.25, 0.25, 0.75, 0.75))[-1]) < 1e-5
+    assert relative(given["middle"][0], of_diffusers(*what)[-1]) > 1e-3
 
 
 def fresh() -> P:
