@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib_pulid import __version__, disk
-from lib_pulid.errors import PulidError, SettingError
+from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, PulidError, SettingError
 from lib_pulid.files import catalog
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def _add_faces(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pulid",
+        "--adapter",
         type=_path,
         help="PuLID file, or another method's (default: the first PuLID file there)",
     )
@@ -140,6 +142,11 @@ def _add_generate(commands) -> None:
         "--num-zero", type=int, help="PuLID for SDXL, 0-80: more stays closer to the prompt (default: 20)"
     )
     parser.add_argument("--lora-weight", type=float, help="FaceID, 0-2: strength of its LoRA (default: 1)")
+    parser.add_argument(
+        "--identity-net",
+        type=float,
+        help="InstantID, 0-2: strength of its ControlNet, which keeps the pose (default: 0.8 if it is there)",
+    )
     parser.add_argument("--start", type=float, default=0.0, help="start after this fraction of the steps")
     parser.add_argument("--end", type=float, default=1.0, help="stop after this fraction of the steps")
     parser.add_argument("--start-step", type=int, default=0, help="FLUX: first step with the face, counted from 0")
@@ -267,9 +274,10 @@ def run_generate(arguments: argparse.Namespace) -> int:
         dtype=workshop.base.dtype,
     )
     settings = {name: getattr(arguments, name) for name in ("seed", "steps", "size", "guidance")}
-    picture, used = workshop.paint([injection], arguments.prompt, **settings)
+    with _controlled(workshop, identity, injection, unit, arguments) as net:
+        picture, used = workshop.paint([injection], arguments.prompt, **settings)
     cli_checks.write_picture(picture, arguments.out)
-    print(f"{arguments.out}: identity {identity.short_hash}, weight {unit.weight}, injected at {used} sites")
+    print(f"{arguments.out}: identity {identity.short_hash}, weight {unit.weight}, injected at {used} sites{net}")
     if arguments.likeness:
         print(f"likeness: {_likeness(workshop, picture, identity)}")
     return 0
@@ -364,6 +372,28 @@ def _identity(workshop, arguments: argparse.Namespace):
     choice = FaceChoice(arguments.face_order, arguments.face_index)
     judge = workshop.judges[0] if getattr(arguments, "likeness", False) and workshop.judges else None
     return workshop.identity(arguments.face, choice, arguments.fusion, tell, judge)
+
+
+@contextmanager
+def _controlled(workshop, identity, injection, unit, arguments: argparse.Namespace) -> Iterator[str]:
+    """Runs the ControlNet of the adapter's method in what is painted inside the `with`, if the unit has a strength for
+    it. Gives words for the result. One that was not asked for may be missing."""
+    from lib_pulid import cli_checks
+
+    with ExitStack() as stack:
+        words = ""
+        try:
+            if unit.identity_net:
+                net = workshop.control_net(identity)
+                stack.enter_context(
+                    workshop.controlled(net, identity, injection, cli_checks.size_of(arguments), unit.identity_net)
+                )
+                words = f"; ControlNet {unit.identity_net}"
+        except (MissingWeightsError, IdentityMismatchError) as error:
+            if arguments.identity_net is not None:
+                raise
+            print(f"note: {error}\nWithout it, only the adapter acts. --identity-net 0 hides this note.")
+        yield words
 
 
 def _likeness(workshop, picture, identity) -> str:

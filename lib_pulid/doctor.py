@@ -7,7 +7,8 @@ from importlib import metadata
 from pathlib import Path
 
 from lib_pulid import cli_files
-from lib_pulid.files import catalog
+from lib_pulid.files import catalog, control_nets
+from lib_pulid.methods import METHODS, usual
 
 DOWNLOAD = "python -m lib_pulid models download"
 PACKAGES = {
@@ -35,13 +36,35 @@ def report(models_dir: Path) -> int:
     problems += [f"{DOWNLOAD} {file.name}   ({file.licence})" for file in lacking]
     able = [family for family in catalog.FAMILIES if any(one.path and one.file.group == family for one in found)]
     print()
-    for problem in [*problems, *(_adapter_of(family) for family in catalog.FAMILIES if family not in able)]:
+    for problem in [
+        *problems,
+        *_of_methods(models_dir),
+        *(_adapter_of(family) for family in catalog.FAMILIES if family not in able),
+    ]:
         print(f"to do: {problem}")
     if able and not problems:
         print(f"Ready for {' and '.join(map(str.upper, able))}.")
         return 0
     print("Until then there is only the miniature: python -m lib_pulid demo")
     return 1
+
+
+def _of_methods(models_dir: Path) -> list[str]:
+    """Says what the methods lack whose files are there. PuLID is listed by itself."""
+    from lib_pulid.stores.adapters import Adapters
+    from lib_pulid.stores.folder import ModelsFolder, Settings
+
+    folder = ModelsFolder(lambda: Settings(models_dir))
+    there = {
+        file.method for file in Adapters(folder).listed() if file.method and file.method.name != usual(file.family).name
+    }
+    lines = []
+    for method in METHODS:
+        if method not in there:
+            continue
+        lacking = control_nets.missing_for(method, folder.path, models_dir)
+        lines += [f"for {method.label}: {DOWNLOAD} {file.name}   ({file.licence})" for file in lacking]
+    return lines
 
 
 def _adapter_of(family: str) -> str:

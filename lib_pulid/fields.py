@@ -24,7 +24,7 @@ from lib_pulid.faces import FACE_ORDERS
 from lib_pulid.files.catalog import FAMILIES
 from lib_pulid.identity import FUSIONS
 from lib_pulid.injection import MOST
-from lib_pulid.methods import usual
+from lib_pulid.methods import METHODS, usual
 from lib_pulid.names import NOBODY as NONE
 
 AUTO = "auto"
@@ -141,6 +141,9 @@ FIELDS = (
           100, 1, advanced=True, pasted=False),
     Field("lora_weight", "LoRA strength", "float", 1.0, "Strength of the LoRA in FaceID's file. Official: 1. Lower: "
           "cleaner images, less likeness.", 0, MOST["lora_weight"], 0.05, advanced=True, family="sdxl"),
+    Field("identity_net", "IdentityNet strength", "float", None, "InstantID's ControlNet, which keeps the face where "
+          "it is in the photo, turned as there. Default and official: 0.8. 0: off.", 0, MOST["identity_net"], 0.05,
+          advanced=True, family="sdxl", shown=max(method.control_weight for method in METHODS)),
 )  # fmt: skip
 FIELD = {field.name: field for field in FIELDS}
 

@@ -25,6 +25,7 @@ from lib_pulid.encoders import IDFormer
 from lib_pulid.errors import IdentityMismatchError, SettingError, WrongWeightsError
 from lib_pulid.files import pulidembd
 from lib_pulid.files.state_dict import read_safetensors
+from lib_pulid.identity_net import Pose
 from lib_pulid.readings import FaceFeatures, together
 from lib_pulid.weights import Adapter
 
@@ -36,6 +37,7 @@ FILE_FORMAT = "sd-webui-pulid identity"
 FILE_VERSION = "1"
 LARGEST_FILE = 100_000_000  # bytes; the identity of one photo takes 0.5 MB
 _EMBEDDING = "embedding."  # begins the names of these tensors in a file; the recognizer's hash follows
+_POSE = "pose"  # [6, 2] float32: five landmarks, and the photo's width and height
 HIDDEN_TOKENS = 577  # of the vision tower: 24 x 24 patches and the class token
 # `Identity.info` of a `.pulidembd`.
 _FOREIGN = {"format": FILE_FORMAT, "version": FILE_VERSION, "adapter": "PuLID for FLUX", "made_by": pulidembd.SUFFIX}
@@ -54,6 +56,7 @@ class Identity:
         info: its origin, all text: "adapter", "encoder" (its fingerprint), "photos", "fusion", "made_by", "name".
         thumbnail: uint8 RGB [h, w, 3], the aligned face, for lists; or None.
         embeddings: [512] float32 of the photos by a recognizer, by the hash of its file; to measure likeness with.
+        pose: of the main photo's face, if the method has a use for it.
     """
 
     cond: Tensor
@@ -61,6 +64,7 @@ class Identity:
     info: Mapping[str, str] = field(default_factory=dict)
     thumbnail: np.ndarray | None = None
     embeddings: Mapping[str, np.ndarray] = field(default_factory=dict)
+    pose: Pose | None = None
 
     def __post_init__(self) -> None:
         for name, tokens in (("cond", self.cond), ("uncond", self.uncond)):
@@ -97,6 +101,8 @@ class Identity:
             tensors["thumbnail"] = torch.from_numpy(self.thumbnail.copy())
         # Programs of earlier versions skip tensors that they do not know.
         tensors |= {_EMBEDDING + key: torch.from_numpy(value.copy()) for key, value in self.embeddings.items()}
+        if self.pose is not None:
+            tensors[_POSE] = torch.tensor([*self.pose.landmarks.tolist(), self.pose.photo], dtype=torch.float32)
         metadata = {**self.info, "format": FILE_FORMAT, "version": FILE_VERSION}
         path = disk.write(path, save(tensors, metadata), replace=replace)
         _sweep(path.parent)
@@ -125,7 +131,8 @@ class Identity:
             raise IdentityMismatchError(f"{path.name} was written by a later version of sd-webui-pulid. Update it.")
         try:
             thumbnail = _thumbnail(tensors.get("thumbnail"))
-            identity = cls(tensors["cond"], tensors.get("uncond"), info, thumbnail, _embeddings(tensors))
+            embeddings, pose = _embeddings(tensors), _pose(tensors.get(_POSE))
+            identity = cls(tensors["cond"], tensors.get("uncond"), info, thumbnail, embeddings, pose)
         except SettingError as error:
             raise IdentityMismatchError(f"{path.name} is damaged: {error}") from error
         for tokens in (identity.cond, identity.uncond):
@@ -148,6 +155,15 @@ def _embeddings(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         for key, tensor in found.items()
         if tensor.dtype == torch.float32 and tensor.ndim == 1 and tensor.numel() and torch.isfinite(tensor).all()
     }
+
+
+def _pose(tensor: Tensor | None) -> Pose | None:
+    """Returns the pose, or None if it is not usable: an identity works without one."""
+    fits = tensor is not None and tensor.shape == (6, 2) and tensor.dtype == torch.float32
+    if not fits or not torch.isfinite(tensor).all() or tensor[5].min() < 1:  # type: ignore[arg-type,index]
+        return None
+    width, height = tensor[5].tolist()  # type: ignore[index]
+    return Pose(tensor[:5].numpy(), (int(width), int(height)))  # type: ignore[index]
 
 
 def _sweep(folder: Path) -> None:
@@ -187,6 +203,7 @@ def encode_identity(
     info: Mapping[str, str] | None = None,
     thumbnail: np.ndarray | None = None,
     embeddings: Mapping[str, np.ndarray] | None = None,
+    pose: Pose | None = None,
 ) -> Identity:
     """Encodes one or several photos of a person as one identity, on the encoder's device.
 
@@ -196,7 +213,7 @@ def encode_identity(
             and FLUX encode all photos in one pass; FaceID Portrait keeps all tokens; other methods take one photo.
             "id_mix" (v1 only): all tokens of all photos, to blend two people. "average": the mean of each photo's own
             tokens, which is no method's official way.
-        info, thumbnail, embeddings: stored with the identity.
+        info, thumbnail, embeddings, pose: stored with the identity.
     """
     check_fusion(fusion, adapter, len(photos))
     if not photos:
@@ -220,7 +237,8 @@ def encode_identity(
         )
     made = {"adapter": adapter.label, "encoder": adapter.fingerprint, "photos": str(len(photos)), "fusion": fusion}
     made["made_by"] = f"sd-webui-pulid {__version__}"
-    return Identity(cond.cpu().float(), uncond.cpu().float(), {**made, **(info or {})}, thumbnail, embeddings or {})
+    info = {**made, **(info or {})}
+    return Identity(cond.cpu().float(), uncond.cpu().float(), info, thumbnail, embeddings or {}, pose)
 
 
 def check_fusion(fusion: str, adapter: Adapter, photos: int = 1) -> None:

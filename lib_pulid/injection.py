@@ -30,6 +30,7 @@ from lib_pulid.attention import (
     add_image_stream,
     prepare_site,
 )
+from lib_pulid.control import MOST_WEIGHT, Control
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource
@@ -40,7 +41,8 @@ from lib_pulid.sites import Site, Sites, find_sites
 from lib_pulid.watch import Watch, WatchedSites, uncompiled
 from lib_pulid.weights import Adapter
 
-MOST = {"weight": 5, "num_zero": 80, "start_step": 10, "lora_weight": 2}  # maximum of each; the minimum is 0
+# Maximum of each; the minimum is 0.
+MOST = {"weight": 5, "num_zero": 80, "start_step": 10, "lora_weight": 2, "identity_net": MOST_WEIGHT}
 _SLACK = 1e-6  # for comparing i / n with a fraction that a user typed
 
 
@@ -90,22 +92,38 @@ class Injection:
     images: frozenset[int] | None = None  # of the batch, that get the identity; None: all
     lora: Lora | None = None
     lora_weight: float = 0.0
+    control: Control | None = None  # what the method's ControlNet is given; it acts with a weight of 0, too
 
     @property
     def nbytes(self) -> int:
         """Bytes kept on the device while sampling."""
-        others = [one.nbytes for one in (self.mask, self.lora) if one is not None]
+        others = [one.nbytes for one in (self.mask, self.lora, self.control) if one is not None]
         return sum(site.nbytes for site in self.sites) + sum(others)
 
     def to(self, device: str | torch.device) -> Injection:
         device = torch.device(device)
         mask = None if self.mask is None else self.mask.to(device)
         lora = None if self.lora is None else self.lora.to(device)
-        return replace(self, sites=tuple(site.to(device) for site in self.sites), mask=mask, lora=lora)
+        control = None if self.control is None else self.control.to(device)
+        sites = tuple(site.to(device) for site in self.sites)
+        return replace(self, sites=sites, mask=mask, lora=lora, control=control)
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether it changes anything in any step."""
+        return self.weight != 0 or self.control is not None
 
     def is_active(self, step: DenoiseStep) -> bool:
-        """Whether it is active in this call: from `start` and `start_step` on, before `end`; an end of 1 includes 1."""
-        if self.weight == 0 or (self.start_step and step.index < self.start_step):
+        """Whether its residuals are added in this call: from `start` and `start_step` on, before `end`; an end of 1
+        includes 1."""
+        return self.weight != 0 and self._is_within(step)
+
+    def is_controlled(self, step: DenoiseStep) -> bool:
+        """Whether its ControlNet runs in this call; the same range."""
+        return self.control is not None and self._is_within(step)
+
+    def _is_within(self, step: DenoiseStep) -> bool:
+        if self.start_step and step.index < self.start_step:
             return False
         return _between(step.progress, self.start, self.end)
 
@@ -263,14 +281,14 @@ def _identities(
     """Collects the active identities at site `n`, for so many rows and tokens."""
     found = []
     for index, injection in enumerate(active):
-        rows = _identity_rows(injection, step, batch)
+        rows = identity_rows(injection, step, batch)
         if any(row is not None for row in rows):
             mask = None if injection.mask is None else masks.over(index, tokens)
             found.append(SiteIdentity(injection.sites[n], rows, mask, injection.projection, injection.num_zero))
     return found
 
 
-def _identity_rows(injection: Injection, step: DenoiseStep, batch: int) -> list[int | None]:
+def identity_rows(injection: Injection, step: DenoiseStep, batch: int) -> list[int | None]:
     """Returns each row's identity in the compiled tensors, or None for a row that gets none."""
     rows = [injection.identity_of(cond) for cond in _rows(step, batch)]
     if injection.images is None:

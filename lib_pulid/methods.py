@@ -47,6 +47,7 @@ class Method:
             the first and the "first" ones of the others, tokens "joined"; "" if it has no way.
         settings: the names of those fields of a unit that only some methods have.
         projection, num_zero: the defaults. weight: the default.
+        control: role of the ControlNet that belongs to it, "" if none does. control_weight: its default strength.
     """
 
     name: str
@@ -61,6 +62,8 @@ class Method:
     projection: str = "none"
     num_zero: int = 0
     weight: float = 1.0
+    control: str = ""
+    control_weight: float = 0.0
 
     @property
     def label(self) -> str:
@@ -80,7 +83,10 @@ PULID_FLUX = Method(
     "PuLID", "flux", "v0.9", several="together", settings=("preset", "start_step", "cfg_start_step"),
     projection="ortho_v2", num_zero=20,
 )  # fmt: skip
-INSTANTID = Method("InstantID", "sdxl", inputs=("embedding",), reads=_ANTELOPE, longest=1280, weight=0.8)
+INSTANTID = Method(
+    "InstantID", "sdxl", inputs=("embedding",), reads=_ANTELOPE, longest=1280, settings=("identity_net",), weight=0.8,
+    control="identity_net", control_weight=0.8,
+)  # fmt: skip
 PORTRAIT_UNNORM = Method(
     "IP-Adapter FaceID Portrait (unnorm)", "sdxl", inputs=("embedding",), reads=_BUFFALO, longest=0, several="joined"
 )  # fmt: skip

@@ -20,6 +20,7 @@ import numpy as np
 from lib_pulid.errors import IdentityMismatchError, WrongWeightsError
 from lib_pulid.faces import LARGEST, Face, FaceChoice, FaceModels, read_face
 from lib_pulid.identity import FILE_VERSION, Identity, check_fusion, encode_identity
+from lib_pulid.identity_net import Pose
 from lib_pulid.images import ImageSource, load_image, resize_long_edge, thumbnail
 from lib_pulid.likeness import Recognizer, mean_embedding
 from lib_pulid.methods import IMAGE_ENCODERS
@@ -101,7 +102,8 @@ def make_identity(
         choice: which face of each photo. fusion: see `identity.encode_identity`.
         on_face: called with each photo's name and face as it is read.
         recognizer: the hash of the models' recognizer's file, under which its embedding is kept; "": not at all.
-        judge: the recognizer that likeness will be measured with; a cached identity without its embedding gets it.
+        judge: the recognizer that likeness will be measured with; a cached identity without its embedding gets it, as
+            it gets its pose where the method has a use for it.
 
     Raises:
         ImageError, NoFaceError: the message names the photo.
@@ -111,7 +113,8 @@ def make_identity(
     images = [load_image(photo, name) for photo, name in zip(photos, names)]
     key = identity_key(images, adapter, encoders_id=encoders_id, choice=choice, fusion=fusion)
     known = cache.get(key)
-    if known is not None and (judge is None or judge.key in known.embeddings):
+    has_pose = known is not None and (known.pose is not None or not adapter.method.control)
+    if known is not None and has_pose and (judge is None or judge.key in known.embeddings):
         return known
     models = encoders()
     faces: list[Face] = []
@@ -122,8 +125,9 @@ def make_identity(
     embeddings = {recognizer: mean_embedding([face.embedding for face in faces])} if recognizer and faces else {}
     if judge is not None and judge.key not in embeddings and faces:
         embeddings |= _judged(images, faces, judge, adapter.method.longest)
+    pose = _pose(faces[0]) if faces and adapter.method.control else None
     if known is not None:
-        identity = replace(known, embeddings={**known.embeddings, **embeddings})
+        identity = replace(known, embeddings={**known.embeddings, **embeddings}, pose=pose)
     else:
         identity = encode_identity(
             _checked(read_features(images, faces, adapter.method, models.tower), adapter),
@@ -131,9 +135,15 @@ def make_identity(
             fusion=fusion,
             thumbnail=thumbnail(faces[0].aligned if faces else images[0], 128) if images else None,
             embeddings=embeddings,
+            pose=pose,
         )
     cache.put(key, identity)
     return identity
+
+
+def _pose(face: Face) -> Pose:
+    height, width = face.photo_bgr.shape[:2]
+    return Pose(np.asarray(face.detection.landmarks, dtype=np.float32), (width, height))
 
 
 def _judged(

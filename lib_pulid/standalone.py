@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,13 @@ import numpy as np
 import torch
 
 from lib_pulid import disk, miniature
-from lib_pulid.errors import MissingWeightsError, NoFaceError
+from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, NoFaceError, UnsupportedModelError
 from lib_pulid.face_models import FaceFiles, load_detector, load_face_models, load_recogniser
 from lib_pulid.faces import LARGEST, Detector, Face, FaceChoice
-from lib_pulid.files import catalog
+from lib_pulid.files import catalog, control_nets
 from lib_pulid.hosts.diffusers import apply, denoiser_of
 from lib_pulid.hosts.diffusers_base import Base, load_base, paint
+from lib_pulid.hosts.diffusers_control import identity_net, load_identity_net
 from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource
 from lib_pulid.injection import Injection, check_fit, compile_injection
@@ -32,6 +34,7 @@ from lib_pulid.likeness import (
     choose_judge,
     measure,
 )
+from lib_pulid.methods import IMAGE_ENCODERS, Method
 from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, load_image_encoder, make_identity
 from lib_pulid.sites import find_sites
 from lib_pulid.stores.encoders import recognizers
@@ -43,16 +46,22 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+# Loads the models that read photos; and what identifies their weights.
+Readers = tuple[Callable[[], Encoders], str]
+
+
 @dataclass(frozen=True)
 class Workshop:
     """A base model, its adapter, and the encoders of photos.
 
     Args:
         encoders_id: identifies the encoders' weights, for the cache.
+        others: returns both for another method; None: the same encoders read for all.
         limits: a sentence on what to do if no face is found.
         recognizer: the hash of the adapter's own recognizer. judges: what likeness can be measured with, the best
             first. detector: loads what finds the faces of images. scale: what the judges' cosines mean.
         check_prompt: returns notes on what the base model does not understand in a prompt.
+        models_dir: the models folder, for the method's ControlNet.
     """
 
     base: Base
@@ -66,6 +75,8 @@ class Workshop:
     detector: Callable[[], Detector] | None = None
     scale: Scale = INSIGHTFACE
     check_prompt: Callable[[str], Sequence[str]] = lambda prompt: ()
+    models_dir: Path = Path("models")
+    others: Callable[[Method], Readers] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +123,43 @@ class Workshop:
             picture = paint(self.base, prompt, **settings)  # type: ignore[arg-type]
         return picture, len(watch.reached)
 
+    def readers_of(self, method: Method) -> Readers:
+        """Returns what reads photos for a method, loaded at the first call and kept, and what identifies its weights.
+
+        Raises:
+            MissingWeightsError, WrongWeightsError. UnsupportedModelError: there is nothing that could.
+        """
+        if self.others is not None:
+            return self.others(method)
+        if unknown := set(method.reads) - set(self.adapter.method.reads):
+            raise UnsupportedModelError(f"Nothing here reads photos for {method.label} ({', '.join(sorted(unknown))}).")
+        sees = any(role in IMAGE_ENCODERS for role in method.reads)
+        return (self.encoders if sees else lambda: replace(self.encoders(), tower=None)), self.encoders_id
+
+    def control_net(self, identity: Identity) -> torch.nn.Module:
+        """Loads the ControlNet of the adapter's method.
+
+        Raises:
+            MissingWeightsError, WrongWeightsError. IdentityMismatchError: the identity does not say where the face is.
+        """
+        role = self.adapter.method.control
+        if identity.pose is None:
+            name = control_nets.file_of(role).purpose
+            raise IdentityMismatchError(f"{name} needs to know where the face is. Give the photo with --face.")
+        path = control_nets.require(role, self.models_dir / "pulid", self.models_dir, identity.cond.shape[-1])
+        return load_identity_net(path, self.base.pipeline)
+
+    def controlled(
+        self, net: torch.nn.Module, identity: Identity, injection: Injection, size: int, strength: float
+    ) -> AbstractContextManager[None]:
+        """Lets a ControlNet run beside an injection in what is painted inside the `with`.
+
+        net: see `control_net`. injection: gives range and mask. size: of the image, whose sides are equal.
+        """
+        points = identity.pose.drawn((size, size))  # type: ignore[union-attr]
+        place = {"start": injection.start, "end": injection.end, "mask": injection.mask}
+        return identity_net(self.base.pipeline, net, identity, points, weight=strength, **place)  # type: ignore[arg-type]
+
     def likeness(self, image: Image.Image, identity: Identity) -> str:
         """Measures how like a person the face in an image is, in words for the user."""
         judge = choose_judge(self.judges, [identity.embeddings])
@@ -150,10 +198,26 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
         encoders=lambda: _encoders(files, device),
         encoders_id=catalog.fingerprint(files, folder.fingerprint),
         cache=cache,
-        recognizer=folder.fingerprint(files["recogniser"]),
-        judges=recognizers(files["recogniser"], folder, partial(load_recogniser, device=device)),
-        detector=lambda: load_detector(files["detector"], device),
+        recognizer=folder.fingerprint(files["recogniser"]) if "recogniser" in files else "",
+        judges=recognizers(files.get("recogniser"), folder, partial(load_recogniser, device=device)),
+        detector=(lambda: load_detector(files["detector"], device)) if "detector" in files else None,
+        models_dir=models_dir,
+        others=_others(folder, device),
     )
+
+
+def _others(folder: ModelsFolder, device: str) -> Callable[[Method], Readers]:
+    """See `Workshop.readers_of`. Methods that read the same files share what is loaded."""
+    loaded: dict[tuple[str, ...], Readers] = {}
+
+    def others(method: Method) -> Readers:
+        if method.reads not in loaded:
+            files = catalog.require_encoders(folder.models_dir, method.reads)
+            once = lru_cache(1)(lambda: _encoders(files, device))
+            loaded[method.reads] = once, catalog.fingerprint(files, folder.fingerprint)
+        return loaded[method.reads]
+
+    return others
 
 
 def _encoders(files: Mapping[str, Path], device: str) -> Encoders:

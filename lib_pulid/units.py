@@ -42,7 +42,7 @@ _EMPTY = (None, "", NONE)  # what hosts turn an empty text or list into
 class PulidUnit:
     """One person's settings; the fields are those of FIELDS. images, mask: base64 or data URIs. box: four numbers.
 
-    `on` fills in what depends on the checkpoint's family (weight None, preset "auto").
+    `on` fills in what depends on family and method (weight and identity_net None, preset "auto").
     """
 
     enabled: bool = True
@@ -66,6 +66,7 @@ class PulidUnit:
     draw: str = NOT_DRAWN
     keep_best: int = 0
     lora_weight: float = 1.0
+    identity_net: float | None = None
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # fields set by name, not by a widget
 
     @classmethod
@@ -127,11 +128,13 @@ class PulidUnit:
         return self.hires in ("both", "second" if hires else "first")
 
     def on(self, family: str, method: Method | None = None) -> PulidUnit:
-        """Resolves it for a checkpoint of this family, and a method (None: PuLID): fills in the weight and the family's
-        name of the preset."""
+        """Resolves it for a checkpoint of this family, and a method (None: PuLID): fills in the weight, the strength of
+        its ControlNet (0 without one, and by default with a weight of 0), and the family's name of the preset."""
         method = method or usual(family)
         weight = method.weight if self.weight is None else self.weight
-        return replace(self, weight=weight, preset=preset_name(family, self.values()))
+        usual_net = method.control_weight if weight else 0.0
+        net = usual_net if self.identity_net is None or not method.control else self.identity_net
+        return replace(self, weight=weight, identity_net=net, preset=preset_name(family, self.values()))
 
     def settings(self, method: Method) -> dict[str, Any]:
         """Returns what `compile_injection` is given of it besides the mask, as far as the method has it."""
@@ -160,7 +163,8 @@ class PulidUnit:
     def check_steps(self, family: str, steps: int, number: Number) -> None:
         """Raises: SettingError: with so many steps, the identity would never be used on a checkpoint of this family."""
         start_step = self.start_step if family == "flux" else 0
-        if self.weight == 0 or any(acts(i, steps, self.start, self.end, start_step) for i in range(steps)):
+        is_off = self.weight == 0 and not self.identity_net
+        if is_off or any(acts(i, steps, self.start, self.end, start_step) for i in range(steps)):
             return
         name, why = "start", f"none of the {steps} steps is between start {self.start:g} and end {self.end:g}"
         if start_step >= steps:

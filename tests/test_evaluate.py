@@ -644,6 +644,30 @@ def test_the_command(evaluate, tmp_path):
     assert len(list((out / "images").iterdir())) == len(found["images"]) == 6
 
 
+def test_methods_compared(evaluate, workshop, tmp_path):
+    """A row for each file, whatever its method; each reads photos in its own way."""
+    from lib_pulid.hosts.diffusers import denoiser_of
+    from lib_pulid.sites import find_sites
+    from tests.small_models import methods as small
+
+    widths = [site.width for site in find_sites(denoiser_of(workshop.base.pipeline)).sites]
+    made = small.method_files(widths, only=["instantid", "face_id"])
+    instantid = small.write(tmp_path / "instantid.bin", made["instantid"])
+    files = [part for path in (workshop.adapter.path, instantid) for part in ("--adapter", path)]
+    faces = ("--faces", people(tmp_path / "p"), "-o", tmp_path / "out")
+    status, said, notes = evaluate(*files, *faces, "--json")
+    assert status == 0, notes
+    summary = json.loads(said)["summary"]
+    assert [line["method"] for line in summary] == ["without", workshop.adapter.path.stem, "instantid"]
+    changes = [line["figures"]["change"] for line in summary]
+    assert changes[0] == 0 < changes[1] != changes[2] > 0
+    status, _, notes = evaluate(*files, *faces, "--variant", "a:projection=none")
+    assert status == 1 and "--variant a: InstantID for SDXL has no projection" in notes
+    face_id = small.write(tmp_path / "face_id.bin", made["face_id"])
+    status, _, notes = evaluate("--adapter", workshop.adapter.path, "--adapter", face_id, *faces)
+    assert status == 1 and "Nothing here reads photos for IP-Adapter FaceID for SDXL (recogniser_buffalo)" in notes
+
+
 @pytest.mark.parametrize(
     ("rest", "words"),
     [

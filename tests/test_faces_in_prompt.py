@@ -12,7 +12,7 @@ import torch
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
 from lib_pulid.faces import LARGEST
 from lib_pulid.hosts.a1111 import _Window
-from lib_pulid.injection import DenoiseStep, _identity_rows
+from lib_pulid.injection import DenoiseStep, identity_rows
 from lib_pulid.units import default_args
 from lib_pulid.webui import pictures
 from tests.fake_modules.models import count_hooks, same
@@ -263,12 +263,12 @@ class TestRows:
 
     def test_only_the_images_that_are_meant(self):
         step = DenoiseStep(0.0, [True, True, False, False], images=[0, 1, 0, 1])
-        assert _identity_rows(self.injection(frozenset({1})), step, 4) == [None, 0, None, 1]
-        assert _identity_rows(self.injection(None), step, 4) == [0, 0, 1, 1]
+        assert identity_rows(self.injection(frozenset({1})), step, 4) == [None, 0, None, 1]
+        assert identity_rows(self.injection(None), step, 4) == [0, 0, 1, 1]
 
     def test_rows_of_which_it_is_not_known_are_refused(self):
         with pytest.raises(SettingError, match="batch size 1"):
-            _identity_rows(self.injection(frozenset({1})), DenoiseStep(0.0, [True, False]), 2)
+            identity_rows(self.injection(frozenset({1})), DenoiseStep(0.0, [True, False]), 2)
 
     @pytest.mark.parametrize(
         ("conds", "rows", "count", "images"),

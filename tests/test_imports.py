@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("vision", "clip_vision", "face_models", "attention", "judge", "likeness"),
     ("readings",),
     ("identity",),
+    ("control",),
     ("photos", "injection", "blend"),
     ("fields",),
     ("units", "tags", "bench_cases"),
@@ -141,6 +142,7 @@ def test_hosts_do_not_know_each_other():
     own = {
         "lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers", "lib_pulid.hosts.diffusers_checkpoint"},
         "lib_pulid.hosts.diffusers_control": {"lib_pulid.hosts.diffusers"},
+        "lib_pulid.hosts.forge": {"lib_pulid.hosts.forge_control"},
         "lib_pulid.hosts.base": {"lib_pulid.hosts.injector"},
         "lib_pulid.hosts.injector": {"lib_pulid.hosts.families", "lib_pulid.hosts.frame"},
     }

@@ -197,16 +197,16 @@ def test_the_page_follows_the_model(host, files):
         given = {**values, "model": model, **changed}
         return following.follow_model("sdxl", *(given[name] for name in FOLLOWING))
 
-    weight, preset, fusion, sdxl, flux, lora = follow(FILES["instantid"])
-    assert [shown(one) for one in (preset, sdxl, flux, lora)] == [False] * 4
+    weight, preset, fusion, sdxl, flux, lora, net = follow(FILES["instantid"])
+    assert [shown(one) for one in (preset, sdxl, flux, lora, net)] == [False] * 4 + [True]
     assert "value" not in weight  # 0.8 is InstantID's default, too
     assert fusion["choices"] == ["official", "average"] and fusion["value"] == "official"
-    weight, preset, _, sdxl, flux, lora = follow(FILES["face_id"])
-    assert [shown(one) for one in (preset, sdxl, flux, lora)] == [False, False, False, True]
+    weight, preset, _, sdxl, flux, lora, net = follow(FILES["face_id"])
+    assert [shown(one) for one in (preset, sdxl, flux, lora, net)] == [False, False, False, True, False]
     assert weight["value"] == 1.0
     assert "value" not in follow(FILES["face_id"], weight=0.65)[0]  # set by hand
-    weight, preset, fusion, sdxl, flux, lora = follow("auto", weight=1.0)
-    assert [shown(one) for one in (preset, sdxl, flux, lora)] == [True, True, False, False]
+    weight, preset, fusion, sdxl, flux, lora, net = follow("auto", weight=1.0)
+    assert [shown(one) for one in (preset, sdxl, flux, lora, net)] == [True, True, False, False, False]
     assert (weight["value"], preset["value"]) == (0.8, "v1.1")
 
 

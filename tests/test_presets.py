@@ -129,6 +129,16 @@ class TestUse:
         with pytest.raises(PulidError, match="2, .*reset: there is no preset 'sof'; did you mean Soft"):
             soft.generate([unit("anna"), unit("ben", preset="sof")])
 
+    def test_all_that_the_page_saves_in_the_api(self, soft):
+        """Nobody asked for the settings of other methods, so they are no error."""
+        values = dict(zip(FIELD, PulidUnit().positions()))
+        soft.library.presets.save("All", {name: values[name] for name in SAVED})
+        try:
+            images = soft.generate([{"identity": "anna", "preset": "All"}], "sdxl")
+            assert same(images, soft.generate([{"identity": "anna"}], "sdxl"))
+        finally:
+            (soft.library.presets.folder() / "All.json").unlink()
+
     def test_in_the_prompt(self, soft):
         p = soft.processing()
         p.prompt = "<pulid:anna:preset=soft:end=0.9>"

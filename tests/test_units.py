@@ -127,7 +127,8 @@ def test_a_tab_that_is_off_is_not_checked():
 
 def test_a_grid_changes_units():
     flat = default_args(2)
-    assert parse_args(flat, {2: {"weight": 0.3}}) == [(2, PulidUnit(weight=0.3))]
+    widgets = PulidUnit(weight=0.3, identity_net=0.8)  # what the sliders show
+    assert parse_args(flat, {2: {"weight": 0.3}}) == [(2, widgets)]
     assert parse_args(flat, {1: {"preset": "style"}})[0][1].num_zero == 16
     assert parse_args([{"images": ["a"]}], {1: {"identity": "Anna"}}) == [(1, PulidUnit(identity="Anna"))]
     assert parse_args([{"identity": "Anna"}], {1: {"images": ("a",)}}) == [(1, PulidUnit(images=("a",)))]
@@ -164,7 +165,8 @@ def test_schema():
     assert described["properties"]["weight"]["default"] is None
     families = {name: field.get("family") for name, field in described["properties"].items() if "family" in field}
     of_flux = {"start_step": "flux", "cfg_start_step": "flux"}
-    assert families == {"projection": "sdxl", "num_zero": "sdxl", "lora_weight": "sdxl", **of_flux}
+    of_sdxl = ("projection", "num_zero", "lora_weight", "identity_net")
+    assert families == {**dict.fromkeys(of_sdxl, "sdxl"), **of_flux}
     PulidUnit.from_mapping({name: field["default"] for name, field in described["properties"].items()}, 1)
     assert described["properties"]["hires"]["enum"] == [*HIRES_PASSES, None]
     assert described["additionalProperties"] is False

@@ -549,13 +549,13 @@ class TestActions:
         values = [0.8, "id_mix", "ortho", 16, 0, "auto", 0.5, "average", "none", 3, 4, "auto"]  # of two units
         family, *updates = following.follow_checkpoint("sdxl", "flux", *values)
         assert family == "flux"
-        first, second = updates[:6], updates[6:]
+        first, second = updates[:7], updates[7:]
         assert (first[0]["value"], second[0].get("value")) == (1.0, None)  # 0.5 was set by hand
         assert first[1]["choices"] == ["realistic", "stylized", "custom"]
         assert (first[1]["value"], second[1]["value"]) == ("stylized", "realistic")
         assert first[2]["choices"] == ["official", "average"]
         assert (first[2]["value"], second[2]["value"]) == ("official", "average")
-        assert [update["visible"] for update in first[3:]] == [False, True, False]
+        assert [update["visible"] for update in first[3:]] == [False, True, False, False]
         family, *updates = following.follow_checkpoint("flux", "sdxl", 1.0, *values[1:])
         assert (updates[0]["value"], updates[1]["value"], updates[2]["value"]) == (0.8, "style", "id_mix")
         assert [update["visible"] for update in updates[3:5]] == [True, False]
@@ -563,7 +563,7 @@ class TestActions:
     def test_the_same_family_or_none(self, following):
         assert (
             following.follow_checkpoint("flux", "flux", 0.8, "official", "ortho", 16, 0, "auto")
-            == [{"__type__": "update"}] * 7
+            == [{"__type__": "update"}] * 8
         )
         following.family = lambda name: ""
         family, weight, preset, _, *lines = following.follow_checkpoint(
@@ -572,7 +572,7 @@ class TestActions:
         assert (family, weight) == ("", {"__type__": "update"})
         assert preset["choices"] == [*PRESETS["sdxl"], *PRESETS["flux"], "custom"]
         assert preset["visible"] and "value" not in preset
-        assert [line["visible"] for line in lines] == [True, True, False]
+        assert [line["visible"] for line in lines] == [True, True, False, False]
 
     def test_a_painted_region(self, library):
         from lib_pulid.webui.canvas import empty_picture, keep_region

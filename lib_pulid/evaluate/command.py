@@ -6,7 +6,6 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from lib_pulid.evaluate.subjects import Prompt, Subject, drawn_people, read_fold
 from lib_pulid.evaluate.trial import Method, Panel, Row, Studio, count_images, read_sitters, run_trial
 from lib_pulid.files import catalog
 from lib_pulid.injection import compile_injection
-from lib_pulid.photos import Encoders, IdentityCache, make_identity
+from lib_pulid.methods import has, usual
+from lib_pulid.photos import IdentityCache, make_identity
 from lib_pulid.standalone import Workshop, open_workshop
 from lib_pulid.weights import load_adapter
 
@@ -38,11 +38,10 @@ def run(arguments: argparse.Namespace, device: str) -> int:
     methods = _methods(workshop, files, variants)
     for note in dict.fromkeys(note for prompt in prompts for note in workshop.check_prompt(prompt.text)):
         print(f"note: {note}", file=sys.stderr)
-    encoders = lru_cache(1)(workshop.encoders)
-    panel = _panel(arguments, encoders(), device)
+    panel = _panel(arguments, workshop, device)
     sitters = read_sitters(_subjects(arguments, panel, prompts), panel)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = _watched(_studio(workshop, encoders, arguments), panel, methods, sitters, weights, arguments)
+    rows = _watched(_studio(workshop, arguments), panel, methods, sitters, weights, arguments)
     settings = {**vars(arguments), "weights": weights}
     results.write(results.collect(settings, methods, panel, sitters, rows), arguments.out, arguments.json)
     return 0
@@ -63,6 +62,12 @@ def _methods(
             raise UnsupportedModelError(
                 f"{adapter.path.name} is for {adapter.family.upper()}, but --model is {family.upper()}."
             )
+        for name, settings in variants:
+            if foreign := [key for key in settings if not has(adapter.method, key)]:
+                raise SettingError(
+                    f"--variant {name}: {adapter.label} has no {foreign[0]}. Leave it out, or compare it by itself."
+                )
+        workshop.readers_of(adapter.method)  # before the work: a file may be missing
     alone = len({name for name, _ in adapters}) == 1
     return [
         Method(variant if alone and variant else ", ".join(filter(None, (name, variant))), adapter, settings)
@@ -74,7 +79,7 @@ def _methods(
 # ---------------------------------------------------------------- models and judges
 
 
-def _studio(workshop: Workshop, encoders, arguments: argparse.Namespace) -> Studio:
+def _studio(workshop: Workshop, arguments: argparse.Namespace) -> Studio:
     workshop.base.pipeline.set_progress_bar_config(disable=True)
     settings = {"steps": arguments.steps, "size": arguments.size, "guidance": arguments.guidance}
     cache = IdentityCache()  # in memory only: there may be hundreds of people
@@ -83,7 +88,8 @@ def _studio(workshop: Workshop, encoders, arguments: argparse.Namespace) -> Stud
         return np.asarray(workshop.paint(injections, prompt, seed=seed, **settings)[0].convert("RGB"))
 
     def identity(adapter, photo: np.ndarray, name: str):
-        return make_identity([photo], adapter, encoders=encoders, encoders_id=workshop.encoders_id, cache=cache)
+        encoders, encoders_id = workshop.readers_of(adapter.method)
+        return make_identity([photo], adapter, encoders=encoders, encoders_id=encoders_id, cache=cache)
 
     def inject(adapter, identity, weight: float, settings: Mapping[str, Any]):
         device, dtype = workshop.device, workshop.base.dtype
@@ -92,7 +98,7 @@ def _studio(workshop: Workshop, encoders, arguments: argparse.Namespace) -> Stud
     return Studio(paint, identity, inject)
 
 
-def _panel(arguments: argparse.Namespace, encoders: Encoders, device: str) -> Panel:
+def _panel(arguments: argparse.Namespace, workshop: Workshop, device: str) -> Panel:
     drawn = arguments.model in miniature.MODELS
     own = None if drawn else catalog.require_encoders(arguments.models_dir)["recogniser"]
     judges: list[FaceJudge] = [DrawnJudge(miniature.judge())] if drawn else []
@@ -100,7 +106,7 @@ def _panel(arguments: argparse.Namespace, encoders: Encoders, device: str) -> Pa
         judges += open_judges(arguments.judge, own, arguments.models_dir, device)
     if not judges:
         print(f"note: the only judge is {OWN} recognizer, which overestimates likeness. {HOW_TO_GET}", file=sys.stderr)
-    models = encoders.faces
+    models = workshop.readers_of(usual(workshop.base.family))[0]().faces
     assert models is not None, "PuLID reads faces"
     return Panel(
         models=models,

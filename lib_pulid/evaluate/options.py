@@ -50,10 +50,12 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
     add("--model", default="miniature", help="single-file SDXL checkpoint, diffusers folder, or miniature")
     add(
         "--pulid",
+        "--adapter",
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="PuLID file; repeat it to compare. Files of one NAME are trainings of one method, with error bars",
+        help="PuLID file, or another method's; repeat it to compare. Files of one NAME are trainings of one method, "
+        "with error bars",
     )
     add(
         "--variant",

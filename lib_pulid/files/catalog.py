@@ -37,7 +37,7 @@ class WeightFile:
             files of other methods, each by itself).
         licence: in words; `restricted` licenses have to be accepted.
         size: bytes, or 0 where it is not known. sha256: its first digits, or "", where not all are known.
-        role: of a model that reads photos, as in `methods.Method.reads`.
+        role: of a model that reads photos, as in `methods.Method.reads`, or of a method's ControlNet.
         remote: its path in the repository, if that is not its name.
         others: sizes of well-known other files that people put under this name, and what they are.
     """

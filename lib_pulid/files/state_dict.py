@@ -150,8 +150,8 @@ def check_numbers(state: Mapping[str, Tensor], path: Path) -> None:
             raise WrongWeightsError(f"{path.name} is corrupt: {name} contains NaN or infinity. Download it again.")
 
 
-def describe(state: Mapping[str, Tensor]) -> str:
-    """Says what a state dict most likely is, for error messages."""
+def describe(state: Mapping[str, object]) -> str:
+    """Says what a state dict most likely is by its names, for error messages."""
     for pattern, words in _KNOWN_FILES:
         if any(re.search(pattern, key) for key in state):
             return words

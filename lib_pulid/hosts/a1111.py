@@ -116,6 +116,7 @@ class _Run(Run):
 
 class A1111(WebUI):
     families = ("sdxl",)
+    runs_control_nets = False  # its ControlNet is an extension, which takes no tokens of others
     run_class = _Run
 
     def loaded_model(self, p: Any) -> LoadedModel:

@@ -126,7 +126,8 @@ class Run:
         self._hooked = None
         self._hooks.close()
 
-    def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """Returns None, or the arguments with which the call goes on."""
         self._call.close()  # in case the last call ended with a BaseException
         self._step = None
         call = self.read(args[0] if args else kwargs["x"], kwargs)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib_pulid.control import MOST_WEIGHT, weighted
 from lib_pulid.errors import SettingError, UnsupportedModelError, WrongWeightsError
 from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 from lib_pulid.hosts.diffusers import UNetCalls, denoiser_of
@@ -27,7 +28,6 @@ from lib_pulid.identity import Identity
 from lib_pulid.injection import acts
 from lib_pulid.watch import uncompiled
 
-MOST_WEIGHT = 2.0
 _LATENT_PIXEL = 8
 
 
@@ -71,6 +71,7 @@ def identity_net(
     weight: float = 0.8,
     start: float = 0.0,
     end: float = 1.0,
+    mask: Tensor | None = None,
 ) -> Iterator[None]:
     """Adds IdentityNet's residuals in every call of the pipeline's UNet inside the `with`.
 
@@ -79,6 +80,7 @@ def identity_net(
         picture: uint8 RGB [height, width, 3], of the size that is generated; see `identity_net.draw_points`.
         weight: the official controlnet_conditioning_scale, 0-2; 0 changes nothing at all.
         start, end: fractions of the steps between which it acts.
+        mask: [H, W], 0..1, the part of the image in which it acts; None: everywhere. Official: `control_mask`.
 
     Raises:
         SettingError: a value is out of range, or the picture has another size than the image (from the pipeline).
@@ -109,6 +111,7 @@ def identity_net(
             added_cond_kwargs=kwargs["added_cond_kwargs"],
             return_dict=False,
         )
+        *down, mid = weighted([*down, mid], rows, mask)
         return args, {**kwargs, **_summed(kwargs, down, mid)}
 
     with ExitStack() as stack:

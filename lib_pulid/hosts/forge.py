@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from lib_pulid.errors import SettingError, UnsupportedModelError
-from lib_pulid.hosts import Host, LoadedModel
+from lib_pulid.hosts import Host, LoadedModel, Plan
 from lib_pulid.hosts.base import Run, WebUI
 from lib_pulid.hosts.families import family_of
+from lib_pulid.hosts.forge_control import ControlNets, Loader
 from lib_pulid.injection import DenoiseStep
 
 _SLOT = "model_function_wrapper"
@@ -58,10 +59,15 @@ class _Run(Run):
     _params: Any = None  # the host's, of this step
     _has_stepped = _has_called = False
 
+    def __init__(self, host: WebUI, p: Any, plan: Plan) -> None:
+        super().__init__(host, p, plan)
+        self._nets = ControlNets(host.loader)  # type: ignore[attr-defined]
+
     def end(self) -> None:
         self._unpatch()
         super().end()
         self._refusal = self._params = None
+        self._nets.end()
 
     def check(self) -> None:
         super().check()
@@ -97,6 +103,7 @@ class _Run(Run):
             self._injector.prepare(self._host.loaded_model(self.p), self.p)
             # The compiled tensors are on the device already; a layer needs about as much again while it computes.
             patched.add_extra_preserved_memory_during_sampling(self._injector.nbytes)
+            self._nets.prepare(patched, self._injector.controlled)
             if self._injector.cfg_start_step:
                 patched.add_conditioning_modifier(_guidance(self))
         except Exception as error:
@@ -146,6 +153,13 @@ class _Run(Run):
             yield
         finally:
             self.unhook()
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        super().enter(module, args, kwargs)
+        controlled = self._injector.controlled
+        if self._step is None or not controlled:
+            return None
+        return self._nets.added(args, kwargs, self._step, controlled)
 
     def read(self, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[DenoiseStep, tuple[int, int]]:
         options = kwargs["transformer_options"]
@@ -206,14 +220,20 @@ def _is_same(text: Tensor | None, other: Tensor | None) -> bool:
 
 class Forge(WebUI):
     families = ("sdxl", "flux")
+    runs_control_nets = True
     run_class = _Run
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loader = Loader()
 
     def loaded_model(self, p: Any) -> LoadedModel:
         name = getattr(getattr(p.sd_model, "sd_checkpoint_info", None), "name_for_extra", "")
         unet = _patcher(p)
         denoiser: Any = None if unet is None else unet.model.diffusion_model
         family = family_of(denoiser, name, wanted="an SDXL or FLUX.1 checkpoint")
-        return LoadedModel(family, denoiser, unet.load_device, _computation_dtype(unet), name, _is_guided(p))
+        guided, runs_nets = _is_guided(p), self.runs_control_nets and family == "sdxl"
+        return LoadedModel(family, denoiser, unet.load_device, _computation_dtype(unet), name, guided, runs_nets)
 
     def less_memory(self) -> str:
         """Names Forge's own slider; its successors have none."""

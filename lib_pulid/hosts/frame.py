@@ -25,6 +25,9 @@ _given: dict[int, list[Any]] = {}  # not in the attribute: other extensions send
 # Chosen scripts that replace the images given, with what was made of them or with larger copies of them.
 LOOPBACK, WHOLE_IMAGES = "loopback", "ultimate-upscale"
 _LATENT_PIXEL = 8
+# What a field has in the image, and what to do where it is not known which part of the image is denoised.
+THINGS = {"mask": "masks", "identity_net": "the points of a face"}
+REMEDIES = {"mask": "Remove the mask", "identity_net": "Set it to 0"}
 _CROP, _FILL = 1, 2  # resize modes
 
 
@@ -57,20 +60,20 @@ def remember_images(p: Any) -> None:
         weakref.finalize(p, _given.pop, id(p))
 
 
-def frame_of(p: Any, hires: bool) -> Frame:
-    """Returns the part of the image that the coming pass of `p` denoises.
+def frame_of(p: Any, hires: bool, field: str = "mask") -> Frame:
+    """Returns the part of the image that the coming pass of `p` denoises. field: what it is asked for, in THINGS.
 
     Raises:
         SettingError: it is not known.
     """
-    images = _input_images(p)
+    images = _input_images(p, field)
     if not images:
         return _second_pass(p) if hires else WHOLE
     frames = {_of_image(p, image.size) for image in images if hasattr(image, "size")} or {WHOLE}
     if len(frames) > 1:
         raise SettingError(
-            "Field mask: masks do not work when images of different sizes are cropped in one batch. Remove the mask, "
-            "or use images of one size."
+            f"Field {field}: {THINGS[field]} do not work when images of different sizes are cropped in one batch. "
+            f"{REMEDIES[field]}, or use images of one size."
         )
     return frames.pop()
 
@@ -136,8 +139,8 @@ def _second_pass(p: Any) -> Frame:
     return Frame(first[0], first[1], last[0], last[1])
 
 
-def _input_images(p: Any) -> list[Any]:
-    """Returns the images that the mask belongs to.
+def _input_images(p: Any, field: str) -> list[Any]:
+    """Returns the images that the mask, or another field in THINGS, belongs to.
 
     Raises:
         SettingError: a script replaced the input images with others, such as tiles.
@@ -154,6 +157,7 @@ def _input_images(p: Any) -> list[Any]:
     if name in (LOOPBACK, WHOLE_IMAGES):
         return given if name == LOOPBACK else images
     raise SettingError(
-        f"Field mask: the script “{script.title()}” processes parts of the image without saying where they are, so the "
-        "mask would be applied to each of them. Remove the mask, or use another script (Ultimate SD upscale works)."
+        f"Field {field}: the script “{script.title()}” processes parts of the image without saying where they are, so "
+        f"{THINGS[field]} would be applied to each of them. {REMEDIES[field]}, or use another script (Ultimate SD "
+        "upscale works)."
     )

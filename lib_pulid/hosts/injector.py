@@ -12,7 +12,7 @@ from torch import nn
 from lib_pulid.errors import SettingError
 from lib_pulid.hosts import LoadedModel, Plan
 from lib_pulid.hosts.families import is_refiner
-from lib_pulid.hosts.frame import frame_of, part_of_mask
+from lib_pulid.hosts.frame import REMEDIES, THINGS, Frame, frame_of, part_of_mask
 from lib_pulid.injection import DenoiseStep, Injection, inject
 from lib_pulid.sites import Sites, find_sites
 from lib_pulid.watch import Watch, uncompiled
@@ -38,8 +38,13 @@ class Injector:
 
     @property
     def has_face(self) -> bool:
-        """Whether any injection of the current pass has a weight."""
-        return any(injection.weight for injection in self._injections)
+        """Whether any injection of the current pass has an effect."""
+        return any(injection.has_effect for injection in self._injections)
+
+    @property
+    def controlled(self) -> Sequence[Injection]:
+        """The injections of the current pass with a ControlNet."""
+        return [injection for injection in self._injections if injection.control is not None]
 
     def leaves_the_rest_to(self, denoiser: nn.Module | None) -> bool:
         """Whether this is SDXL's refiner, which may finish what the base model started with the face.
@@ -65,12 +70,9 @@ class Injector:
         assert self._plan is not None, "the generation has ended"
         self._release()
         injections = self._plan.injections(model, hires=hires)
-        if any(injection.mask is not None for injection in injections):
-            frame = frame_of(p, hires)
-            injections = [
-                injection if injection.mask is None else replace(injection, mask=part_of_mask(injection.mask, frame))
-                for injection in injections
-            ]
+        if field := _placed(injections):
+            frame = frame_of(p, hires, field)
+            injections = [_in_frame(injection, frame) for injection in injections]
         self._watch.check_end()
         self._has_acted |= bool(self._watch.reached)
         self._watch.begin()
@@ -106,13 +108,13 @@ class Injector:
         """Injects into one denoiser call inside the `with`. whole: height and width of the pass's latent.
 
         Raises:
-            SettingError: the call gets a tile, and there are masks.
+            SettingError: the call gets a tile, and there are masks or ControlNets.
         """
         assert self._sites is not None, "prepare comes first"
-        if step.latent_hw != whole and any(injection.mask is not None for injection in self._injections):
+        if step.latent_hw != whole and (field := _placed(self._injections)):
             raise SettingError(
-                "Field mask: masks do not work with tiled denoising (MultiDiffusion, Tiled Diffusion), which does not "
-                "say where a tile is. Remove the masks, or disable tiling."
+                f"Field {field}: {THINGS[field]} do not work with tiled denoising (MultiDiffusion, Tiled Diffusion), "
+                f"which does not say where a tile is. {REMEDIES[field]}, or disable tiling."
             )
         return inject(self._sites, self._injections, step)
 
@@ -123,3 +125,20 @@ class Injector:
     def check_end(self) -> None:
         """Checks after sampling. Raises: UnsupportedModelError: the face should have been added, and never was."""
         self._watch.check_end()
+
+
+def _placed(injections: Sequence[Injection]) -> str:
+    """Returns the field that belongs to a place in the image, if there is one; "" if there is none."""
+    if any(injection.mask is not None for injection in injections):
+        return "mask"
+    return "identity_net" if any(injection.control is not None for injection in injections) else ""
+
+
+def _in_frame(injection: Injection, frame: Frame) -> Injection:
+    """Cuts the part of the image that is denoised out of what belongs to the whole image."""
+    mask, control = injection.mask, injection.control
+    return replace(
+        injection,
+        mask=None if mask is None else part_of_mask(mask, frame),
+        control=None if control is None else replace(control, part=frame),
+    )

@@ -248,7 +248,7 @@ class EncoderPool:
         return self._judges[path]
 
 
-def recognizers(own: Path, folder: ModelsFolder, load: Callable[[Path], Recogniser]) -> list[Recognizer]:
+def recognizers(own: Path | None, folder: ModelsFolder, load: Callable[[Path], Recogniser]) -> list[Recognizer]:
     """Returns what likeness can be measured with, the best first: buffalo_l's recognizer, if it is somewhere in the
     models folder, and the adapter's own. own: its file. load: loads one from its file."""
     found = judges.find(judges.BUFFALO, folder.models_dir)

@@ -107,7 +107,7 @@ class _Unit:
         with gr.Accordion("Advanced", open=False, elem_id=self._id("advanced")):
             self._advanced()
         w = self.widgets
-        self.following = [w["weight"], w["preset"], w["fusion"], self._sdxl, self._flux, self._lora]
+        self.following = [w["weight"], w["preset"], w["fusion"], self._sdxl, self._flux, self._lora, self._net]
         self._wire()
 
     def _id(self, name: str) -> str:
@@ -214,6 +214,8 @@ class _Unit:
             self._slider("cfg_start_step")
         with gr.Row(visible=False) as self._lora:
             self._slider("lora_weight")
+        with gr.Row(visible=False) as self._net:
+            self._slider("identity_net")
         with gr.Row():
             self._slider("start")
             self._slider("end")

@@ -28,7 +28,8 @@ from lib_pulid.webui.notes import bad, good
 from lib_pulid.webui.presets import SAVED
 
 PRESET_FIELDS = ("projection", "num_zero", "start_step")  # the fields that presets set
-ROWS = ("projection", "start_step", "lora_weight")  # the first settings of the rows that only some methods have
+# The first settings of the rows that only some methods have.
+ROWS = ("projection", "start_step", "lora_weight", "identity_net")
 FOLLOWING = ("weight", "fusion", *PRESET_FIELDS, "model")  # what is read when the checkpoint or the model changes
 
 

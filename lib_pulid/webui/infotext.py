@@ -34,8 +34,9 @@ def clear(parameters: MutableMapping[str, Any]) -> None:
 def write(unit: PulidUnit, family: str, facts: Mapping[str, str]) -> str:
     """Formats all settings of a unit that apply to the model family.
 
-    facts: "hash" of the identity, "file" and "weights" of the model; "method" if it is not PuLID; "experiment" if it is
-        one; "photo" that was drawn.
+    facts: "hash" of the identity, "file" and "weights" of the model; "method" if it is not PuLID; "net", the file of
+        its ControlNet; "identity_net", its strength where it is another than the unit's, and "left out", why;
+        "experiment" if it is one; "photo" that was drawn.
     """
     method = maker_of(facts.get("method", ""), family)
     unit = unit.on(family, method)
@@ -45,7 +46,8 @@ def write(unit: PulidUnit, family: str, facts: Mapping[str, str]) -> str:
             entries[field.name] = _text(getattr(unit, field.name))
     if unit.draw == NOT_DRAWN:
         del entries["draw"]
-    entries |= {name: facts[name] for name in ("file", "method", "experiment", "photo") if name in facts}
+    others = ("file", "method", "identity_net", "net", "left out", "experiment", "photo")
+    entries |= {name: facts[name] for name in others if name in facts}
     if unit.images:
         entries["photos"] = str(len(unit.images))
     if unit.mask:

@@ -8,13 +8,17 @@ from typing import Any
 
 import gradio as gr
 
-from lib_pulid.files import catalog
+from lib_pulid import hosts
+from lib_pulid.fields import AUTO
+from lib_pulid.files import catalog, control_nets
 from lib_pulid.files.catalog import FAMILIES, WeightFile
 from lib_pulid.files.download import format_size
-from lib_pulid.methods import usual
+from lib_pulid.methods import Method, usual
 from lib_pulid.webui.fetching import State
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.widgets import AT_ONCE
+
+_CHOSEN = ("identity", "enabled", "model")  # of each unit, what is read
 
 
 class Missing:
@@ -44,18 +48,23 @@ class Missing:
         """Connects the buttons. units: of the accordion; refresh: lists identities and models again."""
         lists = [unit.widgets[name] for unit in units for name in ("identity", "model")]
 
-        def look(accepted: bool, *identities: str) -> list[Any]:
-            values = [*self.values(accepted)]
+        def look(accepted: bool, *chosen: Any) -> list[Any]:
+            values = [*self.values(accepted, _models(chosen))]
             if self._downloads.state.running:
                 return values + [gr.update()] * len(lists)
-            return values + [update for identity in identities for update in refresh(identity)]
+            return values + [update for identity in chosen[:: len(_CHOSEN)] for update in refresh(identity)]
 
-        def start(accepted: bool, *identities: str) -> list[Any]:
-            self._downloads.start([file for file in self.files() if accepted or not file.restricted])
-            return look(accepted, *identities)
+        def start(accepted: bool, *chosen: Any) -> list[Any]:
+            files = self.files(_models(chosen))
+            self._downloads.start([file for file in files if accepted or not file.restricted])
+            return look(accepted, *chosen)
 
-        chosen = [unit.widgets["identity"] for unit in units]
+        chosen = [unit.widgets[name] for unit in units for name in _CHOSEN]
         asks = {"inputs": [self.accept, *chosen], "outputs": [*self.outputs, *lists], **AT_ONCE}
+        shows = {"inputs": [self.accept, *chosen], "outputs": self.outputs, **AT_ONCE}
+        for unit in units:
+            for name in ("model", "enabled"):
+                unit.widgets[name].change(lambda accepted, *chosen: self.values(accepted, _models(chosen)), **shows)
         self.look.click(look, **asks, _js=f"(...values) => {{ Pulid.look('{self._tab}'); return values; }}")
         self.start.click(start, **asks)
         for unit in units:
@@ -63,7 +72,21 @@ class Missing:
         self.stop.click(self._downloads.stop, [], [], **AT_ONCE)
         self.accept.change(look, **asks)
 
-    def files(self) -> tuple[WeightFile, ...]:
+    def files(self, models: Sequence[str] = (AUTO,)) -> tuple[WeightFile, ...]:
+        """Lists the files missing for the selected models: with "auto", PuLID's; else those of the file's method."""
+        found: dict[str, WeightFile] = {}
+        for model in dict.fromkeys(models):
+            method = None if model == AUTO else self._library.adapters.method_of(model)
+            is_other = method is not None and method.name != usual(method.family).name
+            lacking = self._of_method(method) if is_other else self._of_pulid()  # type: ignore[arg-type]
+            found |= {file.name: file for file in lacking}
+        return tuple(found.values())
+
+    def _of_method(self, method: Method) -> tuple[WeightFile, ...]:
+        folder = self._library.folder
+        return control_nets.missing_for(method, folder.path, folder.models_dir, hosts.current().runs_control_nets)
+
+    def _of_pulid(self) -> tuple[WeightFile, ...]:
         """Lists the files missing for the loaded checkpoint's family; without one, for a family with a PuLID file."""
         folder = self._library.folder.models_dir
         with_file = (family for family in FAMILIES if catalog.find_adapter(family, folder))
@@ -73,9 +96,9 @@ class Missing:
         own = {method.family for method in methods if method.name == usual(method.family).name}
         return tuple(file for file in lacking if file.group not in own)
 
-    def values(self, accepted: bool) -> tuple[Any, ...]:
-        """Returns the widgets' current values; the page polls them during a download."""
-        state, files = self._downloads.state, self.files()
+    def values(self, accepted: bool, models: Sequence[str] = (AUTO,)) -> tuple[Any, ...]:
+        """Returns the widgets' current values; the page polls them during a download. models: the selected ones."""
+        state, files = self._downloads.state, self.files(models)
         restricted = any(file.restricted for file in files)
         return (
             gr.update(visible=bool(files or state.running or state.problems)),
@@ -99,6 +122,12 @@ class Missing:
             for file in files
         )
         return "".join([*lines, f"<p class='pulid-warn'>PuLID needs files that are missing:</p><ul>{rows}</ul>"])
+
+
+def _models(chosen: Sequence[Any]) -> tuple[str, ...]:
+    """Returns the models of the enabled units; of the first, if none is. chosen: the values of _CHOSEN, by unit."""
+    enabled, models = chosen[1 :: len(_CHOSEN)], chosen[2 :: len(_CHOSEN)]
+    return tuple(model or AUTO for on, model in zip(enabled, models) if on) or (*models[:1],) or (AUTO,)
 
 
 def _progress(state: State) -> str:

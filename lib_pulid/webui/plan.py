@@ -18,6 +18,7 @@ from lib_pulid.sites import is_chroma
 from lib_pulid.stores.encoders import Listener
 from lib_pulid.stores.folder import stamp
 from lib_pulid.units import PulidUnit, at_unit
+from lib_pulid.webui.control import control_for, left_out
 from lib_pulid.webui.pictures import packed, region
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class UnitPlan:
     batch: int | None = None
     masks: dict[Number, Tensor] = field(default_factory=dict)
     _is_experiment: bool = False
+    _without_net: set[Number] = field(default_factory=set)  # units whose ControlNet is left out
     _known: dict[Any, tuple[Injection, dict[str, str], bool]] = field(default_factory=dict)  # the bool: guided
 
     def injections(self, model: LoadedModel, *, hires: bool) -> list[Injection]:
@@ -67,11 +69,12 @@ class UnitPlan:
         """
         self._experiment(model)
         wanted = [(number, unit) for number, unit in self.units if unit.in_pass(hires)]
-        compiled = self._compiled(wanted, model)
-        return [
-            replace(injection, images=self.images[number]) if number in self.images else injection
-            for number, (injection, _) in compiled.items()
-        ]
+        found = []
+        for number, (injection, _) in self._compiled(wanted, model).items():
+            if number in self.images:
+                injection = replace(injection, images=self.images[number])
+            found.append(replace(injection, control=None) if number in self._without_net else injection)
+        return found
 
     def of_image(self, index: int) -> tuple[Number, ...]:
         """Returns the units of one image of the batch."""
@@ -102,8 +105,20 @@ class UnitPlan:
         """Compiles all units. Returns, by unit, what the infotext says besides the settings."""
         for number, unit in self.units:
             unit.check_family(model.family, number)
-        experiment = self._experiment(model)
-        return {number: facts | experiment for number, (_, facts) in self._compiled(self.units, model).items()}
+        experiment, compiled = self._experiment(model), self._compiled(self.units, model)
+        units = dict(self.units)
+        nets = {number: units[number] for number, (injection, _) in compiled.items() if injection.control is not None}
+        self._without_net = left_out(nets, self._share, self.warn)
+        return {
+            number: facts | experiment | ({"identity_net": "0"} if number in self._without_net else {})
+            for number, (_, facts) in compiled.items()
+        }
+
+    def _share(self, one: Number, other: Number) -> bool:
+        """Whether two units are in one image in one pass."""
+        units, images = dict(self.units), [self.images.get(number) for number in (one, other)]
+        passes = any(units[one].in_pass(hires) and units[other].in_pass(hires) for hires in (False, True))
+        return passes and (None in images or bool(images[0] & images[1]))  # type: ignore[operator]
 
     def _experiment(self, model: LoadedModel) -> dict[str, str]:
         """Returns the infotext entry of a model that PuLID was not trained for; warns once."""
@@ -160,7 +175,13 @@ class UnitPlan:
         with at_unit(number, "model"):
             settings = {**unit.settings(adapter.method), "mask": mask, "dtype": model.dtype}
             injection = self.library.compiled.get(adapter, stamp(adapter.path), identity, model.device, **settings)
+        control, why_not = control_for(number, unit, adapter.method, identity, model, self.library, self.warn)
         facts = {"hash": identity.short_hash, "file": adapter.path.name, "weights": adapter.fingerprint[:10]}
+        if control is not None:
+            injection = replace(injection, control=control)
+            facts["net"] = control.path.name
+        elif adapter.method.control:
+            facts |= {"identity_net": "0"} | ({"left out": why_not} if why_not else {})
         if adapter.method.name != usual(model.family).name:
             facts["method"] = adapter.method.label
         if number in self.drawn:

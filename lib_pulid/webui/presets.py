@@ -12,6 +12,7 @@ from typing import Any
 from lib_pulid import disk, names
 from lib_pulid.errors import SettingError
 from lib_pulid.fields import AUTO, CUSTOM, FIELD, FIELDS, OLD_CHOICES, PRESET_FAMILY, Number, place, show
+from lib_pulid.methods import SPECIAL
 from lib_pulid.stores.folder import ModelsFolder
 from lib_pulid.units import PulidUnit
 
@@ -86,7 +87,7 @@ class Presets:
         if not isinstance(name, str) or OLD_CHOICES.get(name, name) in FIELD["preset"].choices:
             return dict(values)
         rest = {key: value for key, value in values.items() if key != "preset" and value is not None}
-        return {**self.load(name, number), **rest}
+        return {**_asked(self.load(name, number)), **rest}
 
     def expand_args(self, args: Sequence[Any]) -> list[Any]:
         """Does so in the dicts of a script's arguments."""
@@ -107,6 +108,15 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(values, dict):
         raise SettingError("It is not a JSON object with settings.")
     return values
+
+
+def _asked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out defaults of settings that only some methods have: the page saves them all, though nobody asked."""
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in SPECIAL or value not in (FIELD[name].default, FIELD[name].shown)
+    }
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:

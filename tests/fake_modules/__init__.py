@@ -25,6 +25,7 @@ HOSTS = {
         "modules.script_callbacks",
         "modules_forge",
         "modules_forge.main_thread",
+        "modules_forge.supported_controlnet",
         "backend",
     ),
 }
@@ -53,7 +54,10 @@ def installed(host: str, cached: bool = True) -> Iterator[ModuleType]:
         sys.modules.update(made)
         _devices(made["modules.devices"])
         if host == "forge":
+            from tests.fake_modules.forge import ControlNetPatcher
+
             made["modules_forge.main_thread"].last_exception = None
+            made["modules_forge.supported_controlnet"].ControlNetPatcher = ControlNetPatcher
         for event, callback in hosts.current().callbacks().items():
             add_callback(event, callback)
         yield made["modules"]

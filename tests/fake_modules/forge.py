@@ -16,8 +16,8 @@ class KModel(nn.Module):
         self.diffusion_model = denoiser
         self.computation_dtype = torch.float32
 
-    def apply_model(self, x: Tensor, t: Tensor, c_crossattn: Tensor, transformer_options: dict, **_: Any) -> Tensor:
-        return self.diffusion_model(x, t, context=c_crossattn, transformer_options=transformer_options)
+    def apply_model(self, x: Tensor, t: Tensor, c_crossattn: Tensor, transformer_options: dict, **more: Any) -> Tensor:
+        return self.diffusion_model(x, t, context=c_crossattn, transformer_options=transformer_options, **more)
 
 
 class UnetPatcher:
@@ -25,10 +25,12 @@ class UnetPatcher:
         self.model, self.load_device = model, torch.device("cpu")
         self.model_options: dict = {"transformer_options": {}}
         self.preserved = 0
+        self.extra_model_patchers: list[Any] = []
 
     def clone(self) -> UnetPatcher:
         made = UnetPatcher(self.model)
         made.model_options = copy.deepcopy(self.model_options)
+        made.extra_model_patchers = [*self.extra_model_patchers]
         return made
 
     def add_conditioning_modifier(self, modifier: Any) -> None:
@@ -39,6 +41,58 @@ class UnetPatcher:
 
     def add_extra_preserved_memory_during_sampling(self, count: int) -> None:
         self.preserved += count
+
+    def add_extra_model_patcher_during_sampling(self, patcher: Any) -> None:
+        self.extra_model_patchers.append(patcher)
+
+
+class ControlModel(nn.Module):
+    """Forge's network of an SDXL ControlNet: here that of diffusers, with Forge's arguments and results."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        from tests.small_models.methods import identity_net
+
+        super().__init__()
+        width, text = state["conv_in.weight"].shape[0], state[_TEXT].shape[1]
+        self.net, self.model_channels, self.dtype = identity_net(width, text), width, torch.float32
+        self.net.load_state_dict(state)
+        self.net.add_time_proj = nn.Identity()  # Forge's y has the sizes as sinusoids
+
+    def forward(self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None) -> list[Tensor]:
+        y = x.new_zeros(len(x), 2816) if y is None else y
+        added = {"text_embeds": y[:, :1280], "time_ids": y[:, 1280:]}
+        down, mid = self.net(x, timesteps, context, hint, added_cond_kwargs=added, return_dict=False)
+        return [*down, mid]
+
+
+_TEXT = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+
+
+class ControlNet:
+    """Forge's object of a ControlNet, as far as an extension uses it."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.control_model, self.control_model_wrapped = ControlModel(state), object()
+        self.manual_cast_dtype, self.strength = None, 1.0
+
+    def control_merge(self, from_input: None, found: list[Tensor], previous: Any, dtype: torch.dtype) -> dict:
+        """The last is the middle block's. Forge multiplies in place."""
+        *output, middle = [residual.mul_(self.strength).to(dtype) for residual in found]
+        made = {"input": [], "middle": [middle], "output": output}
+        for part, others in (previous or {}).items():
+            made[part] = [one + other for one, other in zip(made[part], others)] or list(others)
+        return made
+
+
+class ControlNetPatcher:
+    """modules_forge.supported_controlnet. built: how many files were loaded."""
+
+    built = 0
+
+    @classmethod
+    def try_build_from_state_dict(cls, state: dict[str, Tensor], path: str) -> Any:
+        cls.built += 1
+        return SimpleNamespace(model_patcher=ControlNet(dict(state)))
 
 
 class P:

@@ -48,8 +48,19 @@ class UNet(nn.Module):
         self.first, self.last = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 4)
         self.requires_grad_(False)
 
-    def forward(self, x: Tensor, timesteps: Tensor | None = None, context: Tensor | None = None, **_: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        context: Tensor | None = None,
+        control: dict[str, list[Tensor]] | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """control: Forge's ControlNets' residuals, which it uses up."""
         h = self.first(x.flatten(2).transpose(1, 2))
+        for part in (control or {}).values():
+            while part:
+                h = h + 0.3 * part.pop().mean((1, 2, 3))[:, None, None].tanh()
         for part in (self.input_blocks, self.middle_block, self.output_blocks):
             for block in part:
                 h = block(h, context)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.host.models.methods import FILES
+from tests.host.api import encoded
+from tests.host.models.methods import FILES, NET
 from tests.host.rows_basics import person
 from tests.host.rows_batches import mirror
+from tests.host.rows_controlnet import controls
+from tests.host.rows_img2img import scene
 from tests.host.table import Rows, differ, equal, expect
 from tests.host.webui import Running
 
@@ -78,3 +81,109 @@ def passes(host: Running) -> None:
     larger = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": host.api.upscaler, "denoising_strength": 0.6}
     larger |= {"hr_additional_modules": ["Use same choices"]} if host.kind != "a1111" else {}
     differ(host.api.txt2img(**larger).image, host.api.txt2img(one(host, "face_id"), **larger).image, "hires", SEEN)
+
+
+# ---------------------------------------------------------------- InstantID's ControlNet, IdentityNet
+
+FORGES = ("neo", "forge")
+
+
+def pose(host: Running, name: str = "anna", strength: float = 1.0, **settings: Any) -> dict[str, Any]:
+    return one(host, "instantid", name, identity_net=strength, **settings)
+
+
+@rows.row("InstantID with IdentityNet changes the picture beyond the adapter half; twice the same; strength 0 is the "
+          "adapter half to the bit; the next run is the baseline", FORGES)  # fmt: skip
+def identity_net(host: Running) -> str:
+    plain, adapter = host.api.txt2img().image, host.api.txt2img(pose(host, strength=0)).image
+    both = host.api.txt2img(pose(host))
+    seen = differ(adapter, both.image, "IdentityNet beside the adapter half", SEEN)
+    alone = host.api.txt2img(pose(host, weight=0)).image
+    differ(plain, alone, "IdentityNet alone", SEEN)
+    differ(both.image, alone, "IdentityNet with and without the adapter half", SEEN)
+    equal(both.image, host.api.txt2img(pose(host)).image, "twice")
+    equal(adapter, host.api.txt2img(pose(host, strength=0)).image, "strength 0")
+    equal(plain, host.api.txt2img(pose(host, strength=0, weight=0)).image, "both at 0")
+    equal(plain, host.api.txt2img().image, "the next run")
+    expect("identity_net: 1" in both.parameters[0] and f"net: {NET}" in both.parameters[0], both.parameters[0])
+    expect(host.api.state()["hooks"] == 0, f"{host.api.state()['hooks']} hooks are left")
+    return f"{seen:.1f} of 255"
+
+
+@rows.row("IdentityNet beside the host's own ControlNet unit: each changes what the other makes", FORGES)
+def beside_controlnet(host: Running) -> str:
+    unit: dict[str, Any] = {"enabled": True, "module": "None", "model": controls(host)["tiny-controlnet"]}
+    unit |= {"weight": 0.7, "image": encoded(scene()), "pixel_perfect": False, "processor_res": 512}
+    script = {"ControlNet": {"args": [unit]}}
+    ours, theirs = host.api.txt2img(pose(host, weight=0)).image, host.api.txt2img(alwayson_scripts=script).image
+    both = host.api.txt2img(pose(host, weight=0), alwayson_scripts=script).image
+    seen = [differ(one, both, what, SEEN) for one, what in ((ours, "ControlNet added"), (theirs, "IdentityNet added"))]
+    equal(ours, host.api.txt2img(pose(host, weight=0)).image, "afterwards, IdentityNet alone")
+    return f"{seen[0]:.1f} and {seen[1]:.1f} of 255"
+
+
+@rows.row("Two units: PuLID's face, IdentityNet's pose (an adapter weight of 0)", FORGES)
+def face_and_pose(host: Running) -> str:
+    face, turned = person(host, "ben"), pose(host, weight=0)
+    images = [host.api.txt2img(*units).image for units in ([face], [turned], [face, turned])]
+    seen = differ(images[2], images[0], "the pose added", SEEN), differ(images[2], images[1], "the face added", SEEN)
+    return f"{seen[0]:.1f} and {seen[1]:.1f} of 255"
+
+
+@rows.row("IdentityNet's range: start and end act; in a batch of 2; with hires fix; in img2img", FORGES)
+def identity_net_passes(host: Running) -> str:
+    full = host.api.txt2img(pose(host, weight=0)).image
+    for part in ({"end": 0.5}, {"start": 0.5}):
+        differ(full, host.api.txt2img(pose(host, weight=0, **part)).image, f"with {part}", 0.05)
+    plain = host.api.txt2img(batch_size=2)
+    for before, after in zip(plain.images, host.api.txt2img(pose(host, weight=0), batch_size=2).images):
+        differ(before, after, "a batch", SEEN)
+    larger = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": host.api.upscaler, "denoising_strength": 0.6}
+    larger |= {"hr_additional_modules": ["Use same choices"]}
+    second = differ(
+        host.api.txt2img(**larger).image,
+        host.api.txt2img(pose(host, weight=0, hires="second"), **larger).image,
+        "the second pass alone",
+        SEEN,
+    )
+    start = {"init_images": [encoded(scene())], "denoising_strength": 0.8}
+    differ(host.api.img2img(**start).image, host.api.img2img(pose(host, weight=0), **start).image, "img2img", SEEN)
+    return f"second pass {second:.1f} of 255"
+
+
+@rows.row("IdentityNet's errors: its file gone, another file, two persons with a strength; without a strength given, "
+          "the adapter half acts and a note says what is missing", FORGES)  # fmt: skip
+def identity_net_errors(host: Running) -> str:
+    path = host.data / "models" / "pulid" / NET
+    away, told = path.with_suffix(".away"), []
+
+    def refused(words: str, *units: dict[str, Any]) -> None:
+        answer = host.api.try_txt2img(*units)
+        expect(answer.status >= 400 and words in answer.text, f"{words!r} is not in: {answer.text[:300]}")
+        told.append(words)
+
+    refused("follow the pose of one person only", pose(host), pose(host, "ben"))
+    adapter = host.api.txt2img(pose(host, strength=0)).image
+    path.rename(away)
+    try:
+        refused("(IdentityNet) is missing", pose(host))
+        left_out = host.api.txt2img(one(host, "instantid"))
+        equal(adapter, left_out.image, "without the file, and the adapter half")
+        expect("identity_net: 0" in left_out.parameters[0], left_out.parameters[0])
+        path.write_bytes(b"not a weight file")
+        refused("damaged, or no safetensors file", pose(host))
+    finally:
+        path.unlink(missing_ok=True)
+        away.rename(path)
+    return "; ".join(told)
+
+
+@rows.row("InstantID's adapter half where there is no IdentityNet: the picture is made, and the result says so",
+          ("a1111",))  # fmt: skip
+def only_the_adapter(host: Running) -> str:
+    images = [host.api.txt2img(pose(host, strength=strength)).image for strength in (0, 1)]
+    equal(*images, "strengths 0 and 1")
+    text = host.api.txt2img(pose(host)).parameters[0]
+    for words in ("identity_net: 0", "does not run in this WebUI"):
+        expect(words in text, f"{words!r} is not in: {text}")
+    return text.partition("left out: ")[2][:100]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +13,13 @@ from lib_pulid.encoders import HEAD_DIM
 from lib_pulid.projectors import FacePlusProjection, FaceProjection, ImageProjection, Resampler
 from tests.small_models import TOKEN_WIDTH, random_weights
 
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
+
 FACE = 512  # width of a face embedding
 CLIP_WIDTH, CLIP_IMAGE = 64, 48  # of patches (1280 in ViT-H), and of image embeddings (1024)
 RANK = 4
+POOLED = 2816  # SDXL's pooled text, and its sizes as sinusoids
 
 
 def resampler(input_dim: int, output_dim: int = TOKEN_WIDTH, num_queries: int = 16, dim: int = HEAD_DIM) -> Resampler:
@@ -83,6 +88,21 @@ def method_files(
         both = (half(state) if to_half else dict(state) for state, to_half in zip((weights, table), is_half))
         made[kind] = dict(zip(("image_proj", "ip_adapter"), both))
     return made
+
+
+def identity_net(channels: int = 32, text_width: int = TOKEN_WIDTH) -> ControlNetModel:
+    """A ControlNet in the real file's layout and depth, without its width. Layers that are zero at first are filled."""
+    from diffusers import ControlNetModel
+
+    widths = [channels * factor for factor in (1, 2, 4)]
+    net = ControlNetModel(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), block_out_channels=widths,
+        layers_per_block=2, transformer_layers_per_block=[1, 2, 10], cross_attention_dim=text_width,
+        attention_head_dim=[max(1, width // HEAD_DIM) for width in widths], use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=POOLED,
+    )  # fmt: skip
+    net.load_state_dict(random_weights(net.state_dict(), 33))
+    return net.eval().requires_grad_(False)
 
 
 def clip_vision(width: int = CLIP_WIDTH, image: int = CLIP_IMAGE, depth: int = 3) -> dict[str, Tensor]:

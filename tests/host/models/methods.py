@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from lib_pulid.identity import Identity
 from tests import small_models
 from tests.face_standins import write_arcface
-from tests.host.models.checkpoints import sdxl_layout
+from tests.host.models.checkpoints import CHANNELS, sdxl_layout
 from tests.host.models.pulid import as_of_old
 from tests.host.models.unet import cross_attention_widths
 from tests.small_models import methods
@@ -24,6 +24,7 @@ FILES = {
     "face_id_plus": "ip-adapter-faceid-plusv2_sdxl.bin",
     "portrait": "ip-adapter-faceid-portrait_sdxl.bin",
 }
+NET = "control_instant_id_sdxl.safetensors"
 CLIP = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
 TEXT_WIDTH = 2048
 TOKENS = 16  # of an InstantID identity
@@ -36,6 +37,8 @@ def write_models(models: Path) -> None:
         path = methods.write(models / "pulid" / name, made[kind])
         if path.suffix == ".bin":
             as_of_old(path)
+    net = methods.half(methods.identity_net(CHANNELS, small_models.TOKEN_WIDTH).state_dict())
+    save_file(net, models / "pulid" / NET)
     buffalo, clip = models / "insightface" / "models" / "buffalo_l", models / "clip_vision"
     for folder in (buffalo, clip):
         folder.mkdir(parents=True, exist_ok=True)

@@ -216,6 +216,24 @@ def wrap_model_matching(original: Callable[..., Any]) -> Callable[..., Any]:
     return match
 
 
+def wrap_controlnet_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """ControlNets in diffusers' format are told apart by the same sizes, and by the width of what they read."""
+
+    def config(state: StateDict, *args: Any) -> Any:
+        first = state["conv_in.weight"]
+        if first.shape[0] >= 320:
+            return original(state, *args)
+        texts = {name: tensor for name, tensor in state.items() if name.endswith("attn2.to_k.weight")}
+        usual = {name: tensor.new_empty(tensor.shape[0], 2048) for name, tensor in texts.items()}
+        found = original({**state, **usual, "conv_in.weight": first.new_empty(320, *first.shape[1:])}, *args)
+        if found is not None:
+            sizes = {tensor.shape[1] for tensor in texts.values()}
+            found.update({"model_channels": first.shape[0], "context_dim": sizes.pop()})
+        return found
+
+    return config
+
+
 def wrap_modules(original: Callable[..., Any]) -> Callable[..., Any]:
     """Files of text encoders and VAE are told by their sizes, too: let one with whole names in as it is."""
 
@@ -257,6 +275,9 @@ def patch_forge() -> None:
     replace_once(loader, "replace_state_dict", wrap_modules)
     replace_once(detection, "detect_unet_config", wrap_unet_detection)
     replace_once(detection, "model_config_from_unet_config", wrap_model_matching)
+    from modules_forge import supported_controlnet
+
+    replace_once(supported_controlnet, "unet_config_from_diffusers_unet", wrap_controlnet_sizes)
 
 
 # ---------------------------------------------------------------------------------------------- the first Forge
