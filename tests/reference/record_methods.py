@@ -163,12 +163,9 @@ def main() -> None:
     tensors = of(args.ip_adapter, record_projectors) | of(args.ip_adapter, record_ip_adapter)
     tensors |= of(args.instantid, record_instantid) | of(args.instantid, record_identity_net)
     note = {
-        "ip_adapter_commit": own.IP_ADAPTER,
-        "instantid_commit": own.INSTANTID,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "machine": platform.machine(),
-    }
+        "ip_adapter_commit": own.IP_ADAPTER, "instantid_commit": own.INSTANTID, "torch": torch.__version__,
+        "diffusers": diffusers.__version__, "machine": platform.machine(),
+    }  # fmt: skip
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, FILE, metadata=note)
     print(f"{FILE.name}: {len(tensors)} tensors, {FILE.stat().st_size:,} bytes, {note}")
 
