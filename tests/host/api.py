@@ -56,8 +56,6 @@ class Api:
     def __init__(self, url: str, checkpoint: str = "tiny-sdxl.safetensors") -> None:
         self.url, self.checkpoint = url, checkpoint
 
-    # ------------------------------------------------------------------------------------------------------- HTTP
-
     def get(self, path: str) -> Any:
         return self._checked("GET", path, None).body
 
@@ -80,8 +78,6 @@ class Api:
         if answer.status >= 400:
             raise RuntimeError(f"{method} {path} answered {answer.status}: {answer.text[:1500]}")
         return answer
-
-    # --------------------------------------------------------------------------------------------------- pictures
 
     def txt2img(self, *units: Mapping[str, Any], **changes: Any) -> Pictures:
         """With these PuLID units, each a dict; without any, PuLID is not mentioned at all."""

@@ -38,9 +38,6 @@ STRENGTH = 0.6
 Make = Callable[[int, int], np.ndarray]  # number of a person, seed -> image
 
 
-# ---------------------------------------------------------------- what diffusers gives
-
-
 @cache
 def workshop() -> Workshop:
     from pathlib import Path
@@ -130,9 +127,6 @@ def detailed(number: int, seed: int) -> np.ndarray:
     whole = Image.fromarray(image)
     whole.paste(made.resize((box[2] - box[0], box[3] - box[1]), lanczos), box[:2])
     return np.where(mask() > 0, np.asarray(whole), image)
-
-
-# ---------------------------------------------------------------- rows
 
 
 @cache
