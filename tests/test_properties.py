@@ -66,9 +66,6 @@ def expected(field: Field, value: Any) -> Any:
     return tuple(image.strip() for image in value) if field.kind == "images" else value
 
 
-# ---------------------------------------------------------------- units
-
-
 @given(valid_dicts())
 def test_every_valid_dict_is_a_unit_and_keeps_its_values(values):
     unit = PulidUnit.from_mapping(values, 1)
@@ -76,7 +73,7 @@ def test_every_valid_dict_is_a_unit_and_keeps_its_values(values):
         # the preset is named by what projection and zero tokens are
         if name != "preset" or not {"projection", "num_zero"} & set(values):
             assert name == "preset" and value == "custom" or getattr(unit, name) == expected(FIELD[name], value)
-    assert PulidUnit.from_mapping(json.loads(json.dumps(unit.mapping())), 1) == unit
+    assert PulidUnit.from_mapping(json.loads(json.dumps(unit.values())), 1) == unit
     through_positions = PulidUnit.from_positions(json.loads(json.dumps(unit.positions())), 1)
     # Widgets have no place for "as the family has it": they begin with SDXL's weight, and their preset is only a name.
     for family in FAMILIES if unit.weight is not None else FAMILIES[:1]:
@@ -128,9 +125,6 @@ def test_any_arguments_are_units_or_a_message(args):
         assert all(isinstance(unit, PulidUnit) and 1 <= number <= MOST_UNITS for number, unit in units)
 
 
-# ---------------------------------------------------------------- what comes in over HTTP
-
-
 @pytest.fixture(scope="module")
 def empty_library(tmp_path_factory) -> Library:
     folder = tmp_path_factory.mktemp("models")
@@ -149,9 +143,6 @@ def test_any_body_of_detect_is_a_message(empty_library, body):
 def test_any_text_is_an_image_or_a_message(text):
     with pytest.raises(ImageError, match="^photo 1: "):
         pictures.decode(text, "photo 1")
-
-
-# ---------------------------------------------------------------- the image's parameters
 
 
 FACTS = st.fixed_dictionaries({"hash": st.just("0123456789"), "file": NAMES, "weights": st.just("abcdef0123")})
@@ -194,9 +185,6 @@ def test_any_text_in_the_parameters_does_no_harm(empty_library, text):
             check(field, value, 1)
 
 
-# ---------------------------------------------------------------- regions
-
-
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
 
@@ -207,10 +195,9 @@ def on_tokens(mask: np.ndarray, latent: tuple[int, int], halvings: int) -> torch
         height, width = math.ceil(height / 2), math.ceil(width / 2)
     step = DenoiseStep(0.0, True, latent)
     masks = _Masks([SimpleNamespace(mask=torch.from_numpy(mask).float(), family="sdxl")], step)  # type: ignore[list-item]
-    assert (
-        token_grid(height * width, latent, "sdxl")[0] * token_grid(height * width, latent, "sdxl")[1] == height * width
-    )
-    return masks.over(0, height * width).reshape(token_grid(height * width, latent, "sdxl"))
+    grid = token_grid(height * width, latent, "sdxl")
+    assert math.prod(grid) == height * width
+    return masks.over(0, height * width).reshape(grid)
 
 
 @given(SIZES, SIZES, st.integers(0, 3), st.integers(0, 2**32 - 1))
