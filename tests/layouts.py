@@ -62,11 +62,7 @@ def unet() -> UNet2DConditionModel:
     return cases.fill(UNet2DConditionModel(**cases.UNET), 17)
 
 
-def run_unet(model: nn.Module) -> Tensor:
-    inputs = cases.unet_inputs()
-    added = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
-    args = (inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"])
-    return model(*args, added_cond_kwargs=added).sample
+run_unet = cases.run_unet
 
 
 class SgmUNet(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.host import rows_page
+from tests.host import rows_flux, rows_page
 from tests.host.api import encoded
 from tests.host.page import Page, opened
 from tests.host.rows_basics import FAINT, default_unit, person
@@ -16,8 +16,7 @@ from tests.host.webui import FORGES, Running
 
 rows = Rows()
 STEPS = 6
-FLUX: dict[str, Any] = {"override_settings": {"sd_model_checkpoint": "tiny-flux.safetensors"}, "scheduler": "Simple"}
-FLUX |= {"cfg_scale": 1.0, "negative_prompt": "", "width": 128, "height": 128, "steps": STEPS}
+FLUX = rows_flux.asked(height=128, steps=STEPS)
 GUIDED = {**FLUX, "cfg_scale": 3.0, "negative_prompt": "blurry"}
 
 

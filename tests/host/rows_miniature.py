@@ -67,12 +67,9 @@ def drawn(kind: str, number: int | None, seed: int, **asked: Any) -> Any:
     pipe = pipeline(kind)
     with apply(pipe, [] if number is None else [injection(number)]):
         made = pipe(
-            BODY["prompt"],
-            num_inference_steps=STEPS,
-            guidance_scale=BODY["cfg_scale"],
-            generator=torch.Generator().manual_seed(seed),
-            **asked,
-        )
+            BODY["prompt"], num_inference_steps=STEPS, guidance_scale=BODY["cfg_scale"],
+            generator=torch.Generator().manual_seed(seed), **asked,
+        )  # fmt: skip
     return made.images if asked.get("output_type") == "latent" else np.asarray(made.images[0])
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 
 from tests.host.api import Answer, pictures
 from tests.host.rows_basics import person
+from tests.host.rows_works_with import while_sampling
 from tests.host.table import Failed, Rows, equal, expect, nothing_left
 from tests.host.webui import Running
 
@@ -122,18 +121,8 @@ def fail(host: Running, settings: Settings, fault: tuple[str, int, bool], number
 
 def interrupt(host: Running, settings: Settings) -> bool:
     """Presses the button while samples are made. Whether that was in time."""
-    answers: list[Answer] = []
-    run = threading.Thread(target=lambda: answers.append(settings.picture(host, LONG)))
-    run.start()
-    pressed = False
-    while run.is_alive() and not pressed:
-        state = host.api.get("/sdapi/v1/progress?skip_current_image=true")["state"]
-        if state["sampling_step"] > 1 and state["sampling_steps"] == LONG:
-            host.api.post("/sdapi/v1/interrupt")
-            pressed = True
-        time.sleep(0.02)
-    run.join(300)
-    expect(bool(answers) and answers[0].status < 400, f"interrupted: {answers}")
+    answer, pressed = while_sampling(host, "interrupt", LONG, lambda: settings.picture(host, LONG))
+    expect(answer.status < 400, f"interrupted: {answer}")
     return pressed
 
 

@@ -145,12 +145,9 @@ def running(
         command = [str(checkout.python), "launch.py", *arguments(checkout, data, generated, port), *flags]
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                command,
-                cwd=checkout.folder,
-                env=environment(checkout) | dict(variables or {}),
-                stdout=sink,
+                command, cwd=checkout.folder, env=environment(checkout) | dict(variables or {}), stdout=sink,
                 stderr=subprocess.STDOUT,
-            )
+            )  # fmt: skip
         api = Api(f"http://127.0.0.1:{port}", first_checkpoint(generated))
         host = Running(checkout.kind, api, data, generated, log, process)
         try:

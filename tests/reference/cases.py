@@ -99,6 +99,14 @@ def unet_inputs() -> dict[str, Tensor]:
     }
 
 
+def run_unet(unet: nn.Module, text: Tensor | None = None, **attention: object) -> Tensor:
+    """text: in the place of the inputs' own. attention: for the attention processors."""
+    i = unet_inputs()
+    added = {"text_embeds": i["text_embeds"], "time_ids": i["time_ids"]}
+    args = (i["sample"], i["timestep"], i["encoder_hidden_states"] if text is None else text)
+    return unet(*args, added_cond_kwargs=added, cross_attention_kwargs=attention or None).sample
+
+
 def flux_inputs() -> dict[str, Tensor]:
     height, width = FLUX_GRID
     ids = torch.zeros(height, width, 3)

@@ -38,14 +38,9 @@ def sdxl_conditioner(clip_folder: Path, refiner: bool, layers: int = 2, arch: st
     encoders = "sgm.modules.encoders.modules."
     clip_l = node(f"{encoders}FrozenCLIPEmbedder", version=str(clip_folder), layer="hidden", layer_idx=layers - 1)
     clip_g = node(
-        f"{encoders}FrozenOpenCLIPEmbedder2",
-        arch=arch,
-        version="",
-        layer="penultimate",
-        freeze=True,
-        always_return_pooled=True,
-        legacy=False,
-    )
+        f"{encoders}FrozenOpenCLIPEmbedder2", arch=arch, version="", layer="penultimate", freeze=True,
+        always_return_pooled=True, legacy=False,
+    )  # fmt: skip
     texts, sizes = [clip_l, clip_g], ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
     if refiner:
         texts, sizes = [clip_g], ("original_size_as_tuple", "crop_coords_top_left", "aesthetic_score")
