@@ -29,9 +29,6 @@ def no_grad() -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------- a WebUI whose images take milliseconds
-
-
 @pytest.fixture(scope="session")
 def light_models(tmp_path_factory) -> Path:
     from tests.light_webui import write_models
@@ -62,9 +59,6 @@ def small_sdxl(monkeypatch) -> None:
     from tests.fake_modules.models import SMALL_SITES
 
     monkeypatch.setattr("lib_pulid.hosts.families.SDXL_SITES", SMALL_SITES)
-
-
-# ---------------------------------------------------------------- a WebUI with the real face models' code
 
 
 @pytest.fixture(scope="session")
@@ -149,9 +143,6 @@ def nobody() -> str:
     from tests.face_standins import blank, packed
 
     return packed(blank(640, 480))
-
-
-# ---------------------------------------------------------------- denoisers with the official sites, and files to them
 
 
 @pytest.fixture(scope="session")

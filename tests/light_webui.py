@@ -41,9 +41,6 @@ STEPS = 3
 SLOT = "model_function_wrapper"
 
 
-# ---------------------------------------------------------------- photos, and what reads them
-
-
 def _photo(colour: tuple[int, int, int]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(np.full((48, 48, 3), colour, np.uint8)).save(buffer, "PNG")
@@ -102,10 +99,8 @@ def write_models(folder: Path) -> None:
     """A models folder: two PuLID files for SDXL, one for FLUX, and empty files in the place of the encoders."""
     (folder / "pulid").mkdir(parents=True)
     for seed, name in enumerate(FILES[:2], 1):
-        pairs = nn.ModuleList(
-            small_models.cross_attention_pair(8, small_models.TOKEN_WIDTH) for _ in range(SMALL_SITES)
-        )
-        weights = small_models.random_weights(pairs.state_dict(), seed, gain=3.0)
+        pairs = {f"{n}.id_to_{x}.weight": (8, small_models.TOKEN_WIDTH) for n in range(SMALL_SITES) for x in "kv"}
+        weights = small_models.random_weights(pairs, seed, gain=3.0)
         encoder = small_models.random_weights(small_models.id_encoder(hidden=64).state_dict(), 10 * seed)
         save_file(small_models.sdxl_file(encoder, weights), folder / "pulid" / name)
     modules = nn.ModuleList(small_models.image_stream(8, small_models.TOKEN_WIDTH) for _ in range(20))
@@ -124,9 +119,6 @@ def _id_former() -> IDFormer:
         dim=64, depth=5, inner_dim=64, ff_dim=64, num_queries=8, output_dim=small_models.TOKEN_WIDTH,
         id_mapping=[small_models.ID_COND, 64, 64, 5 * 64], mapping=[vit, 64, 64, 64],
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------- the program
 
 
 _ENCODED: dict[tuple[Path, str], Identity] = {}
@@ -170,6 +162,12 @@ class Host:
         adapter = self.library.adapter(file, "sdxl")
         return self.library.encode([decode(PHOTOS[name], "photo")], adapter, LARGEST, "official")
 
+    def actions(self) -> Any:
+        """What the page's widgets call; the checkpoint is an SDXL."""
+        from lib_pulid.webui.actions import Actions
+
+        return Actions(self.library, lambda name: "sdxl")
+
     def save(self, **people: str) -> None:
         """Saves identities: the name of each, and whose it is. Each photo is read once for all tests."""
         for name, person in people.items():
@@ -191,8 +189,6 @@ class Host:
         self.library._cache = None
         for path in (self.library.folder / "cache").glob("*.safetensors"):
             path.unlink(missing_ok=True)
-
-    # ------------------------------------------------------------ what may not be left behind
 
     def fingerprint(self) -> str:
         """Of all that is in the checkpoints: modules, what hangs on them, and weights."""

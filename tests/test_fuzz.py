@@ -100,9 +100,6 @@ def quiet():
         yield
 
 
-# ---------------------------------------------------------------- images
-
-
 def pictures() -> list[tuple[str, bytes]]:
     rng = np.random.default_rng(3)
     colour = Image.fromarray(rng.integers(0, 256, (24, 31, 3), dtype=np.uint8))
@@ -141,9 +138,6 @@ def test_damaged_images(tmp_path, monkeypatch):
         assert region.min() >= 0 and region.max() <= 1
 
     assert fuzz(pictures(), read, tmp_path, 1000, seed=1) > 500
-
-
-# ---------------------------------------------------------------- weights
 
 
 WEIGHTS = pulid_files((8, 8), 24, 2)
@@ -216,9 +210,6 @@ def test_damaged_onnx(tmp_path):
         (InsightFaceDetector if path.name.startswith("scrfd") else ArcFaceRecogniser)(path)
 
     assert fuzz(corpus, read, tmp_path, 100, seed=6) > 50
-
-
-# ---------------------------------------------------------------- heads of checkpoints
 
 
 DEEP_LIST = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)

@@ -105,9 +105,6 @@ def test_a_face_that_would_never_act_ends_the_generation(kind, p, monkeypatch):
     assert kind.left(p) == 0
 
 
-# ---------------------------------------------------------------- another model in the middle
-
-
 def switch(p: Any, denoiser: nn.Module, name: str) -> Callable[[int], None]:
     """Exchanges the model before the second step."""
     return lambda step: p.load(denoiser, name) if step == 1 else None
@@ -161,27 +158,6 @@ def test_sdxls_own_refiner_from_the_first_step_is_refused(kind, p):
 def test_a_switch_to_an_unsupported_model_ends_the_generation(kind, p):
     with pytest.raises(UnsupportedModelError, match="old-model: this is a Stable Diffusion 1.x model"):
         kind.run(p, RandomPlan(), before_step=switch(p, UNet(768, SD1_BLOCKS), "old-model"))
-
-
-# ---------------------------------------------------------------- ends
-
-
-class Interrupted(BaseException):
-    """Not an Exception: PyTorch does not call the hooks that are always called."""
-
-
-@pytest.mark.parametrize("error", [RuntimeError, Interrupted])
-def test_nothing_stays_after_an_error_in_the_denoiser(kind, p, error):
-    def fail(*_: Any) -> None:
-        raise error
-
-    before = kind.run(p)
-    failing = kind.denoiser(p).last.register_forward_pre_hook(fail)
-    with pytest.raises(error):
-        kind.run(p, RandomPlan())
-    failing.remove()
-    assert kind.left(p) == 0
-    assert same(kind.run(p), before)
 
 
 def test_the_plans_error_comes_out_of_the_denoiser_and_meets_nobody_else(kind, p):

@@ -61,17 +61,10 @@ class TestFiles:
         assert loaded == {name: getattr(unit, name) for name in values if name in SAVED}
         assert not {"images", "identity", "mask", "box", "enabled"} & set(loaded)
 
-    @pytest.mark.parametrize(
-        ("name", "words"),
-        [
-            ("SOFT", "Soft is already saved"),
-            ("Fidelity", "official preset"),
-            ("stylised", "official preset"),
-            ("auto", "official preset"),
-            ("../x", "The name contains /|The name starts"),
-            ("", "The name is empty"),
-        ],
-    )
+    @pytest.mark.parametrize(("name", "words"), [
+        ("SOFT", "Soft is already saved"), ("Fidelity", "official preset"), ("stylised", "official preset"),
+        ("auto", "official preset"), ("../x", "The name contains /|The name starts"), ("", "The name is empty"),
+    ])  # fmt: skip
     def test_names_that_are_refused(self, presets, name, words):
         presets.save("Soft", SOFT)
         with pytest.raises(SettingError, match=words):
@@ -83,20 +76,12 @@ class TestFiles:
             presets.save("x", {"start": 0.9, "end": 0.1})
         assert presets.names() == []
 
-    @pytest.mark.parametrize(
-        ("text", "words"),
-        [
-            ("{", "cannot be read as JSON"),
-            ("[" * 100_000, "too large|cannot be read"),
-            ("[]", "not a JSON object"),
-            ('{"wieght": 1}', "did you mean weight"),
-            ('{"weight": 99}', "out of range"),
-            ('{"identity": "anna"}', "a preset has no identity"),
-            ('{"images": ["x"]}', "a preset has no images"),
-            ('{"preset": "other"}', "a preset has no preset"),
-            ('{"start": 0.5, "end": 0.2}', "below end"),
-        ],
-    )
+    @pytest.mark.parametrize(("text", "words"), [
+        ("{", "cannot be read as JSON"), ("[" * 100_000, "too large|cannot be read"), ("[]", "not a JSON object"),
+        ('{"wieght": 1}', "did you mean weight"), ('{"weight": 99}', "out of range"),
+        ('{"identity": "anna"}', "a preset has no identity"), ('{"images": ["x"]}', "a preset has no images"),
+        ('{"preset": "other"}', "a preset has no preset"), ('{"start": 0.5, "end": 0.2}', "below end"),
+    ])  # fmt: skip
     def test_a_wrong_file_is_told(self, written, text, words):
         with pytest.raises(SettingError, match=f"unit 3, field preset: mine.json in .*(?:{words})"):
             written(text).load("mine", 3)
@@ -161,9 +146,7 @@ class TestUse:
 class TestThePage:
     @pytest.fixture
     def actions(self, soft):
-        from lib_pulid.webui.actions import Actions
-
-        return Actions(soft.library, lambda name: "sdxl")
+        return soft.actions()
 
     def test_loading_sets_the_widgets(self, actions):
         *widgets, listed, note = actions.load_preset("Soft")

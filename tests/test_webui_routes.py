@@ -42,16 +42,12 @@ def test_detect(library, two):
     assert any("2 faces" in warning for warning in found["warnings"])
 
 
-@pytest.mark.parametrize(
-    ("body", "kind", "words"),
-    [
-        ({}, SettingError, "field images: no photo"),
-        ({"imgs": []}, SettingError, "field imgs: detect takes images"),
-        ({"images": ["%"]}, PulidError, "field images: photo 1: not base64"),
-        ({"images": ["TWO"], "face_index": 5}, NoFaceError, "field images: photo 1: face number 6"),
-        ({"images": ["TWO"], "face_order": "x"}, SettingError, "field face_order"),
-    ],
-)
+@pytest.mark.parametrize(("body", "kind", "words"), [
+    ({}, SettingError, "field images: no photo"), ({"imgs": []}, SettingError, "field imgs: detect takes images"),
+    ({"images": ["%"]}, PulidError, "field images: photo 1: not base64"),
+    ({"images": ["TWO"], "face_index": 5}, NoFaceError, "field images: photo 1: face number 6"),
+    ({"images": ["TWO"], "face_order": "x"}, SettingError, "field face_order"),
+])  # fmt: skip
 def test_detect_says_what_is_wrong(library, two, body, kind, words):
     from lib_pulid.webui import routes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,23 +17,18 @@ from lib_pulid.errors import MissingWeightsError, WrongWeightsError
 from lib_pulid.files.state_dict import read_state_dict
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights, load_adapter
-from tests.small_models import flux_file, id_encoder, pulid_files, random_weights, tower_shapes
+from tests.small_models import STREAM, flux_file, id_encoder, pulid_files, random_weights, tower_shapes
 
 SITES = 12  # i goes to 23: as text, "11" comes before "3"
 WIDTHS = tuple(8 + 4 * n for n in range(SITES))  # all different, so that a wrong order shows
 STREAM_WIDTH, TOKEN = 24, 64
 
 
-def v1_state(seed: int = 1) -> dict[str, Tensor]:
-    return dict(pulid_files(WIDTHS, STREAM_WIDTH, SITES, seed)["v1"])
+def _state(layout: str, seed: int = 1) -> dict[str, Tensor]:
+    return dict(pulid_files(WIDTHS, STREAM_WIDTH, SITES, seed)[layout])
 
 
-def v11_state(seed: int = 1) -> dict[str, Tensor]:
-    return dict(pulid_files(WIDTHS, STREAM_WIDTH, SITES, seed)["v1.1"])
-
-
-def flux_state(seed: int = 1) -> dict[str, Tensor]:
-    return dict(pulid_files(WIDTHS, STREAM_WIDTH, SITES, seed)["flux"])
+v1_state, v11_state, flux_state = (partial(_state, layout) for layout in ("v1", "v1.1", "flux"))
 
 
 def converted_state(seed: int = 1) -> dict[str, Tensor]:
@@ -45,11 +41,8 @@ def converted_state(seed: int = 1) -> dict[str, Tensor]:
 
 
 def nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    tree: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for key, value in flat.items():
-        first, rest = key.split(".", 1)
-        tree[first][rest] = value
-    return tree
+    tables = ("image_proj", "ip_adapter")
+    return {table: {key[11:]: value for key, value in flat.items() if key.startswith(table)} for table in tables}
 
 
 def pickled(state: Mapping, **options: object) -> bytes:
@@ -138,19 +131,10 @@ def test_sdxl_sites_in_numeric_order(write, layout):
 def test_flux_sites_in_numeric_order(write):
     state = flux_state()
     sites = load_adapter(write("x", as_safetensors(state))).sites
-    names = {
-        "norm_id_weight": "norm1.weight",
-        "norm_id_bias": "norm1.bias",
-        "norm_image_weight": "norm2.weight",
-        "norm_image_bias": "norm2.bias",
-        "to_q": "to_q.weight",
-        "to_kv": "to_kv.weight",
-        "to_out": "to_out.weight",
-    }
     for n, site in enumerate(sites):
         assert isinstance(site, ImageStreamWeights)
-        assert set(vars(site)) == set(names)
-        for field, key in names.items():
+        assert set(vars(site)) == set(STREAM)
+        for field, key in STREAM.items():
             assert torch.equal(getattr(site, field), state[f"pulid_ca.{n}.{key}"])
 
 
