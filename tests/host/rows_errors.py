@@ -63,8 +63,7 @@ def refuse(cases: Callable[[Running], Cases]) -> Callable[[Running], str]:
     return lambda host: "; ".join(refused(host, words, *units) for words, units in cases(host))
 
 
-for what, cases in REFUSED.items():
-    rows.row(f"Refused: {what}")(refuse(cases))
+rows.add({f"Refused: {what}": refuse(cases) for what, cases in REFUSED.items()})
 
 
 @rows.row("Refused: Stable Diffusion 1.5")

@@ -56,14 +56,20 @@ def expect_sites(calls: list[dict[str, Any]], count: int | None = None) -> str:
     return f"{len(calls)} calls with 10 + 10 each"
 
 
-@rows.row("FLUX: a photo changes the picture; the same request gives the same picture", FORGES)
-def photo(host: Running) -> str:
-    return photo_acts(host, partial(flux, host), 0.1, weight=1)
-
-
-@rows.row("FLUX: weight 0, a unit that is off, the accordion off, the next run: bit-identical to the baseline", FORGES)
-def nothing(host: Running) -> None:
-    off_is_the_baseline(host, partial(flux, host))
+rows.add({
+    "FLUX: a photo changes the picture; the same request gives the same picture":
+        lambda host: photo_acts(host, partial(flux, host), 0.1, weight=1),
+    "FLUX: weight 0, a unit that is off, the accordion off, the next run: bit-identical to the baseline":
+        lambda host: off_is_the_baseline(host, partial(flux, host)),
+    "FLUX: positive and negative rows: batch of 3": lambda host: true_cfg(host, batch_size=3),
+    "FLUX: batch count and batch size: each picture is the one made alone":
+        lambda host: alone_and_together(partial(flux, host, MILD)),
+    "FLUX: hires fix: both passes, first, second; weight 0 bit-identical":
+        lambda host: each_pass(partial(host.api.txt2img, **hires(host)), {**MILD, "weight": 2.0}, FAINT),
+    "FLUX: img2img; weight 0 bit-identical": lambda host: from_a_picture(host, MILD, **asked(denoising_strength=0.8)),
+    "FLUX: LoRA on double and single blocks: both act; alone, each is what it was, to the bit":
+        lambda host: with_lora(partial(flux, host), MILD, "a photo of a cat <lora:tiny-flux-lora:0.3>"),
+}, FORGES)  # fmt: skip
 
 
 @rows.row("FLUX: no hook, callback or patch is left after a run", FORGES)
@@ -102,22 +108,12 @@ def together(host: Running) -> str:
     return true_cfg(host)
 
 
-@rows.row("FLUX: positive and negative rows: batch of 3", FORGES)
-def batch(host: Running) -> str:
-    return true_cfg(host, batch_size=3)
-
-
 @rows.row("FLUX: positive and negative rows: two calls, text of uneven length", FORGES)
 def uneven(host: Running) -> str:
     long = LONG * 3  # beyond T5's 256 tokens
     calls = sites_of(host, MILD, cfg_scale=3.0, prompt=long)
     expect([call["rows"] for call in calls] == [1] * 2 * STEPS, f"rows per call: {[call['rows'] for call in calls]}")
     return true_cfg(host, prompt=long)
-
-
-@rows.row("FLUX: batch count and batch size: each picture is the one made alone", FORGES)
-def batches(host: Running) -> str:
-    return alone_and_together(partial(flux, host, MILD))
 
 
 @rows.row("FLUX: sizes that are not divisible by 16, with a region", FORGES)
@@ -141,11 +137,6 @@ def hires(host: Running, **changes: Any) -> dict[str, Any]:
     return asked(**(body | {"hr_scheduler": "Simple"} | changes))
 
 
-@rows.row("FLUX: hires fix: both passes, first, second; weight 0 bit-identical", FORGES)
-def hires_fix(host: Running) -> str:
-    return each_pass(partial(host.api.txt2img, **hires(host)), {**MILD, "weight": 2.0}, FAINT)
-
-
 @rows.row("FLUX: hires fix from SDXL to FLUX, from FLUX to SDXL, and back again: the face in both passes", FORGES)
 def hires_switch(host: Running) -> str:
     """The pass with the other model needs a picture to begin with, not a latent."""
@@ -162,11 +153,6 @@ def hires_switch(host: Running) -> str:
     return ", ".join(seen)
 
 
-@rows.row("FLUX: img2img; weight 0 bit-identical", FORGES)
-def img2img(host: Running) -> str:
-    return from_a_picture(host, MILD, **asked(denoising_strength=0.8))
-
-
 @rows.row("FLUX: inpaint, whole picture and only masked", FORGES)
 def inpaint(host: Running) -> str:
     body = asked(width=192, height=128)
@@ -180,11 +166,6 @@ def long_prompt(host: Running) -> str:
     expect_sites(sites_of(host, MILD, prompt=long), count=STEPS)
     differ(face, flux(host, MILD).image, "the long prompt", FAINT)
     return f"{differ(plain, face, 'with and without'):.1f}"
-
-
-@rows.row("FLUX: LoRA on double and single blocks: both act; alone, each is what it was, to the bit", FORGES)
-def lora(host: Running) -> str:
-    return with_lora(partial(flux, host), MILD, "a photo of a cat <lora:tiny-flux-lora:0.3>")
 
 
 @rows.row("FLUX: two persons in two regions", FORGES)

@@ -186,11 +186,8 @@ def repaint(host: Running, only_masked: bool, there: Make) -> str:
     return compare(here, there)
 
 
-@rows.row("Miniature: the likeness of an inpainted face is that of diffusers")
-def inpaint(host: Running) -> str:
-    return repaint(host, False, inpainted)
-
-
-@rows.row("Miniature: the likeness of a face painted at full size, as ADetailer does, is that of diffusers")
-def detail(host: Running) -> str:
-    return repaint(host, True, detailed)
+rows.add({
+    "Miniature: the likeness of an inpainted face is that of diffusers": lambda host: repaint(host, False, inpainted),
+    "Miniature: the likeness of a face painted at full size, as ADetailer does, is that of diffusers":
+        lambda host: repaint(host, True, detailed),
+})  # fmt: skip

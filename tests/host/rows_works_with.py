@@ -24,9 +24,16 @@ STRONG = {**ANNA, "weight": 2.0}
 SMALL = {"width": 128, "height": 128}
 
 
-@rows.row("Batch count and batch size: each picture is the one made alone")
-def batches(host: Running) -> str:
-    return alone_and_together(partial(host.api.txt2img, MILD, **SMALL))
+rows.add({
+    "Batch count and batch size: each picture is the one made alone":
+        lambda host: alone_and_together(partial(host.api.txt2img, MILD, **SMALL)),
+    "Hires fix: both passes, first, second; weight 0 bit-identical":
+        lambda host: each_pass(partial(host.api.txt2img, **hires(host)), STRONG, FAINT),
+    "LoRA on the layers that PuLID reads":
+        lambda host: with_lora(host.api.txt2img, MILD, "a photo of a cat <lora:tiny-lora:0.5>"),
+    "Interrupt: the host's answer, then the baseline, nothing left": lambda host: stopped(host, "interrupt", steps=60),
+    "Skip: the host's answer, then the baseline, nothing left": lambda host: stopped(host, "skip", steps=40, n_iter=2),
+})  # fmt: skip
 
 
 def alone_and_together(make: Make) -> str:
@@ -41,11 +48,6 @@ def hires(host: Running, **changes: Any) -> dict[str, Any]:
     if host.kind in FORGES:
         body["hr_additional_modules"] = ["Use same choices"]
     return body | changes
-
-
-@rows.row("Hires fix: both passes, first, second; weight 0 bit-identical")
-def hires_fix(host: Running) -> str:
-    return each_pass(partial(host.api.txt2img, **hires(host)), STRONG, FAINT)
 
 
 def each_pass(make: Make, unit: dict[str, Any], least: float) -> str:
@@ -169,11 +171,6 @@ def attention(host: Running) -> str:
     return ", ".join(names)
 
 
-@rows.row("LoRA on the layers that PuLID reads")
-def lora(host: Running) -> str:
-    return with_lora(host.api.txt2img, MILD, "a photo of a cat <lora:tiny-lora:0.5>")
-
-
 def with_lora(make: Make, unit: dict[str, Any], prompt: str) -> str:
     plain, face = make().image, make(unit).image
     alone, both = make(prompt=prompt).image, make(unit, prompt=prompt).image
@@ -236,16 +233,6 @@ def live_previews(host: Running) -> str:
     shown = {one["current_image"] for one in told} - {None, ""}
     expect(len(shown) > 1, f"{len(shown)} previews were seen")
     return f"{len(shown)} previews were seen"
-
-
-@rows.row("Interrupt: the host's answer, then the baseline, nothing left")
-def interrupt(host: Running) -> str:
-    return stopped(host, "interrupt", steps=60)
-
-
-@rows.row("Skip: the host's answer, then the baseline, nothing left")
-def skip(host: Running) -> str:
-    return stopped(host, "skip", steps=40, n_iter=2)
 
 
 def stopped(host: Running, button: str, **changes: Any) -> str:

@@ -24,11 +24,14 @@ class Skipped(Exception):
     """The host lacks what the row is about; the message says what."""
 
 
+Check = Callable[[Running], str | None]
+
+
 @dataclass(frozen=True)
 class Row:
     behaviour: str
     hosts: tuple[str, ...]
-    check: Callable[[Running], str | None]
+    check: Check
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,13 @@ class Rows:
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    def row(self, behaviour: str, hosts: tuple[str, ...] = tuple(NAMES)) -> Callable:
+    def row(self, behaviour: str, hosts: tuple[str, ...] = tuple(NAMES)) -> Callable[[Check], Check]:
         """A check that raises Failed, or returns a few words on what it saw."""
+        return lambda check: self.add({behaviour: check}, hosts) or check
 
-        def add(check: Callable[[Running], str | None]) -> Callable[[Running], str | None]:
-            self.rows.append(Row(behaviour, hosts, check))
-            return check
-
-        return add
+    def add(self, checks: Mapping[str, Check], hosts: tuple[str, ...] = tuple(NAMES)) -> None:
+        """Rows whose checks are short, by what they check."""
+        self.rows += [Row(behaviour, hosts, check) for behaviour, check in checks.items()]
 
 
 def run(row: Row, host: Running) -> Result:
