@@ -90,6 +90,8 @@ def ui(weights, monkeypatch) -> Iterator[Any]:
     with webui("a1111", weights) as made:
         yield made
         hosts.current().stop()
+    for path in (weights / "pulid" / "identities").glob("*"):
+        path.unlink()
 
 
 @pytest.fixture

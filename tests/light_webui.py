@@ -9,10 +9,8 @@ What is small: the denoisers, PuLID files and models that read photos. What is n
 
 from __future__ import annotations
 
-import base64
 import gc
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,6 +32,7 @@ from lib_pulid.identity import Identity
 from tests import small_models
 from tests.fake_modules.models import SMALL_SITES, Flux, UNet, count_hooks, small_unet
 from tests.fake_webui import ForgeGeneration, Generation, webui
+from tests.small_models.images import as_text
 
 FILES = ("pulid_v1.safetensors", "pulid_v1_other.safetensors", "pulid_flux_v0.9.1.safetensors")
 STEPS = 3
@@ -42,9 +40,7 @@ SLOT = "model_function_wrapper"
 
 
 def _photo(colour: tuple[int, int, int]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((48, 48, 3), colour, np.uint8)).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return as_text(np.full((48, 48, 3), colour, np.uint8))
 
 
 PHOTOS = {"anna": _photo((200, 80, 60)), "ben": _photo((60, 120, 200)), "cleo": _photo((90, 200, 90))}
@@ -181,7 +177,7 @@ class Host:
         self.script = self.ui.script()
         self.ui.swallowed.clear()
         gc.collect()  # models lie in circles, and there are hundreds of starts
-        for path in self.written():
+        for path in (*self.written(), *self.library.presets.folder().glob("*.json")):
             path.unlink()
 
     def forget_photos(self) -> None:

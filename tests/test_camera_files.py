@@ -3,7 +3,6 @@ that begin with a thumbnail, JPEG files without their end mark."""
 
 from __future__ import annotations
 
-import io
 import struct
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 from lib_pulid.camera_files import has_all_scans
 from lib_pulid.errors import ImageError
 from lib_pulid.images import load_image
+from tests.small_models.images import encoded
 
 RNG = np.random.default_rng(7)
 
@@ -23,9 +23,7 @@ def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
 
 
 def jpeg(image: np.ndarray, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=95, **options)
-    return buffer.getvalue()
+    return encoded(image, "JPEG", quality=95, **options)
 
 
 LARGE, THUMBNAIL = picture(640, 480, 1), picture(160, 120, 2)
@@ -155,9 +153,8 @@ def test_a_tiff_that_begins_with_a_thumbnail():
 
 def test_of_several_pages_the_first():
     frames = [Image.fromarray(LARGE), Image.fromarray(picture(900, 700))]
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "TIFF", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(load_image(buffer.getvalue()), LARGE)
+    data = encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(load_image(data), LARGE)
 
 
 def test_pages_that_lead_nowhere():

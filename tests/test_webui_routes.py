@@ -72,18 +72,10 @@ def test_a_saved_identity_as_a_file(client, library):
         Identity(values, info={"adapter": f"PuLID for {family}"}).save(library.identities_dir / f"{name}.safetensors")
         for name, family in (("Zoë file", "FLUX"), ("Sdxl file", "SDXL"))
     ]
-    try:
-        own, embedding = (client().get(f"/pulid/identities/{name}") for name in ("zoë file", "Zoë file.pulidembd"))
-        assert own.content == paths[0].read_bytes()
-        assert "filename*=UTF-8''Zo%C3%AB%20file.safetensors" in own.headers["content-disposition"]
-        assert torch.equal(torch.from_numpy(pulidembd.unpack(embedding.content))[None], values)
-        for name, words in (
-            ("nobody", "is not in"),
-            ("Sdxl file.pulidembd", "is for FLUX"),
-            ("..%2F..%2Fx", ""),
-        ):
-            answer = client().get(f"/pulid/identities/{name}")
-            assert answer.status_code in (404, 422) and words in answer.text
-    finally:
-        for path in paths:
-            path.unlink()
+    own, embedding = (client().get(f"/pulid/identities/{name}") for name in ("zoë file", "Zoë file.pulidembd"))
+    assert own.content == paths[0].read_bytes()
+    assert "filename*=UTF-8''Zo%C3%AB%20file.safetensors" in own.headers["content-disposition"]
+    assert torch.equal(torch.from_numpy(pulidembd.unpack(embedding.content))[None], values)
+    for name, words in (("nobody", "is not in"), ("Sdxl file.pulidembd", "is for FLUX"), ("..%2F..%2Fx", "")):
+        answer = client().get(f"/pulid/identities/{name}")
+        assert answer.status_code in (404, 422) and words in answer.text

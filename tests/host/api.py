@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.small_models.images import as_text
+
 TIMEOUT = 900.0
 BODY = {"prompt": "a photo of a cat", "negative_prompt": "blurry", "width": 192, "height": 128, "steps": 4, "seed": 1}
 BODY |= {"sampler_name": "Euler", "cfg_scale": 7.0}
@@ -130,8 +132,4 @@ def decoded(text: str) -> np.ndarray:
 
 def encoded(image: np.ndarray | Path) -> str:
     """base64 of a PNG."""
-    if isinstance(image, Path):
-        return base64.b64encode(image.read_bytes()).decode()
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(image.read_bytes()).decode() if isinstance(image, Path) else as_text(image)
