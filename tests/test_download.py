@@ -477,18 +477,6 @@ def test_what_is_wrong_with_a_file(one, tmp_path):
     assert problem(damaged, replace(one, sha256="", size=0), no_progress) == ""
 
 
-def test_states(one, tmp_path):
-    """Of a file that is missing, right, of another size, and somebody else's."""
-    contents = {"missing": None, "there": DATA, "differs": DATA[:-1]}
-    for state, content in contents.items():
-        if content is not None:
-            put(tmp_path / "a.bin", content)
-        found = catalog.status(one, tmp_path)
-        assert (found.state, found.usable) == (state, content is not None)
-    put(tmp_path / "a.bin", b"1234567")
-    assert not catalog.status(one, tmp_path).usable
-
-
 def test_another_recogniser_under_the_name_is_refused(one, tmp_path):
     with pytest.raises(MissingWeightsError, match=r"a\.bin \(face recognizer, 500 kB\) -> .*antelopev2   from http"):
         catalog.require_encoders(tmp_path)

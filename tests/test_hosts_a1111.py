@@ -141,19 +141,16 @@ def shares(sampler: str, steps: int, calls: int, sigmas: list[float] | None = No
     return told
 
 
-def test_progress_is_the_share_of_calls():
-    assert shares("sample_euler", 4, 4) == [0, 0.25, 0.5, 0.75]
-    assert shares("sample_heun", 8, 7)[:3] == [0, 0.125, 0.25]  # two calls a step, which total_steps knows
-
-
-def test_progress_of_three_calls_a_step():
-    assert shares("sample_heunpp2", 4, 9)[::3] == [0, 0.25, 0.5]
+@pytest.mark.parametrize(("given", "every", "told"), [
+    (("sample_euler", 4, 4), 1, [0, 0.25, 0.5, 0.75]),
+    (("sample_heun", 8, 7), 1, [0, 0.125, 0.25]),  # two calls a step, which total_steps knows
+    (("sample_heunpp2", 4, 9), 3, [0, 0.25, 0.5]),  # three calls a step
+])  # fmt: skip
+def test_progress_is_the_share_of_calls(given, every, told):
+    assert shares(*given)[::every][: len(told)] == told
 
 
 def test_progress_without_a_number_of_steps_is_told_by_the_noise():
     told = shares("sample_dpm_adaptive", 2, 4, [14.6, 14.6, 1.0, 0.03])
     assert told[:2] == [0, 0] and 0.4 < told[2] < 0.7 and told[3] == pytest.approx(1)
-
-
-def test_progress_never_passes_one():
-    assert max(shares("somebody's", 2, 9)) == 1
+    assert max(shares("somebody's", 2, 9)) == 1  # never more

@@ -168,14 +168,6 @@ def test_every_unit_is_read_back_from_the_parameters_as_it_was(empty_library, va
     assert [getattr(again, field.name) for field in written] == [getattr(unit, field.name) for field in written]
 
 
-@given(valid_dicts())
-def test_neither_photo_nor_region_is_in_the_parameters(values):
-    photo, mask = "UGhvdG9ncmFwaA==" * 4, "UmVnaW9u" * 4
-    unit = PulidUnit.from_mapping({**values, "images": [photo], "identity": "", "draw": "off", "mask": mask}, 1)
-    text = infotext.write(unit, "sdxl", {"hash": "0123456789", "file": "x", "weights": "y"})
-    assert photo[:12] not in text and mask[:12] not in text
-
-
 @given(st.text() | st.lists(st.sampled_from([*FIELD, ": ", ", ", "%", "%2", "1e999", "nan", "\n"])).map("".join))
 @example("weight: nan, num_zero: 999, projection: x, start: inf")
 def test_any_text_in_the_parameters_does_no_harm(empty_library, text):
