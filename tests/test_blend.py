@@ -204,8 +204,11 @@ def test_the_page(ui, script, tmp_path):
     actions.blend(1, ["ben", "anna"], "", "equal")
     assert torch.equal(library.saved("equal").cond, blend(people(1, 1)[::-1]).cond)
     for wrong in (
-        ([], "", "x"), (["anna", "ben"], "0.7", "x"), (["anna", "ben"], "a, b", "x"), (["anna", "ben"], "", ""),
-    ):  # fmt: skip
+        ([], "", "x"),
+        (["anna", "ben"], "0.7", "x"),
+        (["anna", "ben"], "a, b", "x"),
+        (["anna", "ben"], "", ""),
+    ):
         assert "pulid-bad" in actions.blend(1, *wrong)[2]
     assert library.find("x") is None
 

@@ -621,16 +621,20 @@ def test_the_command(evaluate, tmp_path):
     assert len(list((out / "images").iterdir())) == len(found["images"]) == 6
 
 
-@pytest.mark.parametrize(("rest", "words"), [
-    ((), "Give --faces"), (("--faces", "{tmp}/p", "--seeds", 0), "--seeds is 0"),
-    (("--faces", "{tmp}/p", "--size", 100), "multiple of 16"),
-    (("--faces", "{tmp}/p", "--weights", "1,x"), "numbers separated by commas"),
-    (("--faces", "{tmp}/p", "--weights", "9"), "use 0 to 5"),
-    (("--faces", "{tmp}/p", "--variant", "a:start_step=4"), "has no effect on SDXL"),
-    (("--faces", "{tmp}/p", "-o", "{tmp}/p/ben.png"), "which is a file"),
-    (("--faces", "{tmp}/p", "--judge", "{tmp}/gone.onnx"), "No judge at"),
-    (("--faces", "{tmp}/blank"), "No face was found in nobody, photo 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        ((), "Give --faces"),
+        (("--faces", "{tmp}/p", "--seeds", 0), "--seeds is 0"),
+        (("--faces", "{tmp}/p", "--size", 100), "multiple of 16"),
+        (("--faces", "{tmp}/p", "--weights", "1,x"), "numbers separated by commas"),
+        (("--faces", "{tmp}/p", "--weights", "9"), "use 0 to 5"),
+        (("--faces", "{tmp}/p", "--variant", "a:start_step=4"), "has no effect on SDXL"),
+        (("--faces", "{tmp}/p", "-o", "{tmp}/p/ben.png"), "which is a file"),
+        (("--faces", "{tmp}/p", "--judge", "{tmp}/gone.onnx"), "No judge at"),
+        (("--faces", "{tmp}/blank"), "No face was found in nobody, photo 1"),
+    ],
+)
 def test_what_the_command_refuses(evaluate, tmp_path, rest, words):
     people(tmp_path / "p")
     (tmp_path / "blank").mkdir()

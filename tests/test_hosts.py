@@ -105,6 +105,9 @@ def test_a_face_that_would_never_act_ends_the_generation(kind, p, monkeypatch):
     assert kind.left(p) == 0
 
 
+# ---------------------------------------------------------------- another model in the middle
+
+
 def switch(p: Any, denoiser: nn.Module, name: str) -> Callable[[int], None]:
     """Exchanges the model before the second step."""
     return lambda step: p.load(denoiser, name) if step == 1 else None

@@ -175,7 +175,7 @@ def generate(host: Any, args: list, *batches: list[Image.Image]) -> Any:
     return p.processed
 
 
-def broken(*_: Any) -> None:
+def fail(*_: Any) -> None:
     raise RuntimeError("the detector broke")
 
 
@@ -187,8 +187,8 @@ def test_off_is_off(host, monkeypatch):
     """No entry, no note, and nothing is loaded or run."""
 
     for name in ("face_models.load_detector", "face_models.load_recogniser", "webui.likeness.measure"):
-        monkeypatch.setattr(f"lib_pulid.{name}", broken)
-    monkeypatch.setattr(type(host.library), "see", broken)
+        monkeypatch.setattr(f"lib_pulid.{name}", fail)
+    monkeypatch.setattr(type(host.library), "see", fail)
     made = generate(host, [unit("anna")], [color("anna")])
     assert [number(one) for one in made.infotexts] == [None]
     assert "likeness" not in made.comments
@@ -246,7 +246,7 @@ def test_a_grid_has_the_number_in_each_cell(host, options):
 
 
 def test_no_error_loses_an_image(host, options, monkeypatch):
-    monkeypatch.setattr("lib_pulid.face_models.load_detector", broken)
+    monkeypatch.setattr("lib_pulid.face_models.load_detector", fail)
     made = generate(host, [unit("anna")], [color("anna")])
     assert len(made.images) == 1
     assert number(made.infotexts[0]) is None
@@ -361,7 +361,7 @@ def test_fewer_images_than_to_keep(host):
 
 
 def test_nothing_is_thrown_away_unmeasured(host, monkeypatch):
-    monkeypatch.setattr("lib_pulid.face_models.load_detector", broken)
+    monkeypatch.setattr("lib_pulid.face_models.load_detector", fail)
     made = generate(host, [unit("anna", keep_best=1)], [color("nobody"), color("anna")])
     assert len(made.images) == 2
     assert "PuLID kept all 2 images" in made.comments

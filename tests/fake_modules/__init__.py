@@ -18,8 +18,15 @@ from types import ModuleType
 from tests.fake_modules import callbacks
 
 HOSTS = {
-    "a1111": "modules modules.devices modules.script_callbacks modules.sd_hijack",
-    "forge": "modules modules.devices modules.script_callbacks modules_forge modules_forge.main_thread backend",
+    "a1111": ("modules", "modules.devices", "modules.script_callbacks", "modules.sd_hijack"),
+    "forge": (
+        "modules",
+        "modules.devices",
+        "modules.script_callbacks",
+        "modules_forge",
+        "modules_forge.main_thread",
+        "backend",
+    ),
 }
 
 
@@ -37,7 +44,7 @@ def installed(host: str, cached: bool = True) -> Iterator[ModuleType]:
     for name in before:
         del sys.modules[name]
     try:
-        made = {name: _module(name) for name in HOSTS[host].split()}
+        made = {name: _module(name) for name in HOSTS[host]}
         for name, module in made.items():
             parent, _, child = name.rpartition(".")
             if parent:
