@@ -127,10 +127,6 @@ class Injection:
             return False
         return _between(step.progress, self.start, self.end)
 
-    def acts_within(self, steps: int) -> bool:
-        """Whether it is active in any of so many steps."""
-        return self.weight != 0 and any(acts(i, steps, self.start, self.end, self.start_step) for i in range(steps))
-
     def identity_of(self, is_cond: bool) -> int | None:
         """Returns the index of a row's identity in the compiled tensors."""
         return 0 if is_cond else 1 if self.has_uncond else None

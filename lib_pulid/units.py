@@ -111,10 +111,6 @@ class PulidUnit:
                 values[name] = one.shown
         return list(values.values())
 
-    def mapping(self) -> dict[str, Any]:
-        """Returns the inverse of `from_mapping`, plain JSON."""
-        return {**self.values(), "images": list(self.images)}
-
     def values(self) -> dict[str, Any]:
         """Returns the fields of FIELDS by name."""
         return {name: getattr(self, name) for name in FIELD}

@@ -29,9 +29,6 @@ def no_grad() -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------- a WebUI whose images take milliseconds
-
-
 @pytest.fixture(scope="session")
 def light_models(tmp_path_factory) -> Path:
     from tests.light_webui import write_models
@@ -64,9 +61,6 @@ def small_sdxl(monkeypatch) -> None:
     monkeypatch.setattr("lib_pulid.hosts.families.SDXL_SITES", SMALL_SITES)
 
 
-# ---------------------------------------------------------------- a WebUI with the real face models' code
-
-
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
     """A models folder with small files for everything."""
@@ -96,6 +90,8 @@ def ui(weights, monkeypatch) -> Iterator[Any]:
     with webui("a1111", weights) as made:
         yield made
         hosts.current().stop()
+    for path in (weights / "pulid" / "identities").glob("*"):
+        path.unlink()
 
 
 @pytest.fixture
@@ -149,9 +145,6 @@ def nobody() -> str:
     from tests.face_standins import blank, packed
 
     return packed(blank(640, 480))
-
-
-# ---------------------------------------------------------------- denoisers with the official sites, and files to them
 
 
 @pytest.fixture(scope="session")

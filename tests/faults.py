@@ -16,8 +16,6 @@ from lib_pulid import hosts
 from tests.fake_modules.models import SMALL_SITES
 from tests.light_webui import STEPS, Host
 
-# ---------------------------------------------------------------- stages
-
 
 def of(path: str) -> Callable[[Host], tuple[Any, str]]:
     """A function or method by its name: "lib_pulid.faces.align"."""
@@ -67,20 +65,16 @@ STAGES = [
     Stage("decode the photo", of("lib_pulid.webui.pictures.photo")),
     Stage("detect", of("tests.light_webui.Detector.detect")),
     Stage("detect, second person", of("tests.light_webui.Detector.detect"), number=3),
-    Stage("align", of("lib_pulid.faces.align")),
-    Stage("recognise", of("tests.light_webui.Recogniser.embed")),
-    Stage("parse", of("tests.light_webui.Parser.labels")),
-    Stage("vision", of("tests.light_webui.Tower.forward")),
-    Stage("encode", of("lib_pulid.photos.encode_identity")),
-    Stage("write the cache", of("pathlib.Path.write_bytes")),
+    Stage("align", of("lib_pulid.faces.align")), Stage("recognise", of("tests.light_webui.Recogniser.embed")),
+    Stage("parse", of("tests.light_webui.Parser.labels")), Stage("vision", of("tests.light_webui.Tower.forward")),
+    Stage("encode", of("lib_pulid.photos.encode_identity")), Stage("write the cache", of("pathlib.Path.write_bytes")),
     Stage("write the cache, written", of("pathlib.Path.write_bytes"), after=True),
     Stage("rename in the cache", of("os.replace")),
     Stage("rename in the cache, second person", of("os.replace"), number=2, after=True),
     Stage("compile", of("lib_pulid.webui.compiled.compile_injection")),
     Stage("compile, second person", of("lib_pulid.webui.compiled.compile_injection"), number=2),
     Stage("compile one layer", of("lib_pulid.injection.prepare_site"), number=3),
-    Stage("write the parameters", of("lib_pulid.webui.infotext.write")),
-    Stage("process_batch", of_host("begin")),
+    Stage("write the parameters", of("lib_pulid.webui.infotext.write")), Stage("process_batch", of_host("begin")),
     Stage("process_batch, done", of_host("begin"), after=True),
     Stage("process_batch, second batch", of_host("begin"), number=2),
     Stage("process_before_every_sampling, or the first cfg_denoiser", of_host("open|patch")),
@@ -90,23 +84,19 @@ STAGES = [
     Stage("find the sites", of("lib_pulid.watch.Watch.over")),
     Stage("attach a hook", of("torch.nn.Module.register_forward_hook"), number=4),
     Stage("attach a hook, between the two of a layer", of("torch.nn.Module.register_forward_pre_hook"), number=4),
-    Stage("before a call", of_host("enter")),
-    Stage("before a call, hooks in place", of_host("enter"), after=True),
+    Stage("before a call", of_host("enter")), Stage("before a call, hooks in place", of_host("enter"), after=True),
     Stage("before a call, last", of_host("enter"), number=STEPS),
     Stage("the residual", of("lib_pulid.injection.add_cross_attention")),
     Stage("the residual, second layer", of("lib_pulid.injection.add_cross_attention"), number=2, after=True),
-    Stage("first call", CALL),
-    Stage("first call, done", CALL, after=True),
-    Stage("middle call", CALL, number=2),
+    Stage("first call", CALL), Stage("first call, done", CALL, after=True), Stage("middle call", CALL, number=2),
     Stage("middle call, inside", INSIDE, number=SMALL_SITES + 2),
     Stage("last call, inside", INSIDE, number=SMALL_SITES * STEPS),
     Stage("last call, done", CALL, number=STEPS, after=True),
-    Stage("first call of the second batch", CALL, number=STEPS + 1),
-    Stage("after a call", of_host("leave")),
+    Stage("first call of the second batch", CALL, number=STEPS + 1), Stage("after a call", of_host("leave")),
     Stage("after a call, last, done", of_host("leave"), number=STEPS, after=True),
     Stage("postprocess", lambda host: (type(host.script), "postprocess"), fatal=False),
     Stage("postprocess, done", lambda host: (type(host.script), "postprocess"), after=True, fatal=False),
-]
+]  # fmt: skip
 
 
 def press(name: str) -> Callable[[Host], None]:
@@ -123,13 +113,10 @@ def throw(error: BaseException) -> Callable[[Host], None]:
 FAULTS: dict[str, Callable[[Host], None]] = {
     "error": throw(RuntimeError("injected")),
     "no memory": throw(torch.cuda.OutOfMemoryError("CUDA out of memory. Injected.")),
-    "full disk": throw(OSError(28, "No space left on device")),
-    "ctrl-c": throw(KeyboardInterrupt()),
-    "exit": throw(SystemExit(1)),
-    "thrown out": throw(GeneratorExit()),
-    "interrupt": press("interrupted"),
+    "full disk": throw(OSError(28, "No space left on device")), "ctrl-c": throw(KeyboardInterrupt()),
+    "exit": throw(SystemExit(1)), "thrown out": throw(GeneratorExit()), "interrupt": press("interrupted"),
     "skip": press("skipped"),
-}
+}  # fmt: skip
 RARE = {"full disk": "cache", "exit": "call", "thrown out": "call"}  # only at stages with this in their name
 # Everywhere comes an error, and here all of the others, too: a stage of each of our ways to clean up.
 OF_EACH_KIND = (

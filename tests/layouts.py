@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +16,7 @@ from lib_pulid.weights import Adapter, ImageStreamWeights, load_adapter
 from tests.host.models.parts import add_flux
 from tests.host.models.unet import Layout
 from tests.reference import cases
-from tests.small_models import flux_file, image_stream
-
-# ---------------------------------------------------------------- files
+from tests.small_models import STREAM, flux_file, image_stream
 
 
 def v1_encoder(seed: int = 11, **sizes: int) -> dict[str, Tensor]:
@@ -57,29 +55,14 @@ def flux_adapter(path: Path) -> Adapter:
 
 
 def image_stream_weights(module: nn.Module) -> ImageStreamWeights:
-    return ImageStreamWeights(
-        norm_id_weight=module["norm1"].weight,
-        norm_id_bias=module["norm1"].bias,
-        norm_image_weight=module["norm2"].weight,
-        norm_image_bias=module["norm2"].bias,
-        to_q=module["to_q"].weight,
-        to_kv=module["to_kv"].weight,
-        to_out=module["to_out"].weight,
-    )
-
-
-# ---------------------------------------------------------------- UNets
+    return ImageStreamWeights(**{name: module.get_parameter(key) for name, key in STREAM.items()})
 
 
 def unet() -> UNet2DConditionModel:
     return cases.fill(UNet2DConditionModel(**cases.UNET), 17)
 
 
-def run_unet(model: nn.Module) -> Tensor:
-    inputs = cases.unet_inputs()
-    added = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
-    args = (inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"])
-    return model(*args, added_cond_kwargs=added).sample
+run_unet = cases.run_unet
 
 
 class SgmUNet(nn.Module):
@@ -96,9 +79,6 @@ class SgmUNet(nn.Module):
         return run_unet(self._whole[0])
 
 
-# ---------------------------------------------------------------- FLUX
-
-
 def flux_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of a FLUX.1-dev checkpoint in BFL's layout, with the sizes of `cases.FLUX`."""
     p, w, layout = cases.FLUX, cases.FLUX["hidden_size"], Layout()
@@ -108,54 +88,35 @@ def flux_shapes() -> dict[str, tuple[int, ...]]:
     return layout.shapes | ends
 
 
+def flux_transformer(hidden: int, heads: int, text: int, pooled: int, axes: Sequence[int]) -> FluxTransformer2DModel:
+    """diffusers' transformer with the real number of blocks."""
+    return FluxTransformer2DModel(
+        in_channels=16, num_layers=19, num_single_layers=38, attention_head_dim=hidden // heads,
+        num_attention_heads=heads, joint_attention_dim=text, pooled_projection_dim=pooled, guidance_embeds=True,
+        axes_dims_rope=tuple(axes),
+    )  # fmt: skip
+
+
 def diffusers_flux(seed: int = 19) -> FluxTransformer2DModel:
     """diffusers' transformer with the weights that the official one was recorded with."""
     p = cases.FLUX
-    model = FluxTransformer2DModel(
-        in_channels=p["in_channels"],
-        num_layers=p["depth"],
-        num_single_layers=p["depth_single_blocks"],
-        attention_head_dim=p["hidden_size"] // p["num_heads"],
-        num_attention_heads=p["num_heads"],
-        joint_attention_dim=p["context_in_dim"],
-        pooled_projection_dim=p["vec_in_dim"],
-        guidance_embeds=True,
-        axes_dims_rope=tuple(p["axes_dim"]),
-    )
+    model = flux_transformer(p["hidden_size"], p["num_heads"], p["context_in_dim"], p["vec_in_dim"], p["axes_dim"])
     model.load_state_dict(_to_diffusers(cases.fill_shapes(flux_shapes(), seed)), strict=True)
     return model.eval().requires_grad_(False)
 
 
 _RENAMED = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-    "double_blocks": "transformer_blocks",
-    "single_blocks": "single_transformer_blocks",
-    "img_mod.lin": "norm1.linear",
-    "txt_mod.lin": "norm1_context.linear",
-    "img_attn.proj": "attn.to_out.0",
-    "txt_attn.proj": "attn.to_add_out",
-    "img_mlp.0": "ff.net.0.proj",
-    "img_mlp.2": "ff.net.2",
-    "txt_mlp.0": "ff_context.net.0.proj",
-    "txt_mlp.2": "ff_context.net.2",
-    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
-    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
-    "modulation.lin": "norm.linear",
-    "linear2": "proj_out",
-    ".norm.query_norm.scale": ".attn.norm_q.weight",
-    ".norm.key_norm.scale": ".attn.norm_k.weight",
-}
+    "img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out",
+    "time_in": "time_text_embed.timestep_embedder", "guidance_in": "time_text_embed.guidance_embedder",
+    "vector_in": "time_text_embed.text_embedder", "in_layer": "linear_1", "out_layer": "linear_2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear", "double_blocks": "transformer_blocks",
+    "single_blocks": "single_transformer_blocks", "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear",
+    "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out", "img_mlp": "ff.net",
+    "txt_mlp": "ff_context.net", "net.0.": "net.0.proj.", "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+    "img_attn.norm.key_norm.scale": "attn.norm_k.weight", "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight", "modulation.lin": "norm.linear", "linear2": "proj_out",
+    ".norm.query_norm.scale": ".attn.norm_q.weight", ".norm.key_norm.scale": ".attn.norm_k.weight",
+}  # fmt: skip
 _SPLIT = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -184,15 +145,9 @@ def _to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def run_flux(model: nn.Module) -> Tensor:
     i = cases.flux_inputs()
     return model(
-        hidden_states=i["img"],
-        img_ids=i["img_ids"][0],
-        encoder_hidden_states=i["txt"],
-        txt_ids=i["txt_ids"][0],
-        timestep=i["timesteps"],
-        pooled_projections=i["y"],
-        guidance=i["guidance"],
-        return_dict=False,
-    )[0]
+        hidden_states=i["img"], img_ids=i["img_ids"][0], encoder_hidden_states=i["txt"], txt_ids=i["txt_ids"][0],
+        timestep=i["timesteps"], pooled_projections=i["y"], guidance=i["guidance"], return_dict=False,
+    )[0]  # fmt: skip
 
 
 class _BflDouble(nn.Module):

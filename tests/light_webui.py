@@ -9,10 +9,8 @@ What is small: the denoisers, PuLID files and models that read photos. What is n
 
 from __future__ import annotations
 
-import base64
 import gc
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,19 +32,15 @@ from lib_pulid.identity import Identity
 from tests import small_models
 from tests.fake_modules.models import SMALL_SITES, Flux, UNet, count_hooks, small_unet
 from tests.fake_webui import ForgeGeneration, Generation, webui
+from tests.small_models.images import as_text
 
 FILES = ("pulid_v1.safetensors", "pulid_v1_other.safetensors", "pulid_flux_v0.9.1.safetensors")
 STEPS = 3
 SLOT = "model_function_wrapper"
 
 
-# ---------------------------------------------------------------- photos, and what reads them
-
-
 def _photo(colour: tuple[int, int, int]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((48, 48, 3), colour, np.uint8)).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return as_text(np.full((48, 48, 3), colour, np.uint8))
 
 
 PHOTOS = {"anna": _photo((200, 80, 60)), "ben": _photo((60, 120, 200)), "cleo": _photo((90, 200, 90))}
@@ -102,10 +95,8 @@ def write_models(folder: Path) -> None:
     """A models folder: two PuLID files for SDXL, one for FLUX, and empty files in the place of the encoders."""
     (folder / "pulid").mkdir(parents=True)
     for seed, name in enumerate(FILES[:2], 1):
-        pairs = nn.ModuleList(
-            small_models.cross_attention_pair(8, small_models.TOKEN_WIDTH) for _ in range(SMALL_SITES)
-        )
-        weights = small_models.random_weights(pairs.state_dict(), seed, gain=3.0)
+        pairs = {f"{n}.id_to_{x}.weight": (8, small_models.TOKEN_WIDTH) for n in range(SMALL_SITES) for x in "kv"}
+        weights = small_models.random_weights(pairs, seed, gain=3.0)
         encoder = small_models.random_weights(small_models.id_encoder(hidden=64).state_dict(), 10 * seed)
         save_file(small_models.sdxl_file(encoder, weights), folder / "pulid" / name)
     modules = nn.ModuleList(small_models.image_stream(8, small_models.TOKEN_WIDTH) for _ in range(20))
@@ -124,9 +115,6 @@ def _id_former() -> IDFormer:
         dim=64, depth=5, inner_dim=64, ff_dim=64, num_queries=8, output_dim=small_models.TOKEN_WIDTH,
         id_mapping=[small_models.ID_COND, 64, 64, 5 * 64], mapping=[vit, 64, 64, 64],
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------- the program
 
 
 _ENCODED: dict[tuple[Path, str], Identity] = {}
@@ -170,6 +158,12 @@ class Host:
         adapter = self.library.adapters.load(file, "sdxl")
         return self.library.encoders.encode([decode(PHOTOS[name], "photo")], adapter, LARGEST, "official")
 
+    def actions(self) -> Any:
+        """What the page's widgets call; the checkpoint is an SDXL."""
+        from lib_pulid.webui.actions import Actions
+
+        return Actions(self.library, lambda name: "sdxl")
+
     def save(self, **people: str) -> None:
         """Saves identities: the name of each, and whose it is. Each photo is read once for all tests."""
         for name, person in people.items():
@@ -183,7 +177,7 @@ class Host:
         self.script = self.ui.script()
         self.ui.swallowed.clear()
         gc.collect()  # models lie in circles, and there are hundreds of starts
-        for path in self.written():
+        for path in (*self.written(), *self.library.presets.folder().glob("*.json")):
             path.unlink()
 
     def forget_photos(self) -> None:
@@ -191,8 +185,6 @@ class Host:
         self.library.identities._cache = None
         for path in (self.library.folder.path / "cache").glob("*.safetensors"):
             path.unlink(missing_ok=True)
-
-    # ------------------------------------------------------------ what may not be left behind
 
     def fingerprint(self) -> str:
         """Of all that is in the checkpoints: modules, what hangs on them, and weights."""

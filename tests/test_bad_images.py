@@ -21,7 +21,8 @@ from lib_pulid.images import FORMATS, MAX_PIXELS, load_image
 from lib_pulid.masks import LONGEST_SIDE, load_mask
 from lib_pulid.webui.dropped import DroppedPhotos
 from lib_pulid.webui.pictures import decode, region
-from tests.test_images import chunk, encoded, png
+from tests.small_models.images import encoded
+from tests.test_images import chunk, png
 
 ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(5)
@@ -61,7 +62,7 @@ def bmp_header(width: int, height: int) -> bytes:
 
 
 def jpeg_header(width: int, height: int) -> bytes:
-    data = bytearray(encoded(Image.fromarray(NOISE), "JPEG"))
+    data = bytearray(encoded(NOISE, "JPEG"))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", height, width)
     return bytes(data)
@@ -77,7 +78,7 @@ HEADERS = {
 @pytest.mark.parametrize("kind", HEADERS)
 def test_a_header_that_promises_too_much_is_refused_before_decoding(kind, monkeypatch):
     make, width, height = HEADERS[kind]
-    assert load_image(encoded(Image.fromarray(NOISE), kind)).shape == NOISE.shape  # this kind is read here
+    assert load_image(encoded(NOISE, kind)).shape == NOISE.shape  # this kind is read here
     bomb, decoded = make(width, height), []
     monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(self))
     for limit in (89_000_000, None):  # a host may have switched PIL's own limit off
@@ -114,7 +115,7 @@ def test_such_headers_take_no_memory():
 def test_a_text_chunk_that_unpacks_to_gigabytes():
     bomb = zlib.compress(bytes(200_000_000), 9)
     data = b"Comment\x00\x00" + bomb
-    whole = encoded(Image.fromarray(NOISE))
+    whole = encoded(NOISE)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ImageError, match="photo: "):
         load_image(whole[:33] + chunk(b"zTXt", data) + whole[33:], "photo")
@@ -137,7 +138,7 @@ def test_a_hundred_megapixels_are_read():
 def test_a_truncated_image_is_an_error_in_every_format(kind, keep):
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this PIL has no AVIF")
-    data = encoded(Image.fromarray(NOISE), kind)
+    data = encoded(NOISE, kind)
     with pytest.raises(ImageError, match=r"photo: (the image (is truncated|cannot be read)|this is not an image)"):
         load_image(data[: int(len(data) * keep)], "photo")
 
@@ -195,7 +196,7 @@ def test_postscript_is_never_interpreted(tmp_path):
 
 
 def test_base64_with_blanks_newlines_and_data_uris():
-    data = encoded(Image.fromarray(NOISE))
+    data = encoded(NOISE)
     plain = text(data)
     broken_up = "\n".join(plain[i : i + 76] for i in range(0, len(plain), 76))
     for form in (plain, broken_up, " " + plain + "\r\n", "data:image/png;base64," + plain, "DATA:;base64," + plain,
@@ -206,7 +207,7 @@ def test_base64_with_blanks_newlines_and_data_uris():
 
 @pytest.mark.parametrize("form", ["unpadded", "urlsafe", "percent", "utf-8", "no comma", "not base64", "surrogate"])
 def test_wrong_base64_is_told(form):
-    data = encoded(Image.fromarray(NOISE), "BMP") + b"\xff\xfe"
+    data = encoded(NOISE, "BMP") + b"\xff\xfe"
     plain = text(data)
     assert "/" in plain and plain.endswith("=")
     wrong = {
@@ -250,14 +251,14 @@ def test_a_region_may_be_of_any_size_and_kind():
     assert load_mask(encoded(Image.new("1", (4, 4), 1))).max() == 1
     half = np.zeros((6, 10), np.uint8)
     half[:, :5] = 255
-    assert load_mask(encoded(Image.fromarray(half))).mean() == 0.5
+    assert load_mask(encoded(half)).mean() == 0.5
 
 
 def test_where_a_region_is_transparent_nothing_is_painted():
     """White strokes on an empty layer: laid over white, as a photo is, they would be everywhere."""
     layer = np.zeros((8, 8, 4), np.uint8)
     layer[:2] = 255
-    assert region(text(encoded(Image.fromarray(layer))), "the mask").mean() == 0.25
+    assert region(text(encoded(layer)), "the mask").mean() == 0.25
     assert load_image(layer).min() == 255
 
 
@@ -299,9 +300,9 @@ def colored(palette: list[int]) -> Image.Image:
         Image.fromarray(squares(True, "bool")),
         Image.fromarray(squares(255, "float32")),
         colored([0, 0, 0, 128, 0, 0]),
-        encoded(Image.fromarray(squares(1, "uint8"))),
-        encoded(Image.fromarray(squares(1, "uint16"))),
-        encoded(Image.fromarray(squares(65535, "uint16"))),
+        encoded(squares(1, "uint8")),
+        encoded(squares(1, "uint16")),
+        encoded(squares(65535, "uint16")),
         encoded(Image.fromarray(squares(1, "uint8")).convert("RGBA")),
         encoded(Image.fromarray(np.dstack([squares(255, "uint8")] + 2 * [squares(0, "uint8")]))),
         encoded(Image.fromarray(np.dstack([np.full((64, 64), 255, np.uint8)] * 3 + [squares(255, "uint8")]))),
@@ -315,9 +316,9 @@ def test_a_region_acts_in_full_whatever_its_numbers(source):
 
 def test_shares_between_black_and_white_stay():
     soft = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
-    assert np.allclose(load_mask(encoded(Image.fromarray(soft))), soft / 255)
+    assert np.allclose(load_mask(encoded(soft)), soft / 255)
     assert np.allclose(load_mask(soft / 510), soft / 510)
-    assert load_mask(encoded(Image.fromarray(squares(128, "uint8")))).max() == pytest.approx(128 / 255)
+    assert load_mask(encoded(squares(128, "uint8"))).max() == pytest.approx(128 / 255)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +332,7 @@ def test_shares_between_black_and_white_stay():
     ids=lambda source: type(source).__name__,  # the same in every process
 )
 def test_a_region_that_is_nearly_black_is_an_error(mask):
-    for source in (mask, encoded(Image.fromarray(mask))):
+    for source in (mask, encoded(mask)):
         with pytest.raises(ImageError, match=r"the mask is nearly black \(.*% at its brightest"):
             load_mask(source, "the mask")
 
@@ -347,7 +348,7 @@ def test_numbers_that_are_no_region(mask):
 def test_a_huge_region_is_reduced():
     wide = np.zeros((10, 3 * LONGEST_SIDE), np.uint8)
     wide[:, : 3 * LONGEST_SIDE // 2] = 255
-    reduced = load_mask(encoded(Image.fromarray(wide)))
+    reduced = load_mask(encoded(wide))
     assert reduced.shape == (3, LONGEST_SIDE)
     assert abs(reduced.mean() - 0.5) < 1e-3
 

@@ -86,13 +86,10 @@ def test_unknown_fields_of_any_name(name):
 
 
 TOO_MUCH = {
-    "10,000 units": [{"images": ["a"]}] * 10_000,
-    "one unit too many": [{"images": ["a"]}] * (MOST_UNITS + 1),
-    "10,000 units behind a switch": [True, *[{}] * 10_000],
-    "10,000 tabs": [True, *default_args(1)[1:] * 10_000],
-    "a million values": [True] * 10**6,
-    "a unit and a million values": [{}, *[None] * 10**6],
-}
+    "10,000 units": [{"images": ["a"]}] * 10_000, "one unit too many": [{"images": ["a"]}] * (MOST_UNITS + 1),
+    "10,000 units behind a switch": [True, *[{}] * 10_000], "10,000 tabs": [True, *default_args(1)[1:] * 10_000],
+    "a million values": [True] * 10**6, "a unit and a million values": [{}, *[None] * 10**6],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", TOO_MUCH)

@@ -37,9 +37,6 @@ def people(*shares: float, adapter: str = V1) -> list[tuple[str, Identity, float
     return [(name, saved(name, adapter), share) for name, share in zip(AXES, shares)]
 
 
-# ---------------------------------------------------------------- tokens
-
-
 def features(seed: int) -> FaceFeatures:
     random = torch.Generator().manual_seed(seed)
     width = small_models.TOWER_WIDTH
@@ -91,17 +88,11 @@ def test_an_embedding_that_one_lacks():
     assert blend([first, ("ben", replace(second[1], embeddings={"other": np.ones(3)}), 1)]).embeddings == {}
 
 
-# ---------------------------------------------------------------- what cannot be blended
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"adapter": V11}, "anna was made with PuLID v1 for SDXL, but ben with PuLID v1.1 for SDXL"),
-        ({"encoder": "f" * 16}, "anna and ben were made with different files of PuLID v1 for SDXL"),
-        ({"encoder": ""}, "ben does not say which PuLID file made it"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [
+    ({"adapter": V11}, "anna was made with PuLID v1 for SDXL, but ben with PuLID v1.1 for SDXL"),
+    ({"encoder": "f" * 16}, "anna and ben were made with different files of PuLID v1 for SDXL"),
+    ({"encoder": ""}, "ben does not say which PuLID file made it"),
+])  # fmt: skip
 def test_different_versions(change, words):
     with pytest.raises(IdentityMismatchError, match=words):
         blend([("anna", saved("anna"), 1), ("ben", saved("ben", **change), 1)])
@@ -145,9 +136,6 @@ def test_a_share_as_text(text, wanted):
 def test_a_wrong_share_as_text(text):
     with pytest.raises(SettingError, match=r"anna|name"):
         read_share(text)
-
-
-# ---------------------------------------------------------------- command line, API, page
 
 
 @pytest.fixture

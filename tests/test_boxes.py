@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from lib_pulid.boxes import LEAST, SOFT, Box, mask_of, read_box, within
 from lib_pulid.errors import SettingError
-from lib_pulid.fields import FIELD, schema
+from lib_pulid.fields import schema
 from lib_pulid.units import PulidUnit
-from lib_pulid.webui import infotext
 
 LEFT = "0 0 0.5 1"
 
@@ -77,15 +76,6 @@ def test_box_and_mask():
     assert both[:, 15:].any() == both[15:].any() == False  # noqa: E712
     with pytest.raises(ValueError, match="do not overlap"):
         within(mask, read_box("0.8 0 0.2 1"))
-
-
-def test_infotext_keeps_it():
-    unit = PulidUnit(images=("x",), box="0.1 0.2 0.3 0.4")
-    text = infotext.write(unit, "sdxl", {"hash": "0" * 10, "weights": "1" * 10})
-    pasted = infotext.PastedField(1, FIELD["box"], None)
-    assert pasted({"PuLID 1": text}) == unit.box
-    without = infotext.write(PulidUnit(images=("x",)), "sdxl", {"hash": "0" * 10, "weights": "1" * 10})
-    assert pasted({"PuLID 1": without}) == ""
 
 
 def test_schema():

@@ -3,7 +3,6 @@ that begin with a thumbnail, JPEG files without their end mark."""
 
 from __future__ import annotations
 
-import io
 import struct
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 from lib_pulid.camera_files import has_all_scans
 from lib_pulid.errors import ImageError
 from lib_pulid.images import load_image
+from tests.small_models.images import encoded
 
 RNG = np.random.default_rng(7)
 
@@ -23,26 +23,24 @@ def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
 
 
 def jpeg(image: np.ndarray, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=95, **options)
-    return buffer.getvalue()
+    return encoded(image, "JPEG", quality=95, **options)
 
 
 LARGE, THUMBNAIL = picture(640, 480, 1), picture(160, 120, 2)
 
 
-def tiff(*pages: dict, order: str = "<", magic: bytes = b"*\0", inside: bool = True) -> bytes:
+def tiff(*pages: dict, order: str = "<", magic: bytes = b"*\0", inside: bool = True, gap: bytes = b"") -> bytes:
     """Tag -> numbers, or bytes that are laid into the file (273: their place, 279: their length; 513, 514 likewise).
 
-    inside: later pages are the first one's SubIFDs; else each page follows the other.
+    inside: later pages are the first one's SubIFDs; else each page follows the other. gap: before the first one.
     """
     mark = b"II" if order == "<" else b"MM"
     blobs, places = bytearray(), []
-    heads = [8]
+    heads = [8 + len(gap)]
     sizes = [2 + 12 * (len(page) + (inside and i == 0 and len(pages) > 1)) + 4 for i, page in enumerate(pages)]
     for size in sizes[:-1]:
         heads.append(heads[-1] + size)
-    start = 8 + sum(sizes)
+    start = heads[0] + sum(sizes)
 
     def laid(content: bytes) -> int:
         places.append(start + len(blobs))
@@ -65,7 +63,7 @@ def tiff(*pages: dict, order: str = "<", magic: bytes = b"*\0", inside: bool = T
         following = 0 if inside or i + 1 == len(pages) else heads[i + 1]
         out += struct.pack(order + "H", len(entries)) + body + struct.pack(order + "I", following)
     magic = magic if order == "<" else magic[::-1]
-    return mark + magic + struct.pack(order + "I", 8) + out + bytes(blobs)
+    return mark + magic + struct.pack(order + "I", heads[0]) + gap + out + bytes(blobs)
 
 
 def rgb_page(image: np.ndarray, **more: int) -> dict:
@@ -104,27 +102,7 @@ def files(preview: np.ndarray) -> dict[str, bytes]:
 def cr2(preview: np.ndarray) -> bytes:
     content = jpeg(preview)
     first = {256: preview.shape[1], 257: preview.shape[0], 259: 6, 262: 6, 273: content, 279: len(content), 274: 1}
-    data = tiff(first, jpeg_page(THUMBNAIL), inside=False)
-    # "CR" stands where the first page would be: moved behind it.
-    move = 8
-    moved = data[:4] + struct.pack("<I", 8 + move) + b"CR\x02\0" + bytes(4)
-    return moved + _shifted(data[8:], move, data)
-
-
-def _shifted(body: bytes, by: int, whole: bytes) -> bytes:
-    """The pages again, each place in the file moved on."""
-    out, at = bytearray(body), 8
-    while at:
-        (count,) = struct.unpack("<H", whole[at : at + 2])
-        for entry in range(at + 2, at + 2 + 12 * count, 12):
-            tag, _, number, value = struct.unpack("<HHII", whole[entry : entry + 12])
-            if tag in (273, 513) or number > 1:
-                out[entry : entry + 4] = struct.pack("<I", value + by)
-        (following,) = struct.unpack("<I", whole[at + 2 + 12 * count : at + 6 + 12 * count])
-        if following:
-            out[at - 6 + 12 * count : at - 2 + 12 * count] = struct.pack("<I", following + by)
-        at = following
-    return bytes(out)
+    return tiff(first, jpeg_page(THUMBNAIL), inside=False, gap=b"CR\x02\0" + bytes(4))
 
 
 def near(image: np.ndarray, other: np.ndarray) -> bool:
@@ -175,9 +153,8 @@ def test_a_tiff_that_begins_with_a_thumbnail():
 
 def test_of_several_pages_the_first():
     frames = [Image.fromarray(LARGE), Image.fromarray(picture(900, 700))]
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "TIFF", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(load_image(buffer.getvalue()), LARGE)
+    data = encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(load_image(data), LARGE)
 
 
 def test_pages_that_lead_nowhere():
@@ -191,9 +168,6 @@ def test_pages_that_lead_nowhere():
     loop = data[:4] + struct.pack("<I", 4) + data[8:]
     with pytest.raises(ImageError, match="photo: "):
         load_image(loop, "photo")
-
-
-# ---------------------------------------------------------------- JPEG
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)

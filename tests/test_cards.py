@@ -96,9 +96,7 @@ class TestTheEditor:
 class TestDeleting:
     @pytest.fixture
     def actions(self, saved):
-        from lib_pulid.webui.actions import Actions
-
-        return Actions(saved.library, lambda name: "sdxl")
+        return saved.actions()
 
     def test_at_the_second_click_with_all_beside_it(self, saved, actions):
         folder = saved.library.identities.folder

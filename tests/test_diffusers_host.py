@@ -321,11 +321,6 @@ def test_a_step_cache_that_keeps_blocks_is_refused(bases, adapters):
     assert torch.equal(draw(base), before)
 
 
-def test_flux_without_true_cfg(bases, calls):
-    draw(bases["flux"], [])
-    assert calls.is_cond == [True] * STEPS
-
-
 TRUE_CFG = {"true_cfg_scale": 3.0, **negative()}
 
 

@@ -21,6 +21,7 @@ import time
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,13 @@ def get(wanted: Download, tell=lambda done, total, note: None, policy: RetryPoli
 
 def files(wanted: Download) -> list[str]:
     return sorted(path.name for path in wanted.target.parent.iterdir())
+
+
+def fails(wanted: Download, words: str, **how: Any) -> None:
+    """With an error, and nothing is kept."""
+    with pytest.raises(DownloadError, match=words):
+        get(wanted, **how)
+    assert files(wanted) == []
 
 
 def is_whole(wanted: Download) -> bool:
@@ -120,19 +128,27 @@ def test_stopped_by_the_caller_and_taken_up_again(server, wanted):
     assert server.asked[-1].range == f"bytes={there}-"
 
 
-@pytest.mark.parametrize("how", [file_server.no_ranges, file_server.from_another_byte])
+@pytest.mark.parametrize(
+    "how",
+    [(cut(200_000), file_server.no_ranges), (cut(200_000), file_server.from_another_byte), (chunked(200_000),)],
+    ids=["no ranges", "from another byte", "ends without having said how much it is"],
+)
 def test_a_server_that_does_not_go_on_where_it_should(server, wanted, how):
-    server.misbehave(cut(200_000), how)
+    server.misbehave(*how)
     get(wanted)
     assert is_whole(wanted)
     assert server.asked[1].range.startswith("bytes=")
 
 
-@pytest.mark.parametrize("rest", [DATA + b"more", b"x" * 1000, DATA[:-1] + b"?"], ids=["longer", "damaged", "whole"])
-def test_a_damaged_rest_of_an_earlier_run(server, wanted, rest):
+@pytest.mark.parametrize(
+    ("rest", "size_known"),
+    [(DATA + b"more", True), (b"x" * 1000, True), (DATA[:-1] + b"?", True), (DATA * 2, True), (DATA * 2, False)],
+    ids=["longer", "damaged", "whole", "much longer", "much longer, size not known"],
+)
+def test_a_damaged_rest_of_an_earlier_run(server, wanted, rest, size_known):
     wanted.part.parent.mkdir()
     wanted.part.write_bytes(rest)
-    get(wanted)
+    get(wanted if size_known else replace(wanted, size=0))
     assert is_whole(wanted)
     assert server.asked[-1].range == ""
 
@@ -145,51 +161,14 @@ def test_a_rest_that_is_complete_is_only_checked(server, wanted):
     assert server.asked == []
 
 
-@pytest.mark.parametrize("size_known", [True, False])
-def test_a_rest_longer_than_the_file(server, wanted, size_known):
-    wanted.part.parent.mkdir()
-    wanted.part.write_bytes(DATA * 2)
-    get(wanted if size_known else replace(wanted, size=0))
-    assert is_whole(wanted)
-
-
 def test_wrong_bytes(server, wanted):
     server.misbehave(other_bytes, other_bytes)
-    with pytest.raises(DownloadError, match=f"what was received is not the file.* instead of {SUM[:8]}"):
-        get(wanted)
-    assert files(wanted) == []
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        (length(len(DATA) + 1), "another file there, of 500,001 bytes instead of 500,000"),
-        (length(1000), "another file there, of 1,000 bytes instead of 500,000"),
-        (length(1000, html=True), "a web page: a login or an error"),
-        (chunked(len(DATA) + 1), "sends more than the 500,000 bytes"),
-        (chunked(len(DATA) * 2), "sends more than the 500,000 bytes"),
-    ],
-)
-def test_a_server_that_lies_about_the_size(server, wanted, how, words):
-    server.misbehave(*[how] * 9)
-    with pytest.raises(DownloadError, match=words):
-        get(wanted)
-    assert files(wanted) == []
-    assert len(server.asked) == 1
-
-
-def test_a_server_that_ends_too_early_without_having_said_how_much_it_is(server, wanted):
-    server.misbehave(chunked(200_000))
-    get(wanted)
-    assert is_whole(wanted)
-    assert server.asked[1].range.startswith("bytes=")
+    fails(wanted, f"what was received is not the file.* instead of {SUM[:8]}")
 
 
 def test_nothing_that_cannot_be_checked_is_taken(server, wanted):
     server.misbehave(chunked(1000))
-    with pytest.raises(DownloadError, match="does not say how large"):
-        get(replace(wanted, size=0, sha256=""))
-    assert files(wanted) == []
+    fails(replace(wanted, size=0, sha256=""), "does not say how large")
 
 
 def test_a_stall_is_noticed_and_overcome(server, wanted):
@@ -203,36 +182,31 @@ def test_a_stall_is_noticed_and_overcome(server, wanted):
 def test_a_server_that_never_answers(wanted):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        with pytest.raises(DownloadError, match="connection failed .*time"):
-            get(replace(wanted, url=f"http://127.0.0.1:{port}/a.bin"), policy=replace(QUICK, timeout=0.4))
-    assert files(wanted) == []
+        address = f"http://127.0.0.1:{port}/a.bin"
+        fails(replace(wanted, url=address), "connection failed .*time", policy=replace(QUICK, timeout=0.4))
 
 
 def test_no_network(wanted):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with pytest.raises(DownloadError, match="connection failed .*(refused|connect)"):
-        get(replace(wanted, url=f"http://127.0.0.1:{port}/a.bin"))
-    assert files(wanted) == []
+    fails(replace(wanted, url=f"http://127.0.0.1:{port}/a.bin"), "connection failed .*(refused|connect)")
 
 
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        (status(404), "answers 404 Not Found: it has no such file"),
-        (status(410), "answers 410 Gone: it has no such file"),
-        (status(403), "answers 403 Forbidden: the file is gated or private.* HF_TOKEN"),
-        (status(401, X_Error_Message="Access to it is restricted"), "answers 401 Access to it is restricted: "),
-        (status(451), "answers 451"),
-        (status(429, Retry_After="3600"), "asks to wait 3600 seconds"),
-        (status(503, Retry_After="Wed, 21 Oct 2099 07:28:00 GMT"), r"asks to wait \d{5,} seconds"),
-    ],
-)
-def test_a_refusal_is_final(server, wanted, how, words):
+@pytest.mark.parametrize(("how", "words"), [
+    (length(len(DATA) + 1), "another file there, of 500,001 bytes instead of 500,000"),
+    (length(1000), "another file there, of 1,000 bytes instead of 500,000"),
+    (length(1000, html=True), "a web page: a login or an error"),
+    (chunked(len(DATA) + 1), "sends more than the 500,000 bytes"),
+    (chunked(len(DATA) * 2), "sends more than the 500,000 bytes"),
+    (status(404), "answers 404 Not Found: it has no such file"), (status(410), "answers 410 Gone: it has no such file"),
+    (status(403), "answers 403 Forbidden: the file is gated or private.* HF_TOKEN"),
+    (status(401, X_Error_Message="Access to it is restricted"), "answers 401 Access to it is restricted: "),
+    (status(451), "answers 451"), (status(429, Retry_After="3600"), "asks to wait 3600 seconds"),
+    (status(503, Retry_After="Wed, 21 Oct 2099 07:28:00 GMT"), r"asks to wait \d{5,} seconds"),
+])  # fmt: skip
+def test_a_refusal_or_a_lie_about_the_size_is_final(server, wanted, how, words):
     server.misbehave(*[how] * 9)
-    with pytest.raises(DownloadError, match=words):
-        get(wanted)
-    assert files(wanted) == []
+    fails(wanted, words)
     assert len(server.asked) == 1
 
 
@@ -272,9 +246,7 @@ def test_a_token_that_has_expired_is_left_out(server, wanted):
 def test_a_disk_that_is_too_small(server, wanted, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 499_999, 499_999))
-    with pytest.raises(DownloadError, match=r"not enough disk space: 500 kB free in .*models, 500 kB needed"):
-        get(wanted)
-    assert files(wanted) == []
+    fails(wanted, r"not enough disk space: 500 kB free in .*models, 500 kB needed")
     wanted.part.write_bytes(DATA[:200])  # what is there already needs no room
     get(wanted)
     assert is_whole(wanted)
@@ -284,9 +256,7 @@ def test_a_disk_that_is_too_small(server, wanted, monkeypatch):
 def test_a_disk_that_becomes_full(server, wanted):
     wanted.part.parent.mkdir()
     wanted.part.symlink_to("/dev/full")  # really ENOSPC
-    with pytest.raises(DownloadError, match=r"the disk is full \(.*models\)"):
-        get(wanted)
-    assert files(wanted) == []
+    fails(wanted, r"the disk is full \(.*models\)")
 
 
 def test_a_folder_that_cannot_be_written(server, wanted):
@@ -454,27 +424,18 @@ def put(path: Path, data: bytes = b"1234") -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/pulid"),
-        ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/pulid/pulid"),
-        ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/clip"),
-        ("EVA02_CLIP_L_336_psz14_s6B.pt", "models"),
-        ("EVA02_CLIP_L_336_psz14_s6B.pt", "home/models--QuanSun--EVA-CLIP/snapshots/11afd202"),
-        ("EVA02_CLIP_L_336_psz14_s6B.pt", "home/hub/checkpoints"),
-        ("glintr100.onnx", "models/insightface/models/antelopev2"),
-        ("glintr100.onnx", "models/insightface/models/antelopev2/antelopev2"),
-        ("glintr100.onnx", "models/antelopev2"),
-        ("glintr100.onnx", "models/antelopev2/antelopev2"),
-        ("scrfd_10g_bnkps.onnx", "home/.insightface/models/antelopev2"),
-        ("detection_Resnet50_Final.pth", "models/GFPGAN"),
-        ("detection_Resnet50_Final.pth", "models/facexlib/facexlib"),
-        ("parsing_bisenet.pth", "home/hub/checkpoints"),
-        ("ip-adapter_pulid_sdxl_fp16.safetensors", "models/ControlNet"),
-        ("ip-adapter_pulid_sdxl_fp16.safetensors", "extensions/sd-webui-controlnet/models"),
-    ],
-)
+@pytest.mark.parametrize(("name", "place"), [
+    ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/pulid"), ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/pulid/pulid"),
+    ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/clip"), ("EVA02_CLIP_L_336_psz14_s6B.pt", "models"),
+    ("EVA02_CLIP_L_336_psz14_s6B.pt", "home/models--QuanSun--EVA-CLIP/snapshots/11afd202"),
+    ("EVA02_CLIP_L_336_psz14_s6B.pt", "home/hub/checkpoints"),
+    ("glintr100.onnx", "models/insightface/models/antelopev2"),
+    ("glintr100.onnx", "models/insightface/models/antelopev2/antelopev2"), ("glintr100.onnx", "models/antelopev2"),
+    ("glintr100.onnx", "models/antelopev2/antelopev2"), ("scrfd_10g_bnkps.onnx", "home/.insightface/models/antelopev2"),
+    ("detection_Resnet50_Final.pth", "models/GFPGAN"), ("detection_Resnet50_Final.pth", "models/facexlib/facexlib"),
+    ("parsing_bisenet.pth", "home/hub/checkpoints"), ("ip-adapter_pulid_sdxl_fp16.safetensors", "models/ControlNet"),
+    ("ip-adapter_pulid_sdxl_fp16.safetensors", "extensions/sd-webui-controlnet/models"),
+])  # fmt: skip
 def test_files_are_found_where_others_keep_them(tmp_path, name, place):
     file = catalog.named(name)
     assert catalog.status(file, tmp_path / "models").path is None
@@ -514,18 +475,6 @@ def test_what_is_wrong_with_a_file(one, tmp_path):
     assert problem(damaged) == ""
     assert problem(damaged, verify=no_progress).startswith(f"{path} is damaged: its checksum is ")
     assert problem(damaged, replace(one, sha256="", size=0), no_progress) == ""
-
-
-def test_states(one, tmp_path):
-    """Of a file that is missing, right, of another size, and somebody else's."""
-    contents = {"missing": None, "there": DATA, "differs": DATA[:-1]}
-    for state, content in contents.items():
-        if content is not None:
-            put(tmp_path / "a.bin", content)
-        found = catalog.status(one, tmp_path)
-        assert (found.state, found.usable) == (state, content is not None)
-    put(tmp_path / "a.bin", b"1234567")
-    assert not catalog.status(one, tmp_path).usable
 
 
 def test_another_recogniser_under_the_name_is_refused(one, tmp_path):

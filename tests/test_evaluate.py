@@ -140,18 +140,11 @@ def two_endings(folder: Path) -> None:
     photo(folder / "ben.webp")
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda folder: None, "has to be a folder"),
-        (photo, "has to be a folder"),
-        (empty, "has no photos"),
-        (empty_person, "anna has no photos"),
-        (twice, "the same name for two people"),
-        (two_endings, "the same name for two people"),
-    ],
-    ids=["missing", "a file", "empty", "empty person", "photo and folder", "two endings"],
-)
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda folder: None, "has to be a folder"), (photo, "has to be a folder"), (empty, "has no photos"),
+    (empty_person, "anna has no photos"), (twice, "the same name for two people"),
+    (two_endings, "the same name for two people"),
+], ids=["missing", "a file", "empty", "empty person", "photo and folder", "two endings"])  # fmt: skip
 def test_a_folder_that_cannot_be_used(tmp_path, make, words):
     folder = tmp_path / "people.png"
     make(folder)
@@ -292,32 +285,28 @@ def one(panel):
     return rows, {line.weight: line for line in report.summarize(rows)}
 
 
-def test_likeness_is_the_angle_to_the_reference(one):
-    _, lines = one
-    assert [lines[w].figures["likeness, seer"] for w in (0, 0.5, 1)] == pytest.approx([0, cos(pi / 4), 1], abs=1e-6)
-    own = [lines[w].figures[f"likeness, {OWN}"] for w in (0, 0.5, 1)]
-    assert own == pytest.approx([cos(pi / 4), cos(pi * 22 / 180), 1], abs=1e-2)
+# The prompt's style is 1; the reference has round glasses. At weight 1 the image is the reference; at 0 and 0.5 it is
+# beyond the target. The background moves by 10 levels with the weight, by 20 with the seed.
+FIGURES = {
+    "likeness, seer": pytest.approx([0, cos(pi / 4), 1], abs=1e-6),
+    f"likeness, {OWN}": pytest.approx([cos(pi / 4), cos(pi * 22 / 180), 1], abs=1e-2),
+    "copy-paste, seer": pytest.approx([-1, -1, 1], abs=1e-2), "change": pytest.approx([0, 5 / 255, 10 / 255]),
+    "trait glasses": [0, 1, 1], "prompt kept": [1, 1, 0], "prompt kept / without's": [1, 1, 0],
+}  # fmt: skip
 
 
-def test_copy_paste_is_measured_against_the_other_photo(one):
-    """At weight 1 the image is the reference; at 0 and 0.5 it is beyond the target."""
-    assert [one[1][w].figures["copy-paste, seer"] for w in (0, 0.5, 1)] == pytest.approx([-1, -1, 1], abs=1e-2)
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_at_weights_0_and_half_and_1(one, name):
+    assert [one[1][weight].figures[name] for weight in (0, 0.5, 1)] == FIGURES[name]
 
 
-def test_change_is_that_outside_the_head(one):
-    """The background moves by 10 levels with the weight, by 20 with the seed; the faces differ by far more."""
-    _, lines = one
-    assert [lines[w].figures["change"] for w in (0, 0.5, 1)] == pytest.approx([0, 5 / 255, 10 / 255])
-    assert lines[1].figures["change / another seed's"] == pytest.approx(0.5)
+def test_change_beside_another_seeds(one):
+    assert one[1][1].figures["change / another seed's"] == pytest.approx(0.5)
 
 
-def test_traits_and_prompt_are_read_off_the_image(one, panel):
-    """The reference has round glasses, ben's other photo none; the prompt's style is 1."""
-    _, lines = one
-    assert [lines[w].figures["trait glasses"] for w in (0, 0.5, 1)] == [0, 1, 1]
+def test_traits_on_two_photos(panel):
+    """The reference has round glasses, ben's other photo none."""
     assert traits_on_photos(read_sitters([subject(), subject("ben", 30)], panel)) == {"glasses": 0.5}
-    assert [lines[w].figures["prompt kept"] for w in (0, 0.5, 1)] == [1, 1, 0]
-    assert [lines[w].figures["prompt kept / without's"] for w in (0, 0.5, 1)] == [1, 1, 0]
 
 
 def test_weight_0_is_the_image_without_and_painted_once(one):
@@ -484,19 +473,12 @@ def test_variants_and_files():
     assert options.named_file("x/a.bin") == ("a", Path("x/a.bin"))
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("loose", "has to be like"),
-        (":num_zero=1", "has to be like"),
-        ("a:num_zero", "has to be like"),
-        ("a:num_zer=1", "did you mean num_zero"),
-        ("a:num_zero=81", "81 is out of range; use 0 to 80"),
-        ("a:num_zero=many", "'many' is not a number"),
-        ("a:projection=up", "is not one of"),
-        ("a:weight=1", "cannot be compared"),
-    ],
-)
+@pytest.mark.parametrize(("text", "words"), [
+    ("loose", "has to be like"), (":num_zero=1", "has to be like"), ("a:num_zero", "has to be like"),
+    ("a:num_zer=1", "did you mean num_zero"), ("a:num_zero=81", "81 is out of range; use 0 to 80"),
+    ("a:num_zero=many", "'many' is not a number"), ("a:projection=up", "is not one of"),
+    ("a:weight=1", "cannot be compared"),
+])  # fmt: skip
 def test_a_variant_that_cannot_be(text, words):
     with pytest.raises(SettingError, match=words):
         options.variant(text)
@@ -572,16 +554,11 @@ def test_clip_figures_of_a_trial(panel, clip_folder):
     assert "CLIP-T" in report.table(report.summarize(rows), ["seer"])
 
 
-@pytest.mark.parametrize(
-    ("source", "error", "words"),
-    [
-        ("{tmp}/gone", MissingWeightsError, "--clip: nothing found at"),
-        ("{tmp}/file.pt", SettingError, "ViT-L-14=FILE"),
-        ("ViT-L-14={tmp}", SettingError, "ViT-L-14=FILE"),
-        ("ViT-Q={tmp}/file.pt", SettingError, "no architecture ViT-Q"),
-        ("{tmp}", WrongWeightsError, "cannot be opened as CLIP"),
-    ],
-)
+@pytest.mark.parametrize(("source", "error", "words"), [
+    ("{tmp}/gone", MissingWeightsError, "--clip: nothing found at"), ("{tmp}/file.pt", SettingError, "ViT-L-14=FILE"),
+    ("ViT-L-14={tmp}", SettingError, "ViT-L-14=FILE"), ("ViT-Q={tmp}/file.pt", SettingError, "no architecture ViT-Q"),
+    ("{tmp}", WrongWeightsError, "cannot be opened as CLIP"),
+])  # fmt: skip
 def test_a_clip_that_cannot_be_opened(tmp_path, source, error, words):
     (tmp_path / "file.pt").write_bytes(b"nothing")
     with pytest.raises(error, match=words):

@@ -211,21 +211,12 @@ def test_a_single_face(models):
     assert (face.features[0, :, :60] == 1).all()  # the ellipse parser's background
 
 
-@pytest.mark.parametrize(
-    ("choice", "who"),
-    [
-        (FaceChoice(), "left"),
-        (FaceChoice("largest", 1), "right"),
-        (FaceChoice("smallest"), "middle"),
-        (FaceChoice("left-to-right", 0), "left"),
-        (FaceChoice("left-to-right", 2), "right"),
-        (FaceChoice("right-to-left"), "right"),
-        (FaceChoice("top-to-bottom", 1), "middle"),
-        (FaceChoice("bottom-to-top"), "right"),
-        (FaceChoice("center"), "middle"),
-        (FaceChoice("center", 2), "left"),
-    ],
-)
+@pytest.mark.parametrize(("choice", "who"), [
+    (FaceChoice(), "left"), (FaceChoice("largest", 1), "right"), (FaceChoice("smallest"), "middle"),
+    (FaceChoice("left-to-right", 0), "left"), (FaceChoice("left-to-right", 2), "right"),
+    (FaceChoice("right-to-left"), "right"), (FaceChoice("top-to-bottom", 1), "middle"),
+    (FaceChoice("bottom-to-top"), "right"), (FaceChoice("center"), "middle"), (FaceChoice("center", 2), "left"),
+])  # fmt: skip
 def test_the_same_person_in_both_detectors(models, choice, who):
     image = group()
     face = read_face(image, models, choice)

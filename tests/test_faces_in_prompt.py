@@ -90,19 +90,15 @@ class TestATag:
 
 
 class TestNeverAStranger:
-    @pytest.mark.parametrize(
-        ("prompt", "words"),
-        [
-            ("<pulid:ana>", r"tag 1, field identity: ana is not in .*Did you mean anna\?"),
-            ("<pulid:zzzzz>", "zzzzz is not in .*Saved identities: anna, ben"),
-            ("<pulid:anna><pulid:ben:9>", "tag 2, field weight: 9.0 is out of range"),
-            ("<pulid:anna", "not complete"),
-            ("<pulid:anna:start=0.5:end=0.4>", "tag 1, field start"),
-            ("<pulid:anna:start=0.9>", "tag 1, field start: PuLID would never be active"),
-            ("<pulid:anna:preset=realistic>", "tag 1, field preset: realistic is for FLUX"),
-            ("<pulid:anna>" * 11, "11 people are too many"),
-        ],
-    )
+    @pytest.mark.parametrize(("prompt", "words"), [
+        ("<pulid:ana>", r"tag 1, field identity: ana is not in .*Did you mean anna\?"),
+        ("<pulid:zzzzz>", "zzzzz is not in .*Saved identities: anna, ben"),
+        ("<pulid:anna><pulid:ben:9>", "tag 2, field weight: 9.0 is out of range"), ("<pulid:anna", "not complete"),
+        ("<pulid:anna:start=0.5:end=0.4>", "tag 1, field start"),
+        ("<pulid:anna:start=0.9>", "tag 1, field start: PuLID would never be active"),
+        ("<pulid:anna:preset=realistic>", "tag 1, field preset: realistic is for FLUX"),
+        ("<pulid:anna>" * 11, "11 people are too many"),
+    ])  # fmt: skip
     def test_what_is_wrong_ends_the_request(self, saved, prompt, words):
         with pytest.raises(PulidError, match=words):
             with_prompt(saved, prompt)

@@ -85,19 +85,6 @@ def check_the_end(host: Host, stage: Stage, fault: str, pictures: Any, error: An
         assert str(error) == "injected"
 
 
-def test_a_request_that_ends_between_two_stages(host):
-    """The hosts read the prompt after process_batch, and tell nobody when that fails: nothing was put in before."""
-    plain, faced = expected(host)
-    p = host.processing()
-    host.ui.hook("process", host.script, p, *TWO)
-    host.ui.hook("process_batch", host.script, p, *TWO)
-    assert host.left_behind() == []
-    other = host.processing(batches=2)
-    assert same([other.sample(), other.sample()], plain)  # another extension's, without scripts
-    assert host.left_behind() == []
-    assert same(host.generate(TWO, batches=2), faced)
-
-
 def is_free(lock: Any) -> bool:
     taken: list[bool] = []
     thread = threading.Thread(target=lambda: taken.append(lock.acquire(timeout=1) and not lock.release()))
@@ -117,9 +104,6 @@ def test_reload_ui_lets_go_of_what_was_loaded(host):
         host.start_anew()
     gc.collect()
     assert [one() for one in gone] == [None] * 3
-
-
-# ---------------------------------------------------------------- the process is killed
 
 
 def killed_in_a_child(work: Callable[[], None]) -> None:
@@ -203,9 +187,6 @@ class TestKill:
         assert same(host.generate(TWO), faced[:1])
 
 
-# ---------------------------------------------------------------- not enough memory
-
-
 def onnx_error(text: str) -> Exception:
     state = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
     return state.RuntimeException(f"[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code: {text}")
@@ -222,11 +203,8 @@ LACKS: dict[str, Callable[[], Exception]] = {
     "Python": lambda: MemoryError(),
 }
 OTHERS = [
-    RuntimeError("CUDA error: device-side assert triggered"),
-    ValueError("memory"),
-    KeyError("x"),
-    PulidError("no"),
-]
+    RuntimeError("CUDA error: device-side assert triggered"), ValueError("memory"), KeyError("x"), PulidError("no"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("lack", LACKS)
@@ -295,15 +273,13 @@ def test_another_fault_of_the_gpu_is_no_reason_to_move(host, monkeypatch):
 
 
 def test_previews_tell_it_too(host, monkeypatch):
-    from lib_pulid.webui.actions import Actions
     from lib_pulid.webui.routes import detect
 
     Gpu(host, monkeypatch, "detect", LACKS["CUDA"]())
     assert "read on the CPU" in detect({"images": [PHOTOS["anna"]]}, host.library)["photos"][0]["warnings"][-1]
-    actions = Actions(host.library, lambda name: "sdxl")
     images = json.dumps([PHOTOS["anna"]])
-    assert "read on the CPU" in actions.preview(images, "None", "largest", 0)[1]
-    assert "read on the CPU" in actions.save("Anna", images, "auto", "largest", 0, "official")[2]
+    assert "read on the CPU" in host.actions().preview(images, "None", "largest", 0)[1]
+    assert "read on the CPU" in host.actions().save("Anna", images, "auto", "largest", 0, "official")[2]
 
 
 def test_what_would_help_is_told_as_the_host_calls_it(host, monkeypatch):

@@ -41,18 +41,11 @@ def test_hires_fix_to_another_aspect_ratio() -> None:
     assert frame_of(p, hires=True) == (0.125, 0, 0.875, 1)
 
 
-@pytest.mark.parametrize(
-    ("mode", "size", "frame"),
-    [
-        (0, (200, 100), WHOLE),
-        (1, (100, 100), WHOLE),
-        (1, (200, 100), (0.25, 0, 0.75, 1)),
-        (1, (100, 200), (0, 0.25, 1, 0.75)),
-        (2, (200, 100), (0, -0.5, 1, 1.5)),
-        (2, (100, 200), (-0.5, 0, 1.5, 1)),
-        (3, (200, 100), WHOLE),
-    ],
-)
+@pytest.mark.parametrize(("mode", "size", "frame"), [
+    (0, (200, 100), WHOLE), (1, (100, 100), WHOLE), (1, (200, 100), (0.25, 0, 0.75, 1)),
+    (1, (100, 200), (0, 0.25, 1, 0.75)), (2, (200, 100), (0, -0.5, 1, 1.5)), (2, (100, 200), (-0.5, 0, 1.5, 1)),
+    (3, (200, 100), WHOLE),
+])  # fmt: skip
 def test_resize_modes(mode: int, size: tuple[int, int], frame: tuple[float, ...]) -> None:
     assert frame_of(processing(size, resize_mode=mode), hires=False) == frame
 
@@ -127,9 +120,6 @@ def test_batches_of_files_without_a_script() -> None:
     p = chosen("sd_upscale.py", replaced=True)
     p.script_args = (0,)
     assert frame_of(p, hires=False) == WHOLE
-
-
-# ---------------------------------------------------------------- the mask there
 
 
 def test_the_whole_mask_is_itself() -> None:

@@ -6,7 +6,6 @@ is found again; a failure leaves the file that made it in the test's folder.
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import struct
@@ -34,10 +33,11 @@ from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
 from tests.face_standins import write_arcface, write_scrfd
 from tests.small_models import pulid_files
+from tests.small_models.images import encoded
 from tests.test_bad_files import hostile, peak
 from tests.test_checkpoint_header import gguf
 from tests.test_identity import an_identity
-from tests.test_weights import tower_state
+from tests.test_weights import pickled, tower_state
 
 TIMES = int(os.environ.get("PULID_FUZZ", "1"))
 SLOWEST = 10.0  # seconds of computing for one file
@@ -101,9 +101,6 @@ def quiet():
         yield
 
 
-# ---------------------------------------------------------------- images
-
-
 def pictures() -> list[tuple[str, bytes]]:
     rng = np.random.default_rng(3)
     colour = Image.fromarray(rng.integers(0, 256, (24, 31, 3), dtype=np.uint8))
@@ -123,12 +120,7 @@ def pictures() -> list[tuple[str, bytes]]:
         ("TIFF", colour.convert("F").point(lambda x: x / 255), {}), ("JPEG2000", colour, {}),
     ]  # fmt: skip
     kinds += [("AVIF", colour, {})] if features.check("avif") else []
-    made = []
-    for number, (kind, image, options) in enumerate(kinds):
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        made.append((f"{number}.{kind.lower()}", buffer.getvalue()))
-    return made
+    return [(f"{n}.{kind.lower()}", encoded(image, kind, **options)) for n, (kind, image, options) in enumerate(kinds)]
 
 
 def test_damaged_images(tmp_path, monkeypatch):
@@ -142,9 +134,6 @@ def test_damaged_images(tmp_path, monkeypatch):
         assert region.min() >= 0 and region.max() <= 1
 
     assert fuzz(pictures(), read, tmp_path, 1000, seed=1) > 500
-
-
-# ---------------------------------------------------------------- weights
 
 
 WEIGHTS = pulid_files((8, 8), 24, 2)
@@ -173,9 +162,7 @@ def test_damaged_pickles(tmp_path):
     trap, corpus = tmp_path / "executed", []
     for name, state in {**WEIGHTS, "eva": tower_state()}.items():
         for legacy in (False, True):
-            buffer = io.BytesIO()
-            torch.save(state, buffer, _use_new_zipfile_serialization=not legacy)
-            corpus.append((f"{name}{legacy}.bin", buffer.getvalue()))
+            corpus.append((f"{name}{legacy}.bin", pickled(state, _use_new_zipfile_serialization=not legacy)))
     others = [hostile(form, call, trap) for form in ("zip", "legacy", "bare", "tar") for call in ("os.system", "exec")]
 
     def read(path: Path) -> None:
@@ -217,9 +204,6 @@ def test_damaged_onnx(tmp_path):
         (InsightFaceDetector if path.name.startswith("scrfd") else ArcFaceRecogniser)(path)
 
     assert fuzz(corpus, read, tmp_path, 100, seed=6) > 50
-
-
-# ---------------------------------------------------------------- heads of checkpoints
 
 
 DEEP_LIST = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)

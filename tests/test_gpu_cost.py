@@ -24,21 +24,18 @@ HALF = partial(torch.empty, dtype=torch.float16, device="cuda")
 # name -> what is called with two [1000, 64] tensors of 128,000 bytes; kernels, stalls, bytes in units of these
 OPERATIONS: dict[str, tuple[Callable[[Tensor, Tensor], object], int, int, float]] = {
     "views": (lambda x, y: x.view(10, 100, 64).transpose(0, 1)[:5].unsqueeze(0).expand(3, -1, -1, -1), 0, 0, 0),
-    "sum of two": (lambda x, y: x + y, 1, 0, 3),
-    "in place": (lambda x, y: x.add_(y), 1, 0, 3),
+    "sum of two": (lambda x, y: x + y, 1, 0, 3), "in place": (lambda x, y: x.add_(y), 1, 0, 3),
     "into a tensor": (lambda x, y: torch.mul(x, y, out=torch.empty_like(x)), 1, 0, 3),
     "to float32": (lambda x, y: x.float(), 1, 0, 3),
     "repeated rows are read once": (lambda x, y: x[:1].expand(SIZE, -1) + y, 1, 0, 2.001),
-    "zeros": (lambda x, y: torch.zeros_like(x), 1, 0, 1),
-    "overwritten": (lambda x, y: x.copy_(y), 1, 0, 2),
+    "zeros": (lambda x, y: torch.zeros_like(x), 1, 0, 1), "overwritten": (lambda x, y: x.copy_(y), 1, 0, 2),
     "product": (lambda x, y: x.T @ y, 1, 0, 2.064),
     "product added to a matrix": (lambda x, y: torch.addmm(x[:64], x.T, y), 2, 0, 2.064 + 3 * 0.064),
     "product added in place": (lambda x, y: x[:64].addmm_(x.T, y), 1, 0, 2.064 + 0.064),
     "product in the place of another": (lambda x, y: x[None, :64].baddbmm_(x.T[None], y[None], beta=0), 1, 0, 2.064),
-    "a list as index": (lambda x, y: x[[1, 0]], 1, 1, 0.004 + 1),
-    "to the host": (lambda x, y: x.cpu(), 0, 1, 1),
+    "a list as index": (lambda x, y: x[[1, 0]], 1, 1, 0.004 + 1), "to the host": (lambda x, y: x.cpu(), 0, 1, 1),
     "attention": (lambda x, y: nn.functional.scaled_dot_product_attention(*(x.view(1, 2, 500, 64),) * 3), 1, 0, 4),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -149,9 +146,6 @@ def test_the_command(capsys):
     assert told["kept"] == bench.kept() and told["torch"] == torch.__version__
     assert cli.main(["bench", "speed"]) == 1
     assert "counts, kept, sites, steps, photos" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------- FLUX: in place or on a copy
 
 
 class Stream(nn.Module):

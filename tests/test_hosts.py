@@ -182,27 +182,6 @@ def test_a_switch_to_an_unsupported_model_ends_the_generation(kind, p):
         kind.run(p, RandomPlan(), before_step=switch(p, UNet(768, SD1_BLOCKS), "old-model"))
 
 
-# ---------------------------------------------------------------- ends
-
-
-class Interrupted(BaseException):
-    """Not an Exception: PyTorch does not call the hooks that are always called."""
-
-
-@pytest.mark.parametrize("error", [RuntimeError, Interrupted])
-def test_nothing_stays_after_an_error_in_the_denoiser(kind, p, error):
-    def fail(*_: Any) -> None:
-        raise error
-
-    before = kind.run(p)
-    failing = kind.denoiser(p).last.register_forward_pre_hook(fail)
-    with pytest.raises(error):
-        kind.run(p, RandomPlan())
-    failing.remove()
-    assert kind.left(p) == 0
-    assert same(kind.run(p), before)
-
-
 def test_the_plans_error_comes_out_of_the_denoiser_and_meets_nobody_else(kind, p):
     other = kind.processing(kind.denoiser(p))
     hosts.current().start(p, RandomPlan(error=PulidError("unit 2: no")))

@@ -51,20 +51,20 @@ def test_rows(p, together, pictures, ands, lengths, skip_uncond):
         assert changed == [True] * len(conds) + uncond
 
 
-def test_rows_of_tiles_that_repeat_the_stack(p):
-    """A tiling extension calls the UNet with [tile 0: cond, uncond, tile 1: cond, uncond]."""
-    seen = []
-    unet = p.sd_model.model.diffusion_model
-    run = host()
-    run.start(p, RandomPlan())
-    denoiser = Denoiser(p, total_steps=1)
+def begin(p, plan: RandomPlan) -> torch.nn.Module:
+    """A pass of two rows has begun. Returns the UNet."""
     from modules import script_callbacks
 
-    params = SimpleNamespace(
-        x=torch.zeros(2, 4, 8, 8), sigma=torch.ones(1), text_cond=text(), text_uncond=None, denoiser=denoiser
-    )
-    script_callbacks.cfg_denoiser_callback(params)
-    spy = unet.first.register_forward_hook(lambda *_: seen.append(run.running[0]._step.is_cond))
+    host().start(p, plan)
+    call = {"x": torch.zeros(2, 4, 8, 8), "sigma": torch.ones(1), "text_cond": text(), "text_uncond": None}
+    script_callbacks.cfg_denoiser_callback(SimpleNamespace(**call, denoiser=Denoiser(p, total_steps=1)))
+    return p.sd_model.model.diffusion_model
+
+
+def test_rows_of_tiles_that_repeat_the_stack(p):
+    """A tiling extension calls the UNet with [tile 0: cond, uncond, tile 1: cond, uncond]."""
+    seen, unet = [], begin(p, RandomPlan())
+    spy = unet.first.register_forward_hook(lambda *_: seen.append(host().running[0]._step.is_cond))
     for _ in range(2):
         unet(torch.randn(4, 4, 4, 4), None, torch.randn(4, 77, 2048))
     spy.remove()
@@ -73,13 +73,9 @@ def test_rows_of_tiles_that_repeat_the_stack(p):
 
 def test_masks_in_tiles_are_refused(p):
     """Tiled Diffusion calls the UNet with parts that do not tell where they lie."""
-    from modules import script_callbacks
-
-    host().start(p, RandomPlan(mask=torch.ones(4, 4)))
-    call = {"x": torch.zeros(2, 4, 8, 8), "sigma": torch.ones(1), "text_cond": text(), "text_uncond": None}
-    script_callbacks.cfg_denoiser_callback(SimpleNamespace(**call, denoiser=Denoiser(p, total_steps=1)))
+    unet = begin(p, RandomPlan(mask=torch.ones(4, 4)))
     with pytest.raises(SettingError, match="Field mask: .*Tiled Diffusion"):
-        p.sd_model.model.diffusion_model(torch.zeros(2, 4, 8, 4), None, text(77, 1, 2))
+        unet(torch.zeros(2, 4, 8, 4), None, text(77, 1, 2))
 
 
 def test_asks_once_for_each_pass(p):
@@ -119,19 +115,13 @@ def test_refuses_what_is_not_a_samplers_call(p):
         p.sd_model.model.diffusion_model(torch.zeros(2, 4, 8, 8), None, text(77, 1, 2))
 
 
-@pytest.mark.parametrize(
-    "model, message",
-    [
-        (UNet(768, SD1_BLOCKS), "Stable Diffusion 1.x"),
-        (UNet(1024, SD1_BLOCKS), "Stable Diffusion 2.x"),
-        (UNet(1280, SDXL_BLOCKS), "SDXL refiner"),
-        (UNet(2048, (12, 0, 22)), "shortened SDXL with 34 of 70"),
-        (UNet(64, SD1_BLOCKS), "unknown UNet, with text embeddings of width 64"),
-        (torch.nn.Linear(2, 2), "neither an SDXL UNet"),
-        (Flux(8, 38), "this model 8 and 38"),
-        (Flux(19, 37), "this model 19 and 37"),
-    ],
-)
+@pytest.mark.parametrize("model, message", [
+    (UNet(768, SD1_BLOCKS), "Stable Diffusion 1.x"), (UNet(1024, SD1_BLOCKS), "Stable Diffusion 2.x"),
+    (UNet(1280, SDXL_BLOCKS), "SDXL refiner"), (UNet(2048, (12, 0, 22)), "shortened SDXL with 34 of 70"),
+    (UNet(64, SD1_BLOCKS), "unknown UNet, with text embeddings of width 64"),
+    (torch.nn.Linear(2, 2), "neither an SDXL UNet"), (Flux(8, 38), "this model 8 and 38"),
+    (Flux(19, 37), "this model 19 and 37"),
+])  # fmt: skip
 def test_unsupported_models_are_named(modules, model, message):
     with pytest.raises(UnsupportedModelError, match=message):
         host().loaded_model(P(model, "x.safetensors"))
@@ -140,9 +130,6 @@ def test_unsupported_models_are_named(modules, model, message):
 def test_a_small_unet_with_all_of_the_sites(modules):
     """Whether its sizes fit is between it and the PuLID file."""
     assert host().loaded_model(P(UNet(64, SDXL_BLOCKS), "small.safetensors")).family == "sdxl"
-
-
-# ---------------------------------------------------------------- progress
 
 
 def shares(sampler: str, steps: int, calls: int, sigmas: list[float] | None = None) -> list[float]:
@@ -154,19 +141,16 @@ def shares(sampler: str, steps: int, calls: int, sigmas: list[float] | None = No
     return told
 
 
-def test_progress_is_the_share_of_calls():
-    assert shares("sample_euler", 4, 4) == [0, 0.25, 0.5, 0.75]
-    assert shares("sample_heun", 8, 7)[:3] == [0, 0.125, 0.25]  # two calls a step, which total_steps knows
-
-
-def test_progress_of_three_calls_a_step():
-    assert shares("sample_heunpp2", 4, 9)[::3] == [0, 0.25, 0.5]
+@pytest.mark.parametrize(("given", "every", "told"), [
+    (("sample_euler", 4, 4), 1, [0, 0.25, 0.5, 0.75]),
+    (("sample_heun", 8, 7), 1, [0, 0.125, 0.25]),  # two calls a step, which total_steps knows
+    (("sample_heunpp2", 4, 9), 3, [0, 0.25, 0.5]),  # three calls a step
+])  # fmt: skip
+def test_progress_is_the_share_of_calls(given, every, told):
+    assert shares(*given)[::every][: len(told)] == told
 
 
 def test_progress_without_a_number_of_steps_is_told_by_the_noise():
     told = shares("sample_dpm_adaptive", 2, 4, [14.6, 14.6, 1.0, 0.03])
     assert told[:2] == [0, 0] and 0.4 < told[2] < 0.7 and told[3] == pytest.approx(1)
-
-
-def test_progress_never_passes_one():
-    assert max(shares("somebody's", 2, 9)) == 1
+    assert max(shares("somebody's", 2, 9)) == 1  # never more

@@ -172,11 +172,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, old_file, wher
 # ---------------------------------------------------------------- files that are no identity
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(IdentityMismatchError, match=r"The saved identity x\.safetensors was not found in "):
-        Identity.load(tmp_path / "x.safetensors")
-
-
 def test_foreign_files(tmp_path, made):
     (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     torch.save({"cond": torch.zeros(1, 2, 3)}, tmp_path / "pickle.bin")
@@ -203,18 +198,14 @@ def test_a_later_version(tmp_path):
     assert Identity.load(saved(tmp_path / "x.safetensors")).info == {}
 
 
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"cond": torch.zeros(10, 64)},
-        {"cond": torch.zeros(2, 10, 64)},
-        {"uncond": torch.zeros(1, 9, 64)},
-        {"cond": normal(1, 1, 10, 64).index_fill(1, torch.tensor([9]), float("nan"))},
-        {"cond": normal(1, 1, 10, 64).index_fill(2, torch.tensor([0]), float("inf"))},
-        {"uncond": normal(1, 1, 10, 64).index_fill(1, torch.tensor([3]), float("nan"))},
-    ],
-    ids=["cond shape", "two persons", "uncond shape", "cond nan", "cond inf", "uncond nan"],
-)
+@pytest.mark.parametrize("tensors", [
+    {"cond": torch.zeros(10, 64)}, {"cond": torch.zeros(2, 10, 64)}, {"uncond": torch.zeros(1, 9, 64)},
+    {"cond": normal(1, 1, 10, 64).index_fill(1, torch.tensor([9]), float("nan"))},
+    {"cond": normal(1, 1, 10, 64).index_fill(2, torch.tensor([0]), float("inf"))},
+    {"uncond": normal(1, 1, 10, 64).index_fill(1, torch.tensor([3]), float("nan"))},
+    *({"cond": torch.zeros(1, 10, 64, dtype=dtype)} for dtype in (torch.int64, torch.float16, torch.bool)),
+], ids=["cond shape", "two persons", "uncond shape", "cond nan", "cond inf", "uncond nan", "int64", "float16", "bool"]
+)  # fmt: skip
 def test_damaged_tokens(tmp_path, tensors):
     with pytest.raises(IdentityMismatchError, match=r"x\.safetensors is damaged"):
         Identity.load(saved(tmp_path / "x.safetensors", **tensors))
@@ -271,12 +262,6 @@ def test_one_photo_is_the_same_in_every_fusion(made, fusion):
     identity = encode_identity(PHOTOS[:1], made["v1"], fusion=fusion)
     assert torch.equal(identity.cond, tokens(made["v1"], PHOTOS[0]))
     assert identity.info["fusion"] == fusion
-
-
-def test_the_main_photo_is_the_first(made):
-    forwards, backwards = (encode_identity(order, made["v1"]) for order in (PHOTOS, PHOTOS[::-1]))
-    assert torch.equal(backwards.cond[:, :10], tokens(made["v1"], PHOTOS[2]))
-    assert forwards.short_hash != backwards.short_hash
 
 
 @pytest.mark.parametrize("name", ["v1.1", "flux"])

@@ -13,20 +13,15 @@ from PIL import Image
 from lib_pulid import images
 from lib_pulid.errors import ImageError
 from lib_pulid.images import load_image, resize_long_edge, thumbnail
+from tests.small_models.images import encoded
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (12, 18, 3), dtype=np.uint8)
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def test_a_file_its_bytes_a_pil_image_and_an_array_are_the_same(tmp_path):
     path = tmp_path / "face.png"
-    path.write_bytes(encoded(Image.fromarray(PHOTO)))
+    path.write_bytes(encoded(PHOTO))
     for source in (path, str(path), path.read_bytes(), Image.open(path), PHOTO, PHOTO[:, ::-1][:, ::-1]):
         image = load_image(source)
         assert image.dtype == np.uint8 and image.flags.c_contiguous and image.flags.writeable
@@ -56,13 +51,13 @@ def test_exif_rotation_is_applied(orientation):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_is_no_reason_to_refuse_a_photo():
-    data = encoded(Image.fromarray(PHOTO), "PNG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff" + b"\x01" * 9)
+    data = encoded(PHOTO, "PNG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff" + b"\x01" * 9)
     np.testing.assert_array_equal(load_image(data), PHOTO)
 
 
 def test_grey_and_two_level_images():
     grey = PHOTO[:, :, 0]
-    for source in (grey, grey[:, :, None], Image.fromarray(grey), encoded(Image.fromarray(grey))):
+    for source in (grey, grey[:, :, None], Image.fromarray(grey), encoded(grey)):
         np.testing.assert_array_equal(load_image(source), np.repeat(grey[:, :, None], 3, axis=2))
     bits = Image.fromarray(grey > 127)
     assert bits.mode == "1"
@@ -75,9 +70,9 @@ def test_transparency_is_laid_over_white(alpha):
     rgba = np.dstack([PHOTO, np.full(PHOTO.shape[:2], alpha, np.uint8)])
     expected = np.rint(PHOTO * (alpha / 255) + 255 * (1 - alpha / 255))
     la = rgba[:, :, [0, 3]]
-    for source in (rgba, Image.fromarray(rgba), encoded(Image.fromarray(rgba))):
+    for source in (rgba, Image.fromarray(rgba), encoded(rgba)):
         np.testing.assert_allclose(load_image(source), expected, atol=0.5)
-    for source in (la, Image.fromarray(la), encoded(Image.fromarray(la))):
+    for source in (la, Image.fromarray(la), encoded(la)):
         np.testing.assert_allclose(load_image(source), np.repeat(expected[:, :, :1], 3, axis=2), atol=0.5)
 
 
@@ -197,8 +192,8 @@ def test_cmyk_and_premultiplied_alpha():
 def test_16_bit_greyscale_is_scaled_to_8_bit():
     deep = np.array([[0, 128, 129, 257, 32896, 65535]], np.uint16)
     expected = [0, 0, 1, 1, 128, 255]
-    sources = (deep, deep.astype(">u2"), Image.fromarray(deep), encoded(Image.fromarray(deep)))
-    for source in (*sources, encoded(Image.fromarray(deep), "TIFF"), Image.fromarray(deep.astype(np.int32))):
+    sources = (deep, deep.astype(">u2"), Image.fromarray(deep), encoded(deep))
+    for source in (*sources, encoded(deep, "TIFF"), Image.fromarray(deep.astype(np.int32))):
         image = load_image(source)
         assert image[0, :, 0].tolist() == expected and image.shape == (1, 6, 3)
 
@@ -271,7 +266,7 @@ def test_pixel_limit_is_checked_before_decoding(monkeypatch):
 
 
 def test_pil_bomb_error_becomes_an_image_error_and_its_warning_none(monkeypatch):
-    data = encoded(Image.fromarray(PHOTO))
+    data = encoded(PHOTO)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 18 * 12 - 1)

@@ -152,25 +152,22 @@ def test_hosts_do_not_know_each_other():
             assert others <= (shared if name not in shared else {"lib_pulid.hosts"}) | own.get(name, set()), name
 
 
-@pytest.mark.parametrize(
-    ("file", "line", "words"),
-    [
-        ("lib_pulid/errors.py", "from lib_pulid.images import load_image", "not below it"),
-        ("lib_pulid/encoders.py", "def f():\n    from lib_pulid import weights", "not below it"),
-        ("lib_pulid/faces.py", "from .weights import Adapter", "not below it"),
-        ("lib_pulid/injection.py", "import lib_pulid.hosts.diffusers", "not below it"),
-        ("lib_pulid/photos.py", "from lib_pulid.hosts import diffusers", "not below it"),
-        ("lib_pulid/hosts/diffusers.py", "from ..standalone import Workshop", "not below it"),
-        ("lib_pulid/hosts/diffusers.py", "from . import diffusers_base", "a circle: "),
-        ("lib_pulid/images.py", "def f():\n    from modules import shared", "know a host"),
-        ("lib_pulid/standalone.py", "import backend.memory_management", "know a host"),
-        ("lib_pulid/hosts/diffusers.py", "import gradio as gr", "knows gradio"),
-        ("lib_pulid/cli.py", "import gradio", "knows gradio"),
-        ("lib_pulid/attention.py", "from diffusers.models import attention", "know diffusers"),
-        ("lib_pulid/new.py", "from lib_pulid.errors import PulidError", "no place in LAYERS"),
-        ("lib_pulid/cli.py", "from lib_pulid.gone import x", "does not exist"),
-    ],
-)
+@pytest.mark.parametrize(("file", "line", "words"), [
+    ("lib_pulid/errors.py", "from lib_pulid.images import load_image", "not below it"),
+    ("lib_pulid/encoders.py", "def f():\n    from lib_pulid import weights", "not below it"),
+    ("lib_pulid/faces.py", "from .weights import Adapter", "not below it"),
+    ("lib_pulid/injection.py", "import lib_pulid.hosts.diffusers", "not below it"),
+    ("lib_pulid/photos.py", "from lib_pulid.hosts import diffusers", "not below it"),
+    ("lib_pulid/hosts/diffusers.py", "from ..standalone import Workshop", "not below it"),
+    ("lib_pulid/hosts/diffusers.py", "from . import diffusers_base", "a circle: "),
+    ("lib_pulid/images.py", "def f():\n    from modules import shared", "know a host"),
+    ("lib_pulid/standalone.py", "import backend.memory_management", "know a host"),
+    ("lib_pulid/hosts/diffusers.py", "import gradio as gr", "knows gradio"),
+    ("lib_pulid/cli.py", "import gradio", "knows gradio"),
+    ("lib_pulid/attention.py", "from diffusers.models import attention", "know diffusers"),
+    ("lib_pulid/new.py", "from lib_pulid.errors import PulidError", "no place in LAYERS"),
+    ("lib_pulid/cli.py", "from lib_pulid.gone import x", "does not exist"),
+])  # fmt: skip
 def test_a_wrong_import_is_found(tmp_path, file, line, words):
     """The check itself: one wrong line in a copy of the sources."""
     for path in sources(ROOT).values():
@@ -189,18 +186,13 @@ HEAVY = "torch numpy cv2 PIL insightface onnxruntime timm facexlib diffusers tra
 OF_INJECTION = "insightface onnxruntime timm facexlib diffusers cv2 torchvision transformers PIL"
 
 
-@pytest.mark.parametrize(
-    ("module", "forbidden"),
-    [
-        ("lib_pulid", HEAVY),
-        ("lib_pulid.errors", HEAVY),
-        ("lib_pulid.files.catalog", f"{HEAVY} huggingface_hub requests httpx tqdm filelock"),
-        ("lib_pulid.face_models", f"torch {OF_INJECTION}"),
-        ("lib_pulid.injection", OF_INJECTION),
-        ("lib_pulid.hosts.diffusers", OF_INJECTION),
-        ("lib_pulid.photos", "insightface onnxruntime timm facexlib diffusers cv2 torchvision transformers"),
-    ],
-)
+@pytest.mark.parametrize(("module", "forbidden"), [
+    ("lib_pulid", HEAVY), ("lib_pulid.errors", HEAVY),
+    ("lib_pulid.files.catalog", f"{HEAVY} huggingface_hub requests httpx tqdm filelock"),
+    ("lib_pulid.face_models", f"torch {OF_INJECTION}"), ("lib_pulid.injection", OF_INJECTION),
+    ("lib_pulid.hosts.diffusers", OF_INJECTION),
+    ("lib_pulid.photos", "insightface onnxruntime timm facexlib diffusers cv2 torchvision transformers"),
+])  # fmt: skip
 def test_heavy_libraries_load_when_used(module, forbidden):
     code = (
         f"import sys, {module}; print(*sorted({{m.split('.')[0] for m in sys.modules}} & set({forbidden.split()!r})))"

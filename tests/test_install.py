@@ -92,15 +92,9 @@ def test_two_versions_in_one_folder(run):
 # With the real pip
 
 HOST = {
-    "torch": "2.1.2+cu121",
-    "torchvision": "0.16.2",
-    "numpy": "1.26.2",
-    "facexlib": "0.3.0",
-    "safetensors": "0.4.2",
-    "requests": "2.32.3",
-    "opencv-python-headless": "4.10.0.84",
-    "onnxruntime-gpu": "1.18.0",
-}
+    "torch": "2.1.2+cu121", "torchvision": "0.16.2", "numpy": "1.26.2", "facexlib": "0.3.0", "safetensors": "0.4.2",
+    "requests": "2.32.3", "opencv-python-headless": "4.10.0.84", "onnxruntime-gpu": "1.18.0",
+}  # fmt: skip
 MODULES = {"opencv-python-headless": "cv2", "opencv-python": "cv2", "onnxruntime-gpu": "onnxruntime"} | {
     "scikit-image": "skimage",
     "protobuf": "google/protobuf",
@@ -108,20 +102,12 @@ MODULES = {"opencv-python-headless": "cv2", "opencv-python": "cv2", "onnxruntime
 # What an index offers: name, version, what it needs. Whatever of it replaces a package of the host is a fault.
 OFFERED = [
     ("insightface", "2.1", "numpy", "onnx>=1.13", "onnxruntime", "opencv-python", "scikit-image"),
-    ("onnx", "1.16.2", "numpy", "protobuf>=3.20.2"),
-    ("onnx", "1.18.0", "numpy", "protobuf>=4.25.1"),
-    ("onnx", "1.23.2", "numpy>=1.23.2", "protobuf>=6.31.1"),
-    ("timm", "1.0.20", "torch", "torchvision", "safetensors"),
-    ("scikit-image", "0.25.2", "numpy"),
-    ("onnxruntime", "1.32.0", "numpy>=1.21.6"),
-    ("opencv-python", "5.0.0.93", "numpy>=2"),
-    ("numpy", "1.21.5"),
-    ("numpy", "2.4.6"),
-    ("torch", "2.0.1"),
-    ("torch", "2.12.1"),
-    ("torchvision", "0.27.1", "torch==2.12.1"),
-    ("protobuf", "7.36.2"),
-]
+    ("onnx", "1.16.2", "numpy", "protobuf>=3.20.2"), ("onnx", "1.18.0", "numpy", "protobuf>=4.25.1"),
+    ("onnx", "1.23.2", "numpy>=1.23.2", "protobuf>=6.31.1"), ("timm", "1.0.20", "torch", "torchvision", "safetensors"),
+    ("scikit-image", "0.25.2", "numpy"), ("onnxruntime", "1.32.0", "numpy>=1.21.6"),
+    ("opencv-python", "5.0.0.93", "numpy>=2"), ("numpy", "1.21.5"), ("numpy", "2.4.6"), ("torch", "2.0.1"),
+    ("torch", "2.12.1"), ("torchvision", "0.27.1", "torch==2.12.1"), ("protobuf", "7.36.2"),
+]  # fmt: skip
 
 
 def files_of(name: str, version: str, *needs: str) -> dict[str, str]:

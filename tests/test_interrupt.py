@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,9 +32,6 @@ class Gate:
     def wait(self) -> None:
         self.begun.set()
         assert self._open.wait(60)
-
-
-# ---------------------------------------------------------------- work in another thread
 
 
 def test_the_result_and_the_errors_of_the_work():
@@ -71,29 +67,27 @@ def test_an_interrupt_does_not_wait_for_the_work():
     assert work.run(lambda is_left: 1, never) == 1
 
 
-# ---------------------------------------------------------------- in a WebUI
+# What waits, and what it does.
+LOADERS: dict[str, Callable[..., Any]] = {
+    "lib_pulid.face_models.load_face_models": lambda files, device: light_webui.face_models(),
+    "lib_pulid.vision.load_vision_tower": lambda path: light_webui.Tower(),
+}
+PLACES = LOADERS | {"tests.light_webui.Detector.detect": light_webui.Detector.detect}
 
 
-@pytest.mark.parametrize("place", ["load_face_models", "load_vision_tower", "detect"])
+@pytest.mark.parametrize("place", PLACES)
 def test_interrupted_while_a_photo_is_read(host, monkeypatch, place):
     """Generate ends while the model is still being loaded; the next image waits for that, and is the right one."""
     plain, faced = host.generate([]), host.generate([unit("anna")])
     host.start_anew()
     gate, p = Gate(), host.processing()
-    owner, name = {
-        "load_face_models": ("lib_pulid.face_models", "load_face_models"),
-        "load_vision_tower": ("lib_pulid.vision", "load_vision_tower"),
-        "detect": ("tests.light_webui.Detector", "detect"),
-    }[place]
-    original = getattr(light_webui.Detector, name) if place == "detect" else None
-    made = {"load_face_models": light_webui.face_models, "load_vision_tower": light_webui.Tower}
 
     def slow(*args: Any) -> Any:
         gate.wait()
-        return original(*args) if original else made[place]()
+        return PLACES[place](*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"{owner}.{name}", slow)
+        patch.setattr(place, slow)
         presses = threading.Thread(target=lambda: gate.begun.wait(60) and setattr(host.state, "interrupted", True))
         presses.start()
         assert host.generate([unit("anna")], p=p) == []
@@ -111,17 +105,8 @@ def test_interrupted_while_a_photo_is_read(host, monkeypatch, place):
 def loads(monkeypatch) -> list[str]:
     """What is loaded from now on."""
     seen: list[str] = []
-
-    def face_models(files: Any, device: str) -> Any:
-        seen.append("faces")
-        return light_webui.face_models()
-
-    def tower(path: Path) -> Any:
-        seen.append("tower")
-        return light_webui.Tower()
-
-    monkeypatch.setattr("lib_pulid.face_models.load_face_models", face_models)
-    monkeypatch.setattr("lib_pulid.vision.load_vision_tower", tower)
+    for place, load in LOADERS.items():
+        monkeypatch.setattr(place, lambda *args, place=place, load=load: seen.append(place) or load(*args))
     return seen
 
 
@@ -149,7 +134,7 @@ def test_models_are_kept_where_memory_suffices(host, monkeypatch, free, wanted, 
     monkeypatch.setattr(light_webui.Tower, "to", lambda tower, device: tower)
     host.generate([unit("anna")])
     host.generate([unit("ben")])
-    assert seen == ["faces", "tower"] * (1 if kept else 2)
+    assert seen == list(LOADERS) * (1 if kept else 2)
 
 
 def test_free_memory_is_told():

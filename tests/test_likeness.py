@@ -3,17 +3,21 @@ test_blend.py."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lib_pulid import likeness
@@ -127,8 +131,6 @@ def test_the_file_keeps_embeddings(tmp_path):
     assert list(again.embeddings) == ["abc"]
     assert np.array_equal(again.embeddings["abc"], made.embeddings["abc"])
     assert again.short_hash == Identity(made.cond).short_hash
-    from safetensors import safe_open
-
     with safe_open(tmp_path / "anna.safetensors", "pt") as file:
         assert (file.metadata()["version"], file.metadata()["format"]) == ("1", "sd-webui-pulid identity")
         assert {"cond"} <= set(file.keys())
@@ -173,15 +175,16 @@ def generate(host: Any, args: list, *batches: list[Image.Image]) -> Any:
     return p.processed
 
 
+def fail(*_: Any) -> None:
+    raise RuntimeError("the detector broke")
+
+
 def number(infotext: dict[str, Any]) -> str | None:
     return infotext.get("PuLID likeness")
 
 
 def test_off_is_off(host, monkeypatch):
     """No entry, no note, and nothing is loaded or run."""
-
-    def fail(*_: Any) -> None:
-        raise AssertionError("was loaded")
 
     for name in ("face_models.load_detector", "face_models.load_recogniser", "webui.likeness.measure"):
         monkeypatch.setattr(f"lib_pulid.{name}", fail)
@@ -233,8 +236,6 @@ def test_an_entry_is_of_one_image_only(host, options, monkeypatch):
 
 def test_a_grid_has_the_number_in_each_cell(host, options):
     """Cells are shallow copies, which share the dict of parameters."""
-    import copy
-
     p, texts = host.processing(), []
     for name in ("anna", "nobody"):
         cell = copy.copy(p)
@@ -245,9 +246,6 @@ def test_a_grid_has_the_number_in_each_cell(host, options):
 
 
 def test_no_error_loses_an_image(host, options, monkeypatch):
-    def fail(*_: Any) -> None:
-        raise RuntimeError("the detector broke")
-
     monkeypatch.setattr("lib_pulid.face_models.load_detector", fail)
     made = generate(host, [unit("anna")], [color("anna")])
     assert len(made.images) == 1
@@ -256,8 +254,6 @@ def test_no_error_loses_an_image(host, options, monkeypatch):
 
 
 def test_a_saved_identity_of_an_earlier_version(host, options):
-    from dataclasses import replace
-
     old = replace(host.encode("anna"), embeddings={})
     host.library.identities.save("old anna", old)
     host.forget_photos()
@@ -365,9 +361,6 @@ def test_fewer_images_than_to_keep(host):
 
 
 def test_nothing_is_thrown_away_unmeasured(host, monkeypatch):
-    def fail(*_: Any) -> None:
-        raise RuntimeError("broken")
-
     monkeypatch.setattr("lib_pulid.face_models.load_detector", fail)
     made = generate(host, [unit("anna", keep_best=1)], [color("nobody"), color("anna")])
     assert len(made.images) == 2
@@ -380,8 +373,6 @@ def test_masks_follow_their_image(host):
     images = [color("nobody"), color("anna")]
     masks = [Image.new("L", (4, 4)) for _ in images]
     out = [web.Measured(images[0], 0, (None,), (1,))]
-    from types import SimpleNamespace
-
     made = SimpleNamespace(images=[images[0], masks[0], images[1], masks[1]], infotexts=["a", "b"], all_seeds=[5, 6])
     made.index_of_first_image = 0
     assert web._remove(made, images, out)

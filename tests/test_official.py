@@ -31,9 +31,6 @@ def relative(ours: Tensor, official: Tensor) -> float:
     return ((ours - official).norm() / official.norm()).item()
 
 
-# ---------------------------------------------------------------- encoders and tower
-
-
 def test_id_encoder():
     encoder = IDEncoder.from_state_dict(layouts.v1_encoder())
     assert relative(encoder(*cases.faces(1)), REFERENCE["v1"]) < LAYER
@@ -65,9 +62,6 @@ def test_vision_tower(tmp_path):
         assert relative(hidden[i][:, ::24], REFERENCE[f"tower_hidden_{i}"]) < LAYER
 
 
-# ---------------------------------------------------------------- one layer
-
-
 @pytest.mark.parametrize(("projection", "num_zero"), cases.SETTINGS)
 def test_cross_attention_layer(projection, num_zero):
     layer = cases.fill(Attention(**cases.CROSS_ATTENTION), 14)
@@ -96,9 +90,6 @@ def test_image_stream_layer():
     ours = torch.zeros_like(image)
     attention.add_image_stream(ours, image, [attention.SiteIdentity(site, [0])])
     assert relative(ours, REFERENCE["image_stream"]) < LAYER
-
-
-# ---------------------------------------------------------------- whole denoisers
 
 
 @pytest.mark.parametrize(("projection", "num_zero"), cases.SETTINGS)

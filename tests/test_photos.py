@@ -28,7 +28,7 @@ from lib_pulid.readings import face_features
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.weights import load_adapter
 from tests.face_standins import blank, draw_face, remembering_models, write_face_files
-from tests.small_models import TOKEN_WIDTH, TOWER_WIDTH, pulid_files, random_weights, tower_shapes
+from tests.small_models import TOKEN_WIDTH, pulid_files, write_tower
 
 pytest.importorskip("insightface")
 pytest.importorskip("facexlib")
@@ -43,8 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(folder) -> Encoders:
-    tower = random_weights(tower_shapes(TOWER_WIDTH, 768), seed=4)
-    torch.save({f"visual.{key}": value for key, value in tower.items()}, folder / "eva.pt")
+    write_tower(folder / "eva.pt")
     faces = remembering_models(write_face_files(folder))
     return Encoders(faces, RememberingTower(load_vision_tower(folder / "eva.pt")))
 

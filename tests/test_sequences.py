@@ -129,13 +129,8 @@ def test_settings_tell_pictures_apart(host):
     """Or the right image would prove nothing. Whatever is changed, it is another one; where PuLID is off, none is."""
     base = Settings(file=FILES[0])
     changes = [
-        {},
-        {"on": False},
-        {"photo": "ben"},
-        {"photo": "cleo"},
-        {"file": FILES[1]},
-        {"checkpoint": "sdxl-b"},
-    ]
+        {}, {"on": False}, {"photo": "ben"}, {"photo": "cleo"}, {"file": FILES[1]}, {"checkpoint": "sdxl-b"},
+    ]  # fmt: skip
     made = [fresh(host, replace(base, **change)) for change in changes]
     made += [fresh(host, Settings(checkpoint="flux", photo=photo)) for photo in ("anna", "ben") if host.kind == "forge"]
     assert len({one[0].numpy().tobytes() for one in made}) == len(made)

@@ -152,14 +152,10 @@ def test_the_real_sdxl_has_its_own_configuration():
     assert made["scheduler"]["prediction_type"] == "epsilon"
 
 
-@pytest.mark.parametrize(
-    ("marks", "kind", "spacing"),
-    [
-        ((), "epsilon", "leading"),
-        (("v_pred",), "v_prediction", "leading"),
-        (("v_pred", "ztsnr"), "v_prediction", "trailing"),
-    ],
-)
+@pytest.mark.parametrize(("marks", "kind", "spacing"), [
+    ((), "epsilon", "leading"), (("v_pred",), "v_prediction", "leading"),
+    (("v_pred", "ztsnr"), "v_prediction", "trailing"),
+])  # fmt: skip
 def test_what_a_checkpoint_says_of_its_schedule(marks, kind, spacing):
     scheduler = single_file.configuration(full_size() | dict.fromkeys(marks, (0,)))["scheduler"]
     assert (scheduler["prediction_type"], scheduler["timestep_spacing"]) == (kind, spacing)
@@ -174,15 +170,12 @@ def test_an_inpainting_checkpoint(tmp_path, path):
         load_base(tmp_path / "inpaint.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("prefix", "said"),
-    [
-        ("first_stage_model.", "it lacks the VAE."),
-        ("conditioner.", "it lacks the text encoder CLIP-L, the text encoder OpenCLIP-bigG."),
-        ("conditioner.embedders.0.", "it lacks the text encoder CLIP-L."),
-        ("model.diffusion_model.label_emb.", "it lacks the size and text conditions of SDXL's base."),
-    ],
-)
+@pytest.mark.parametrize(("prefix", "said"), [
+    ("first_stage_model.", "it lacks the VAE."),
+    ("conditioner.", "it lacks the text encoder CLIP-L, the text encoder OpenCLIP-bigG."),
+    ("conditioner.embedders.0.", "it lacks the text encoder CLIP-L."),
+    ("model.diffusion_model.label_emb.", "it lacks the size and text conditions of SDXL's base."),
+])  # fmt: skip
 def test_a_checkpoint_that_is_not_whole(tmp_path, path, prefix, said):
     state = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(prefix)}
     save_file(state, tmp_path / "part.safetensors")
@@ -211,9 +204,6 @@ def test_nothing_is_asked_of_the_network(path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     load_base(path)
-
-
-# ---------------------------------------------------------------- tokenizer
 
 
 def test_the_tokenizer_is_clips(pipeline):

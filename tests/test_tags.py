@@ -16,53 +16,34 @@ SCALARS = [field for field in FIELDS if field.kind not in ("images", "image") an
 NAMED = [field for field in SCALARS if field.name not in ("model", "preset", "box")]  # those are any text
 
 
-@pytest.mark.parametrize(
-    ("text", "tag"),
-    [
-        ("anna", Tag("anna")),
-        ("anna:0.8", Tag("anna", {"weight": 0.8})),
-        (" Anna B. : 1 ", Tag("Anna B.", {"weight": 1.0})),
-        ("anna:weight=0.5:end=0.6", Tag("anna", {"weight": 0.5, "end": 0.6})),
-        ("anna:0:num_zero=8:projection=ortho", Tag("anna", {"weight": 0.0, "num_zero": 8, "projection": "ortho"})),
-        ("anna:unit=2", Tag("anna", unit=2)),
-        ("anna:box=0, 0.5, 0.5, .5", Tag("anna", {"box": "0 0.5 0.5 0.5"})),
-        ("anna:preset=My preset", Tag("anna", preset="My preset")),
-        ("0123456789:enabled=no", Tag("0123456789", {"enabled": False})),
-    ],
-)
+@pytest.mark.parametrize(("text", "tag"), [
+    ("anna", Tag("anna")), ("anna:0.8", Tag("anna", {"weight": 0.8})),
+    (" Anna B. : 1 ", Tag("Anna B.", {"weight": 1.0})),
+    ("anna:weight=0.5:end=0.6", Tag("anna", {"weight": 0.5, "end": 0.6})),
+    ("anna:0:num_zero=8:projection=ortho", Tag("anna", {"weight": 0.0, "num_zero": 8, "projection": "ortho"})),
+    ("anna:unit=2", Tag("anna", unit=2)), ("anna:box=0, 0.5, 0.5, .5", Tag("anna", {"box": "0 0.5 0.5 0.5"})),
+    ("anna:preset=My preset", Tag("anna", preset="My preset")),
+    ("0123456789:enabled=no", Tag("0123456789", {"enabled": False})),
+])  # fmt: skip
 def test_what_is_read(text, tag):
     assert parse_tag(text, "tag 1") == tag
 
 
-@pytest.mark.parametrize(
-    ("text", "field", "words"),
-    [
-        ("", "identity", "names no saved identity"),
-        (":0.8", "identity", "names no saved identity"),
-        ("None:0.8", "identity", "names no saved identity"),
-        ("anna:strong", "weight", "'strong' is not a number"),
-        ("anna:", "weight", "'' is not a number"),
-        ("anna:9", "weight", "out of range"),
-        ("anna:nan", "weight", "not a number"),
-        ("anna:0.8:0.5", "0.5", "only the weight"),
-        ("anna:0.8:weight=0.5", "weight", "twice"),
-        ("anna:end=0.5:end=0.6", "end", "twice"),
-        ("anna:wieght=0.5", "wieght", "did you mean weight"),
-        ("anna:num_zero=1.5", "num_zero", "not a whole number"),
-        ("anna:projection=orto", "projection", "not one of"),
-        ("anna:enabled=maybe", "enabled", "neither true nor false"),
-        ("anna:unit=0", "unit", "not the number of a unit"),
-        (f"anna:unit={MOST_UNITS + 1}", "unit", "not the number of a unit"),
-        ("anna:unit=²", "unit", "not the number of a unit"),
-        ("anna:box=0,0,1", "box", "four numbers"),
-        ("anna:box=2,0,0.5,1", "box", "outside the image"),
-        ("anna:box=0,0,nan,1", "box", "four numbers"),
-        ("anna:mask=iVBO", "mask", "box=x,y,w,h"),
-        ("anna:images=a.png", "images", "not photos"),
-        ("anna:identity=ben", "identity", "comes first"),
-        ("anna:" + "x" * 5000, "identity", "too long"),
-    ],
-)
+@pytest.mark.parametrize(("text", "field", "words"), [
+    ("", "identity", "names no saved identity"), (":0.8", "identity", "names no saved identity"),
+    ("None:0.8", "identity", "names no saved identity"), ("anna:strong", "weight", "'strong' is not a number"),
+    ("anna:", "weight", "'' is not a number"), ("anna:9", "weight", "out of range"),
+    ("anna:nan", "weight", "not a number"), ("anna:0.8:0.5", "0.5", "only the weight"),
+    ("anna:0.8:weight=0.5", "weight", "twice"), ("anna:end=0.5:end=0.6", "end", "twice"),
+    ("anna:wieght=0.5", "wieght", "did you mean weight"), ("anna:num_zero=1.5", "num_zero", "not a whole number"),
+    ("anna:projection=orto", "projection", "not one of"), ("anna:enabled=maybe", "enabled", "neither true nor false"),
+    ("anna:unit=0", "unit", "not the number of a unit"),
+    (f"anna:unit={MOST_UNITS + 1}", "unit", "not the number of a unit"),
+    ("anna:unit=²", "unit", "not the number of a unit"), ("anna:box=0,0,1", "box", "four numbers"),
+    ("anna:box=2,0,0.5,1", "box", "outside the image"), ("anna:box=0,0,nan,1", "box", "four numbers"),
+    ("anna:mask=iVBO", "mask", "box=x,y,w,h"), ("anna:images=a.png", "images", "not photos"),
+    ("anna:identity=ben", "identity", "comes first"), ("anna:" + "x" * 5000, "identity", "too long"),
+])  # fmt: skip
 def test_what_is_wrong_is_named(text, field, words):
     with pytest.raises(SettingError) as caught:
         parse_tag(text, "tag 2")

@@ -6,24 +6,17 @@ import json
 import random
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lib_pulid import disk, hosts
-from lib_pulid.errors import SettingError
-from lib_pulid.identity import Identity
 from tests import light_webui
-from tests.fake_modules.models import count_hooks, same
+from tests.fake_modules.models import same
 from tests.light_webui import FILES, PHOTOS, Host, unit
 
 PEOPLE = ("anna", "ben", "cleo")
-
-
-# ---------------------------------------------------------------- beside a generation
 
 
 @pytest.fixture
@@ -57,13 +50,12 @@ def at_once(*works: Callable[[], None]) -> None:
 
 def test_page_and_api_beside_generations(host, restless):
     from lib_pulid.webui import routes
-    from lib_pulid.webui.actions import Actions
 
     hashes = {(name, file): host.encode(name, file).short_hash for name in PEOPLE for file in FILES[:2]}
     pictures = {name: host.generate([unit(name)]) for name in PEOPLE}
     aligned = {name: routes.detect({"images": [PHOTOS[name]]}, host.library)["photos"] for name in PEOPLE}
     assert len(set(hashes.values())) == 6
-    actions = Actions(host.library, lambda name: "sdxl")
+    actions = host.actions()
 
     def generate() -> None:
         chosen = random.Random(1)
@@ -128,27 +120,6 @@ def test_the_same_processing_again(host):
     assert same(host.generate([], p=p), plain)
 
 
-def test_of_two_who_save_under_one_name_the_second_is_told(host, monkeypatch):
-    anna, ben = (host.encode(name, FILES[0]) for name in ("anna", "ben"))
-    write, told, saved = Identity.save, [], []
-
-    def slow(identity: Identity, path: Path) -> Path:
-        time.sleep(0.1)
-        return write(identity, path)
-
-    monkeypatch.setattr(Identity, "save", slow)
-
-    def save(identity: Identity) -> None:
-        try:
-            saved.append(host.library.identities.save("One name", identity).short_hash)
-        except SettingError as error:
-            told.append(str(error))
-
-    at_once(lambda: save(anna), lambda: save(ben))
-    assert len(saved) == 1 and len(told) == 1 and "already saved" in told[0]
-    assert host.library.identities.load("One name").short_hash == saved[0]
-
-
 def test_a_file_that_goes_while_the_list_is_made(host, monkeypatch):
     host.library.identities.save("Stays", host.encode("anna", FILES[0]))
     listed = disk.listed
@@ -156,9 +127,6 @@ def test_a_file_that_goes_while_the_list_is_made(host, monkeypatch):
     monkeypatch.setattr(disk, "listed", lambda *args: [gone, *listed(*args)])
     assert [one.name for one in host.library.identities.listed()] == ["Stays"]
     assert {file.name for file in host.library.adapters.listed()} >= set(FILES)
-
-
-# ---------------------------------------------------------------- one generation inside another
 
 
 def inside(host: Host, outer: Any, args: list, **how: Any) -> list:
@@ -272,14 +240,21 @@ def as_in_1_8(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(type(host.script).__base__, "process_before_every_sampling")
 
 
-def test_nothing_is_hooked_where_1_8_fails_before_the_first_step(host, monkeypatch):
-    as_in_1_8(host, monkeypatch)
-    plain, p = host.generate([]), host.processing()
+@pytest.mark.parametrize("since", ["1.9", "1.8"])
+def test_a_request_that_ends_between_two_stages(host, monkeypatch, since):
+    """The hosts read the prompt after process_batch, and tell nobody when that fails: nothing was put in before."""
+    if since == "1.8":
+        as_in_1_8(host, monkeypatch)
+    plain, faced = host.generate([], batches=2), host.generate([unit("anna")], batches=2)
+    p, other = host.processing(), host.processing(batches=2)
     for hook in ("process", "process_batch"):
         host.ui.hook(hook, host.script, p, unit("anna"))
-    assert count_hooks(host.unets["sdxl"]) == 0
-    assert same([host.processing().sample()], plain)  # another extension's, without scripts
-    assert same(host.generate([]), plain) and host.left_behind() == []
+    waiting = ["runs: 1"] if since == "1.8" else []  # for the first step, with nothing hooked
+    assert host.left_behind() == waiting
+    assert same([other.sample(), other.sample()], plain)  # another extension's, without scripts
+    assert host.left_behind() == waiting
+    assert same(host.generate([unit("anna")], batches=2), faced)
+    assert host.left_behind() == []
 
 
 def test_a_family_that_comes_in_the_middle_leaves_no_encoder_loaded(host):

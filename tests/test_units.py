@@ -20,10 +20,6 @@ def test_the_defaults_are_those_of_the_table():
     assert [unit.on("sdxl") for _, unit in parse_args(on)] == [PulidUnit().on("sdxl")]
 
 
-def test_a_short_list_is_filled_up():
-    assert parse_args([True, True, "photo"]) == [(1, PulidUnit(images=("photo",)))]
-
-
 def test_the_default_is_the_familys():
     sdxl, flux = PulidUnit().on("sdxl"), PulidUnit().on("flux")
     assert (sdxl.weight, sdxl.preset, sdxl.projection, sdxl.num_zero) == (0.8, "v1.1", "ortho_v2", 20)
@@ -86,28 +82,18 @@ def test_widgets_begin_as_sdxl():
 
 
 WRONG = [
-    ({"wieght": 1}, "wieght", "did you mean weight?"),
-    ({"xyz": 1}, "xyz", "the fields are enabled, images"),
-    ({"weight": math.nan}, "weight", "not a number"),
-    ({"start_step": 11}, "start_step", "use 0 to 10"),
-    ({"cfg_start_step": -1}, "cfg_start_step", "use 0 to 20"),
-    ({"weight": 5.1}, "weight", "use 0 to 5"),
-    ({"num_zero": 1.5}, "num_zero", "whole number"),
-    ({"num_zero": 81}, "num_zero", "use 0 to 80"),
+    ({"wieght": 1}, "wieght", "did you mean weight?"), ({"xyz": 1}, "xyz", "the fields are enabled, images"),
+    ({"weight": math.nan}, "weight", "not a number"), ({"start_step": 11}, "start_step", "use 0 to 10"),
+    ({"cfg_start_step": -1}, "cfg_start_step", "use 0 to 20"), ({"weight": 5.1}, "weight", "use 0 to 5"),
+    ({"num_zero": 1.5}, "num_zero", "whole number"), ({"num_zero": 81}, "num_zero", "use 0 to 80"),
     ({"start": 0.5, "end": 0.5}, "start", "has to be below end"),
-    ({"projection": "orto"}, "projection", "one of none, ortho"),
-    ({"preset": "best"}, "preset", "one of auto, v1.1"),
-    ({"hires": 1}, "hires", "one of both"),
-    ({"enabled": 1}, "enabled", "neither true nor false"),
-    ({"images": 5}, "images", "not a list"),
-    ({"images": [5]}, "images", "is not an image"),
-    ({"images": [""]}, "images", "is not an image"),
-    ({"images": "[broken"}, "images", "not valid JSON"),
-    ({"mask": 3}, "mask", "is not an image"),
-    ({"identity": 3}, "identity", "not text"),
-    ({"model": []}, "model", "not text"),
-    ({"images": ["a"], "identity": "Anna"}, "identity", "not both"),
-]
+    ({"projection": "orto"}, "projection", "one of none, ortho"), ({"preset": "best"}, "preset", "one of auto, v1.1"),
+    ({"hires": 1}, "hires", "one of both"), ({"enabled": 1}, "enabled", "neither true nor false"),
+    ({"images": 5}, "images", "not a list"), ({"images": [5]}, "images", "is not an image"),
+    ({"images": [""]}, "images", "is not an image"), ({"images": "[broken"}, "images", "not valid JSON"),
+    ({"mask": 3}, "mask", "is not an image"), ({"identity": 3}, "identity", "not text"),
+    ({"model": []}, "model", "not text"), ({"images": ["a"], "identity": "Anna"}, "identity", "not both"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("values", "field", "words"), WRONG, ids=[str(w[0])[:40] for w in WRONG])

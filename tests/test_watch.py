@@ -47,9 +47,6 @@ def with_face(denoiser: nn.Module, injections: Sequence[Injection], seed: int = 
         return call(denoiser, seed)
 
 
-# ---------------------------------------------------------------- compiled
-
-
 def whole(unet: nn.Module, **options: Any) -> nn.Module:
     return torch.compile(unet, backend="eager", **options)
 
@@ -131,9 +128,6 @@ def test_a_pipelines_compiled_denoiser(how: Callable[..., nn.Module]) -> None:
     assert count_hooks(compiled.unet) == 0
 
 
-# ---------------------------------------------------------------- something else in the layers' place
-
-
 def test_something_else_in_the_place_of_the_layers() -> None:
     unet = small_unet()
     one = face(unet)
@@ -184,9 +178,6 @@ def test_blocks_that_are_not_called_as_modules() -> None:
     )
     with pytest.raises(UnsupportedModelError, match="ran without its hooks"):
         with_face(flux, [one])
-
-
-# ---------------------------------------------------------------- step caches
 
 
 def sampled(denoiser: nn.Module, injections: Sequence[Injection], steps: int = 3) -> list[Tensor]:

@@ -22,7 +22,7 @@ from lib_pulid.methods import has, usual
 from lib_pulid.units import PulidUnit, default_args
 from tests import small_models
 from tests.face_standins import packed, photo
-from tests.fake_modules.models import SD1_BLOCKS, SMALL_SITES, WIDTH, UNet, count_hooks, same, small_unet
+from tests.fake_modules.models import SD1_BLOCKS, SMALL_SITES, WIDTH, UNet, same, small_unet
 from tests.fake_webui import AxisOption, Generation, webui
 
 pytest.importorskip("insightface")
@@ -31,18 +31,6 @@ ROOT = Path(__file__).parents[1]
 
 
 class TestAGeneration:
-    def test_with_a_face_it_differs_without_it_does_not(self, ui, script, one):
-        unet = small_unet()
-        plain = ui.generate(script, Generation(unet), default_args(3))
-        faced = ui.generate(script, Generation(unet), [{"images": [one]}])
-        weightless = ui.generate(script, Generation(unet), [{"images": [one], "weight": 0}])
-        after = ui.generate(script, Generation(unet), default_args(3))
-        assert not same(plain, faced)
-        assert same(plain, weightless)
-        assert same(plain, after)
-        assert count_hooks(unet) == 0
-        assert ui.swallowed == []
-
     def test_parameters_are_written_and_removed(self, ui, script, one):
         p = Generation()
         ui.generate(script, p, [{"images": [one], "weight": 0.7}])
@@ -126,13 +114,6 @@ class TestNeverAStranger:
         monkeypatch.setattr(hosts.current(), "tells_errors", lambda p: True)
         with pytest.raises(NoFaceError):
             ui.generate(script, p, [{"images": [nobody]}])
-
-    def test_the_same_request_works_after_an_error(self, ui, script, one, nobody):
-        p, unet = Generation(small_unet()), small_unet()
-        with pytest.raises(NoFaceError):
-            ui.generate(script, p, [{"images": [nobody]}])
-        p.load(unet)
-        assert not same(ui.generate(script, p, [{"images": [one]}]), ui.generate(script, p, default_args(3)))
 
     def test_another_model_in_the_middle(self, ui, script, one):
         p = Generation(small_unet(), batches=2)
@@ -329,16 +310,6 @@ class TestInfotext:
         assert pasted["PuLID 2 identity"] == "None"  # not saved here
         assert pasted["PuLID 2 images"] is None  # whatever photos are there stay
         assert infotext.read(text)["identity"] == unit.identity
-
-    def test_of_flux_there_and_back(self, library):
-        from lib_pulid.webui import infotext
-
-        unit = PulidUnit.from_mapping({"identity": "Anna", "preset": "realistic", "cfg_start_step": 1}, 1)
-        text = infotext.write(unit, "flux", {"hash": "0123456789", "file": "x.bin", "weights": "abc"})
-        assert "weight: 1, preset: realistic, " in text
-        pasted = self.pasted(library, {"PuLID 1": text})
-        names = ("weight", "preset", "start_step", "cfg_start_step", "projection", "num_zero")
-        assert [pasted[f"PuLID 1 {name}"] for name in names] == [1.0, "realistic", 4, 1, None, None]
 
     def test_a_picture_without_it_switches_it_off_and_leaves_the_rest(self, library):
         pasted = self.pasted(library, {"Steps": "20"})

@@ -86,13 +86,9 @@ def test_every_value_of_every_attribute_occurs():
 
 def test_prompt_of_one():
     scene = Scene(
-        (Placement(0.3, 0.45, 0.5, expression="smiling", clothes="striped shirt", clothes_color="red"),),
-        "dots",
-        "green",
-        "white",
-        "evening",
-        "pencil",
-    )
+        (Placement(0.3, 0.45, 0.5, expression="smiling", clothes="striped shirt", clothes_color="red"),), "dots",
+        "green", "white", "evening", "pencil",
+    )  # fmt: skip
     assert world.describe(scene) == (
         "a wide shot of a smiling person in a red striped shirt, on the left, "
         "in front of green and white dots, warm evening light, pencil drawing"

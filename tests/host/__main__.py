@@ -8,60 +8,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 
-from tests.host import (
-    detector,
-    rows_adetailer,
-    rows_basics,
-    rows_batches,
-    rows_controlnet,
-    rows_distributed,
-    rows_errors,
-    rows_faces,
-    rows_flags,
-    rows_flux,
-    rows_flux_kinds,
-    rows_flux_settings,
-    rows_grid,
-    rows_img2img,
-    rows_likeness,
-    rows_long,
-    rows_methods,
-    rows_miniature,
-    rows_neo,
-    rows_page,
-    rows_sequences,
-    rows_start,
-    rows_weights,
-    rows_works_with,
-)
+from tests.host import detector, rows_distributed, rows_flags, rows_page, rows_start, rows_weights
 from tests.host.models import checkpoints, flux, methods, miniature, pulid
 from tests.host.table import Result, Row, as_markdown, run
-from tests.host.webui import NAMES, ROOT, Checkout, Running, running
+from tests.host.webui import NAMES, ROOT, Checkout, running
 
-GROUPS = {
-    "start": rows_start,
-    "basics": rows_basics,
-    "batches": rows_batches,
-    "works-with": rows_works_with,
-    "methods": rows_methods,
-    "img2img": rows_img2img,
-    "controlnet": rows_controlnet,
-    "adetailer": rows_adetailer,
-    "grid": rows_grid,
-    "errors": rows_errors,
-    "faces": rows_faces,
-    "flux": rows_flux,
-    "flux-kinds": rows_flux_kinds,
-    "flux-settings": rows_flux_settings,
-    "neo": rows_neo,
-    "page": rows_page,
-    "miniature": rows_miniature,
-    "likeness": rows_likeness,
-    "long": rows_long,
-    "sequences": rows_sequences,
-}
+# In the order in which they run.
+NAMES_OF_GROUPS = """start basics batches works-with methods img2img controlnet adetailer grid errors faces
+    flux flux-kinds flux-settings neo page miniature likeness long sequences"""
+GROUPS = {name: import_module(f"tests.host.rows_{name.replace('-', '_')}") for name in NAMES_OF_GROUPS.split()}
 WITH_MINIATURE = ("page", "miniature", "likeness")  # somebody looks at their images
 ON_DEMAND = ("long", "sequences")  # they take many minutes
 WITH_OWN_STARTS = ("distributed", "flags", "weights")
@@ -120,12 +78,8 @@ def rows_of(name: str, args: argparse.Namespace) -> Iterable[Row]:
 def in_one_run(checkout: Checkout, generated: Path, chosen: list[Row], extensions: list[Path]) -> list[Result]:
     with running(checkout, generated, extensions=extensions) as host:
         results = [run(row, host) for row in chosen]
-        keep_log(host, generated)
+        (generated.parent / f"{host.kind}.log").write_text(host.log_text(), encoding="utf-8")
     return results
-
-
-def keep_log(host: Running, generated: Path) -> None:
-    (generated.parent / f"{host.kind}.log").write_text(host.log_text(), encoding="utf-8")
 
 
 def generate(folder: Path, checkout: Checkout) -> Path:

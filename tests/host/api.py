@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.small_models.images import as_text
+
 TIMEOUT = 900.0
 BODY = {"prompt": "a photo of a cat", "negative_prompt": "blurry", "width": 192, "height": 128, "steps": 4, "seed": 1}
 BODY |= {"sampler_name": "Euler", "cfg_scale": 7.0}
@@ -56,8 +58,6 @@ class Api:
     def __init__(self, url: str, checkpoint: str = "tiny-sdxl.safetensors") -> None:
         self.url, self.checkpoint = url, checkpoint
 
-    # ------------------------------------------------------------------------------------------------------- HTTP
-
     def get(self, path: str) -> Any:
         return self._checked("GET", path, None).body
 
@@ -80,8 +80,6 @@ class Api:
         if answer.status >= 400:
             raise RuntimeError(f"{method} {path} answered {answer.status}: {answer.text[:1500]}")
         return answer
-
-    # --------------------------------------------------------------------------------------------------- pictures
 
     def txt2img(self, *units: Mapping[str, Any], **changes: Any) -> Pictures:
         """With these PuLID units, each a dict; without any, PuLID is not mentioned at all."""
@@ -134,8 +132,4 @@ def decoded(text: str) -> np.ndarray:
 
 def encoded(image: np.ndarray | Path) -> str:
     """base64 of a PNG."""
-    if isinstance(image, Path):
-        return base64.b64encode(image.read_bytes()).decode()
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(image.read_bytes()).decode() if isinstance(image, Path) else as_text(image)

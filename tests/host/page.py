@@ -17,15 +17,8 @@ from PIL import Image
 from tests.host.table import Failed, Skipped, expect
 from tests.host.webui import Running
 
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync"
 PATIENCE = 600_000  # ms; a page of a WebUI is slow to come on a busy machine
 
 
@@ -41,8 +34,6 @@ class Page:
         """Ours only: A1111's own page raises some, of width and height, without any extension."""
         if "pulid" in f"{error} {error.stack}".lower():
             self.problems.append(str(error))
-
-    # ------------------------------------------------------------------------------------------------------- finding
 
     def find(self, selector: str) -> Any:
         return self.inner.locator(selector)
@@ -75,8 +66,6 @@ class Page:
     def note(self) -> str:
         return self.part("1_note").inner_text()
 
-    # ------------------------------------------------------------------------------------------------------- doing
-
     def load(self, address: str = "") -> None:
         """Opens an address, or the same again, and waits until our script has found the accordion."""
         self.inner.goto(address or self.inner.url, wait_until="domcontentloaded")
@@ -84,20 +73,20 @@ class Page:
         self.until("gradioApp().querySelector('#pulid_txt2img').dataset.pulid === 'connected'", "our script runs")
 
     def choose_tab(self, tab: str) -> None:
-        self.find(
-            "#tabs > .tab-nav button",
-        ).filter(has_text=tab).first.click()
+        self.find("#tabs > .tab-nav button").filter(has_text=tab).first.click()
         self.tab = tab if tab in ("txt2img", "img2img") else self.tab
 
     def is_on(self) -> bool:
         return self.inner.evaluate(f"() => (new Pulid('{self.tab}')).isOn()")
 
-    def open(self) -> None:
-        """Opens the accordion, by its label."""
+    def open(self, advanced: bool = False) -> None:
+        """Opens the accordion, by its label. advanced: and the first person's further settings."""
         if not self.is_on():
             self.part("").locator(".label-wrap").first.click()
             self.until(f"(new Pulid('{self.tab}')).isOn()", "the accordion is on")
         self.part("1_drop").wait_for(state="visible", timeout=PATIENCE)
+        if advanced:
+            self.part("1_advanced").locator(".label-wrap").first.click()
 
     def drop(self, *names: str) -> None:
         """Gives photos to the drop zone, and waits until they are shown."""
@@ -177,7 +166,7 @@ def opened(host: Running, dark: bool = False) -> Iterator[Page]:
     if chromium is None:
         raise Skipped("there is no chromium: apt-get install chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=list(FLAGS))
+        browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=FLAGS.split())
         try:
             inner = browser.new_page(viewport={"width": 1400, "height": 1300})
             inner.set_default_timeout(PATIENCE)

@@ -9,7 +9,7 @@ import numpy as np
 from tests.host import detector
 from tests.host.api import Pictures
 from tests.host.rows_works_with import MILD
-from tests.host.table import Rows, Skipped, differ, equal, expect
+from tests.host.table import Rows, Skipped, differ, equal, expect, nothing_left
 from tests.host.webui import Running
 
 rows = Rows()
@@ -52,9 +52,7 @@ def adetailer(host: Running) -> str:
     equal(painted, handed({**MILD, "weight": 0}).image, "weight 0")
     equal(painted, left().image, "afterwards, with ADetailer alone")
     equal(plain, host.api.txt2img().image, "afterwards, without both")
-    after = host.api.state()
-    for what in ("hooks", "callbacks", "patches"):
-        expect(after[what] == before[what], f"{what}: {before[what]} -> {after[what]}")
+    nothing_left(host, before)
     return f"{seen:.1f} in the part, {100 * inside.mean():.0f} % of the picture"
 
 

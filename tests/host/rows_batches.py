@@ -8,12 +8,13 @@ the host cuts the batch. With A in both places the pictures have to differ.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from tests.host.table import Rows, Skipped, close, differ
-from tests.host.webui import Running
+from tests.host.webui import NAMES, Running
 
 rows = Rows()
 LONG = "a very detailed photo of a cat, " * 20
@@ -41,32 +42,22 @@ def mirror(host: Running, people: tuple[str, str] = ("marked A", "marked B"), **
     return f"mirror {same:.3f}, rows exchanged {other:.1f}"
 
 
-@rows.row("Positive and negative rows: one call")
-def together(host: Running) -> str:
-    return mirror(host)
+ONE_BY_ONE = {"batch_cond_uncond": False}
+A1111 = ("a1111",)
+WAYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "one call": (tuple(NAMES), {}),
+    "batch of 3": (tuple(NAMES), {"batch_size": 3}),
+    "call by call (batch_cond_uncond off)": (A1111, {"batch_size": 2, "override_settings": ONE_BY_ONE}),
+    "uneven prompt lengths": (tuple(NAMES), {"prompt": LONG, "batch_size": 2}),
+    "uneven prompt lengths, negative prompt the longer one, call by call": (
+        A1111, {"negative_prompt": LONG, "batch_size": 2, "override_settings": ONE_BY_ONE},
+    ),
+}  # fmt: skip
+for name, (hosts, changes) in WAYS.items():
+    rows.row(f"Positive and negative rows: {name}", hosts)(partial(mirror, **changes))
 
 
-@rows.row("Positive and negative rows: batch of 3")
-def batch(host: Running) -> str:
-    return mirror(host, batch_size=3)
-
-
-@rows.row("Positive and negative rows: call by call (batch_cond_uncond off)", ("a1111",))
-def call_by_call(host: Running) -> str:
-    return mirror(host, batch_size=2, override_settings={"batch_cond_uncond": False})
-
-
-@rows.row("Positive and negative rows: uneven prompt lengths")
-def uneven(host: Running) -> str:
-    return mirror(host, prompt=LONG, batch_size=2)
-
-
-@rows.row("Positive and negative rows: uneven prompt lengths, negative prompt the longer one, call by call", ("a1111",))
-def uneven_call_by_call(host: Running) -> str:
-    return mirror(host, negative_prompt=LONG, batch_size=2, override_settings={"batch_cond_uncond": False})
-
-
-@rows.row("Positive and negative rows: padded prompts (pad_cond_uncond)", ("a1111",))
+@rows.row("Positive and negative rows: padded prompts (pad_cond_uncond)", A1111)
 def padded(host: Running) -> str:
     options = host.api.get("/sdapi/v1/options")
     if "pad_cond_uncond" not in options:

@@ -2,93 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from tests.host.api import encoded
 from tests.host.rows_basics import ANNA, person
-from tests.host.table import Rows, equal, expect
+from tests.host.table import Rows, equal, expect, nothing_left
 from tests.host.webui import Running
 
 rows = Rows()
 
 
 def refused(host: Running, words: list[str], *units: Any, **changes: Any) -> str:
-    """The message; every one of the words has to be in it."""
+    """Status and message; every one of the words has to be in them."""
     answer = host.api.try_txt2img(*units, **changes)
     expect(answer.status >= 400, f"{answer.status} for {str(units)[:80]}, picture: {answer.has_picture}")
     expect(not answer.has_picture, "a picture came with the error")
-    text = str(answer.body.get("detail") or answer.body.get("errors") or answer.text)
+    text = f"{answer.status} {answer.body.get('detail') or answer.body.get('errors') or answer.text}"
     absent = [word for word in words if word.lower() not in text.lower()]
-    expect(not absent, f"{answer.status}: {absent} not in the message: {text}")
-    return f"{answer.status} {text}"
+    expect(not absent, f"{absent} not in the message: {text}")
+    return text
 
 
-@rows.row("Refused: unknown field")
-def unknown_field(host: Running) -> str:
-    return refused(host, ["unit 1", "wieght"], person(host, wieght=1))
+WRONG_TYPES = {"weight": "strong", "num_zero": 1.5, "projection": "orto", "enabled": "yes", "images": [5]}
+NO_IMAGES = ("bm90IGFuIGltYWdl", "%%%", "/etc/passwd")
+Cases = list[tuple[list[str], list[Any]]]  # of each, words of the message, and units
+REFUSED: dict[str, Callable[[Running], Cases]] = {
+    "unknown field": lambda host: [(["unit 1", "wieght"], [person(host, wieght=1)])],
+    "value out of range, of the second unit": lambda host: [
+        (["unit 2", "weight"], [person(host), person(host, weight=7)])
+    ],
+    "wrong types": lambda host: [
+        (["unit 1", name], [person(host) | {name: value}]) for name, value in WRONG_TYPES.items()
+    ],
+    "start after end": lambda host: [(["unit 1", "start"], [person(host, start=0.8, end=0.2)])],
+    "an image that is none": lambda host: [(["unit 1", "images"], [{"images": [bad]}]) for bad in NO_IMAGES],
+    "a photo without a face": lambda host: [(["unit 2", "images", "no face"], [ANNA, person(host, "nobody")])],
+    "no photo at all": lambda host: [(["unit 1", "images"], [{"weight": 1}])],
+    "face number that is not there": lambda host: [(["unit 1", "face"], [person(host, face_index=3)])],
+    "an identity that is not saved; both photos and identity": lambda host: [
+        (["unit 1", "identity"], [person(host, identity="marked A")]),
+        (["unit 1", "identity", "nobody knows"], [{"identity": "nobody knows"}]),
+    ],
+    "a PuLID file that is not there, and one for FLUX": lambda host: [
+        (["unit 1", "model"], [person(host, model="pulid_v9.bin")]),
+        (["unit 1", "model", "flux"], [person(host, model="pulid_flux_v0.9.1.safetensors")]),
+    ],
+    "a region that is black all over": lambda host: [
+        (["unit 1", "mask"], [{**ANNA, "mask": encoded(np.zeros((8, 8, 3), np.uint8))}])
+    ],
+    "id_mix, which exists in v1 only": lambda host: [
+        (["unit 1", "id_mix"], [person(host, fusion="id_mix", model="pulid_v1.1.safetensors")])
+    ],
+}
 
 
-@rows.row("Refused: value out of range, of the second unit")
-def out_of_range(host: Running) -> str:
-    return refused(host, ["unit 2", "weight"], person(host), person(host, weight=7))
+def refuse(cases: Callable[[Running], Cases]) -> Callable[[Running], str]:
+    return lambda host: "; ".join(refused(host, words, *units) for words, units in cases(host))
 
 
-@rows.row("Refused: wrong types")
-def wrong_types(host: Running) -> str:
-    cases = {"weight": "strong", "num_zero": 1.5, "projection": "orto", "enabled": "yes", "images": [5]}
-    return "; ".join(refused(host, ["unit 1", name], person(host) | {name: value}) for name, value in cases.items())
-
-
-@rows.row("Refused: start after end")
-def start_after_end(host: Running) -> str:
-    return refused(host, ["unit 1", "start"], person(host, start=0.8, end=0.2))
-
-
-@rows.row("Refused: an image that is none")
-def no_image(host: Running) -> str:
-    seen = [
-        refused(host, ["unit 1", "images"], {"images": [bad]}) for bad in ("bm90IGFuIGltYWdl", "%%%", "/etc/passwd")
-    ]
-    return seen[0]
-
-
-@rows.row("Refused: a photo without a face")
-def no_face(host: Running) -> str:
-    return refused(host, ["unit 2", "images", "no face"], ANNA, person(host, "nobody"))
-
-
-@rows.row("Refused: no photo at all")
-def no_photo(host: Running) -> str:
-    return refused(host, ["unit 1", "images"], {"weight": 1})
-
-
-@rows.row("Refused: face number that is not there")
-def no_such_face(host: Running) -> str:
-    return refused(host, ["unit 1", "face"], person(host, face_index=3))
-
-
-@rows.row("Refused: an identity that is not saved; both photos and identity")
-def no_identity(host: Running) -> str:
-    refused(host, ["unit 1", "identity"], person(host, identity="marked A"))
-    return refused(host, ["unit 1", "identity", "nobody knows"], {"identity": "nobody knows"})
-
-
-@rows.row("Refused: a PuLID file that is not there, and one for FLUX")
-def wrong_file(host: Running) -> str:
-    refused(host, ["unit 1", "model"], person(host, model="pulid_v9.bin"))
-    return refused(host, ["unit 1", "model", "flux"], person(host, model="pulid_flux_v0.9.1.safetensors"))
-
-
-@rows.row("Refused: a region that is black all over")
-def black_region(host: Running) -> str:
-    import numpy as np
-
-    return refused(host, ["unit 1", "mask"], {**ANNA, "mask": encoded(np.zeros((8, 8, 3), np.uint8))})
-
-
-@rows.row("Refused: id_mix, which exists in v1 only")
-def id_mix(host: Running) -> str:
-    return refused(host, ["unit 1", "id_mix"], person(host, fusion="id_mix", model="pulid_v1.1.safetensors"))
+rows.add({f"Refused: {what}": refuse(cases) for what, cases in REFUSED.items()})
 
 
 @rows.row("Refused: Stable Diffusion 1.5")
@@ -109,11 +84,10 @@ def refiner(host: Running) -> str:
 @rows.row("After an error the next run is the baseline, and nothing is left")
 def after_error(host: Running) -> None:
     plain = host.api.txt2img().image
-    before = host.api.state()
+    before = host.api.state() | {"hooks": 0}
     refused(host, [], person(host, "nobody"))
-    after = host.api.state()
+    nothing_left(host, before, "hooks", "callbacks")
     equal(plain, host.api.txt2img().image, "after the error")
-    expect(after["hooks"] == 0 and after["callbacks"] == before["callbacks"], f"left: {after}")
 
 
 @rows.row("The host fails before it samples (8-bit weights, on a CPU): nothing of ours is left", hosts=("a1111",))

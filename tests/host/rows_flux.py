@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from tests.host import rows_img2img
 from tests.host.api import Pictures, encoded
-from tests.host.rows_basics import person
+from tests.host.rows_basics import off_is_the_baseline, person, photo_acts
 from tests.host.rows_batches import LONG, mirror
 from tests.host.rows_grid import cells
-from tests.host.rows_img2img import scene
-from tests.host.rows_works_with import stopped
-from tests.host.table import Rows, close, differ, distance, equal, expect
+from tests.host.rows_img2img import from_a_picture, scene
+from tests.host.rows_works_with import alone_and_together, each_pass, stopped, with_lora
+from tests.host.table import Rows, close, differ, equal, expect, more_on_the_left, nothing_left
 from tests.host.webui import FORGES, Running
 
 rows = Rows()
@@ -54,33 +56,28 @@ def expect_sites(calls: list[dict[str, Any]], count: int | None = None) -> str:
     return f"{len(calls)} calls with 10 + 10 each"
 
 
-@rows.row("FLUX: a photo changes the picture; the same request gives the same picture", FORGES)
-def photo(host: Running) -> str:
-    plain, face = flux(host).image, flux(host, person(host, weight=1)).image
-    equal(face, flux(host, person(host, weight=1)).image, "twice the same")
-    differ(face, flux(host, person(host, "ben", weight=1)).image, "another person", 0.1)
-    return f"{differ(plain, face, 'with and without'):.1f} of 255"
-
-
-@rows.row("FLUX: weight 0, a unit that is off, the accordion off, the next run: bit-identical to the baseline", FORGES)
-def nothing(host: Running) -> None:
-    plain = flux(host).image
-    flux(host, person(host))
-    cases: dict[str, tuple[Any, ...]] = {"the next run": (), "weight 0": (person(host, weight=0),)}
-    cases |= {"unit off": (person(host, enabled=False),), "accordion off": (False, person(host))}
-    for what, units in cases.items():
-        equal(plain, flux(host, *units).image, what)
+rows.add({
+    "FLUX: a photo changes the picture; the same request gives the same picture":
+        lambda host: photo_acts(host, partial(flux, host), 0.1, weight=1),
+    "FLUX: weight 0, a unit that is off, the accordion off, the next run: bit-identical to the baseline":
+        lambda host: off_is_the_baseline(host, partial(flux, host)),
+    "FLUX: positive and negative rows: batch of 3": lambda host: true_cfg(host, batch_size=3),
+    "FLUX: batch count and batch size: each picture is the one made alone":
+        lambda host: alone_and_together(partial(flux, host, MILD)),
+    "FLUX: hires fix: both passes, first, second; weight 0 bit-identical":
+        lambda host: each_pass(partial(host.api.txt2img, **hires(host)), {**MILD, "weight": 2.0}, FAINT),
+    "FLUX: img2img; weight 0 bit-identical": lambda host: from_a_picture(host, MILD, **asked(denoising_strength=0.8)),
+    "FLUX: LoRA on double and single blocks: both act; alone, each is what it was, to the bit":
+        lambda host: with_lora(partial(flux, host), MILD, "a photo of a cat <lora:tiny-flux-lora:0.3>"),
+}, FORGES)  # fmt: skip
 
 
 @rows.row("FLUX: no hook, callback or patch is left after a run", FORGES)
-def nothing_left(host: Running) -> None:
+def leaves_nothing(host: Running) -> None:
     flux(host)
-    before = host.api.state()
+    before = host.api.state() | {"hooks": 0}
     flux(host, MILD)
-    after = host.api.state()
-    expect(after["hooks"] == 0, f"{after['hooks']} hooks are left")
-    expect(after["callbacks"] == before["callbacks"], f"callbacks: {before['callbacks']} -> {after['callbacks']}")
-    expect(after["patches"] == before["patches"], f"patches: {after['patches']}")
+    nothing_left(host, before)
 
 
 @rows.row("FLUX: 10 + 10 injections per forward, after the blocks of the official code, none on the text", FORGES)
@@ -111,24 +108,12 @@ def together(host: Running) -> str:
     return true_cfg(host)
 
 
-@rows.row("FLUX: positive and negative rows: batch of 3", FORGES)
-def batch(host: Running) -> str:
-    return true_cfg(host, batch_size=3)
-
-
 @rows.row("FLUX: positive and negative rows: two calls, text of uneven length", FORGES)
 def uneven(host: Running) -> str:
     long = LONG * 3  # beyond T5's 256 tokens
     calls = sites_of(host, MILD, cfg_scale=3.0, prompt=long)
     expect([call["rows"] for call in calls] == [1] * 2 * STEPS, f"rows per call: {[call['rows'] for call in calls]}")
     return true_cfg(host, prompt=long)
-
-
-@rows.row("FLUX: batch count and batch size: each picture is the one made alone", FORGES)
-def batches(host: Running) -> str:
-    alone = [flux(host, MILD, seed=seed).image for seed in range(1, 5)]
-    together = flux(host, MILD, n_iter=2, batch_size=2).images[-4:]
-    return f"{max(close(a, b, 'alone and in a batch') for a, b in zip(alone, together)):.3f} of 255"
 
 
 @rows.row("FLUX: sizes that are not divisible by 16, with a region", FORGES)
@@ -152,16 +137,6 @@ def hires(host: Running, **changes: Any) -> dict[str, Any]:
     return asked(**(body | {"hr_scheduler": "Simple"} | changes))
 
 
-@rows.row("FLUX: hires fix: both passes, first, second; weight 0 bit-identical", FORGES)
-def hires_fix(host: Running) -> str:
-    unit, body = {**MILD, "weight": 2.0}, hires(host)
-    made = {"none": host.api.txt2img(**body).image}
-    made |= {name: host.api.txt2img({**unit, "hires": name}, **body).image for name in ("both", "first", "second")}
-    equal(made["none"], host.api.txt2img({**unit, "weight": 0}, **body).image, "weight 0")
-    pairs = [(a, b) for a in made for b in made if a < b]
-    return ", ".join(f"{a}/{b} {differ(made[a], made[b], f'{a} and {b}', FAINT):.1f}" for a, b in pairs)
-
-
 @rows.row("FLUX: hires fix from SDXL to FLUX, from FLUX to SDXL, and back again: the face in both passes", FORGES)
 def hires_switch(host: Running) -> str:
     """The pass with the other model needs a picture to begin with, not a latent."""
@@ -178,33 +153,10 @@ def hires_switch(host: Running) -> str:
     return ", ".join(seen)
 
 
-def repeated(host: Running, *units: Any, **body: Any) -> np.ndarray:
-    host.api.img2img(*units, **body)
-    return host.api.img2img(*units, **body).image
-
-
-@rows.row("FLUX: img2img; weight 0 bit-identical", FORGES)
-def img2img(host: Running) -> str:
-    body = asked(init_images=[encoded(scene())], denoising_strength=0.8)
-    plain = repeated(host, **body)
-    equal(plain, host.api.img2img({**MILD, "weight": 0}, **body).image, "weight 0")
-    return f"{differ(plain, host.api.img2img(MILD, **body).image, 'with and without'):.1f}"
-
-
 @rows.row("FLUX: inpaint, whole picture and only masked", FORGES)
 def inpaint(host: Running) -> str:
-    mask, seen = np.zeros((128, 192, 3), np.uint8), []
-    mask[32:96, 96:160] = 255
-    inside = mask[:, :, 0] > 0
-    for only_masked in (False, True):
-        body = asked(init_images=[encoded(scene())], mask=encoded(mask), mask_blur=0, denoising_strength=0.8)
-        body |= {"inpainting_fill": 1, "inpaint_full_res": only_masked, "inpaint_full_res_padding": 16}
-        body |= {"width": 192, "height": 128}
-        plain, face = repeated(host, **body), host.api.img2img(MILD, **body).image
-        equal(plain[~inside], face[~inside], "outside of the mask")
-        equal(plain, host.api.img2img({**MILD, "weight": 0}, **body).image, "weight 0")
-        seen.append(f"{differ(plain[inside], face[inside], 'inside of the mask'):.1f}")
-    return " and ".join(seen) + " inside"
+    body = asked(width=192, height=128)
+    return " and ".join(rows_img2img.inpaint(host, only_masked, MILD, **body) for only_masked in (False, True))
 
 
 @rows.row("FLUX: a prompt of 600 words", FORGES)
@@ -216,35 +168,15 @@ def long_prompt(host: Running) -> str:
     return f"{differ(plain, face, 'with and without'):.1f}"
 
 
-@rows.row("FLUX: LoRA on double and single blocks: both act; alone, each is what it was, to the bit", FORGES)
-def lora(host: Running) -> str:
-    prompt = "a photo of a cat <lora:tiny-flux-lora:0.3>"
-    plain, face = flux(host).image, flux(host, MILD).image
-    alone, both = flux(host, prompt=prompt).image, flux(host, MILD, prompt=prompt).image
-    differ(plain, alone, "the LoRA alone", 0.3)
-    equal(alone, flux(host, prompt=prompt).image, "the LoRA alone, after the face")
-    equal(face, flux(host, MILD).image, "the face alone, after the LoRA")
-    return f"face {differ(alone, both, 'LoRA and both', 0.3):.1f}, LoRA {differ(face, both, 'face and both', 0.3):.1f}"
-
-
 @rows.row("FLUX: two persons in two regions", FORGES)
 def regions(host: Running) -> str:
     left = np.zeros((96, 128, 3), np.uint8)
     left[:, :64] = 255
     units = [{**MILD, "identity": f"marked {n}", "mask": encoded(m)} for n, m in (("A", left), ("B", 255 - left))]
-    plain, first, second = (flux(host, *some).image for some in ([], units[:1], units[1:]))
-    both, half = flux(host, *units).image, plain.shape[1] // 2
+    plain, first, second, both = (flux(host, *some).image for some in ([], units[:1], units[1:], units))
     for picture in (first, second):
         differ(both, picture, "both and one", 0.3)
-    seen = []
-    for name, picture, own, other in (
-        ("left", first, np.s_[:, :half], np.s_[:, half:]),
-        ("right", second, np.s_[:, half:], np.s_[:, :half]),
-    ):
-        inside, outside = distance(plain[own], picture[own]), distance(plain[other], picture[other])
-        expect(inside > outside, f"the {name} region changes its side by {inside:.1f}, the other by {outside:.1f}")
-        seen.append(f"{name}: {inside:.1f} inside, {outside:.1f} outside")
-    return ", ".join(seen)
+    return f"left: {more_on_the_left(plain, first)}; right: {more_on_the_left(plain, second, sign=-1)}"
 
 
 @rows.row("FLUX: AND: two equal halves are the whole prompt", FORGES)

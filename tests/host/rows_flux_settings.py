@@ -6,30 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from tests.host import rows_page
+from tests.host import rows_flux, rows_page
 from tests.host.api import encoded
 from tests.host.page import Page, opened
 from tests.host.rows_basics import FAINT, default_unit, person
+from tests.host.rows_errors import refused
 from tests.host.table import Rows, close, differ, equal, expect
 from tests.host.webui import FORGES, Running
 
 rows = Rows()
 STEPS = 6
-FLUX: dict[str, Any] = {"override_settings": {"sd_model_checkpoint": "tiny-flux.safetensors"}, "scheduler": "Simple"}
-FLUX |= {"cfg_scale": 1.0, "negative_prompt": "", "width": 128, "height": 128, "steps": STEPS}
+FLUX = rows_flux.asked(height=128, steps=STEPS)
 GUIDED = {**FLUX, "cfg_scale": 3.0, "negative_prompt": "blurry"}
 
 
 def made(host: Running, *units: dict[str, Any], **asked: Any) -> np.ndarray:
     return host.api.txt2img(*units, **{**FLUX, **asked}).image
-
-
-def refused(host: Running, unit: dict[str, Any], *words: str, **asked: Any) -> str:
-    answer = host.api.try_txt2img(unit, **asked)
-    expect(answer.status >= 400 and not answer.has_picture, f"{unit}: {answer.status}")
-    for word in words:
-        expect(word in answer.text, f"{word!r} is not in: {answer.text[:400]}")
-    return answer.body["detail"]
 
 
 @rows.row("FLUX: start step n is step n, also with samplers of second order and in img2img", FORGES)
@@ -58,10 +50,10 @@ def both_starts(host: Running) -> str:
     late = made(host, person(host, start=4 / STEPS))
     equal(late, made(host, person(host, start=4 / STEPS, start_step=2)), "start is later")
     equal(late, made(host, person(host, start=2 / STEPS, start_step=4)), "start step is later")
-    refused(host, person(host, start=0.95), "unit 1, field start:", "never", **FLUX)
-    refused(host, person(host, start_step=3, end=0.5), "unit 1, field start", "never", **FLUX)
+    refused(host, ["unit 1, field start:", "never"], person(host, start=0.95), **FLUX)
+    refused(host, ["unit 1, field start", "never"], person(host, start_step=3, end=0.5), **FLUX)
     equal(made(host), made(host, person(host, start_step=STEPS, weight=0)), "weight 0")
-    return refused(host, person(host, start_step=STEPS), "unit 1, field start_step:", "never", **FLUX)
+    return refused(host, ["unit 1, field start_step:", "never"], person(host, start_step=STEPS), **FLUX)
 
 
 @rows.row("FLUX: true CFG from a step on: as the host's own early steps without CFG, and CFG 1 if it is none", FORGES)
@@ -92,12 +84,8 @@ def hires_guidance(host: Running) -> str:
     """At CFG 1 nothing is compiled for negative rows; the other pass has to get it. What is compiled has another layout
     then, and in newer versions of torch another rounding."""
     asked: dict[str, Any] = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": host.api.upscaler, "steps": 4}
-    asked |= {
-        "denoising_strength": 0.7,
-        "hr_second_pass_steps": 4,
-        "hr_additional_modules": ["Use same choices"],
-        "hr_scheduler": "Simple",
-    }
+    asked |= {"denoising_strength": 0.7, "hr_second_pass_steps": 4, "hr_scheduler": "Simple"}
+    asked |= {"hr_additional_modules": ["Use same choices"]}
     seen = []
     for first, second in ((1.0, 3.0), (3.0, 1.0)):
         scales = {"cfg_scale": first, "hr_cfg": second, "negative_prompt": "blurry"}
@@ -126,8 +114,8 @@ def presets(host: Running) -> str:
         expect("projection" not in text and "num_zero" not in text, f"of SDXL: {text}")
     text = host.api.txt2img(person(host)).parameters[0]
     expect("weight: 0.8," in text and "preset: v1.1" in text and "start_step" not in text, f"on SDXL: {text}")
-    refused(host, person(host, preset="realistic"), "unit 1, field preset:", "SDXL")
-    return refused(host, person(host, preset="style"), "unit 1, field preset:", "FLUX", **FLUX)
+    refused(host, ["unit 1, field preset:", "SDXL"], person(host, preset="realistic"))
+    return refused(host, ["unit 1, field preset:", "FLUX"], person(host, preset="style"), **FLUX)
 
 
 @rows.row("All defaults of the schema, as a dict and as the page's list, on SDXL and on FLUX", FORGES)
@@ -140,8 +128,6 @@ def defaults(host: Running) -> None:
     equal(made(host, photo), made(host, *listed), "FLUX, the list")
     equal(host.api.txt2img(photo).image, host.api.txt2img(dict_unit).image, "SDXL, nothing and all")
 
-
-# ------------------------------------------------------------------------------------------------------ the page
 
 SDXL_ONLY, FLUX_ONLY = ("projection", "num_zero"), ("start_step", "cfg_start_step")
 PRESETS = {"sdxl": ["v1.1", "fidelity", "style", "neutral", "custom"], "flux": ["realistic", "stylized", "custom"]}
@@ -166,8 +152,7 @@ def shows(page: Page, family: str, person: int = 1) -> None:
 @rows.row("Page: the accordion shows what the chosen checkpoint's family has, and moves the weight with it", FORGES)
 def follows(host: Running) -> str:
     with opened(host) as page:
-        page.open()
-        page.part("1_advanced").locator(".label-wrap").first.click()
+        page.open(advanced=True)
         page.drop("anna")
         choose(page, "tiny-sdxl")  # the rows before may have ended with FLUX
         shows(page, "sdxl")
@@ -193,13 +178,11 @@ def follows(host: Running) -> str:
         expect(page.number("1_weight") == 0.65, f"a weight that was set: {page.number('1_weight')}")
         expect(page.number("1_start_step") == 4, f"start step: {page.number('1_start_step')}")
     with opened(host) as page:  # opened anew, with FLUX chosen
-        page.open()
-        page.part("1_advanced").locator(".label-wrap").first.click()
+        page.open(advanced=True)
         shows(page, "flux")
         expect(page.number("1_weight") == 1, f"weight: {page.number('1_weight')}")
         page.choose_tab("img2img")
-        page.open()
-        page.part("1_advanced").locator(".label-wrap").first.click()
+        page.open(advanced=True)
         shows(page, "flux")
         choose(page, "tiny-sd15")
         page.part("1_num_zero").wait_for(state="visible")

@@ -29,12 +29,18 @@ def repeated(host: Running, *units: dict[str, Any], **asked: Any) -> np.ndarray:
     return host.api.img2img(*units, **asked).image
 
 
-@rows.row("img2img; weight 0 bit-identical")
-def img2img(host: Running) -> str:
-    asked = {"init_images": [encoded(scene())], "denoising_strength": 0.7}
+rows.add({
+    "img2img; weight 0 bit-identical": lambda host: from_a_picture(host, ANNA, denoising_strength=0.7),
+    "Inpaint, whole picture": lambda host: inpaint(host, only_masked=False),
+    "Inpaint, only masked": lambda host: inpaint(host, only_masked=True),
+})  # fmt: skip
+
+
+def from_a_picture(host: Running, unit: dict[str, Any], **asked: Any) -> str:
+    asked["init_images"] = [encoded(scene())]
     plain = repeated(host, **asked)
-    equal(plain, host.api.img2img({**ANNA, "weight": 0}, **asked).image, "weight 0")
-    return f"{differ(plain, host.api.img2img(ANNA, **asked).image, 'with and without'):.1f}"
+    equal(plain, host.api.img2img({**unit, "weight": 0}, **asked).image, "weight 0")
+    return f"{differ(plain, host.api.img2img(unit, **asked).image, 'with and without'):.1f}"
 
 
 @rows.row("img2img: reading a new photo draws no random numbers of the host's")
@@ -46,26 +52,16 @@ def random_numbers(host: Running) -> None:
     equal(plain, host.api.img2img({"images": [encoded(fresh)], "weight": 0}, **asked).image, "a new photo, weight 0")
 
 
-def inpaint(host: Running, only_masked: bool) -> str:
+def inpaint(host: Running, only_masked: bool, unit: dict[str, Any] = ANNA, **asked: Any) -> str:
     mask = np.zeros((128, 192, 3), np.uint8)
     mask[32:96, 96:160] = 255
-    asked = {"init_images": [encoded(scene())], "mask": encoded(mask), "mask_blur": 0, "denoising_strength": 0.8}
+    asked |= {"init_images": [encoded(scene())], "mask": encoded(mask), "mask_blur": 0, "denoising_strength": 0.8}
     asked |= {"inpainting_fill": 1, "inpaint_full_res": only_masked, "inpaint_full_res_padding": 16}
-    plain, face = repeated(host, **asked), host.api.img2img(ANNA, **asked).image
+    plain, face = repeated(host, **asked), host.api.img2img(unit, **asked).image
     inside = mask[:, :, 0] > 0
     equal(plain[~inside], face[~inside], "outside of the mask")
-    equal(plain, host.api.img2img({**ANNA, "weight": 0}, **asked).image, "weight 0")
+    equal(plain, host.api.img2img({**unit, "weight": 0}, **asked).image, "weight 0")
     return f"{differ(plain[inside], face[inside], 'inside of the mask'):.1f} inside"
-
-
-@rows.row("Inpaint, whole picture")
-def inpaint_whole(host: Running) -> str:
-    return inpaint(host, only_masked=False)
-
-
-@rows.row("Inpaint, only masked")
-def inpaint_only_masked(host: Running) -> str:
-    return inpaint(host, only_masked=True)
 
 
 def half(left: bool) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 from tests.host.api import encoded
 from tests.host.page import opened
 from tests.host.rows_flux import MILD as FLUX_MILD
-from tests.host.rows_flux import asked, repeated
+from tests.host.rows_flux import asked
 from tests.host.rows_flux_settings import choose, shows
-from tests.host.rows_img2img import scene
+from tests.host.rows_img2img import repeated, scene
 from tests.host.rows_works_with import MILD
 from tests.host.table import Rows, Skipped, close, differ, equal, expect
 from tests.host.webui import Running
@@ -92,8 +92,7 @@ def presets(host: Running) -> None:
         page.inner.wait_for_timeout(1000)
 
     with opened(host) as page:
-        page.open()
-        page.part("1_advanced").locator(".label-wrap").first.click()
+        page.open(advanced=True)
         for name, checkpoint, family in (("xl", "tiny-sdxl", "sdxl"), ("flux", "tiny-flux", "flux")):
             preset(name)
             choose(page, checkpoint)

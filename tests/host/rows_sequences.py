@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from tests.host.api import Answer, pictures
 from tests.host.rows_basics import person
-from tests.host.table import Failed, Rows, equal, expect
+from tests.host.rows_works_with import while_sampling
+from tests.host.table import Failed, Rows, equal, expect, nothing_left
 from tests.host.webui import Running
 
 rows = Rows()
@@ -27,21 +27,14 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 # What fails, at which call of it, and whether after it has done its work.
 FAULTS = (
-    ("lib_pulid.weights.load_adapter", 1, False),
-    ("lib_pulid.face_models.load_face_models", 1, True),
-    ("lib_pulid.vision.load_vision_tower", 1, False),
-    ("lib_pulid.faces.align", 1, True),
-    ("lib_pulid.photos.encode_identity", 1, False),
-    ("os.replace", 1, False),
-    ("lib_pulid.injection.prepare_site", 30, False),
-    ("run.begin", 1, True),
-    ("run.enter", 2, True),
-    ("run.leave", 1, False),
-    ("torch.nn.Module.register_forward_pre_hook", 40, False),
-    ("lib_pulid.injection.add_cross_attention", 100, True),
-    ("denoiser.forward", 1, False),
+    ("lib_pulid.weights.load_adapter", 1, False), ("lib_pulid.face_models.load_face_models", 1, True),
+    ("lib_pulid.vision.load_vision_tower", 1, False), ("lib_pulid.faces.align", 1, True),
+    ("lib_pulid.photos.encode_identity", 1, False), ("os.replace", 1, False),
+    ("lib_pulid.injection.prepare_site", 30, False), ("run.begin", 1, True), ("run.enter", 2, True),
+    ("run.leave", 1, False), ("torch.nn.Module.register_forward_pre_hook", 40, False),
+    ("lib_pulid.injection.add_cross_attention", 100, True), ("denoiser.forward", 1, False),
     ("denoiser.forward", 2, True),
-)
+)  # fmt: skip
 ERRORS = ("RuntimeError", "OutOfMemoryError", "OSError")
 Action = tuple[str, Any]
 
@@ -71,12 +64,13 @@ def actions(seed: int) -> list[Action]:
 @rows.row("100 random sequences of settings, pictures, faults and interruptions: each ends in the right picture")
 def sequences(host: Running) -> str:
     chosen = [Settings(False, checkpoint=checkpoint) for checkpoint in CHOICES["checkpoint"]]
-    chosen += [Settings(True, *rest) for rest in _products("photo", "checkpoint", "file")]
+    chosen += [Settings(True, *rest) for rest in product(*(CHOICES[name] for name in ("photo", "checkpoint", "file")))]
     for settings in chosen[:2]:  # a program's very first picture may differ from its later ones in the last bit
         settings.picture(host)
     right = {settings: shown(settings.picture(host)) for settings in chosen}
     expect(len({picture.tobytes() for picture in right.values()}) == len(right), "settings give the same picture")
-    before, counts = host.api.state(), dict.fromkeys(("actions", "faults that came", "interruptions"), 0)
+    before = host.api.state() | {"hooks": 0}
+    counts = dict.fromkeys(("actions", "faults that came", "interruptions"), 0)
     for seed in range(SEQUENCES):
         sequence = actions(seed)
         try:
@@ -84,17 +78,12 @@ def sequences(host: Running) -> str:
             alike = settings if settings.on else Settings(False, checkpoint=settings.checkpoint)
             equal(right[alike], shown(settings.picture(host)), f"{settings}")
             nothing_left(host, before)
+            strays = [path.name for path in (host.data / "models" / "pulid").rglob("*.tmp")]
+            expect(not strays, f"half-written: {strays}")
         except Failed as failed:
             raise Failed(f"sequence {seed}, {sequence}: {failed}") from failed
         print(f"     sequence {seed + 1} of {SEQUENCES}", end="\r" if (seed + 1) % 10 else "\n", flush=True)
     return f"{SEQUENCES} sequences, " + ", ".join(f"{count} {name}" for name, count in counts.items())
-
-
-def _products(*names: str) -> list[tuple[Any, ...]]:
-    found: list[tuple[Any, ...]] = [()]
-    for name in names:
-        found = [(*one, value) for one in found for value in CHOICES[name]]
-    return found
 
 
 def play(host: Running, sequence: list[Action], counts: dict[str, int]) -> Settings:
@@ -132,30 +121,11 @@ def fail(host: Running, settings: Settings, fault: tuple[str, int, bool], number
 
 def interrupt(host: Running, settings: Settings) -> bool:
     """Presses the button while samples are made. Whether that was in time."""
-    answers: list[Answer] = []
-    run = threading.Thread(target=lambda: answers.append(settings.picture(host, LONG)))
-    run.start()
-    pressed = False
-    while run.is_alive() and not pressed:
-        state = host.api.get("/sdapi/v1/progress?skip_current_image=true")["state"]
-        if state["sampling_step"] > 1 and state["sampling_steps"] == LONG:
-            host.api.post("/sdapi/v1/interrupt")
-            pressed = True
-        time.sleep(0.02)
-    run.join(300)
-    expect(bool(answers) and answers[0].status < 400, f"interrupted: {answers}")
+    answer, pressed = while_sampling(host, "interrupt", LONG, lambda: settings.picture(host, LONG))
+    expect(answer.status < 400, f"interrupted: {answer}")
     return pressed
 
 
 def shown(answer: Answer) -> np.ndarray:
     expect(answer.status < 400, f"{answer.status}: {answer.text[:300]}")
     return pictures(answer).image
-
-
-def nothing_left(host: Running, before: dict[str, Any]) -> None:
-    after = host.api.state()
-    expect(after["hooks"] == 0, f"{after['hooks']} hooks are left")
-    for name in ("callbacks", "patches"):
-        expect(after[name] == before[name], f"{name}: {before[name]} -> {after[name]}")
-    strays = [path.name for path in (host.data / "models" / "pulid").rglob("*.tmp")]
-    expect(not strays, f"half-written: {strays}")

@@ -50,12 +50,8 @@ def check(host: Running, server: Server, folder: Path) -> str:
         panel.wait_for(state="visible")
         said = panel.inner_text()
         for words in (
-            PULID,
-            "glintr100.onnx",
-            "parsing_bisenet.pth",
-            "non-commercial research purposes only",
-            str(folder),
-        ):
+            PULID, "glintr100.onnx", "parsing_bisenet.pth", "non-commercial research purposes only", str(folder),
+        ):  # fmt: skip
             expect(words in said, f"the note does not name {words}: {said[:300]}")
         page.keep(rows_page.SCREENSHOTS, "missing", "#pulid_txt2img")
         release = threading.Event()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +24,14 @@ class Skipped(Exception):
     """The host lacks what the row is about; the message says what."""
 
 
+Check = Callable[[Running], str | None]
+
+
 @dataclass(frozen=True)
 class Row:
     behaviour: str
     hosts: tuple[str, ...]
-    check: Callable[[Running], str | None]
+    check: Check
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,13 @@ class Rows:
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    def row(self, behaviour: str, hosts: tuple[str, ...] = tuple(NAMES)) -> Callable:
+    def row(self, behaviour: str, hosts: tuple[str, ...] = tuple(NAMES)) -> Callable[[Check], Check]:
         """A check that raises Failed, or returns a few words on what it saw."""
+        return lambda check: self.add({behaviour: check}, hosts) or check
 
-        def add(check: Callable[[Running], str | None]) -> Callable[[Running], str | None]:
-            self.rows.append(Row(behaviour, hosts, check))
-            return check
-
-        return add
+    def add(self, checks: Mapping[str, Check], hosts: tuple[str, ...] = tuple(NAMES)) -> None:
+        """Rows whose checks are short, by what they check."""
+        self.rows += [Row(behaviour, hosts, check) for behaviour, check in checks.items()]
 
 
 def run(row: Row, host: Running) -> Result:
@@ -82,9 +85,6 @@ def as_markdown(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ------------------------------------------------------------------------------------------------------ expectations
-
-
 def distance(one: np.ndarray, other: np.ndarray) -> float:
     """Mean difference of two pictures, of 255."""
     expect(one.shape == other.shape, f"the pictures are {one.shape} and {other.shape} large")
@@ -106,6 +106,21 @@ def equal(one: np.ndarray, other: np.ndarray, what: str) -> None:
     """To the bit."""
     found = distance(one, other)
     expect(found == 0, f"{what}: not the same to the bit, they differ by {found:.4f}")
+
+
+def nothing_left(host: Running, before: Mapping[str, Any], *kinds: str) -> None:
+    """Of what was not there before; by default hooks, callbacks and patches are compared."""
+    after = host.api.state()
+    for kind in kinds or ("hooks", "callbacks", "patches"):
+        expect(after[kind] == before[kind], f"{kind}: {before[kind]} -> {after[kind]}")
+
+
+def more_on_the_left(plain: np.ndarray, picture: np.ndarray, sign: int = 1) -> str:
+    """What acts on the left half changes that more than the right one. sign: -1, on the right."""
+    half = plain.shape[1] // 2
+    left, right = distance(plain[:, :half], picture[:, :half]), distance(plain[:, half:], picture[:, half:])
+    expect(sign * left > sign * right, f"the left is changed by {left:.1f} and the right by {right:.1f}")
+    return f"{left:.1f} left, {right:.1f} right"
 
 
 def close(one: np.ndarray, other: np.ndarray, what: str, at_most: float = ROUNDING) -> float:

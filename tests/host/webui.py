@@ -42,11 +42,8 @@ OWN_SETTINGS: dict[str, dict[str, Any]] = {
 }
 FLAGS = {
     "a1111": "--use-cpu all --precision full --no-half --no-download-sd-model --skip-version-check",
-    "forge": "--always-cpu",
-    "neo": "--cpu",
-    "ersatz": "--always-cpu",
-    "first-forge": "--always-cpu",
-}
+    "forge": "--always-cpu", "neo": "--cpu", "ersatz": "--always-cpu", "first-forge": "--always-cpu",
+}  # fmt: skip
 COMMON = "--api --skip-torch-cuda-test --skip-python-version-check --disable-console-progressbars"
 # The first Forge has ldm_patched where the later ones have backend; reForge and Forge Classic went on from it.
 NAMES = {"neo": "Forge Neo", "a1111": "A1111", "forge": "Forge", "ersatz": "ersatzForge", "first-forge": "Forge 1"}
@@ -148,12 +145,9 @@ def running(
         command = [str(checkout.python), "launch.py", *arguments(checkout, data, generated, port), *flags]
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                command,
-                cwd=checkout.folder,
-                env=environment(checkout) | dict(variables or {}),
-                stdout=sink,
+                command, cwd=checkout.folder, env=environment(checkout) | dict(variables or {}), stdout=sink,
                 stderr=subprocess.STDOUT,
-            )
+            )  # fmt: skip
         api = Api(f"http://127.0.0.1:{port}", first_checkpoint(generated))
         host = Running(checkout.kind, api, data, generated, log, process)
         try:

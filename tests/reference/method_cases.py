@@ -50,8 +50,6 @@ CONTROL_SIZE = (128, 96)  # width and height
 CONTROL_POINTS = [[44.3, 30.9], [84.6, 33.2], [66.1, 51.7], [47.8, 70.2], [80.5, 72.9]]
 
 
-# ---------------------------------------------------------------- InstantID's ControlNet, in a whole pipeline
-
 SIDE = 128  # pixels
 STEPS, GUIDANCE, SEED = 3, 5.0, 7
 CONTROL_SCALE = 0.6
@@ -74,9 +72,8 @@ def parts() -> dict[str, object]:
     """The models of both pipelines: random, but for the text encoders, of which there are none."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 
-    vae = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     return {
-        "vae": cases.fill(AutoencoderKL(**vae, block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4), 51),
+        "vae": cases.fill(AutoencoderKL(**cases.vae(8)), 51),
         "unet": cases.fill(UNet2DConditionModel(**cases.UNET), 17),
         "scheduler": EulerDiscreteScheduler(),
         **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),

@@ -84,22 +84,16 @@ def record_image_stream() -> dict[str, Tensor]:
 def record_unet() -> dict[str, Tensor]:
     from pulid.pipeline_v1_1 import PuLIDPipeline
 
-    inputs = cases.unet_inputs()
     unet = cases.fill(diffusers.UNet2DConditionModel(**cases.UNET), 17)
-
-    def run(**attention: object) -> Tensor:
-        added = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
-        args = (inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"])
-        return unet(*args, added_cond_kwargs=added, cross_attention_kwargs=attention or None).sample
-
-    out = {"unet_off": run()}
+    out = {"unet_off": cases.run_unet(unet)}
     holder = PuLIDPipeline.__new__(PuLIDPipeline)
     holder.hack_unet_attn_layers(unet)  # it makes identity tokens as wide as the text's
     cases.fill(holder.id_adapter_attn_layers, 18)
     cond, uncond = cases.tokens(77, width=cases.UNET["cross_attention_dim"])
     for projection, num_zero in cases.SETTINGS:
         set_official_mode(projection, num_zero)
-        out[f"unet_{projection}_{num_zero}"] = run(id_embedding=torch.cat((uncond, cond)), id_scale=0.8)
+        both = torch.cat((uncond, cond))
+        out[f"unet_{projection}_{num_zero}"] = cases.run_unet(unet, id_embedding=both, id_scale=0.8)
     return out
 
 
@@ -115,6 +109,12 @@ def record_flux() -> dict[str, Tensor]:
     return {"flux_off": model(**inputs), "flux_on": on}
 
 
+def save(path: Path, tensors: dict[str, Tensor], **commits: str) -> None:
+    note = {**commits, "torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=note)
+    print(f"{path.name}: {len(tensors)} tensors, {path.stat().st_size:,} bytes, {note}")
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -124,15 +124,7 @@ def main() -> None:
         sys.modules.setdefault(missing, type(sys)(missing))
     sys.modules["basicsr.utils"].img2tensor = sys.modules["basicsr.utils"].tensor2img = None  # type: ignore[attr-defined]
     recorders = (record_encoders, record_tower, record_cross_attention, record_image_stream, record_unet, record_flux)
-    tensors = {name: t.contiguous() for recorder in recorders for name, t in recorder().items()}
-    note = {
-        "official_commit": cases.COMMIT,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "machine": platform.machine(),
-    }
-    save_file(tensors, FILE, metadata=note)
-    print(f"{FILE.name}: {len(tensors)} tensors, {FILE.stat().st_size:,} bytes, {note}")
+    save(FILE, {name: t for recorder in recorders for name, t in recorder().items()}, official_commit=cases.COMMIT)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Nothing of them is kept but the numbers, in `methods.safetensors`; inputs and we
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,11 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.reference import cases
 from tests.reference import method_cases as own
+from tests.reference.record import save
 
 FILE = Path(__file__).with_name("methods.safetensors")
 
@@ -48,11 +47,9 @@ def record_projectors() -> dict[str, Tensor]:
 
 def run(unet: nn.Module, count: int) -> Tensor:
     """The official way: identity tokens behind those of the text."""
-    inputs = cases.unet_inputs()
     cond, uncond = own.tokens(count)
-    text = torch.cat((inputs["encoder_hidden_states"], torch.cat((uncond, cond))), dim=1)
-    added = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
-    return unet(inputs["sample"], inputs["timestep"], text, added_cond_kwargs=added).sample
+    text = torch.cat((cases.unet_inputs()["encoder_hidden_states"], torch.cat((uncond, cond))), dim=1)
+    return cases.run_unet(unet, text)
 
 
 def record_unet(holder: object, count: int, seed: int) -> Tensor:
@@ -162,15 +159,7 @@ def main() -> None:
     mend_diffusers()
     tensors = of(args.ip_adapter, record_projectors) | of(args.ip_adapter, record_ip_adapter)
     tensors |= of(args.instantid, record_instantid) | of(args.instantid, record_identity_net)
-    note = {
-        "ip_adapter_commit": own.IP_ADAPTER,
-        "instantid_commit": own.INSTANTID,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "machine": platform.machine(),
-    }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, FILE, metadata=note)
-    print(f"{FILE.name}: {len(tensors)} tensors, {FILE.stat().st_size:,} bytes, {note}")
+    save(FILE, tensors, ip_adapter_commit=own.IP_ADAPTER, instantid_commit=own.INSTANTID)
 
 
 if __name__ == "__main__":

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.vision import HEAD_DIM, tower_shapes
+from tests.reference.cases import scaled
 
 TOKEN_WIDTH = 64  # 2048 in the real files
 TOWER_WIDTH = 128  # 1024 in the real tower
 ID_COND = 512 + 768
 
 
-@dataclass(frozen=True)
-class SmallFiles:
-    """What `write_files` wrote. Args: sdxl, flux: PuLID files. tower: an EVA-CLIP file."""
+# Of a FLUX site's weights: the product's name of each, and the file's.
+STREAM = {
+    "norm_id_weight": "norm1.weight", "norm_id_bias": "norm1.bias", "norm_image_weight": "norm2.weight",
+    "norm_image_bias": "norm2.bias", "to_q": "to_q.weight", "to_kv": "to_kv.weight", "to_out": "to_out.weight",
+}  # fmt: skip
+
+
+class SmallFiles(NamedTuple):
+    """What `write_files` wrote: two PuLID files and an EVA-CLIP file."""
 
     sdxl: Path
     flux: Path
@@ -41,14 +48,15 @@ def write_files(folder: str | Path, sdxl_widths: Sequence[int], flux_width: int,
     files = SmallFiles(
         folder / "standin_pulid_sdxl.safetensors", folder / "standin_pulid_flux.safetensors", folder / "standin_eva.pt"
     )
-    encoders = [random_weights(id_former().state_dict(), seed) for seed in (1, 6)]
-    pairs = nn.ModuleList(cross_attention_pair(width, TOKEN_WIDTH) for width in sdxl_widths)
-    modules = nn.ModuleList(image_stream(flux_width, TOKEN_WIDTH) for _ in range(sites))
-    save_file(sdxl_file(encoders[0], random_weights(pairs.state_dict(), seed=2)), files.sdxl)
-    save_file(flux_file(encoders[1], random_weights(modules.state_dict(), seed=3)), files.flux)
-    tower = random_weights(tower_shapes(TOWER_WIDTH, 768), seed=4)
-    torch.save({f"visual.{key}": value for key, value in tower.items()}, files.tower)
+    save_file(pulid_files(tuple(sdxl_widths), flux_width, sites)["v1.1"], files.sdxl)
+    save_file(pulid_files(tuple(sdxl_widths), flux_width, sites, seed=6)["flux"], files.flux)
+    write_tower(files.tower)
     return files
+
+
+def write_tower(path: Path) -> None:
+    tower = random_weights(tower_shapes(TOWER_WIDTH, 768), seed=4)
+    torch.save({f"visual.{key}": value for key, value in tower.items()}, path)
 
 
 @cache
@@ -63,20 +71,11 @@ def pulid_files(widths: tuple[int, ...], stream_width: int, sites: int, seed: in
 
 
 def random_weights(shapes: Mapping[str, Tensor | tuple[int, ...]], seed: int, gain: float = 1.0) -> dict[str, Tensor]:
-    """Random values that keep activations at their size; gains of norms lie around 1."""
+    """`cases.scaled`, by torch's generator. gain: of matrices."""
     generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, like in sorted(shapes.items()):
-        shape = tuple(like.shape) if isinstance(like, Tensor) else like
-        values = torch.randn(shape, generator=generator)
-        if len(shape) == 1:
-            weights[name] = 1 + 0.1 * values if name.endswith(("weight", "scale")) else 0.1 * values
-        else:
-            weights[name] = values * gain / values[0].numel() ** 0.5
-    return weights
-
-
-# ---------------------------------------------------------------- the files' parts
+    sizes = {name: tuple(like.shape) if isinstance(like, Tensor) else like for name, like in shapes.items()}
+    made = scaled(sizes, lambda shape: torch.randn(shape, generator=generator))
+    return {name: values * gain if values.ndim > 1 else values for name, values in made.items()}
 
 
 def sdxl_file(encoder: Mapping[str, Tensor], pairs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,15 +99,9 @@ def id_encoder(output_dim: int = TOKEN_WIDTH, vit_width: int = TOWER_WIDTH, hidd
 
 def id_former(output_dim: int = TOKEN_WIDTH, vit_width: int = TOWER_WIDTH, dim: int = 64) -> IDFormer:
     return IDFormer(
-        dim=dim,
-        depth=10,
-        inner_dim=2 * HEAD_DIM,
-        ff_dim=4 * dim,
-        num_queries=32,
-        output_dim=output_dim,
-        id_mapping=[ID_COND, 256, 256, 5 * dim],
-        mapping=[vit_width, vit_width, vit_width, dim],
-    )
+        dim=dim, depth=10, inner_dim=2 * HEAD_DIM, ff_dim=4 * dim, num_queries=32, output_dim=output_dim,
+        id_mapping=[ID_COND, 256, 256, 5 * dim], mapping=[vit_width, vit_width, vit_width, dim],
+    )  # fmt: skip
 
 
 def cross_attention_pair(width: int, token_width: int) -> nn.ModuleDict:

@@ -24,12 +24,14 @@ from lib_pulid.sites import find_sites
 from lib_pulid.standalone import Workshop
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.weights import Adapter, load_adapter
+from tests import layouts
 from tests.reference import cases
 from tests.small_models import random_weights, write_files
 
 _folder = TemporaryDirectory(prefix="pulid-small-")  # goes with the process
 TEXT_WIDTH = 32
 POOLED_WIDTH = 16
+NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 
 
 def small_base(family: str) -> Base:
@@ -70,49 +72,24 @@ def _sdxl() -> Any:
     unet = diffusers.UNet2DConditionModel(**{**cases.UNET, "cross_attention_dim": TEXT_WIDTH, **few})
     return diffusers.StableDiffusionXLPipeline(
         vae=_vae(scaling_factor=0.13025),
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
         unet=_seeded(unet, 11),
         scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
         add_watermarker=False,
+        **NO_TEXT,
     )
 
 
 def _flux() -> Any:
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=19,
-        num_single_layers=38,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT_WIDTH,
-        pooled_projection_dim=POOLED_WIDTH,
-        guidance_embeds=True,
-        axes_dims_rope=(8, 12, 12),
-    )
     return diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(scaling_factor=0.3611),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=_seeded(transformer, 12),
+        transformer=_seeded(layouts.flux_transformer(64, 2, TEXT_WIDTH, POOLED_WIDTH, (8, 12, 12)), 12),
+        **NO_TEXT,
     )
 
 
 def _vae(scaling_factor: float) -> Any:
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 16, 16, 16),
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=scaling_factor,
-        shift_factor=0.0,
-    )
+    vae = diffusers.AutoencoderKL(**cases.vae(16), scaling_factor=scaling_factor, shift_factor=0.0)
     return _seeded(vae, 13)
 
 

@@ -77,12 +77,11 @@ def controlnet_layout(channels: int = CHANNELS) -> Layout:
     return out
 
 
-def lora_layout(channels: int = CHANNELS) -> Layout:
-    """A LoRA on everything that PuLID's hooks sit on or read: the queries and outputs of the cross-attentions."""
-    out = Layout()
-    unet, root = sdxl_layout(channels), "model.diffusion_model."
-    for name, shape in unet.shapes.items():
-        if name.endswith((".attn2.to_q.weight", ".attn2.to_out.0.weight")):
+def lora_on(checkpoint: Layout, *ends: str) -> Layout:
+    """A LoRA on the denoiser's layers with these names."""
+    out, root = Layout(), "model.diffusion_model."
+    for name, shape in checkpoint.shapes.items():
+        if name.startswith(root) and name.endswith(tuple(f"{end}.weight" for end in ends)):
             module = "lora_unet_" + name[len(root) : -len(".weight")].replace(".", "_")
             out.raw(f"{module}.lora_down.weight", LORA_RANK, shape[1])
             out.raw(f"{module}.lora_up.weight", shape[0], LORA_RANK)
@@ -142,6 +141,7 @@ def write_configs(folder: Path, bpe: Path) -> None:
 
 
 def write_companions(lora_dir: Path, controlnet_dir: Path) -> None:
-    write(lora_dir / "tiny-lora.safetensors", lora_layout())
+    # On everything that PuLID's hooks sit on or read: the queries and outputs of the cross-attentions.
+    write(lora_dir / "tiny-lora.safetensors", lora_on(sdxl_layout(), ".attn2.to_q", ".attn2.to_out.0"))
     write(controlnet_dir / "tiny-controlnet.safetensors", controlnet_layout())
     write(controlnet_dir / "tiny-ip-adapter.safetensors", ip_adapter_layout())

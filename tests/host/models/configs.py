@@ -25,18 +25,12 @@ def vae_node(target: str) -> dict[str, Any]:
 
 
 def unet_params(spec: UNetSpec) -> dict[str, Any]:
-    return {
-        "in_channels": 4,
-        "out_channels": 4,
-        "model_channels": spec.channels,
+    return{
+        "in_channels": 4, "out_channels": 4, "model_channels": spec.channels,
         "attention_resolutions": [2**level for level, depth in enumerate(spec.depths) if depth],
-        "num_res_blocks": spec.res_blocks,
-        "channel_mult": list(spec.mult),
-        "use_spatial_transformer": True,
-        "context_dim": spec.context,
-        "use_checkpoint": False,
-        "legacy": False,
-    }
+        "num_res_blocks": spec.res_blocks, "channel_mult": list(spec.mult), "use_spatial_transformer": True,
+        "context_dim": spec.context, "use_checkpoint": False, "legacy": False,
+    }  # fmt: skip
 
 
 def sdxl_conditioner(clip_folder: Path, refiner: bool, layers: int = 2, arch: str = OPEN_CLIP_NAME) -> dict[str, Any]:
@@ -44,14 +38,9 @@ def sdxl_conditioner(clip_folder: Path, refiner: bool, layers: int = 2, arch: st
     encoders = "sgm.modules.encoders.modules."
     clip_l = node(f"{encoders}FrozenCLIPEmbedder", version=str(clip_folder), layer="hidden", layer_idx=layers - 1)
     clip_g = node(
-        f"{encoders}FrozenOpenCLIPEmbedder2",
-        arch=arch,
-        version="",
-        layer="penultimate",
-        freeze=True,
-        always_return_pooled=True,
-        legacy=False,
-    )
+        f"{encoders}FrozenOpenCLIPEmbedder2", arch=arch, version="", layer="penultimate", freeze=True,
+        always_return_pooled=True, legacy=False,
+    )  # fmt: skip
     texts, sizes = [clip_l, clip_g], ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
     if refiner:
         texts, sizes = [clip_g], ("original_size_as_tuple", "crop_coords_top_left", "aesthetic_score")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.host.models.checkpoints import FLUX_WIDTH, LORA_RANK, flux_layout, random_tensor, write
+from tests.host.models.checkpoints import FLUX_WIDTH, flux_layout, lora_on, random_tensor, write
 from tests.host.models.gguf import Q4_0, Q8_0, write_gguf
 from tests.host.models.unet import Layout
 
@@ -61,17 +61,6 @@ def flux2_layout(hidden: int = FLUX_WIDTH) -> Layout:
     return out
 
 
-def lora_layout(hidden: int = FLUX_WIDTH) -> Layout:
-    """A LoRA on attention and MLP of double and single blocks."""
-    out, ends = Layout(), (".img_attn.qkv.weight", ".txt_attn.proj.weight", ".linear1.weight", ".linear2.weight")
-    for name, shape in flux_layout(hidden).shapes.items():
-        if name.startswith(ROOT) and name.endswith(ends):
-            module = "lora_unet_" + name[len(ROOT) : -len(".weight")].replace(".", "_")
-            out.raw(f"{module}.lora_down.weight", LORA_RANK, shape[1])
-            out.raw(f"{module}.lora_up.weight", shape[0], LORA_RANK)
-    return out
-
-
 def write_flux_kinds(checkpoints: Path, lora: Path, modules: Path) -> None:
     """Into the folders of checkpoints, of LoRAs, and of text encoders and VAEs."""
     full = flux_layout()
@@ -88,7 +77,8 @@ def write_flux_kinds(checkpoints: Path, lora: Path, modules: Path) -> None:
     kontext = checkpoints / "tiny-kontext.safetensors"
     kontext.unlink(missing_ok=True)
     kontext.symlink_to("tiny-flux.safetensors")
-    write(lora / "tiny-flux-lora.safetensors", lora_layout())
+    both = lora_on(full, ".img_attn.qkv", ".txt_attn.proj", ".linear1", ".linear2")  # attention and MLP
+    write(lora / "tiny-flux-lora.safetensors", both)
     refused = {"tiny-chroma": chroma_layout(), "tiny-flux2": flux2_layout(), "tiny-flux-wide": flux_layout(WIDE)}
     refused["tiny-flux-37"] = without(full, "single_blocks.37.")
     for name, layout in refused.items():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
-from lib_pulid.identity import Identity
 from tests import small_models
 from tests.face_standins import write_arcface
 from tests.host.models.checkpoints import CHANNELS, sdxl_layout
-from tests.host.models.pulid import as_of_old
+from tests.host.models.pulid import as_of_old, write_marked
 from tests.host.models.unet import cross_attention_widths
 from tests.small_models import methods
 
@@ -48,8 +46,4 @@ def write_models(models: Path) -> None:
 
 def write_marked_identities(folder: Path) -> None:
     """As in `pulid.py`, for InstantID: "marked I", and "marked J" with the tokens of both kinds of rows exchanged."""
-    draw = torch.Generator().manual_seed(22)
-    one, two = (torch.randn(1, TOKENS, small_models.TOKEN_WIDTH, generator=draw) for _ in range(2))
-    info = {"adapter": "InstantID for SDXL", "photos": "1"}
-    for name, cond, uncond in (("I", one, two), ("J", two, one)):
-        Identity(cond, uncond, {**info, "name": f"marked {name}"}).save(folder / f"marked {name}.safetensors")
+    write_marked(folder, 22, TOKENS, {"I": (0, 1), "J": (1, 0)}, {"adapter": "InstantID for SDXL"})

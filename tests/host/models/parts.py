@@ -65,9 +65,6 @@ def add_vae(out: Layout, root: str, latent: int, quant: bool) -> None:
         out.conv(f"{root}post_quant_conv", latent, latent, kernel=1)
 
 
-# ------------------------------------------------------------------------------------------------- text encoders
-
-
 def add_clip(out: Layout, root: str, width: int, layers: int = 2) -> None:
     """A CLIP text model as transformers names it; its MLP is as narrow as the model."""
     out.raw(f"{root}embeddings.token_embedding.weight", CLIP_VOCAB, width)
@@ -112,9 +109,6 @@ def add_t5(out: Layout, root: str, width: int, layers: int = 2, head: int = 64) 
         out.linear(f"{layer}.1.DenseReluDense.wo", 2 * width, width, bias=False)
         out.raw(f"{layer}.1.layer_norm.weight", width)
     out.raw(f"{root}encoder.final_layer_norm.weight", width)
-
-
-# ---------------------------------------------------------------------------------------------------------- FLUX
 
 
 def add_embedder(out: Layout, name: str, fan_in: int, hidden: int) -> None:

@@ -73,11 +73,16 @@ def _check(folder: Path) -> None:
 def write_marked_identities(folder: Path) -> None:
     """Identities whose tokens are drawn, not read off a photo: "marked A" has other tokens for the negative rows than
     for the positive ones, "marked B" has them exchanged, and "marked C" shares A's positive ones only."""
-    draw = torch.Generator().manual_seed(21)
-    one, two, three = (torch.randn(1, TOKENS, small_models.TOKEN_WIDTH, generator=draw) for _ in range(3))
-    info = {"photos": "1"}  # for SDXL and FLUX alike: who made them is not said
-    for name, cond, uncond in (("A", one, two), ("B", two, one), ("C", one, three)):
-        Identity(cond, uncond, {**info, "name": f"marked {name}"}).save(folder / f"marked {name}.safetensors")
+    write_marked(folder, 21, TOKENS, {"A": (0, 1), "B": (1, 0), "C": (0, 2)}, {})  # who made them is not said
+
+
+def write_marked(folder: Path, seed: int, count: int, names: dict[str, tuple[int, int]], info: dict[str, str]) -> None:
+    """names: of the drawn tokens, which are for positive and which for negative rows."""
+    draw = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(1, count, small_models.TOKEN_WIDTH, generator=draw) for _ in range(3)]
+    for name, (cond, uncond) in names.items():
+        about = {**info, "photos": "1", "name": f"marked {name}"}
+        Identity(drawn[cond], drawn[uncond], about).save(folder / f"marked {name}.safetensors")
 
 
 def photo(shade: int = 0, side: int = 200, size: int = 400, faces: int = 1) -> np.ndarray:

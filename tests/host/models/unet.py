@@ -132,7 +132,8 @@ def add_unet_middle(out: Layout, root: str, spec: UNetSpec, width: int) -> None:
     add_res_block(out, f"{root}middle_block.2", width, width, spec.embedding)
 
 
-def add_unet(out: Layout, root: str, spec: UNetSpec) -> None:
+def add_unet_half(out: Layout, root: str, spec: UNetSpec) -> list[int]:
+    """Add the embeddings, the down half and the middle, and return the widths of the skip connections."""
     out.linear(f"{root}time_embed.0", spec.channels, spec.embedding)
     out.linear(f"{root}time_embed.2", spec.embedding, spec.embedding)
     if spec.vector:
@@ -140,6 +141,11 @@ def add_unet(out: Layout, root: str, spec: UNetSpec) -> None:
         out.linear(f"{root}label_emb.0.2", spec.embedding, spec.embedding)
     skips = add_unet_inputs(out, root, spec)
     add_unet_middle(out, root, spec, skips[-1])
+    return skips
+
+
+def add_unet(out: Layout, root: str, spec: UNetSpec) -> None:
+    skips = add_unet_half(out, root, spec)
     add_unet_outputs(out, root, spec, skips)
     out.norm(f"{root}out.0", width=spec.channels)
     out.conv(f"{root}out.2", spec.channels, 4)
@@ -150,12 +156,7 @@ HINT_WIDTHS = (16, 16, 32, 32, 96, 96, 256)
 
 def add_controlnet(out: Layout, root: str, spec: UNetSpec) -> None:
     """A ControlNet in ldm names: the UNet's down half and middle, a stem for the hint, an output after each block."""
-    out.linear(f"{root}time_embed.0", spec.channels, spec.embedding)
-    out.linear(f"{root}time_embed.2", spec.embedding, spec.embedding)
-    out.linear(f"{root}label_emb.0.0", spec.vector, spec.embedding)
-    out.linear(f"{root}label_emb.0.2", spec.embedding, spec.embedding)
-    skips = add_unet_inputs(out, root, spec)
-    add_unet_middle(out, root, spec, skips[-1])
+    skips = add_unet_half(out, root, spec)
     widths = (3, *HINT_WIDTHS, spec.channels)
     for index, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
         out.conv(f"{root}input_hint_block.{2 * index}", fan_in, fan_out)
