@@ -68,7 +68,8 @@ def cfg_start_step(host: Running) -> str:
         finally:
             host.api.options(skip_early_cond=0.0)
     never = made(host, person(host, cfg_start_step=STEPS), **GUIDED)
-    equal(never, made(host, person(host), **{**GUIDED, "cfg_scale": 1.0}), "CFG 1")
+    # With another layout of what is compiled, see `hires_guidance`.
+    close(never, made(host, person(host), **{**GUIDED, "cfg_scale": 1.0}), "CFG 1", 0.001)
     two = [person(host, cfg_start_step=1, weight=0.5), person(host, "ben", weight=0.5)]
     equal(made(host, *two, **GUIDED), made(host, two[0], {**two[1], "cfg_start_step": 1}, **GUIDED), "the largest")
     plain = made(host, **GUIDED)
@@ -205,6 +206,11 @@ def paste(host: Running) -> str:
         page.inner.wait_for_timeout(1500)  # the preset's own change of a slider
         for name, wanted in (("1_start_step", 4), ("1_cfg_start_step", 2)):
             expect(page.number(name) == wanted, f"{name}: {page.number(name)}")
-        equal(picture.image, page.generate(), "the pasted settings")
+        image = page.generate()
+        if host.kind == "neo":  # its page and its API differ without any extension, too
+            page.drop("anna")
+            equal(page.generate(), image, "the person found by the hash, and the photo")
+        else:
+            equal(picture.image, image, "the pasted settings")
         choose(page, "tiny-sdxl")
         return page.badge()
