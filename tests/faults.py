@@ -62,7 +62,7 @@ STAGES = [
     Stage("load adapter", of("lib_pulid.weights.load_adapter")),
     Stage("load face models", of("lib_pulid.face_models.load_face_models")),
     Stage("load vision tower", of("lib_pulid.vision.load_vision_tower")),
-    Stage("decode the photo", of("lib_pulid.webui.pictures.photo")),
+    Stage("decode the photo", of("lib_pulid.webui.dropped.DroppedPhotos.read")),
     Stage("detect", of("tests.light_webui.Detector.detect")),
     Stage("detect, second person", of("tests.light_webui.Detector.detect"), number=3),
     Stage("align", of("lib_pulid.faces.align")), Stage("recognise", of("tests.light_webui.Recogniser.embed")),

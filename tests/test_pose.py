@@ -416,8 +416,8 @@ def test_one_person_sets_the_pose(host, net_file):
 def test_a_saved_identity_keeps_its_pose(host, net_file):
     forge_only(host)
     saved = host.encode("anna", INSTANTID)
-    host.library.save("Anna", saved)
-    host.library.save("Old", replace(saved, pose=None))
+    host.library.identities.save("Anna", saved)
+    host.library.identities.save("Old", replace(saved, pose=None))
     images = host.generate([{"identity": "Anna"}], "sdxl")
     assert same(images, host.generate([person()], "sdxl"))
     with pytest.raises(IdentityMismatchError, match="which this saved identity does not tell"):
@@ -429,9 +429,9 @@ def test_a_cached_identity_of_an_older_version_gets_its_pose(host, net_file):
     forge_only(host)
     host.forget_photos()
     made = host.encode("anna", INSTANTID)
-    (path,) = (host.library.folder / "cache").glob("*.safetensors")
+    (path,) = (host.library.folder.path / "cache").glob("*.safetensors")
     replace(made, pose=None).save(path, replace=True)
-    host.library._cache = None
+    host.library.identities._cache = None
     again = host.encode("anna", INSTANTID)
     assert again.short_hash == made.short_hash
     assert np.array_equal(again.pose.landmarks, made.pose.landmarks) and again.pose.photo == made.pose.photo

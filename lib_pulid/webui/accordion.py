@@ -56,10 +56,11 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
         family = families[0] if len(families) == 1 else ""
         shown = silent(gr.Textbox(value=family, visible=False, label="PuLID family", elem_id=f"pulid_{tab}_family"))
         with gr.Tabs(elem_id=f"pulid_{tab}_units", elem_classes=["pulid-units"]):
+            lists = _Lists(actions.identity_choices(), actions.model_choices(), following.saved_presets()["choices"])
             units = []
             for number in range(1, count + 1):
                 with gr.Tab(f"Person {number}", elem_id=f"pulid_{tab}_{number}"):
-                    units.append(_Unit(tab, number, actions, following, shown))
+                    units.append(_Unit(tab, number, actions, following, shown, lists))
         blending.build(tab, [unit.widgets["identity"] for unit in units], library)
         if not family:
             _follow_checkpoint(tab, units, following, shown)
@@ -90,14 +91,25 @@ def _follow_checkpoint(tab: str, units: Sequence[_Unit], following: Following, s
     )
 
 
+@dataclass(frozen=True)
+class _Lists:
+    """What the lists of all units offer, read once."""
+
+    identities: list[str]
+    models: list[str]
+    presets: list[str]
+
+
 class _Unit:
     """The widgets of one person, by field name.
 
     shown: the hidden field with the model family that the page shows. following: the widgets that change with it.
     """
 
-    def __init__(self, tab: str, number: int, actions: Actions, following: Following, shown: Any) -> None:
-        self._shown = shown
+    def __init__(
+        self, tab: str, number: int, actions: Actions, following: Following, shown: Any, lists: _Lists
+    ) -> None:
+        self._shown, self._lists = shown, lists
         self._tab, self._number, self._actions, self._following = tab, number, actions, following
         self._defaults = replace(PulidUnit(), enabled=number == 1).positions()
         self.widgets: dict[str, Any] = {}
@@ -167,7 +179,7 @@ class _Unit:
         self.asked = silent(gr.Textbox(value="", visible=False, label=f"PuLID {self._number} preview of"))
         with gr.Row(elem_classes=["pulid-line"]):
             self.widgets["identity"] = gr.Dropdown(
-                choices=self._actions.identity_choices(),
+                choices=self._lists.identities,
                 allow_custom_value=True,
                 **self._common(FIELD["identity"], tip=False)
                 | {"value": NONE, "label": self._label("Or a saved identity")},
@@ -187,11 +199,10 @@ class _Unit:
             preset = self._common(FIELD["preset"]) | ({"info": PRESET_TIPS[family]} if family else {})
             self.widgets["preset"] = gr.Radio(choices=preset_choices(family), **preset)
         with gr.Row(elem_classes=["pulid-line"]):
-            listed = self._following.saved_presets()
             self.presets = silent(
                 gr.Dropdown(
                     label=self._label("Load a saved preset"),
-                    choices=listed["choices"],
+                    choices=self._lists.presets,
                     value=NONE,
                     interactive=True,
                     elem_id=self._id("presets"),
@@ -202,7 +213,7 @@ class _Unit:
             )
             self.save_preset = gr.Button("Save preset", size="sm", elem_id=self._id("save_preset"), **TOOL)
         self.widgets["model"] = gr.Dropdown(
-            choices=self._actions.model_choices(), allow_custom_value=True, **self._common(FIELD["model"])
+            choices=self._lists.models, allow_custom_value=True, **self._common(FIELD["model"])
         )
 
     def _advanced(self) -> None:

@@ -87,7 +87,7 @@ class Presets:
         if not isinstance(name, str) or OLD_CHOICES.get(name, name) in FIELD["preset"].choices:
             return dict(values)
         rest = {key: value for key, value in values.items() if key != "preset" and value is not None}
-        return {**_asked(self.load(name, number)), **rest}
+        return {**asked(self.load(name, number)), **rest}
 
     def expand_args(self, args: Sequence[Any]) -> list[Any]:
         """Does so in the dicts of a script's arguments."""
@@ -110,7 +110,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     return values
 
 
-def _asked(values: Mapping[str, Any]) -> dict[str, Any]:
+def asked(values: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves out defaults of settings that only some methods have: the page saves them all, though nobody asked."""
     return {
         name: value

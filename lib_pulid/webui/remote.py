@@ -18,6 +18,7 @@ from lib_pulid.fields import FIELD
 from lib_pulid.units import PulidUnit, default_args, parse_args
 from lib_pulid.webui.dropped import DroppedPhotos
 from lib_pulid.webui.library import Library
+from lib_pulid.webui.presets import asked
 
 TITLE, LOGGER = "Distribute", "distributed"  # the extension's
 ENTRY = "PuLID errors elsewhere"
@@ -55,7 +56,8 @@ def _spelled(unit: PulidUnit, photos: DroppedPhotos) -> dict[str, Any]:
     """Returns what differs from the defaults."""
     usual, values = PulidUnit().values(), unit.values()
     values["images"] = [photos.sendable(text, f"photo {i}") for i, text in enumerate(unit.images, 1)]
-    return {name: value for name, value in values.items() if name not in LEFT_OUT and value not in (usual[name], [])}
+    values = {name: value for name, value in values.items() if name not in LEFT_OUT and value not in (usual[name], [])}
+    return asked(values)
 
 
 class Answers(logging.Handler):
