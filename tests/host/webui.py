@@ -174,6 +174,12 @@ def arguments(checkout: Checkout, data: Path, generated: Path, port: int) -> lis
     return ["--port", str(port), *folders, *COMMON.split(), *FLAGS[checkout.kind].split()]
 
 
+def compile_ours(checkout: Checkout) -> None:
+    """Makes the byte code that every start has but the first after an update."""
+    command = [str(checkout.python), "-m", "compileall", "-q", *(str(ROOT / name) for name in ("lib_pulid", "scripts"))]
+    subprocess.run(command, env=environment(checkout), check=True)
+
+
 def environment(checkout: Checkout) -> dict[str, str]:
     """Few threads, since many stall for seconds per step on a busy machine; nothing is looked for on the network."""
     ours = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
