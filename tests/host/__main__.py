@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.host import detector, rows_distributed, rows_flags, rows_page, rows_start, rows_weights
 from tests.host.models import checkpoints, flux, methods, miniature, pulid
 from tests.host.table import Result, Row, as_markdown, run
-from tests.host.webui import NAMES, ROOT, Checkout, compile_ours, running
+from tests.host.webui import NAMES, ROOT, Checkout, running
 
 # In the order in which they run.
 NAMES_OF_GROUPS = """start basics batches works-with methods img2img controlnet adetailer grid errors faces
@@ -34,7 +34,6 @@ def main() -> int:
     write_detector(generated, checkout, args.extension)
     rows_page.SCREENSHOTS = args.screenshots
     before, packages = checkout.changes(), checkout.packages()
-    compile_ours(checkout)
     results = []
     for folder, is_small in ((generated, False), (generated / "miniature", True)):
         names = [name for name in args.only or GROUPS if (name in WITH_MINIATURE) == is_small]

@@ -141,6 +141,7 @@ def running(
     with tempfile.TemporaryDirectory(prefix="webui-host-") as folder:
         data = Path(folder)
         fill(data, generated, extensions, checkout.kind)
+        compile_ours(checkout, data)
         port, log = free_port(), data / "log.txt"
         command = [str(checkout.python), "launch.py", *arguments(checkout, data, generated, port), *flags]
         with log.open("wb") as sink:
@@ -174,9 +175,10 @@ def arguments(checkout: Checkout, data: Path, generated: Path, port: int) -> lis
     return ["--port", str(port), *folders, *COMMON.split(), *FLAGS[checkout.kind].split()]
 
 
-def compile_ours(checkout: Checkout) -> None:
+def compile_ours(checkout: Checkout, data: Path) -> None:
     """Makes the byte code that every start has but the first after an update."""
-    command = [str(checkout.python), "-m", "compileall", "-q", *(str(ROOT / name) for name in ("lib_pulid", "scripts"))]
+    ours = data / "extensions" / "sd-webui-pulid"  # not ROOT: byte code is found by this path
+    command = [str(checkout.python), "-m", "compileall", "-q", str(ours / "lib_pulid"), str(ours / "scripts")]
     subprocess.run(command, env=environment(checkout), check=True)
 
 
