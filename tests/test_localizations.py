@@ -16,7 +16,7 @@ from lib_pulid import __version__
 from lib_pulid.fields import FIELDS, PRESET_TIPS
 
 ROOT = Path(__file__).parents[1]
-BUILDERS = ("accordion", "blending", "canvas", "missing", "settings")
+BUILDERS = ("accordion", "blending", "canvas", "missing", "preset_row", "settings")
 SOURCES = [ROOT / "lib_pulid" / "webui" / f"{name}.py" for name in BUILDERS]
 
 

@@ -160,9 +160,9 @@ class TestThePage:
         return Following(soft.library, lambda name: "sdxl")
 
     def test_loading_sets_the_widgets(self, following):
-        *widgets, listed, note = following.load_preset("Soft")
+        *widgets, listed, name, note = following.load_preset("Soft")
         set_to = {name: one["value"] for name, one in zip(SAVED, widgets) if "value" in one}
-        assert set_to == SOFT and listed["value"] == "None" and "Soft" in note
+        assert set_to == SOFT and (listed["value"], name["value"]) == ("None", "Soft") and "Soft" in note
         assert all("value" not in one for one in following.load_preset("None"))
         assert "there is no preset" in following.load_preset("gone")[-1]
 
@@ -174,6 +174,17 @@ class TestThePage:
         assert json.loads(saved.read_text())["weight"] == 0.9
         assert "already saved" in following.save_preset("mine", *values)[-1]
         assert "Enter a name" in following.save_preset(" ", *values)[-1]
+
+    def test_deleting_is_asked_twice(self, soft, following):
+        path = soft.library.presets.named("Soft")
+        _, asked, note = following.delete_preset("soft", "")
+        assert asked == "Soft" and "Click again" in note and path.is_file()
+        assert following.delete_preset("soft", "another")[1] == "Soft" and path.is_file()
+        kept = path.read_bytes()
+        listed, asked, note = following.delete_preset("soft", "Soft")
+        assert not path.exists() and "Deleted" in note and "Soft" not in listed["choices"] and asked == ""
+        assert "there is no preset" in following.delete_preset("soft", "Soft")[2]
+        path.write_bytes(kept)
 
     def test_the_widgets_are_wired(self, soft):
         soft.script.ui(False)  # nothing is missing in the table

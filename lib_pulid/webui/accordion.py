@@ -25,7 +25,7 @@ from lib_pulid.webui.following import FOLLOWING, PRESET_FIELDS, Following, prese
 from lib_pulid.webui.infotext import PastedField
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.missing import Missing
-from lib_pulid.webui.presets import SAVED
+from lib_pulid.webui.preset_row import PresetRow
 from lib_pulid.webui.widgets import AT_ONCE, TOOL, Unspoken, silent, tool
 
 
@@ -198,20 +198,8 @@ class _Unit:
             family = self._shown.value
             preset = self._common(FIELD["preset"]) | ({"info": PRESET_TIPS[family]} if family else {})
             self.widgets["preset"] = gr.Radio(choices=preset_choices(family), **preset)
-        with gr.Row(elem_classes=["pulid-line"]):
-            self.presets = silent(
-                gr.Dropdown(
-                    label=self._label("Load a saved preset"),
-                    choices=self._lists.presets,
-                    value=NONE,
-                    interactive=True,
-                    elem_id=self._id("presets"),
-                )
-            )
-            self.preset_name = silent(
-                gr.Textbox(label="Save these settings as", max_lines=1, elem_id=self._id("preset_name"))
-            )
-            self.save_preset = gr.Button("Save preset", size="sm", elem_id=self._id("save_preset"), **TOOL)
+        label = self._label("Load a saved preset")
+        self.presets = PresetRow(self._id, self._number, label, self._lists.presets)
         self.widgets["model"] = gr.Dropdown(
             choices=self._lists.models, allow_custom_value=True, **self._common(FIELD["model"])
         )
@@ -278,11 +266,7 @@ class _Unit:
         )
         self.delete.click(act.delete, [identity, self.doomed], [identity, self.doomed, self.note], **AT_ONCE)
         identity.change(lambda: "", [], [self.doomed], **AT_ONCE)
-        settings = [w[name] for name in SAVED]
-        self.presets.change(follow.load_preset, [self.presets], [*settings, self.presets, self.note], **AT_ONCE)
-        saved = [self.presets, self.preset_name, self.note]
-        self.save_preset.click(follow.save_preset, [self.preset_name, *settings], saved, **AT_ONCE)
-        self.refresh.click(follow.saved_presets, [], [self.presets], **AT_ONCE)
+        self.presets.wire(follow, w, self.note, self.refresh)
         moved = [w[name] for name in PRESET_FIELDS]
         values = [w[name] for name in FOLLOWING]
         w["model"].change(follow.follow_model, [self._shown, *values], self.following, **AT_ONCE)

@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from lib_pulid import disk
 from lib_pulid.errors import PulidError, SettingError
 from lib_pulid.fields import (
     CUSTOM,
@@ -24,7 +25,7 @@ from lib_pulid.fields import (
 )
 from lib_pulid.methods import METHODS, Method, has, usual
 from lib_pulid.webui.library import Library
-from lib_pulid.webui.notes import bad, good
+from lib_pulid.webui.notes import bad, good, warn
 from lib_pulid.webui.presets import SAVED
 
 PRESET_FIELDS = ("projection", "num_zero", "start_step")  # the fields that presets set
@@ -55,15 +56,17 @@ class Following:
         return gr.update(choices=[NONE, *self._library.presets.names()], value=NONE)
 
     def load_preset(self, name: str) -> list[Any]:
-        """Returns the widgets of a preset's fields, the list with nothing selected, and a note."""
+        """Returns the widgets of a preset's fields, the list with nothing selected, its name in the name field, and a
+        note."""
         if name in (None, "", NONE):
-            return [gr.update()] * (len(SAVED) + 2)
+            return [gr.update()] * (len(SAVED) + 3)
         try:
             values = self._library.presets.load(name)
         except PulidError as error:
-            return [*[gr.update()] * len(SAVED), self.saved_presets(), bad([str(error)])]
+            return [*[gr.update()] * len(SAVED), self.saved_presets(), gr.update(), bad([str(error)])]
         widgets = [gr.update() if values.get(field) is None else gr.update(value=values[field]) for field in SAVED]
-        return [*widgets, self.saved_presets(), good(f"The settings are those of the preset {name}.")]
+        told = good(f"The settings are those of the preset {name}.")
+        return [*widgets, self.saved_presets(), gr.update(value=name), told]
 
     def save_preset(self, name: str, *values: Any) -> tuple[Any, Any, str]:
         """Saves the values of SAVED under a name. Returns the list, an empty name field, and a note."""
@@ -78,6 +81,22 @@ class Following:
             gr.update(value=""),
             good(f"Saved the preset {name}: these settings, without the face."),
         )
+
+    def delete_preset(self, name: str, asked: str) -> tuple[Any, str, str]:
+        """Deletes the preset in the name field at the second click. asked: the preset that the first click was for.
+
+        Returns the list, the preset that the next click would delete, and a note.
+        """
+        try:
+            if not name.strip():
+                raise SettingError("Load the preset to delete first, or enter its name.")
+            path = self._library.presets.named(name.strip())
+            if path.stem != asked:
+                return gr.update(), path.stem, warn(f"Click again to delete {path}. It cannot be restored.")
+            disk.delete(path)
+        except PulidError as error:
+            return gr.update(), "", bad([str(error)])
+        return self.saved_presets(), "", good(f"Deleted the preset {path.stem}.")
 
     def follow_checkpoint(self, shown: str, name: str, *values: Any) -> list[Any]:
         """Shows the settings of the checkpoint's family in every unit.

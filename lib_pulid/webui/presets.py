@@ -45,18 +45,23 @@ class Presets:
         Raises:
             SettingError: there is no such preset, or its file is damaged or has a setting that is unknown or wrong.
         """
-        path = names.find(name, {path.stem: path for path in self._paths()})
-        if path is None:
-            known = {names.key(one): one for one in (*PRESET_FAMILY, CUSTOM, AUTO, *self.names())}
-            near = [known[key] for key in difflib.get_close_matches(names.key(name), known, 3)]
-            hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(known.values())}."
-            raise SettingError(place(number, "preset") + f"there is no preset {show(name)}; {hint}")
+        path = self.named(name, number)
         try:
             return _checked(_read(path))
         except SettingError as error:
             raise SettingError(
                 f"{place(number, 'preset')}{path.name} in {path.parent} is not usable. {error}"
             ) from error
+
+    def named(self, name: str, number: Number = 0) -> Path:
+        """Returns a preset's file. Raises: SettingError: there is none; the message has the nearest names."""
+        path = names.find(name, {path.stem: path for path in self._paths()})
+        if path is not None:
+            return path
+        known = {names.key(one): one for one in (*PRESET_FAMILY, CUSTOM, AUTO, *self.names())}
+        near = [known[key] for key in difflib.get_close_matches(names.key(name), known, 3)]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(known.values())}."
+        raise SettingError(place(number, "preset") + f"there is no preset {show(name)}; {hint}")
 
     def save(self, name: str, values: Mapping[str, Any]) -> str:
         """Saves settings under a new name, which it returns. Values of fields that a preset does not have are left out.
@@ -69,9 +74,7 @@ class Presets:
             raise SettingError(f"{official} is the name of an official preset. Choose another name.")
         for other in self.names():
             if names.key(other) == names.key(name):
-                raise SettingError(
-                    f"The preset {other} is already saved. Choose another name, or delete its file first."
-                )
+                raise SettingError(f"The preset {other} is already saved. Choose another name, or delete it first.")
         settings = _checked({key: value for key, value in values.items() if key in SAVED})
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         disk.write(self.folder() / f"{name}{SUFFIX}", text.encode())
