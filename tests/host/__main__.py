@@ -34,11 +34,11 @@ def main() -> int:
     write_detector(generated, checkout, args.extension)
     rows_page.SCREENSHOTS = args.screenshots
     before, packages = checkout.changes(), checkout.packages()
-    results = []
+    results, beside = [], [path for path in args.extension if path.name != rows_distributed.EXTENSION]
     for folder, is_small in ((generated, False), (generated / "miniature", True)):
         names = [name for name in args.only or GROUPS if (name in WITH_MINIATURE) == is_small]
         chosen = [row for name in names for row in rows_of(name, args) if checkout.kind in row.hosts]
-        results += in_one_run(checkout, folder, chosen, args.extension) if chosen else []
+        results += in_one_run(checkout, folder, chosen, beside) if chosen else []
     if not args.only or "distributed" in args.only:
         results += rows_distributed.run_all(checkout, generated, args.extension, args.match)
     if not args.only or "flags" in args.only:
