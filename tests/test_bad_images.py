@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from lib_pulid import cli
+from lib_pulid import cli_commands
 from lib_pulid.errors import ImageError
 from lib_pulid.images import FORMATS, MAX_PIXELS, load_image
 from lib_pulid.masks import LONGEST_SIDE, load_mask
@@ -273,7 +273,7 @@ def test_a_region_that_is_black_all_over_is_an_error(mask, tmp_path):
     with pytest.raises(ImageError, match="the mask .* Paint the area for this face white\\.$"):
         region(text(encoded(mask)), "the mask")
     with pytest.raises(ImageError, match=r"mask\.png is entirely black"):
-        cli._mask(tmp_path / "mask.png", None)
+        cli_commands.read_region(tmp_path / "mask.png", None)
 
 
 def squares(value: object, kind: str | type) -> np.ndarray:

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("standalone", "webui"),
     ("demo", "evaluate", "cli_files", "cli_checks"),
     ("bench", "doctor"),
+    ("cli_commands",),
     ("cli",),
     ("__main__",),
 )
