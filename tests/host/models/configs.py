@@ -25,7 +25,7 @@ def vae_node(target: str) -> dict[str, Any]:
 
 
 def unet_params(spec: UNetSpec) -> dict[str, Any]:
-    return{
+    return {
         "in_channels": 4, "out_channels": 4, "model_channels": spec.channels,
         "attention_resolutions": [2**level for level, depth in enumerate(spec.depths) if depth],
         "num_res_blocks": spec.res_blocks, "channel_mult": list(spec.mult), "use_spatial_transformer": True,
@@ -66,7 +66,7 @@ def miniature_config(clip_folder: Path) -> dict[str, Any]:
     spec = UNetSpec(64, (1, 1, 1), (0, 2, 10), 10, context=64, vector=40 + 6 * TIME_ROWS)
     sizes = unet_params(spec) | {"adm_in_channels": spec.vector, "transformer_depth": [1, 2, 10]}
     config = _sgm_config(sizes, sdxl_conditioner(clip_folder, False, 3, MINIATURE_OPEN_CLIP), "V")
-    config["model"]["params"]["first_stage_config"]["params"]["ddconfig"]["ch_mult"] = [1, 1, 2, 2]
+    config["model"]["params"]["first_stage_config"]["params"]["ddconfig"]["ch_mult"] = [1, 1, 2, 4]
     return config
 
 
