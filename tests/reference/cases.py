@@ -112,7 +112,7 @@ def flux_inputs() -> dict[str, Tensor]:
     ids = torch.zeros(height, width, 3)
     ids[..., 1] += torch.arange(height)[:, None]
     ids[..., 2] += torch.arange(width)[None, :]
-    return{
+    return {
         "img": normal(201, 2, height * width, FLUX["in_channels"]), "img_ids": ids.reshape(1, -1, 3).repeat(2, 1, 1),
         "txt": normal(202, 2, 5, FLUX["context_in_dim"]), "txt_ids": torch.zeros(2, 5, 3),
         "timesteps": torch.tensor([0.7, 0.7]), "y": normal(203, 2, FLUX["vec_in_dim"]),
