@@ -33,7 +33,9 @@ SCENE = Scene((Placement(expression="smiling", clothes="striped shirt", clothes_
 BODY: dict[str, Any] = {"prompt": describe(SCENE), "negative_prompt": "", "cfg_scale": miniature.GUIDANCE}
 BODY |= {"width": miniature.SIZE, "height": miniature.SIZE, "steps": STEPS}
 FACE = (32, 16, 96, 80)  # left, top, right, bottom of the repainted part; multiples of 8, as latents have them
-PADDING = 16
+# Painted at full size, with its padding: twice as large, so that the mask falls on whole latents there, too. Where it
+# does not, hosts and diffusers round it in different ways.
+MIDDLE, PADDING = (40, 24, 88, 72), 8
 STRENGTH = 0.6
 SCALE = 1.5  # of hires fix
 
@@ -131,14 +133,16 @@ def repainted(image: np.ndarray, marked: np.ndarray, number: int, seed: int) -> 
 def detailed(number: int, seed: int) -> np.ndarray:
     """The part alone, enlarged to the whole image's size, and put back."""
     image = somebody(seed)
-    box = tuple(side + PADDING * sign for side, sign in zip(FACE, (-1, -1, 1, 1)))
+    box = tuple(side + PADDING * sign for side, sign in zip(MIDDLE, (-1, -1, 1, 1)))
     square = (miniature.SIZE, miniature.SIZE)
     lanczos = Image.Resampling.LANCZOS
-    large, marked = (np.asarray(Image.fromarray(one).crop(box).resize(square, lanczos)) for one in (image, mask()))
+    large, marked = (
+        np.asarray(Image.fromarray(one).crop(box).resize(square, lanczos)) for one in (image, mask(MIDDLE))
+    )
     made = Image.fromarray(repainted(large, np.where(marked > 127, np.uint8(255), np.uint8(0)), number, seed))
     whole = Image.fromarray(image)
     whole.paste(made.resize((box[2] - box[0], box[3] - box[1]), lanczos), box[:2])
-    return np.where(mask() > 0, np.asarray(whole), image)
+    return np.where(mask(MIDDLE) > 0, np.asarray(whole), image)
 
 
 @cache
@@ -192,7 +196,12 @@ def second_pass(host: Running) -> str:
 
 
 def repaint(host: Running, only_masked: bool, there: Make) -> str:
-    asked = BODY | {"mask": encoded(mask()), "mask_blur": 0, "denoising_strength": STRENGTH, "inpainting_fill": 1}
+    asked = BODY | {
+        "mask": encoded(mask(MIDDLE if only_masked else FACE)),
+        "mask_blur": 0,
+        "denoising_strength": STRENGTH,
+        "inpainting_fill": 1,
+    }
     asked |= {"inpaint_full_res": only_masked, "inpaint_full_res_padding": PADDING}
 
     def here(number: int, seed: int) -> np.ndarray:
