@@ -37,7 +37,8 @@ FACE = (32, 16, 96, 80)  # left, top, right, bottom of the repainted part; multi
 # does not, hosts and diffusers round it in different ways.
 MIDDLE, PADDING = (40, 24, 88, 72), 8
 STRENGTH = 0.6
-SCALE = 1.5  # of hires fix
+SCALE = 1.5  # of hires fix, whose second pass takes all STEPS for its part of the noise levels
+SECOND = {"steps": int(STEPS / STRENGTH), "strength": (STEPS + 0.5) / int(STEPS / STRENGTH)}
 
 Make = Callable[[int, int], np.ndarray]  # number of a person, seed -> image
 
@@ -73,11 +74,11 @@ def _encoded(encode: Callable[..., Tensor], pipe: Any, image: Tensor, generator:
     return encode(pipe, image, torch.Generator().manual_seed(0))
 
 
-def drawn(kind: str, number: int | None, seed: int, **asked: Any) -> Any:
+def drawn(kind: str, number: int | None, seed: int, *, steps: int = STEPS, **asked: Any) -> Any:
     pipe = pipeline(kind)
     with apply(pipe, [] if number is None else [injection(number)]):
         made = pipe(
-            BODY["prompt"], num_inference_steps=STEPS, guidance_scale=BODY["cfg_scale"],
+            BODY["prompt"], num_inference_steps=steps, guidance_scale=BODY["cfg_scale"],
             generator=torch.Generator().manual_seed(seed), **asked,
         )  # fmt: skip
     return made.images if asked.get("output_type") == "latent" else np.asarray(made.images[0])
@@ -93,14 +94,16 @@ def text_to_image(number: int | None, seed: int) -> np.ndarray:
 def high_resolution(number: int, seed: int) -> np.ndarray:
     latents: Tensor = drawn("", number, seed, **SQUARE, output_type="latent")
     larger = torch.nn.functional.interpolate(latents, scale_factor=SCALE, mode="bilinear")
-    return drawn("Img2Img", number, seed, image=larger, strength=strength())
+    return drawn("Img2Img", number, seed, image=larger, **SECOND)
 
 
+@torch.no_grad()
 def high_resolution_of_image(number: int, seed: int) -> np.ndarray:
     """As hosts without upscalers of latents do it."""
-    side = int(SCALE * miniature.SIZE)
+    side, pipe = int(SCALE * miniature.SIZE), workshop().base.pipeline
     larger = Image.fromarray(drawn("", number, seed, **SQUARE)).resize((side, side), Image.Resampling.LANCZOS)
-    return drawn("Img2Img", number, seed, image=larger, strength=strength())
+    encoded = pipe.vae.encode(pipe.image_processor.preprocess(larger)).latent_dist.mean
+    return drawn("Img2Img", number, seed, image=encoded * pipe.vae.config.scaling_factor, **SECOND)
 
 
 def strength() -> float:
