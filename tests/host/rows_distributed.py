@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from tests.host.api import Pictures, encoded
-from tests.host.rows_grid import SMALL, grid
+from tests.host.rows_grid import SMALL
 from tests.host.rows_works_with import MILD
-from tests.host.table import ROUNDING, Result, Row, close, differ, distance, expect, run
+from tests.host.table import Result, Row, close, differ, expect, run
 from tests.host.webui import Checkout, Running, running
 
 EXTENSION = "stable-diffusion-webui-distributed"
@@ -35,16 +35,14 @@ def world(port: int) -> dict:
     return {"workers": [{"master": here}, {"other": there}], "benchmark_payload": {}, "complement_production": False}
 
 
-def shared(made: Pictures, of: int) -> Pictures:
-    """Without the grid; half of the images are the other's, which their texts say."""
-    found = Pictures(made.images[-of:], made.parameters[-of:])
-    theirs = ["Worker Label: other" in text for text in found.parameters]
-    expect(len(theirs) == of and sum(theirs) == of // 2, f"{sum(theirs)} of {len(theirs)} images are the other's")
-    return found
+def shared(host: Running, made: Pictures, count: int) -> Pictures:
+    """Without the grid. That the other one took part is in the log; the extension's own label is not in every text."""
+    expect(f"'other' - {count // 2} image(s)" in host.log_text(), "the batch was not shared")
+    return Pictures(made.images[-count:], made.parameters[-count:])
 
 
 def batch(host: Running, other: Running) -> str:
-    together = shared(host.api.txt2img(MILD, **PAIR, **SMALL), 2)
+    together = shared(host, host.api.txt2img(MILD, **PAIR, **SMALL), 2)
     lacking = [i for i, text in enumerate(together.parameters, 1) if "PuLID 1:" not in text]
     expect(not lacking, f"no parameters of PuLID in the pictures {lacking}")
     alone = [other.api.txt2img(MILD, seed=seed, **SMALL).image for seed in (1, 2)]
@@ -58,18 +56,9 @@ def batch(host: Running, other: Running) -> str:
 def img2img(host: Running, other: Running) -> str:
     first = other.api.txt2img(**SMALL)
     asked = {"init_images": [encoded(first.image)], "denoising_strength": 0.8, **SMALL}
-    together = shared(host.api.img2img(MILD, **PAIR, **asked), 2)
+    together = shared(host, host.api.img2img(MILD, **PAIR, **asked), 2)
     alone = [other.api.img2img(MILD, seed=seed, **asked).image for seed in (1, 2)]
     seen = max(close(a, b, "shared and alone") for a, b in zip(together.images, alone))
-    return f"{seen:.3f} from those made alone"
-
-
-def cells(host: Running, other: Running) -> str:
-    axis = [("[PuLID 1] Weight", "0.1, 0.3")]
-    made = host.api.txt2img(MILD, **grid(host, axis, **PAIR)).images[-4:]
-    alone = [other.api.txt2img({**MILD, "weight": w}, seed=s, **SMALL).image for w in (0.1, 0.3) for s in (1, 2)]
-    seen = max(min(distance(one, cell) for cell in made if cell.shape == one.shape) for one in alone)
-    expect(seen <= ROUNDING, f"a picture made alone differs by {seen:.2f} from that of each cell")
     return f"{seen:.3f} from those made alone"
 
 
@@ -90,6 +79,5 @@ def error(host: Running, other: Running) -> str:
 CHECKS = {
     "Two machines: each picture of a batch has the face, as when made alone": batch,
     "Two machines: img2img": img2img,
-    "Two machines: each cell of a grid has its own weight on both": cells,
     "Two machines: an error of the other one is told": error,
 }
