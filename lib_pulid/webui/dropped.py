@@ -33,7 +33,7 @@ class DroppedPhotos:
         """Keeps a photo, uint8 RGB [H, W, 3], as `read` returns it. Returns its hash."""
         image = resize_long_edge(image, LONGEST)
         digest = hashlib.sha256(repr(image.shape).encode())
-        digest.update(np.ascontiguousarray(image))
+        digest.update(np.ascontiguousarray(image).data)
         key, thumbnail = HASH + digest.hexdigest(), pictures.small(image, THUMBNAIL)
         with self._lock:
             self._kept.pop(key, None)
