@@ -33,9 +33,9 @@ SCENE = Scene((Placement(expression="smiling", clothes="striped shirt", clothes_
 BODY: dict[str, Any] = {"prompt": describe(SCENE), "negative_prompt": "", "cfg_scale": miniature.GUIDANCE}
 BODY |= {"width": miniature.SIZE, "height": miniature.SIZE, "steps": STEPS}
 FACE = (32, 16, 96, 80)  # left, top, right, bottom of the repainted part; multiples of 8, as latents have them
-# Painted at full size, with its padding: twice as large, so that the mask falls on whole latents there, too. Where it
-# does not, hosts and diffusers round it in different ways.
-MIDDLE, PADDING = (40, 24, 88, 72), 8
+PADDING = (
+    0  # at full size: twice as large then, so that the mask falls on whole latents; else hosts and diffusers round it
+)
 STRENGTH = 0.6
 SCALE = 1.5  # of hires fix, whose second pass takes all STEPS for its part of the noise levels
 SECOND = {"steps": int(STEPS / STRENGTH), "strength": (STEPS + 0.5) / int(STEPS / STRENGTH)}
@@ -136,16 +136,14 @@ def repainted(image: np.ndarray, marked: np.ndarray, number: int, seed: int) -> 
 def detailed(number: int, seed: int) -> np.ndarray:
     """The part alone, enlarged to the whole image's size, and put back."""
     image = somebody(seed)
-    box = tuple(side + PADDING * sign for side, sign in zip(MIDDLE, (-1, -1, 1, 1)))
+    box = tuple(side + PADDING * sign for side, sign in zip(FACE, (-1, -1, 1, 1)))
     square = (miniature.SIZE, miniature.SIZE)
     lanczos = Image.Resampling.LANCZOS
-    large, marked = (
-        np.asarray(Image.fromarray(one).crop(box).resize(square, lanczos)) for one in (image, mask(MIDDLE))
-    )
+    large, marked = (np.asarray(Image.fromarray(one).crop(box).resize(square, lanczos)) for one in (image, mask()))
     made = Image.fromarray(repainted(large, np.where(marked > 127, np.uint8(255), np.uint8(0)), number, seed))
     whole = Image.fromarray(image)
     whole.paste(made.resize((box[2] - box[0], box[3] - box[1]), lanczos), box[:2])
-    return np.where(mask(MIDDLE) > 0, np.asarray(whole), image)
+    return np.where(mask() > 0, np.asarray(whole), image)
 
 
 @cache
@@ -200,7 +198,7 @@ def second_pass(host: Running) -> str:
 
 def repaint(host: Running, only_masked: bool, there: Make) -> str:
     asked = BODY | {
-        "mask": encoded(mask(MIDDLE if only_masked else FACE)),
+        "mask": encoded(mask()),
         "mask_blur": 0,
         "denoising_strength": STRENGTH,
         "inpainting_fill": 1,
