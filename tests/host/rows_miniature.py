@@ -33,9 +33,6 @@ SCENE = Scene((Placement(expression="smiling", clothes="striped shirt", clothes_
 BODY: dict[str, Any] = {"prompt": describe(SCENE), "negative_prompt": "", "cfg_scale": miniature.GUIDANCE}
 BODY |= {"width": miniature.SIZE, "height": miniature.SIZE, "steps": STEPS}
 FACE = (32, 16, 96, 80)  # left, top, right, bottom of the repainted part; multiples of 8, as latents have them
-PADDING = (
-    0  # at full size: twice as large then, so that the mask falls on whole latents; else hosts and diffusers round it
-)
 STRENGTH = 0.6
 SCALE = 1.5  # of hires fix, whose second pass takes all STEPS for its part of the noise levels
 SECOND = {"steps": int(STEPS / STRENGTH), "strength": (STEPS + 0.5) / int(STEPS / STRENGTH)}
@@ -135,15 +132,11 @@ def repainted(image: np.ndarray, marked: np.ndarray, number: int, seed: int) -> 
 
 def detailed(number: int, seed: int) -> np.ndarray:
     """The part alone, enlarged to the whole image's size, and put back."""
-    image = somebody(seed)
-    box = tuple(side + PADDING * sign for side, sign in zip(FACE, (-1, -1, 1, 1)))
-    square = (miniature.SIZE, miniature.SIZE)
-    lanczos = Image.Resampling.LANCZOS
-    large, marked = (np.asarray(Image.fromarray(one).crop(box).resize(square, lanczos)) for one in (image, mask()))
-    made = Image.fromarray(repainted(large, np.where(marked > 127, np.uint8(255), np.uint8(0)), number, seed))
-    whole = Image.fromarray(image)
-    whole.paste(made.resize((box[2] - box[0], box[3] - box[1]), lanczos), box[:2])
-    return np.where(mask() > 0, np.asarray(whole), image)
+    image, lanczos = Image.fromarray(somebody(seed)), Image.Resampling.LANCZOS
+    large = np.asarray(image.crop(FACE).resize((miniature.SIZE, miniature.SIZE), lanczos))
+    made = Image.fromarray(repainted(large, np.full_like(large, 255), number, seed))
+    image.paste(made.resize((FACE[2] - FACE[0], FACE[3] - FACE[1]), lanczos), FACE[:2])
+    return np.asarray(image)
 
 
 @cache
@@ -203,7 +196,8 @@ def repaint(host: Running, only_masked: bool, there: Make) -> str:
         "denoising_strength": STRENGTH,
         "inpainting_fill": 1,
     }
-    asked |= {"inpaint_full_res": only_masked, "inpaint_full_res_padding": PADDING}
+    # Without a margin the part becomes twice as large, and the mask falls on whole latents; else each rounds it its way.
+    asked |= {"inpaint_full_res": only_masked, "inpaint_full_res_padding": 0}
 
     def here(number: int, seed: int) -> np.ndarray:
         return host.api.img2img(unit(number), **asked, init_images=[encoded(somebody(seed))], seed=seed).image
