@@ -196,7 +196,7 @@ def repaint(host: Running, only_masked: bool, there: Make) -> str:
         "denoising_strength": STRENGTH,
         "inpainting_fill": 1,
     }
-    # Without a margin the part becomes twice as large, and the mask falls on whole latents; else each rounds it its way.
+    # Without a margin the part becomes twice as large, and the mask falls on whole latents: no rounding.
     asked |= {"inpaint_full_res": only_masked, "inpaint_full_res_padding": 0}
 
     def here(number: int, seed: int) -> np.ndarray:
