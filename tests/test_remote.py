@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lib_pulid.methods import INSTANTID
 from lib_pulid.units import PulidUnit, default_args, parse_args
 from lib_pulid.webui import remote
 from lib_pulid.webui.dropped import DroppedPhotos
@@ -22,11 +23,12 @@ BEN = PulidUnit(identity="ben", projection="ortho")
 
 
 PHOTOS = DroppedPhotos()
+ADAPTERS = SimpleNamespace(method_of={"instantid.bin": INSTANTID}.get)
 
 
 def sent(args: list[Any], changes: Any = None, folder: Any = None) -> list[Any]:
     """What the other extension sends: our part of the arguments, as JSON."""
-    library = SimpleNamespace(presets=Presets(SimpleNamespace(path=folder)), photos=PHOTOS)
+    library = SimpleNamespace(presets=Presets(SimpleNamespace(path=folder)), photos=PHOTOS, adapters=ADAPTERS)
     p = SimpleNamespace(script_args=["before", *args, "after"])
     script = SimpleNamespace(args_from=1, args_to=1 + len(args))
     remote.spell_out(p, script, changes or {}, library)
@@ -66,6 +68,14 @@ def test_photos_of_this_machine_are_sent():
 def test_a_photo_that_is_lost_is_left_to_the_generation_here():
     args = page(replace(ANNA, images=("sha256:0",)))
     assert sent(args) == args
+
+
+def test_what_the_page_hides_is_not_sent():
+    """By name it would be an error there, and here: the arguments are replaced."""
+    [(_, unit)] = parse_args(sent(page(replace(ANNA, model="instantid.bin", projection="ortho", lora_weight=0.5))))
+    assert (unit.model, unit.given & {"projection", "lora_weight"}) == ("instantid.bin", set())
+    [(_, unit)] = parse_args(sent(page(replace(ANNA, projection="ortho", lora_weight=0.5))))
+    assert unit.given & {"projection", "lora_weight"} == {"projection"}
 
 
 def test_presets_of_this_machine_become_their_settings(tmp_path):

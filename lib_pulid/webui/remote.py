@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib_pulid.errors import PulidError
-from lib_pulid.fields import FIELD
+from lib_pulid.fields import FAMILIES, FIELD
+from lib_pulid.methods import SPECIAL, has, usual
 from lib_pulid.units import PulidUnit, default_args, parse_args
-from lib_pulid.webui.dropped import DroppedPhotos
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.presets import asked
 
@@ -45,19 +45,24 @@ def spell_out(p: Any, script: Any, changes: Mapping[int, Mapping[str, Any]], lib
         units = dict(parse_args(library.presets.expand_args(args[mine]), changes))
         if units:
             dicts = [
-                _spelled(units[n], library.photos) if n in units else {"enabled": False}
-                for n in range(1, max(units) + 1)
+                _spelled(units[n], library) if n in units else {"enabled": False} for n in range(1, max(units) + 1)
             ]
             args[mine] = [*dicts, *default_args(len(args[mine]) // len(FIELD))[len(dicts) :]]
             p.script_args = args
 
 
-def _spelled(unit: PulidUnit, photos: DroppedPhotos) -> dict[str, Any]:
-    """Returns what differs from the defaults."""
-    usual, values = PulidUnit().values(), unit.values()
-    values["images"] = [photos.sendable(text, f"photo {i}") for i, text in enumerate(unit.images, 1)]
-    values = {name: value for name, value in values.items() if name not in LEFT_OUT and value not in (usual[name], [])}
-    return asked(values)
+def _spelled(unit: PulidUnit, library: Library) -> dict[str, Any]:
+    """Returns what differs from the defaults, without what the page hides because the method has no such setting."""
+    defaults, values = PulidUnit().values(), unit.values()
+    values["images"] = [library.photos.sendable(text, f"photo {i}") for i, text in enumerate(unit.images, 1)]
+    method = library.adapters.method_of(unit.model)
+    methods = [usual(family) for family in FAMILIES] if method is None else [method]
+    hidden = {name for name in SPECIAL if name not in unit.given and not any(has(one, name) for one in methods)}
+    return asked({
+        name: value
+        for name, value in values.items()
+        if name not in LEFT_OUT and name not in hidden and value not in (defaults[name], [])
+    })  # fmt: skip
 
 
 class Answers(logging.Handler):
