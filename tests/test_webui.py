@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
+import typing
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +151,36 @@ class TestTheAccordion:
             ids = [widget.elem_id for widget in script.ui(tab == "img2img")]
             assert all(name and name.startswith(f"pulid_{tab}") for name in ids)
             assert len(set(ids)) == len(ids)
+
+    def test_building_it_reads_no_file_of_the_models_folder(self, script, monkeypatch):
+        """Headers of large files on a slow disk would delay the program's start."""
+        read = []
+        monkeypatch.setattr(type(script.library.folder), "remembered", lambda self, path, read_it: read.append(path))
+        script.ui(False)
+        assert read == []
+        script.library.adapters.listed()
+        assert read
+
+    def test_signatures_are_remembered_while_it_is_built(self, ui):
+        widgets = importlib.import_module("lib_pulid.webui.widgets")
+        originals = inspect.signature, inspect.getfullargspec, typing.get_type_hints
+
+        class NoHash:
+            __hash__ = None
+
+            def __call__(self, one: int) -> None: ...
+
+        def function(one: "int", two=2) -> None: ...
+
+        with pytest.raises(KeyError), widgets.remembered_signatures():
+            assert inspect.getfullargspec(function) is inspect.getfullargspec(function)
+            assert inspect.getfullargspec(function) == originals[1](function)
+            assert inspect.signature(NoHash()) == originals[0](NoHash())
+            assert typing.get_type_hints(function) == {"one": int, "return": type(None)}
+            with pytest.raises(TypeError, match="not a callable"):
+                inspect.signature(3)
+            raise KeyError
+        assert (inspect.signature, inspect.getfullargspec, typing.get_type_hints) == originals
 
     def test_units_by_setting(self, ui, script):
         ui.modules.shared.opts.data["pulid_units"] = 5

@@ -17,7 +17,7 @@ import gradio as gr
 from modules.ui_components import InputAccordion
 
 from lib_pulid import __version__
-from lib_pulid.fields import FIELD, FIELDS, NONE, PRESET_TIPS, Field
+from lib_pulid.fields import AUTO, FIELD, FIELDS, NONE, PRESET_TIPS, Field
 from lib_pulid.units import PulidUnit
 from lib_pulid.webui import blending, canvas
 from lib_pulid.webui.actions import Actions
@@ -26,7 +26,7 @@ from lib_pulid.webui.infotext import PastedField
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.missing import Missing
 from lib_pulid.webui.preset_row import PresetRow
-from lib_pulid.webui.widgets import AT_ONCE, TOOL, Unspoken, silent, tool
+from lib_pulid.webui.widgets import AT_ONCE, TOOL, Unspoken, remembered_signatures, silent, tool
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Built:
     paste_field_names: list[str]
 
 
+@remembered_signatures()
 def build(tab: str, count: int, library: Library, actions: Actions, families: Sequence[str]) -> Built:
     """Builds the accordion of a tab.
 
@@ -56,7 +57,7 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
         family = families[0] if len(families) == 1 else ""
         shown = silent(gr.Textbox(value=family, visible=False, label="PuLID family", elem_id=f"pulid_{tab}_family"))
         with gr.Tabs(elem_id=f"pulid_{tab}_units", elem_classes=["pulid-units"]):
-            lists = _Lists(actions.identity_choices(), actions.model_choices(), following.saved_presets()["choices"])
+            lists = _Lists(actions.identity_choices(), following.saved_presets()["choices"])
             units = []
             for number in range(1, count + 1):
                 with gr.Tab(f"Person {number}", elem_id=f"pulid_{tab}_{number}"):
@@ -93,10 +94,9 @@ def _follow_checkpoint(tab: str, units: Sequence[_Unit], following: Following, s
 
 @dataclass(frozen=True)
 class _Lists:
-    """What the lists of all units offer, read once."""
+    """What the lists of all units offer, read once. The models come with the page, see `Missing.look`."""
 
     identities: list[str]
-    models: list[str]
     presets: list[str]
 
 
@@ -201,7 +201,7 @@ class _Unit:
         label = self._label("Load a saved preset")
         self.presets = PresetRow(self._id, self._number, label, self._lists.presets)
         self.widgets["model"] = gr.Dropdown(
-            choices=self._lists.models, allow_custom_value=True, **self._common(FIELD["model"])
+            choices=[AUTO], allow_custom_value=True, **self._common(FIELD["model"])
         )
 
     def _advanced(self) -> None:

@@ -16,13 +16,13 @@ from lib_pulid.files.download import format_size
 from lib_pulid.methods import Method, usual
 from lib_pulid.webui.fetching import State
 from lib_pulid.webui.library import Library
-from lib_pulid.webui.widgets import AT_ONCE
+from lib_pulid.webui.widgets import AT_ONCE, silent
 
 _CHOSEN = ("identity", "enabled", "model")  # of each unit, what is read
 
 
 class Missing:
-    """The widgets for missing files, hidden while none is missing.
+    """The widgets for missing files, hidden while none is missing. The page's script asks for them when it is there.
 
     Args:
         family: returns the loaded checkpoint's model family, "" if it is not known.
@@ -31,15 +31,12 @@ class Missing:
     def __init__(self, tab: str, library: Library, family: Callable[[], str]) -> None:
         self._tab = tab
         self._library, self._downloads, self._family = library, library.downloads, family
-        files, elem_id = self.files(), f"pulid_{tab}_missing"
-        with gr.Column(visible=bool(files), elem_id=elem_id, elem_classes=["pulid-missing-files"]) as self.panel:
-            self.note = gr.HTML(self._text(files, State()), elem_id=f"{elem_id}_note", elem_classes=["pulid-note"])
-            self.accept = gr.Checkbox(
-                False, label=_notice(files), visible=any(file.restricted for file in files), elem_id=f"{elem_id}_accept"
-            )
-            self.accept.do_not_save_to_config = True
+        elem_id = f"pulid_{tab}_missing"
+        with gr.Column(visible=False, elem_id=elem_id, elem_classes=["pulid-missing-files"]) as self.panel:
+            self.note = gr.HTML("", elem_id=f"{elem_id}_note", elem_classes=["pulid-note"])
+            self.accept = silent(gr.Checkbox(False, label="I accept the license", visible=False, elem_id=f"{elem_id}_accept"))
             with gr.Row(elem_classes=["pulid-buttons"]):
-                self.start = gr.Button(_label(files, False), size="sm", variant="primary", elem_id=f"{elem_id}_start")
+                self.start = gr.Button("Download", size="sm", variant="primary", elem_id=f"{elem_id}_start")
                 self.stop = gr.Button("Stop", size="sm", visible=False, elem_id=f"{elem_id}_stop")
         self.look = gr.Button("Look for PuLID's files", visible=False, elem_id=f"{elem_id}_look")  # clicked by pulid.js
         self.outputs = [self.panel, self.note, self.accept, self.start, self.stop]

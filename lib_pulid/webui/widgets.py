@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from modules.ui_components import ToolButton
@@ -11,6 +15,37 @@ from modules.ui_components import ToolButton
 # queued request open when its page is closed (`Queue.clean_event`), and Reload UI may wait for it.
 AT_ONCE: Mapping[str, Any] = {"queue": False, "show_progress": False}
 TOOL: Mapping[str, Any] = {"elem_classes": ["pulid-tool"]}  # a small button beside a field
+
+
+@contextmanager
+def remembered_signatures() -> Iterator[None]:
+    """Remembers what `inspect` and `typing` say of a function, while the page is built.
+
+    gradio 4 asks again for every widget and every event, always of the same few functions: half of the time that the
+    accordion takes.
+    """
+    places = [(inspect, "signature"), (inspect, "getfullargspec"), (typing, "get_type_hints")]
+    originals = [getattr(module, name) for module, name in places]
+    for (module, name), original in zip(places, originals):
+        setattr(module, name, _remembering(original))
+    try:
+        yield
+    finally:
+        for (module, name), original in zip(places, originals):
+            setattr(module, name, original)
+
+
+def _remembering(original: Callable[..., Any]) -> Callable[..., Any]:
+    remembered = functools.cache(original)
+
+    @functools.wraps(original)
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return remembered(*args, **kwargs)
+        except TypeError:  # something that has no hash
+            return original(*args, **kwargs)
+
+    return ask
 
 
 def silent(widget: Any) -> Any:
