@@ -200,9 +200,7 @@ class _Unit:
             self.widgets["preset"] = gr.Radio(choices=preset_choices(family), **preset)
         label = self._label("Load a saved preset")
         self.presets = PresetRow(self._id, self._number, label, self._lists.presets)
-        self.widgets["model"] = gr.Dropdown(
-            choices=[AUTO], allow_custom_value=True, **self._common(FIELD["model"])
-        )
+        self.widgets["model"] = gr.Dropdown(choices=[AUTO], allow_custom_value=True, **self._common(FIELD["model"]))
 
     def _advanced(self) -> None:
         with gr.Row(visible=self._shown.value in ("", "sdxl")) as self._sdxl:

@@ -34,7 +34,9 @@ class Missing:
         elem_id = f"pulid_{tab}_missing"
         with gr.Column(visible=False, elem_id=elem_id, elem_classes=["pulid-missing-files"]) as self.panel:
             self.note = gr.HTML("", elem_id=f"{elem_id}_note", elem_classes=["pulid-note"])
-            self.accept = silent(gr.Checkbox(False, label="I accept the license", visible=False, elem_id=f"{elem_id}_accept"))
+            self.accept = silent(
+                gr.Checkbox(False, label="I accept the license", visible=False, elem_id=f"{elem_id}_accept")
+            )
             with gr.Row(elem_classes=["pulid-buttons"]):
                 self.start = gr.Button("Download", size="sm", variant="primary", elem_id=f"{elem_id}_start")
                 self.stop = gr.Button("Stop", size="sm", visible=False, elem_id=f"{elem_id}_stop")
