@@ -107,13 +107,3 @@ def draw_points(landmarks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     for (x, y), color in zip(points, COLORS):
         cv2.circle(image, (int(x), int(y)), RADIUS, color, -1)
     return image
-
-
-def place_points(landmarks: np.ndarray, photo: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Moves a photo's landmarks [5, 2] into an image that the photo covers, centered. photo, size: width and height.
-
-    With a photo of the image's own size, as in the official code, they stay where they are.
-    """
-    scale = max(size[0] / photo[0], size[1] / photo[1])
-    offset = [(size[axis] - photo[axis] * scale) / 2 for axis in (0, 1)]
-    return np.asarray(landmarks, dtype=np.float64) * scale + offset

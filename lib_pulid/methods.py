@@ -70,11 +70,6 @@ class Method:
         """The name for users: "PuLID v1.1 for SDXL"."""
         return " ".join(filter(None, (self.name, self.version, "for", self.family.upper())))
 
-    @property
-    def sees_faces(self) -> bool:
-        """Whether it needs a face in the photo, and not the photo as a whole."""
-        return "detector" in self.reads
-
 
 _SDXL = {"family": "sdxl", "settings": ("preset", "projection", "num_zero"), "projection": "ortho_v2", "num_zero": 20}
 PULID_V1 = Method("PuLID", version="v1", several="first", weight=0.8, **_SDXL)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from lib_pulid.files.pickle_header import read_pickle_header
 from lib_pulid.hosts.diffusers import apply
 from lib_pulid.hosts.diffusers_control import identity_net
 from lib_pulid.identity import Identity, encode_identity
-from lib_pulid.identity_net import draw_points, place_points
+from lib_pulid.identity_net import draw_points
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.lora import Lora
 from lib_pulid.photos import Encoders, IdentityCache, make_identity
@@ -524,7 +524,7 @@ class Seer:
 
 def made_of(adapter: Adapter, photos, clip=None, **settings) -> Identity:
     seer = Seer()
-    faces = FaceModels(seer, seer, None, None) if adapter.method.sees_faces else None
+    faces = FaceModels(seer, seer, None, None) if "detector" in adapter.method.reads else None
     encoders = Encoders(faces, clip)
     return make_identity(photos, adapter, encoders=lambda: encoders, encoders_id="e", cache=IdentityCache(), **settings)
 
@@ -621,12 +621,7 @@ def test_points_to_the_pixel():
     assert np.array_equal(ours, REFERENCE["points"].numpy())
 
 
-def test_points_in_an_image_of_another_size():
-    points = np.array(official.CONTROL_POINTS)
-    assert np.array_equal(place_points(points, (128, 96), (128, 96)), points)
-    assert np.allclose(place_points(points, (128, 96), (256, 192)), 2 * points)
-    wide = place_points(points, (100, 100), (200, 100))  # the photo's top and bottom are cut off
-    assert np.allclose(wide, 2 * points - [0, 50])
+def test_points_are_five():
     with pytest.raises(SettingError, match="five points"):
         draw_points(np.zeros((4, 2)), (8, 8))
 
