@@ -117,6 +117,11 @@ class Running:
     def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
+    def cpu_seconds(self) -> float:
+        """What the program has computed so far, which does not depend on what else the machine does."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def wait_until_ready(
         self, starts: int = 1, limit: float = 1500, pause: Callable[[float], object] = time.sleep
     ) -> None:
