@@ -219,7 +219,7 @@ def cost_of_a_photo(host: Running) -> str:
     random = np.random.default_rng()
 
     def asked(photo: np.ndarray) -> dict[str, Any]:
-        return {"images": [encoded(photo)], "start": 1 - 0.5 / STEPS}
+        return {"images": [encoded(photo)], "start": 1 - 1.5 / STEPS}
 
     def new() -> dict[str, Any]:
         photo = miniature.portrait(0).copy()
