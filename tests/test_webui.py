@@ -22,6 +22,7 @@ from lib_pulid import hosts
 from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError
 from lib_pulid.fields import FAMILIES, FIELDS, MOST_PHOTOS, PRESETS
 from lib_pulid.methods import has, usual
+from lib_pulid.sites import Sites
 from lib_pulid.units import PulidUnit, default_args
 from tests import small_models
 from tests.face_standins import packed, photo
@@ -255,7 +256,7 @@ class TestFamilies:
 class TestPlan:
     @pytest.fixture
     def model(self) -> hosts.LoadedModel:
-        return hosts.LoadedModel("flux", torch.nn.Identity(), torch.device("cpu"), torch.float32, "x")
+        return hosts.LoadedModel(Sites("flux", ()), torch.nn.Identity(), torch.device("cpu"), torch.float32, "x")
 
     def plan(self, library, one, *units):
         from lib_pulid.webui.plan import UnitPlan
@@ -265,7 +266,7 @@ class TestPlan:
 
     def test_settings_by_family(self, library, one, model):
         plan = self.plan(library, one, {"start_step": 3}, {"weight": 0.3})
-        sdxl = replace(model, family="sdxl")
+        sdxl = replace(model, sites=Sites("sdxl", ()))
         flux = plan.injections(model, hires=False)
         assert [(i.family, i.weight, i.start_step) for i in flux] == [("flux", 1.0, 3), ("flux", 0.3, 0)]
         assert [(i.weight, i.start_step) for i in plan.injections(sdxl, hires=False)] == [(0.8, 0), (0.3, 0)]
@@ -301,7 +302,7 @@ class TestPlan:
         )
         assert plan.cfg_start_step(model, hires=False) == 1
         assert plan.cfg_start_step(model, hires=True) == 3
-        assert plan.cfg_start_step(replace(model, family="sdxl"), hires=True) == 0
+        assert plan.cfg_start_step(replace(model, sites=Sites("sdxl", ())), hires=True) == 0
         assert self.plan(library, one, {"weight": 0, "cfg_start_step": 1}).cfg_start_step(model, hires=False) == 0
 
     def test_a_face_that_would_never_act(self, library, one, model):
@@ -313,7 +314,7 @@ class TestPlan:
         with pytest.raises(SettingError, match="unit 1, field start_step"):
             self.plan(library, one, {"start_step": 4, "hires": "second"}).check_steps(model, 2, hires=True)
         self.plan(library, one, {"start_step": 4, "weight": 0}).check_steps(model, 2, hires=False)
-        self.plan(library, one, {"start_step": 4}).check_steps(replace(model, family="sdxl"), 2, hires=False)
+        self.plan(library, one, {"start_step": 4}).check_steps(replace(model, sites=Sites("sdxl", ())), 2, hires=False)
 
 
 class TestInfotext:

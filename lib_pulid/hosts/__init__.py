@@ -21,6 +21,7 @@ import torch
 
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.injection import Injection
+from lib_pulid.sites import Sites
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class LoadedModel:
     """A denoiser inside a host.
 
     Args:
-        family: "sdxl" or "flux".
+        sites: of the denoiser.
         denoiser: the UNet or transformer.
         device, dtype: of its computation (its weights may be stored elsewhere, in fewer bits).
         name: the checkpoint's, for messages.
@@ -36,13 +37,18 @@ class LoadedModel:
         runs_control_nets: whether the host can run a method's ControlNet with it.
     """
 
-    family: str
+    sites: Sites
     denoiser: torch.nn.Module
     device: torch.device
     dtype: torch.dtype
     name: str
     guided: bool = True
     runs_control_nets: bool = False
+
+    @property
+    def family(self) -> str:
+        """ "sdxl" or "flux"."""
+        return self.sites.family
 
 
 class Plan(Protocol):

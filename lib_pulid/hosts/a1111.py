@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.hosts import Host, LoadedModel
 from lib_pulid.hosts.base import Run, WebUI
-from lib_pulid.hosts.families import family_of
+from lib_pulid.hosts.families import sites_of
 from lib_pulid.injection import DenoiseStep
 
 
@@ -124,7 +124,7 @@ class A1111(WebUI):
 
         name = getattr(getattr(p.sd_model, "sd_checkpoint_info", None), "name_for_extra", "")
         unet = _unet(p)
-        return LoadedModel(family_of(unet, name), unet, devices.device, devices.dtype_unet, name)
+        return LoadedModel(sites_of(unet, name), unet, devices.device, devices.dtype_unet, name)
 
     def less_memory(self) -> str:
         return "starting the WebUI with --medvram-sdxl or --medvram"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lib_pulid.errors import UnsupportedModelError
-from lib_pulid.sites import find_sites, is_chroma
+from lib_pulid.sites import Sites, find_sites, is_chroma
 
 CHROMA = "pulid_chroma"  # name of the setting
 SDXL_SITES = 70
@@ -21,8 +21,8 @@ TEXT_WIDTHS = {
 }
 
 
-def family_of(denoiser: nn.Module | None, name: str, wanted: str = "an SDXL checkpoint") -> str:
-    """Returns a denoiser's family, "sdxl" or "flux".
+def sites_of(denoiser: nn.Module | None, name: str, wanted: str = "an SDXL checkpoint") -> Sites:
+    """Finds a denoiser's sites, and so its family. It walks through all modules: once per image is enough.
 
     Args:
         name: of the checkpoint. wanted: what the host could load instead, for the message.
@@ -30,9 +30,17 @@ def family_of(denoiser: nn.Module | None, name: str, wanted: str = "an SDXL chec
     Raises:
         UnsupportedModelError: there is no PuLID for this model.
     """
-    problem = "no checkpoint is loaded" if denoiser is None else _problem(denoiser)
-    if problem is None:
-        return find_sites(denoiser, chroma=True).family  # type: ignore[arg-type]
+    if denoiser is None:
+        problem: str | None = "no checkpoint is loaded"
+    else:
+        try:
+            sites = find_sites(denoiser, chroma=is_chroma(denoiser) and tries_chroma())
+        except UnsupportedModelError as error:
+            problem = str(error).rstrip(".")
+        else:
+            problem = _problem(denoiser, sites)
+            if problem is None:
+                return sites
     what = f"{name}: {problem}" if name else problem[:1].upper() + problem[1:]
     hint = " To try PuLID on Chroma: Settings, PuLID." if denoiser is not None and is_chroma(denoiser) else ""
     raise UnsupportedModelError(f"{what}. PuLID needs {wanted}: select one, or disable PuLID for this image.{hint}")
@@ -51,11 +59,7 @@ def is_refiner(denoiser: nn.Module | None) -> bool:
     return denoiser is not None and hasattr(denoiser, "input_blocks") and _text_width(denoiser) == REFINER_WIDTH
 
 
-def _problem(denoiser: nn.Module) -> str | None:
-    try:
-        sites = find_sites(denoiser, chroma=is_chroma(denoiser) and tries_chroma())
-    except UnsupportedModelError as error:
-        return str(error).rstrip(".")
+def _problem(denoiser: nn.Module, sites: Sites) -> str | None:
     if sites.family == "flux":
         return None
     width = _text_width(denoiser)

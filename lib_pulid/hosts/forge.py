@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lib_pulid.errors import SettingError, UnsupportedModelError
 from lib_pulid.hosts import Host, LoadedModel, Plan
 from lib_pulid.hosts.base import Run, WebUI
-from lib_pulid.hosts.families import family_of
+from lib_pulid.hosts.families import sites_of
 from lib_pulid.hosts.forge_control import ControlNets, Loader
 from lib_pulid.injection import DenoiseStep
 
@@ -231,9 +231,9 @@ class Forge(WebUI):
         name = getattr(getattr(p.sd_model, "sd_checkpoint_info", None), "name_for_extra", "")
         unet = _patcher(p)
         denoiser: Any = None if unet is None else unet.model.diffusion_model
-        family = family_of(denoiser, name, wanted="an SDXL or FLUX.1 checkpoint")
-        guided, runs_nets = _is_guided(p), self.runs_control_nets and family == "sdxl"
-        return LoadedModel(family, denoiser, unet.load_device, _computation_dtype(unet), name, guided, runs_nets)
+        sites = sites_of(denoiser, name, wanted="an SDXL or FLUX.1 checkpoint")
+        guided, runs_nets = _is_guided(p), self.runs_control_nets and sites.family == "sdxl"
+        return LoadedModel(sites, denoiser, unet.load_device, _computation_dtype(unet), name, guided, runs_nets)
 
     def less_memory(self) -> str:
         """Names Forge's own slider; its successors have none."""

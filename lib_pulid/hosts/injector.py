@@ -14,7 +14,7 @@ from lib_pulid.hosts import LoadedModel, Plan
 from lib_pulid.hosts.families import is_refiner
 from lib_pulid.hosts.frame import REMEDIES, THINGS, Frame, frame_of, part_of_mask
 from lib_pulid.injection import DenoiseStep, Injection, inject
-from lib_pulid.sites import Sites, find_sites
+from lib_pulid.sites import Sites
 from lib_pulid.watch import Watch, uncompiled
 
 
@@ -79,7 +79,7 @@ class Injector:
         self._injections = tuple(injections)
         if self.has_face:
             self._uncompiled.enter_context(uncompiled())
-        self._sites = self._watch.over(find_sites(model.denoiser, chroma=True))
+        self._sites = self._watch.over(model.sites)
         self._model, self._hires, self._ready_for, self._was_ready = model, hires, wanted, True
 
     def check_steps(self, steps: int | None) -> None:

@@ -163,14 +163,14 @@ def klein() -> dict[str, str]:
     from backend.nn.flux import IntegratedFluxTransformer2DModel
 
     from lib_pulid.errors import UnsupportedModelError
-    from lib_pulid.hosts.families import family_of
+    from lib_pulid.hosts.families import sites_of
 
     sizes = {"in_channels": 128, "out_channels": 128, "vec_in_dim": None, "context_in_dim": 8, "hidden_size": 128}
     sizes |= {"num_heads": 1, "mlp_ratio": 3.0, "depth": 5, "depth_single_blocks": 20, "axes_dim": [32] * 4}
     sizes |= {"theta": 2000, "patch_size": 1, "qkv_bias": False, "guidance_embed": False, "txt_ids_dims": [3]}
     sizes |= {"global_modulation": True, "mlp_silu_act": True, "ops_bias": False}
     try:
-        return {"said": f"taken for {family_of(IntegratedFluxTransformer2DModel(**sizes), 'klein')}"}
+        return {"said": f"taken for {sites_of(IntegratedFluxTransformer2DModel(**sizes), 'klein').family}"}
     except UnsupportedModelError as error:
         return {"said": str(error)}
 
