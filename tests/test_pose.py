@@ -469,6 +469,27 @@ def test_a1111_beside_the_extensions_own_units(webui, net, file, identity):
     assert off_by(found, with_residuals(summed), plain) < EXACT
 
 
+def test_a1111_the_refiner_finishes_what_began_with_the_pose(webui, file, identity):
+    """With an adapter's weight of 0, too; before the pose's start, it is refused."""
+    refiner = UNet(1280, (1, 0, 1))
+
+    def made(plan: RandomPlan) -> list[Tensor]:
+        p = a1111.P(SkipUNet())
+
+        def before_step(step: int) -> None:
+            if step == 2:
+                p.load(refiner)
+
+        with webui.sampling(p, plan):
+            return a1111.sample(p, text(), text(seed=2), steps=3, before_step=before_step)
+
+    refiner.forward = lambda x, *args: x
+    assert len(made(plan_of(file, identity))) == 3
+    with pytest.raises(SettingError, match="refiner takes over before PuLID starts"):
+        made(plan_of(file, identity, start=0.7))
+    assert count_hooks(refiner) == 0
+
+
 def test_a1111_tiles_are_refused(webui, file, identity):
     p = a1111.P(SkipUNet())
     webui.start(p, plan_of(file, identity))

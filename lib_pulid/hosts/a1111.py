@@ -94,6 +94,7 @@ class _Run(Run):
         self._follow(unet)  # the refiner's, too, so that its call raises an error
         if self._injector.leaves_the_rest_to(unet):
             self._window = None
+            self._nets.end()  # their memory is the refiner's
             return
         if self._model is None or self._model.denoiser is not unet:  # `loaded_model` walks all layers
             self._model = self._host.loaded_model(self.p)

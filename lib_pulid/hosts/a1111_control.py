@@ -69,7 +69,8 @@ def build(path: Path) -> Any:
         raise UnsupportedModelError(
             f"The extension {_name()} made no ControlNet of {path.name}, but {type(net).__name__}. Update it."
         )
-    _check_whole(state, net.control_model.state_dict(), path)
+    network: Any = net.control_model
+    _check_whole(state, network.state_dict(), path)
     return net.to(_CPU)
 
 
@@ -106,8 +107,8 @@ class ControlNets:
         """Checks after sampling. Raises: UnsupportedModelError: the residuals were never added."""
         if self._has_run and not self._has_acted:
             raise UnsupportedModelError(
-                "Field identity_net: the pose was never added, since something runs instead of the UNet's blocks "
-                "(TensorRT, or an extension that replaces the UNet). Disable it, or set it to 0."
+                "Field identity_net: the pose was never added: something runs instead of the UNet's blocks "
+                "(TensorRT, or an extension that replaces the UNet). Disable that, or set identity_net to 0."
             )
 
     @contextmanager
