@@ -25,11 +25,12 @@ from lib_pulid.errors import (
     WrongWeightsError,
 )
 from lib_pulid.files import catalog, control_nets
-from lib_pulid.hosts import forge_control
+from lib_pulid.hosts import a1111_control, forge_control
 from lib_pulid.hosts.control_base import Loader
 from lib_pulid.hosts.frame import Frame
 from lib_pulid.identity import Identity
 from lib_pulid.identity_net import Pose, draw_points
+from lib_pulid.injection import DenoiseStep
 from lib_pulid.photos import fingerprint_files
 from tests.fake_modules import a1111, installed
 from tests.fake_modules.forge import ControlNetPatcher, P, sample
@@ -505,6 +506,39 @@ def params(p: Any) -> Any:
     return SimpleNamespace(x=x, sigma=torch.full((1,), 14.6), denoiser=a1111.Denoiser(p, 1), **texts)
 
 
+def test_a1111_the_net_is_where_the_unet_is_until_the_end(file, identity):
+    """The UNet's device is one without memory here, so the net ends with what it was given."""
+
+    class Called(Exception):
+        pass
+
+    class Net(torch.nn.Linear):
+        control_model, moves = None, []
+
+        def to(self, device: Any) -> Any:
+            self.moves.append(str(device))
+            return self
+
+        def forward(self, **given: Any) -> Any:
+            raise Called({name: one.device.type for name, one in given.items() if one is not None})
+
+    nets = a1111_control.ControlNets(Loader(lambda path: Net(1, 1)))
+    (injection,) = plan_of(file, identity).injections(loaded(SkipUNet()), hires=False)
+    nets.prepare(SkipUNet(), torch.float32, [injection])
+    x, step = torch.zeros(2, 4, 8, 8, device="meta"), DenoiseStep(0.0, [True, False])
+    call = (x, torch.zeros(2, device="meta"))
+    with pytest.raises(Called) as called, nets.around(call, {}, step, [injection]):
+        pass
+    assert called.value.args == (dict.fromkeys(("x", "hint", "timesteps", "context"), "meta"),)
+    assert Net.moves == ["meta"]
+    nets.end()
+    assert Net.moves == ["meta", "cpu"]
+
+
+def loaded(unet: Any) -> hosts.LoadedModel:
+    return hosts.LoadedModel("sdxl", unet, torch.device("cpu"), torch.float32, "")
+
+
 def test_a1111_a_net_for_a_model_of_another_size(webui, file, identity):
     unet = SkipUNet()
     unet.model_channels = 320
@@ -635,7 +669,7 @@ def test_a1111_without_the_extension_says_what_is_missing(host, net_file):
         images, p = made_of(host, asked)
         assert same(images, adapter)
         assert "does not run in this WebUI; A1111 needs the extension sd-webui-controlnet for it" in notes_of(p)
-        assert "Install or enable it, and restart the WebUI." in notes_of(p)
+        assert "Install, enable or update it, and restart the WebUI." in notes_of(p)
         parameters = p.extra_generation_params["PuLID 1"]
         assert "left out: InstantID's ControlNet (IdentityNet) does not run in this WebUI" in parameters
         assert "identity_net: 0," in parameters

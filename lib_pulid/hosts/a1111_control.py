@@ -6,7 +6,8 @@ connection that ends each input of an output block, and to the output of the mid
 in a forward of its own, so that units of its page act beside ours, and nothing there is changed.
 
 Its list of units has no place for ours: a unit for InstantID needs one for an IP-Adapter before it, whose tokens it
-reads, and its range is one of the host's sampling steps. Seen in 56cec5b2 (1.1.455).
+reads, and its range is one of the host's sampling steps. Seen in 56cec5b2 (1.1.455); the function has been the same
+since the extension knows SDXL (1d540232, 2023-09-04).
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def why_none() -> str:
     """Says why there are no ControlNets, and what to do; "" if there are."""
     if _MODULE not in sys.modules:
         return (
-            f"A1111 needs the extension {EXTENSION} for it, which is not installed, not enabled, or failed to load. "
-            "Install or enable it, and restart the WebUI."
+            f"A1111 needs the extension {EXTENSION} for it, which is not installed, not enabled, too old, or failed to "
+            "load. Install, enable or update it, and restart the WebUI."
         )
     if not callable(getattr(sys.modules[_MODULE], _BUILDER, None)):
         return f"this version of the extension {_name()} has no {_BUILDER}. Update it, and restart the WebUI."
