@@ -42,8 +42,8 @@ def require(
 ) -> Path:
     """Finds the ControlNet of a method, and checks it by its header. See `find` and `check`.
 
-    Files of other sizes pass, as do adapters: people convert them, and loading one compares the name and shape of each
-    tensor. One of the catalog's size has to have its bytes.
+    A file of the catalog's size has to have its bytes. Files of other sizes pass, as do adapters: people convert them,
+    and the header shows what they are.
 
     Args:
         fingerprint_of: gives the start of a file's sha256, and remembers it: 2.5 GB take seconds. None: the bytes are
