@@ -205,7 +205,8 @@ class Generation(_Processing, a1111.P):
 
     @property
     def text_width(self) -> int:
-        return self.sd_model.model.diffusion_model.input_blocks[0].attn2.to_k.in_features
+        layers = self.sd_model.model.diffusion_model.modules()
+        return next(layer.attn2.to_k.in_features for layer in layers if hasattr(layer, "attn2"))
 
 
 class ForgeGeneration(_Processing, forge.P):

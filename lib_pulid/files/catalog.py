@@ -240,9 +240,18 @@ def fingerprint(encoders: Mapping[str, Path], fingerprint_of: Callable[[Path], s
     files = {file.role: file for file in CATALOG if file.role}
     found = {role: fingerprint_of(path) for role, path in encoders.items()}
     for role, path in encoders.items():
-        if files[role].size == disk.size_of(path) and (wrong := _damage(files[role], path, found[role])):
-            raise WrongWeightsError(f"{wrong}. Download it again. {how_to_get([files[role]])}")
+        check_bytes(files[role], path, found[role])
     return "-".join(found.values())
+
+
+def check_bytes(file: WeightFile, path: Path, found: str) -> None:
+    """Checks a file of the catalog's size. found: the start of its sha256.
+
+    Raises:
+        WrongWeightsError: it has other bytes: it is damaged.
+    """
+    if file.size == disk.size_of(path) and (wrong := _damage(file, path, found)):
+        raise WrongWeightsError(f"{wrong}. Download it again. {how_to_get([file])}")
 
 
 def by_hand(files: Iterable[WeightFile], models_dir: Path) -> str:

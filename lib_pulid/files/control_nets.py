@@ -7,7 +7,7 @@ it has the catalog's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from lib_pulid import disk
@@ -37,8 +37,17 @@ def missing_for(method: Method, folder: Path, models_dir: Path, runs: bool = Tru
     return tuple(lacking)
 
 
-def require(role: str, folder: Path, models_dir: Path, token_width: int) -> Path:
+def require(
+    role: str, folder: Path, models_dir: Path, token_width: int, fingerprint_of: Callable[[Path], str] | None = None
+) -> Path:
     """Finds the ControlNet of a method, and checks it by its header. See `find` and `check`.
+
+    A file of the catalog's size has to have its bytes. Files of other sizes pass, as do adapters: people convert them,
+    and the header shows what they are.
+
+    Args:
+        fingerprint_of: gives the start of a file's sha256, and remembers it: 2.5 GB take seconds. None: the bytes are
+            not compared, as on the command line, where nothing is remembered; `models verify` does it there.
 
     Raises:
         MissingWeightsError: the message says where to get it. WrongWeightsError.
@@ -48,6 +57,8 @@ def require(role: str, folder: Path, models_dir: Path, token_width: int) -> Path
         by_hand, how = catalog.by_hand([file], models_dir), catalog.how_to_get([file])
         raise MissingWeightsError(f"{file.purpose} is missing:\n{by_hand}\n{how}.")
     check(path, role, token_width)
+    if fingerprint_of is not None and disk.size_of(path) == file.size:
+        catalog.check_bytes(file, path, fingerprint_of(path))
     return path
 
 

@@ -34,7 +34,6 @@ class LoadedModel:
         device, dtype: of its computation (its weights may be stored elsewhere, in fewer bits).
         name: the checkpoint's, for messages.
         guided: whether there may be negative rows.
-        runs_control_nets: whether the host can run a method's ControlNet with it.
     """
 
     sites: Sites
@@ -43,7 +42,6 @@ class LoadedModel:
     dtype: torch.dtype
     name: str
     guided: bool = True
-    runs_control_nets: bool = False
 
     @property
     def family(self) -> str:
@@ -77,14 +75,17 @@ class Host(Protocol):
     """A WebUI that PuLID runs inside. `p` is its StableDiffusionProcessing.
 
     Attributes:
-        families: the model families it can load. runs_control_nets: whether it can run a method's ControlNet.
+        families: the model families it can load.
     """
 
     families: tuple[str, ...]
-    runs_control_nets: bool
 
     def loaded_model(self, p: Any) -> LoadedModel:
         """Returns the model that `p` samples with. Raises: UnsupportedModelError: there is no PuLID for it."""
+        ...
+
+    def why_no_control_nets(self) -> str:
+        """Says why a method's ControlNet cannot run there, and what to do; "" if it can."""
         ...
 
     def less_memory(self) -> str:

@@ -19,8 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lib_pulid.errors import UnsupportedModelError
-from lib_pulid.hosts import Host, LoadedModel
+from lib_pulid.hosts import Host, LoadedModel, Plan, a1111_control
 from lib_pulid.hosts.base import Run, WebUI
+from lib_pulid.hosts.control_base import Loader
 from lib_pulid.hosts.families import sites_of
 from lib_pulid.injection import DenoiseStep
 
@@ -60,12 +61,21 @@ class _Run(Run):
     _window: _Window | None = None  # what the next UNet calls belong to
     _seen = False  # whether a sampler has called the UNet
 
+    def __init__(self, host: WebUI, p: Any, plan: Plan) -> None:
+        super().__init__(host, p, plan)
+        self._nets = a1111_control.ControlNets(host.loader)  # type: ignore[attr-defined]
+
     def begin(self) -> None:
         self._follow(_unet(self.p))
 
     def end(self) -> None:
         super().end()
         self._model = self._window = None
+        self._nets.end()
+
+    def check(self) -> None:
+        super().check()
+        self._nets.check_end()
 
     def _follow(self, unet: nn.Module | None) -> None:
         """Moves the hooks to this UNet: a refiner or hires checkpoint may have loaded another one."""
@@ -84,14 +94,22 @@ class _Run(Run):
         self._follow(unet)  # the refiner's, too, so that its call raises an error
         if self._injector.leaves_the_rest_to(unet):
             self._window = None
+            self._nets.end()  # their memory is the refiner's
             return
         if self._model is None or self._model.denoiser is not unet:  # `loaded_model` walks all layers
             self._model = self._host.loaded_model(self.p)
         self._injector.prepare(self._model, self.p)
+        self._nets.prepare(unet, self._model.dtype, self._injector.controlled)
         self._injector.check_steps(params.denoiser.steps)
 
     def close(self) -> None:
         self._window = None
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        super().enter(module, args, kwargs)
+        controlled = self._injector.controlled
+        if self._step is not None and controlled:
+            self._call.enter_context(self._nets.around(args, kwargs, self._step, controlled))
 
     def read(self, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[DenoiseStep, tuple[int, int]] | None:
         if self._window is None:
@@ -116,8 +134,11 @@ class _Run(Run):
 
 class A1111(WebUI):
     families = ("sdxl",)
-    runs_control_nets = False  # its ControlNet is an extension, which takes no tokens of others
     run_class = _Run
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loader = Loader(a1111_control.build)
 
     def loaded_model(self, p: Any) -> LoadedModel:
         from modules import devices
@@ -125,6 +146,9 @@ class A1111(WebUI):
         name = getattr(getattr(p.sd_model, "sd_checkpoint_info", None), "name_for_extra", "")
         unet = _unet(p)
         return LoadedModel(sites_of(unet, name), unet, devices.device, devices.dtype_unet, name)
+
+    def why_no_control_nets(self) -> str:
+        return a1111_control.why_none()
 
     def less_memory(self) -> str:
         return "starting the WebUI with --medvram-sdxl or --medvram"

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from lib_pulid.errors import SettingError, UnsupportedModelError
 from lib_pulid.hosts import Host, LoadedModel, Plan
 from lib_pulid.hosts.base import Run, WebUI
+from lib_pulid.hosts.control_base import Loader
 from lib_pulid.hosts.families import sites_of
-from lib_pulid.hosts.forge_control import ControlNets, Loader
+from lib_pulid.hosts.forge_control import ControlNets, build
 from lib_pulid.injection import DenoiseStep
 
 _SLOT = "model_function_wrapper"
@@ -220,20 +221,21 @@ def _is_same(text: Tensor | None, other: Tensor | None) -> bool:
 
 class Forge(WebUI):
     families = ("sdxl", "flux")
-    runs_control_nets = True
     run_class = _Run
 
     def __init__(self) -> None:
         super().__init__()
-        self.loader = Loader()
+        self.loader = Loader(build)
 
     def loaded_model(self, p: Any) -> LoadedModel:
         name = getattr(getattr(p.sd_model, "sd_checkpoint_info", None), "name_for_extra", "")
         unet = _patcher(p)
         denoiser: Any = None if unet is None else unet.model.diffusion_model
         sites = sites_of(denoiser, name, wanted="an SDXL or FLUX.1 checkpoint")
-        guided, runs_nets = _is_guided(p), self.runs_control_nets and sites.family == "sdxl"
-        return LoadedModel(sites, denoiser, unet.load_device, _computation_dtype(unet), name, guided, runs_nets)
+        return LoadedModel(sites, denoiser, unet.load_device, _computation_dtype(unet), name, _is_guided(p))
+
+    def why_no_control_nets(self) -> str:
+        return ""
 
     def less_memory(self) -> str:
         """Names Forge's own slider; its successors have none."""

@@ -17,37 +17,10 @@ from torch import Tensor
 from lib_pulid.control import weighted
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.files.state_dict import check_numbers, read_state_dict
+from lib_pulid.hosts.control_base import LATENT_CHANNELS, Loader, Points
 from lib_pulid.injection import DenoiseStep, Injection, identity_rows
 
-_LATENT_CHANNELS, _LATENT_PIXEL = 4, 8  # an inpainting model's input has more channels after them
 _PARTS = ("input", "middle", "output")
-
-
-class Loader:
-    """Loads ControlNets; the last one stays in the computer's memory."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Any, Any] | None = None
-
-    def load(self, path: Path, model: Any) -> Any:
-        """Returns the host's ControlNet object for a model, its KModel.
-
-        Raises:
-            WrongWeightsError, MissingWeightsError, UnsupportedModelError.
-        """
-        stat = path.stat()
-        stamp = str(path), stat.st_size, stat.st_mtime_ns, str(getattr(model, "computation_dtype", ""))
-        if self._last is None or self._last[0] != stamp:
-            self._last = None  # first, so that two are never in memory
-            self._last = stamp, _load(path)
-        net = self._last[1]
-        ours, theirs = (getattr(one, "model_channels", None) for one in (net.control_model, model.diffusion_model))
-        if None not in (ours, theirs) and ours != theirs:
-            raise UnsupportedModelError(
-                f"{path.name} is a ControlNet for a model of another size: its width is {ours}, the checkpoint's is "
-                f"{theirs}. Use an SDXL checkpoint of the usual size."
-            )
-        return net
 
 
 class ControlNets:
@@ -56,7 +29,7 @@ class ControlNets:
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
         self._nets: dict[Path, Any] = {}
-        self._images: dict[tuple[int, int, int], Tensor] = {}
+        self._points = Points()
 
     def prepare(self, patched: Any, injections: Sequence[Injection]) -> None:
         """Loads what the injections need, and tells the patcher of the pass.
@@ -64,15 +37,16 @@ class ControlNets:
         Raises:
             WrongWeightsError, MissingWeightsError, UnsupportedModelError.
         """
-        self._nets, self._images = {}, {}
+        self._nets, self._points = {}, Points()
+        dtype = getattr(patched.model, "computation_dtype", None)
         for injection in injections:
             path = injection.control.path  # type: ignore[union-attr]
             if path not in self._nets:
-                self._nets[path] = net = self._loader.load(path, patched.model)
+                self._nets[path] = net = self._loader.load(path, dtype, patched.model.diffusion_model)
                 patched.add_extra_model_patcher_during_sampling(net.control_model_wrapped)
 
     def end(self) -> None:
-        self._nets, self._images = {}, {}
+        self._nets, self._points = {}, Points()
 
     @torch.no_grad()
     def added(
@@ -86,19 +60,18 @@ class ControlNets:
         Returns:
             The call's arguments, with the residuals added to `control`.
         """
-        active = [(n, one) for n, one in enumerate(injections) if one.is_controlled(step)]
+        active = [injection for injection in injections if injection.is_controlled(step)]
         if not active:
             return None
         x: Tensor = args[0] if args else kwargs["x"]
         timesteps = args[1] if len(args) > 1 else kwargs["timesteps"]
         merged = kwargs.get("control")
-        for n, injection in active:
-            merged = self._residuals(n, injection, x, timesteps, kwargs.get("y"), step, merged)
+        for injection in active:
+            merged = self._residuals(injection, x, timesteps, kwargs.get("y"), step, merged)
         return args, {**kwargs, "control": merged}
 
     def _residuals(
         self,
-        n: int,
         injection: Injection,
         x: Tensor,
         timesteps: Tensor,
@@ -112,8 +85,8 @@ class ControlNets:
         net = self._nets[control.path]
         dtype = net.manual_cast_dtype or net.control_model.dtype
         found = net.control_model(
-            x=x[:, :_LATENT_CHANNELS].to(dtype),
-            hint=self._image(n, injection, x).to(x.device, dtype).expand(len(x), -1, -1, -1),
+            x=x[:, :LATENT_CHANNELS].to(dtype),
+            hint=self._points.of(control, x).to(x.device, dtype).expand(len(x), -1, -1, -1),
             timesteps=timesteps.float(),
             context=control.context(rows).to(x.device, dtype),
             y=None if y is None else y.to(dtype),
@@ -123,14 +96,13 @@ class ControlNets:
             previous = {part: list(previous.get(part, ())) for part in _PARTS}
         return net.control_merge(None, weighted(found, rows, injection.mask), previous, x.dtype)
 
-    def _image(self, n: int, injection: Injection, x: Tensor) -> Tensor:
-        height, width = (side * _LATENT_PIXEL for side in x.shape[-2:])
-        if (n, height, width) not in self._images:
-            self._images[n, height, width] = injection.control.image(height, width)  # type: ignore[union-attr]
-        return self._images[n, height, width]
 
+def build(path: Path) -> Any:
+    """Loads a file into Forge's object of a ControlNet.
 
-def _load(path: Path) -> Any:
+    Raises:
+        WrongWeightsError, MissingWeightsError, UnsupportedModelError.
+    """
     try:
         from modules_forge.supported_controlnet import ControlNetPatcher
     except ImportError as error:

@@ -116,6 +116,7 @@ class Injector:
                 f"Field {field}: {THINGS[field]} do not work with tiled denoising (MultiDiffusion, Tiled Diffusion), "
                 f"which does not say where a tile is. {REMEDIES[field]}, or disable tiling."
             )
+        self._has_acted |= any(injection.is_controlled(step) for injection in self._injections)
         return inject(self._sites, self._injections, step)
 
     def check_call(self, step: DenoiseStep) -> None:

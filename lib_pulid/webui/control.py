@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from lib_pulid import hosts
 from lib_pulid.control import Control, control_of
 from lib_pulid.errors import (
     IdentityMismatchError,
@@ -67,14 +68,15 @@ def control_for(
 
 def _made(weight: float, method: Method, identity: Identity, model: LoadedModel, library: Library) -> Control:
     file = control_nets.file_of(method.control)
-    if not model.runs_control_nets:
-        raise UnsupportedModelError(f"{file.purpose} does not run in this WebUI; it does in Forge and Forge Neo.")
+    if why_not := hosts.current().why_no_control_nets():
+        raise UnsupportedModelError(f"{file.purpose} does not run in this WebUI; {why_not}")
     if identity.pose is None:
         raise IdentityMismatchError(
             f"{file.purpose} needs to know where the face is, which this saved identity does not tell. Make it again "
             "from the photo."
         )
-    path = control_nets.require(method.control, library.folder.path, library.folder.models_dir, identity.cond.shape[-1])
+    folder, width = library.folder, identity.cond.shape[-1]
+    path = control_nets.require(method.control, folder.path, folder.models_dir, width, folder.fingerprint)
     return control_of(identity, identity.pose, path, weight, model.device, model.dtype)
 
 

@@ -82,8 +82,8 @@ class Missing:
         return tuple(found.values())
 
     def _of_method(self, method: Method) -> tuple[WeightFile, ...]:
-        folder = self._library.folder
-        return control_nets.missing_for(method, folder.path, folder.models_dir, hosts.current().runs_control_nets)
+        folder, runs = self._library.folder, not hosts.current().why_no_control_nets()
+        return control_nets.missing_for(method, folder.path, folder.models_dir, runs)
 
     def _of_pulid(self) -> tuple[WeightFile, ...]:
         """Lists the files missing for the loaded checkpoint's family; without one, for a family with a PuLID file."""

@@ -1,13 +1,18 @@
-"""A1111's side of a generation: `p`, and the way from a CFGDenoiser to the UNet."""
+"""A1111's side of a generation: `p`, and the way from a CFGDenoiser to the UNet; and its extension for ControlNets."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from tests.fake_modules.forge import ControlModel
 
 
 class Cond(dict):
@@ -94,7 +99,49 @@ def _pieces(params: Any, x: Tensor, conds: Tensor, unconds: Tensor, together: bo
         context = conds if skip else torch.cat((conds, unconds))
         size = len(context) if together else pictures
         spans = [(i, min(i + size, len(context))) for i in range(0, len(context), size)]
-        return [(x[a:b], params.sigma, context[a:b]) for a, b in spans]
+        return [(x[a:b], params.sigma[:1].expand(b - a), context[a:b]) for a, b in spans]
     size = 2 * pictures if together else pictures
     spans = [(i, min(i + size, len(conds))) for i in range(0, len(conds), size)]
-    return [(x[a:b], params.sigma, conds[a:b]) for a, b in spans] + [(x[-pictures:], params.sigma, unconds)]
+    pieces = [(x[a:b], params.sigma[:1].expand(b - a), conds[a:b]) for a, b in spans]
+    return [*pieces, (x[-pictures:], params.sigma, unconds)]
+
+
+# ---------------------------------------------------------------- the extension sd-webui-controlnet
+
+
+class PlugableControlModel(nn.Module):
+    """Its object of a ControlNet."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.control_model = ControlModel(state)
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return self.control_model(*args, **kwargs)
+
+
+class Guess(NamedTuple):
+    model: nn.Module
+    type: str
+
+
+@contextmanager
+def controlnet() -> Iterator[ModuleType]:
+    """Enables it. Yields its module that loads files; `built` counts them."""
+    made = ModuleType("scripts.controlnet_model_guess")
+    made.built = 0
+
+    def build_model_by_guess(state_dict: dict[str, Tensor], unet: Any, model_path: str) -> Guess:
+        made.built += 1
+        return Guess(PlugableControlModel(state_dict), "InstantID")
+
+    made.build_model_by_guess = build_model_by_guess
+    version = ModuleType("scripts.controlnet_version")
+    version.version_flag = "v1.1.455"
+    modules = {one.__name__: one for one in (made, version)}
+    sys.modules.update(modules)
+    try:
+        yield made
+    finally:
+        for name in modules:
+            del sys.modules[name]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTH, HEADS = 8, 2
@@ -74,6 +75,66 @@ SMALL_SITES = sum(SMALL_BLOCKS)  # in the place of hosts.families.SDXL_SITES
 def small_unet(text_width: int = 2048, seed: int = 0) -> UNet:
     """With fewer sites, for all that is not about their number."""
     return UNet(text_width, SMALL_BLOCKS, seed)
+
+
+class _Step(nn.Module):
+    """One of SkipUNet's blocks. reads: width of the text that its cross-attention reads; 0: it has none."""
+
+    def __init__(self, taken: int, given: int, stride: int = 1, grow: int = 1, reads: int = 0) -> None:
+        super().__init__()
+        self.conv, self.grow = nn.Conv2d(taken, given, 3, stride, 1), grow
+        self.block = Block(reads) if reads else None
+
+    def forward(self, h: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        h = F.interpolate(F.silu(self.conv(h)), scale_factor=self.grow)
+        if self.block is None:
+            return h
+        tokens = self.block(h[:, :WIDTH].flatten(2).transpose(1, 2), context)
+        return torch.cat((tokens.transpose(1, 2).unflatten(2, h.shape[2:]), h[:, WIDTH:]), dim=1)
+
+
+class SkipUNet(nn.Module):
+    """SDXL's blocks and skip connections, as narrow as the small ControlNet's, with SMALL_SITES cross-attentions."""
+
+    WIDTHS = (32, 32, 32, 32, 64, 64, 64, 128, 128)  # of the input blocks
+
+    def __init__(self, text_width: int = 2048) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.model_channels, widths = self.WIDTHS[0], self.WIDTHS
+        last = len(widths) - 1
+        self.input_blocks = nn.ModuleList(
+            _Step(taken, given, 2 if i in (3, 6) else 1, reads=text_width * (i in (0, last)))
+            for i, (taken, given) in enumerate(zip((4, *widths), widths))
+        )
+        self.middle_block = _Step(widths[-1], widths[-1], reads=text_width)
+        self.output_blocks = nn.ModuleList(
+            _Step((widths[-1], *[32] * last)[i] + width, 32, grow=2 if i in (2, 5) else 1,
+                  reads=text_width * (i in (0, last)))
+            for i, width in enumerate(reversed(widths))
+        )  # fmt: skip
+        self.out = nn.Conv2d(32, 4, 3, 1, 1)
+        self.requires_grad_(False)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        context: Tensor | None = None,
+        added: Sequence[Tensor] = (),
+        **_: Any,
+    ) -> Tensor:
+        """added: residuals of ControlNets, that of the middle block last."""
+        h, skips = x, []
+        for block in self.input_blocks:
+            skips.append(h := block(h, None, context))
+        h = self.middle_block(h, None, context)
+        if added:
+            h = h + added[-1]
+            skips = [skip + residual for skip, residual in zip(skips, added)]
+        for block in self.output_blocks:
+            h = block(torch.cat((h, skips.pop()), dim=1), None, context)
+        return self.out(h)
 
 
 class _Double(nn.Module):

@@ -8,6 +8,7 @@ the host cuts the batch. With A in both places the pictures have to differ.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -21,14 +22,22 @@ LONG = "a very detailed photo of a cat, " * 20
 WEIGHT = 0.3
 
 
-def mirror(host: Running, people: tuple[str, str] = ("marked A", "marked B"), **changes: Any) -> str:
-    """Checks one way of cutting; returns the distances. people: identities with each other's tokens."""
+def mirror(
+    host: Running,
+    people: tuple[str, str] = ("marked A", "marked B"),
+    settings: Mapping[str, Any] = {"weight": WEIGHT},
+    **changes: Any,
+) -> str:
+    """Checks one way of cutting; returns the distances.
+
+    people: identities with each other's tokens. settings: of the unit.
+    """
     prompt = changes.pop("prompt", "a photo of a cat")
     negative = changes.pop("negative_prompt", "blurry")
     scale = changes.pop("cfg_scale", 4.0)
 
     def made(positive: str, other: str, guidance: float, identity: str | None) -> list[np.ndarray]:
-        units = [] if identity is None else [{"identity": identity, "weight": WEIGHT}]
+        units = [] if identity is None else [{"identity": identity, **settings}]
         asked = {"prompt": positive, "negative_prompt": other, "cfg_scale": guidance, **changes}
         return host.api.txt2img(*units, **asked).images
 

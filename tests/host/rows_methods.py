@@ -7,10 +7,10 @@ from typing import Any
 from tests.host.api import encoded
 from tests.host.models.methods import FILES, NET
 from tests.host.rows_basics import person
-from tests.host.rows_batches import mirror
+from tests.host.rows_batches import ONE_BY_ONE, WEIGHT, mirror
 from tests.host.rows_controlnet import controls
 from tests.host.rows_img2img import scene
-from tests.host.table import Rows, differ, equal, expect
+from tests.host.table import Rows, Skipped, differ, equal, expect
 from tests.host.webui import Running
 
 rows = Rows()
@@ -39,7 +39,8 @@ def each(host: Running) -> str:
 def both_rows(host: Running) -> str:
     people = ("marked I", "marked J")
     ways: tuple[dict[str, Any], ...] = ({}, {"batch_size": 2}, {"prompt": "a very detailed photo of a cat, " * 20})
-    return "; ".join(mirror(host, people=people, **way) for way in ways)
+    settings = {"weight": WEIGHT, "identity_net": 0}
+    return "; ".join(mirror(host, people, settings, **way) for way in ways)
 
 
 @rows.row("FaceID's LoRA acts by its strength, and is undone: no hook, the next picture is the baseline to the bit")
@@ -85,7 +86,7 @@ def passes(host: Running) -> None:
 
 # ---------------------------------------------------------------- InstantID's ControlNet, IdentityNet
 
-FORGES = ("neo", "forge")
+WITH_NETS = ("neo", "forge", "a1111")  # A1111: with the extension sd-webui-controlnet
 
 
 def pose(host: Running, name: str = "anna", strength: float = 1.0, **settings: Any) -> dict[str, Any]:
@@ -93,8 +94,9 @@ def pose(host: Running, name: str = "anna", strength: float = 1.0, **settings: A
 
 
 @rows.row("InstantID with IdentityNet changes the picture beyond the adapter half; twice the same; strength 0 is the "
-          "adapter half to the bit; the next run is the baseline", FORGES)  # fmt: skip
+          "adapter half to the bit; the next run is the baseline", WITH_NETS)  # fmt: skip
 def identity_net(host: Running) -> str:
+    controls(host)
     plain, adapter = host.api.txt2img().image, host.api.txt2img(pose(host, strength=0)).image
     both = host.api.txt2img(pose(host))
     seen = differ(adapter, both.image, "IdentityNet beside the adapter half", SEEN)
@@ -110,9 +112,21 @@ def identity_net(host: Running) -> str:
     return f"{seen:.1f} of 255"
 
 
-@rows.row("IdentityNet beside the host's own ControlNet unit: each changes what the other makes", FORGES)
+@rows.row("IdentityNet, positive and negative rows: one call, a batch of 2, uneven prompts; in A1111 call by call",
+          WITH_NETS)  # fmt: skip
+def both_rows_of_the_net(host: Running) -> str:
+    controls(host)
+    long = "a very detailed photo of a cat, " * 20
+    ways: list[dict[str, Any]] = [{}, {"batch_size": 2}, {"prompt": long}]
+    ways += [{"batch_size": 2, "override_settings": ONE_BY_ONE}] if host.kind == "a1111" else []
+    people, settings = ("marked I", "marked J"), {"weight": 0, "identity_net": 1}
+    return "; ".join(mirror(host, people, settings, **way) for way in ways)
+
+
+@rows.row("IdentityNet beside the host's own ControlNet unit: each changes what the other makes", WITH_NETS)
 def beside_controlnet(host: Running) -> str:
-    unit: dict[str, Any] = {"enabled": True, "module": "None", "model": controls(host)["tiny-controlnet"]}
+    module = "none" if host.kind == "a1111" else "None"
+    unit: dict[str, Any] = {"enabled": True, "module": module, "model": controls(host)["tiny-controlnet"]}
     unit |= {"weight": 0.7, "image": encoded(scene()), "pixel_perfect": False, "processor_res": 512}
     script = {"ControlNet": {"args": [unit]}}
     ours, theirs = host.api.txt2img(pose(host, weight=0)).image, host.api.txt2img(alwayson_scripts=script).image
@@ -122,16 +136,18 @@ def beside_controlnet(host: Running) -> str:
     return f"{seen[0]:.1f} and {seen[1]:.1f} of 255"
 
 
-@rows.row("Two units: PuLID's face, IdentityNet's pose (an adapter weight of 0)", FORGES)
+@rows.row("Two units: PuLID's face, IdentityNet's pose (an adapter weight of 0)", WITH_NETS)
 def face_and_pose(host: Running) -> str:
+    controls(host)
     face, turned = person(host, "ben"), pose(host, weight=0)
     images = [host.api.txt2img(*units).image for units in ([face], [turned], [face, turned])]
     seen = differ(images[2], images[0], "the pose added", SEEN), differ(images[2], images[1], "the face added", SEEN)
     return f"{seen[0]:.1f} and {seen[1]:.1f} of 255"
 
 
-@rows.row("IdentityNet's range: start and end act; in a batch of 2; with hires fix; in img2img", FORGES)
+@rows.row("IdentityNet's range: start and end act; in a batch of 2; with hires fix; in img2img", WITH_NETS)
 def identity_net_passes(host: Running) -> str:
+    controls(host)
     full = host.api.txt2img(pose(host, weight=0)).image
     for part in ({"end": 0.5}, {"start": 0.5}):
         differ(full, host.api.txt2img(pose(host, weight=0, **part)).image, f"with {part}", 0.05)
@@ -139,7 +155,7 @@ def identity_net_passes(host: Running) -> str:
     for before, after in zip(plain.images, host.api.txt2img(pose(host, weight=0), batch_size=2).images):
         differ(before, after, "a batch", SEEN)
     larger = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": host.api.upscaler, "denoising_strength": 0.6}
-    larger |= {"hr_additional_modules": ["Use same choices"]}
+    larger |= {"hr_additional_modules": ["Use same choices"]} if host.kind != "a1111" else {}
     second = differ(
         host.api.txt2img(**larger).image,
         host.api.txt2img(pose(host, weight=0, hires="second"), **larger).image,
@@ -152,8 +168,9 @@ def identity_net_passes(host: Running) -> str:
 
 
 @rows.row("IdentityNet's errors: its file gone, another file, two persons with a strength; without a strength given, "
-          "the adapter half acts and a note says what is missing", FORGES)  # fmt: skip
+          "the adapter half acts and a note says what is missing", WITH_NETS)  # fmt: skip
 def identity_net_errors(host: Running) -> str:
+    controls(host)
     path = host.data / "models" / "pulid" / NET
     away, told = path.with_suffix(".away"), []
 
@@ -181,9 +198,13 @@ def identity_net_errors(host: Running) -> str:
 @rows.row("InstantID's adapter half where there is no IdentityNet: the picture is made, and the result says so",
           ("a1111",))  # fmt: skip
 def only_the_adapter(host: Running) -> str:
-    images = [host.api.txt2img(pose(host, strength=strength)).image for strength in (0, 1)]
-    equal(*images, "strengths 0 and 1")
-    text = host.api.txt2img(pose(host)).parameters[0]
-    for words in ("identity_net: 0", "does not run in this WebUI"):
-        expect(words in text, f"{words!r} is not in: {text}")
-    return text.partition("left out: ")[2][:100]
+    try:
+        controls(host)
+    except Skipped:
+        images = [host.api.txt2img(pose(host, strength=strength)).image for strength in (0, 1)]
+        equal(*images, "strengths 0 and 1")
+        text = host.api.txt2img(pose(host)).parameters[0]
+        for words in ("identity_net: 0", "does not run in this WebUI; A1111 needs the extension sd-webui-controlnet"):
+            expect(words in text, f"{words!r} is not in: {text}")
+        return text.partition("left out: ")[2][:100]
+    raise Skipped("sd-webui-controlnet is there")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import save_file
 
+from lib_pulid.identity_net import Pose
 from tests import small_models
 from tests.face_standins import write_arcface
 from tests.host.models.checkpoints import CHANNELS, sdxl_layout
@@ -46,4 +48,6 @@ def write_models(models: Path) -> None:
 
 def write_marked_identities(folder: Path) -> None:
     """As in `pulid.py`, for InstantID: "marked I", and "marked J" with the tokens of both kinds of rows exchanged."""
-    write_marked(folder, 22, TOKENS, {"I": (0, 1), "J": (1, 0)}, {"adapter": "InstantID for SDXL"})
+    points = np.array([[150, 160], [250, 150], [205, 210], [165, 260], [240, 255]], np.float32)
+    people, info = {"I": (0, 1), "J": (1, 0)}, {"adapter": "InstantID for SDXL"}
+    write_marked(folder, 22, TOKENS, people, info, Pose(points, (400, 400)))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lib_pulid.identity import Identity
+from lib_pulid.identity_net import Pose
 from tests import small_models
 from tests.face_standins import blank, draw_face, write_face_files
 from tests.host.models.checkpoints import FLUX_WIDTH, sdxl_layout
@@ -76,13 +77,20 @@ def write_marked_identities(folder: Path) -> None:
     write_marked(folder, 21, TOKENS, {"A": (0, 1), "B": (1, 0), "C": (0, 2)}, {})  # who made them is not said
 
 
-def write_marked(folder: Path, seed: int, count: int, names: dict[str, tuple[int, int]], info: dict[str, str]) -> None:
+def write_marked(
+    folder: Path,
+    seed: int,
+    count: int,
+    names: dict[str, tuple[int, int]],
+    info: dict[str, str],
+    pose: Pose | None = None,
+) -> None:
     """names: of the drawn tokens, which are for positive and which for negative rows."""
     draw = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(1, count, small_models.TOKEN_WIDTH, generator=draw) for _ in range(3)]
     for name, (cond, uncond) in names.items():
         about = {**info, "photos": "1", "name": f"marked {name}"}
-        Identity(drawn[cond], drawn[uncond], about).save(folder / f"marked {name}.safetensors")
+        Identity(drawn[cond], drawn[uncond], about, pose=pose).save(folder / f"marked {name}.safetensors")
 
 
 def photo(shade: int = 0, side: int = 200, size: int = 400, faces: int = 1) -> np.ndarray:

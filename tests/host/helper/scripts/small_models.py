@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ StateDict = Mapping[str, torch.Tensor]
 Sizes = dict[str, Any]
 MARK = "_pulid_test_helper"
 SMALL_CHANNELS = 32
+READS = "transformer_blocks.0.attn2.to_k.weight"
 MINIATURE_TEXT, MINIATURE_GROUPS = 64, 8  # width of what the miniature's UNet reads, and groups of its norms
 
 
@@ -70,10 +72,25 @@ def register_open_clip() -> None:
 
 
 def narrow_controlnet() -> None:
-    """The extension sd-webui-controlnet takes the width of an SDXL ControlNet from a constant."""
+    """The extension sd-webui-controlnet takes the width of an SDXL ControlNet, and of what it reads, from constants."""
     for name, module in list(sys.modules.items()):
         if name.endswith("controlnet_model_guess"):
             module.controlnet_sdxl_config["model_channels"] = SMALL_CHANNELS
+            replace_once(module, "build_model_by_guess", partial(wrap_guess, module.controlnet_sdxl_config))
+
+
+def wrap_guess(sizes: Sizes, original: Callable[..., Any]) -> Callable[..., Any]:
+    """In diffusers' format, the small IdentityNet among them, the file tells what is read."""
+
+    def build_model_by_guess(state: StateDict, unet: Any, path: str) -> Any:
+        before, layer = sizes["context_dim"], state.get(f"down_blocks.1.attentions.0.{READS}")
+        sizes["context_dim"] = before if layer is None else layer.shape[1]
+        try:
+            return original(state, unet, path)
+        finally:
+            sizes["context_dim"] = before
+
+    return build_model_by_guess
 
 
 # --------------------------------------------------------------------------------------------------------- Forge
