@@ -42,6 +42,14 @@ class Blend {
         this.update();
     }
 
+    /** Lists the saved people anew when the panel is opened: some may have been saved since the page was made. */
+    static start() {
+        document.addEventListener("click", ({target}) => {
+            const panel = target.closest?.(".label-wrap")?.closest("[id$=_blend_panel]");
+            if (panel) gradioApp().querySelector(`#${panel.id.replace("panel", "refresh")}`)?.click();
+        });
+    }
+
     // ---------------------------------------------------------------- drawing
 
     get place() {
@@ -76,3 +84,5 @@ class Blend {
         });
     }
 }
+
+Blend.start();
