@@ -114,8 +114,8 @@ FIELDS = (
           0, MOST["weight"], 0.05, shown=WEIGHTS["sdxl"]),
     Field("preset", "Preset", "choice", AUTO, " ".join(f"{f.upper()}: {PRESET_TIPS[f]}" for f in FAMILIES),
           choices=(AUTO, *PRESET_FAMILY, CUSTOM), shown="v1.1"),
-    Field("projection", "Projection", "choice", "ortho_v2", "How the prompt is protected. ortho_v2: closest to the photo. "
-          "ortho: closest to the prompt's style (SDXL).", choices=PROJECTIONS, advanced=True, family="sdxl"),
+    Field("projection", "Projection", "choice", "ortho_v2", "How the prompt is protected. ortho_v2: closest to the "
+          "photo. ortho: closest to the prompt's style (SDXL).", choices=PROJECTIONS, advanced=True, family="sdxl"),
     Field("num_zero", "Zero tokens", "int", 20, "More: closer to the prompt. Fewer: closer to the photo (SDXL).",
           0, MOST["num_zero"], 1, advanced=True, family="sdxl"),
     Field("start", "Start", "float", 0.0, "Start after this fraction of the steps.", 0, 1, 0.01, advanced=True),
