@@ -213,6 +213,7 @@ def test_the_page(ui, script, tmp_path):
     ):
         assert "pulid-bad" in save_blend(library, 1, *wrong)[2]
     assert library.identities.find("x") is None
+    assert "Enter a name for the blend first" in save_blend(library, 1, ["anna", "ben"], "", " ")[2]
 
 
 def test_the_page_has_it(ui, script):

@@ -53,6 +53,8 @@ def blend(library: Library, units: int, people: Any, shares: str, name: str) -> 
     """
     try:
         given = _shares(shares or "", people or [])
+        if people and not (name or "").strip():
+            raise SettingError("Enter a name for the blend first.")
         made = library.identities.blend(list(zip(people or [], given)), name or "")
     except PulidError as error:
         return (gr.update(), gr.update(), bad([str(error)]), *[gr.update()] * units)
