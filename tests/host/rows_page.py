@@ -10,7 +10,6 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from lib_pulid import miniature
-from lib_pulid.identity import Identity
 from tests.host.page import Page, opened
 from tests.host.rows_basics import person
 from tests.host.table import Rows, differ, equal, expect
@@ -181,34 +180,6 @@ def region_by_keys(host: Running) -> str:
         expect(page.box(2) == "", f"removed: {page.box(2)}")
         expect(page.inner.evaluate("document.activeElement.className") == "pulid-frame", "the keyboard is elsewhere")
         return drawn
-
-
-@rows.row("Page: two people are blended; a slider moved by keys sets both shares, and a wrong name loses nothing")
-def blend(host: Running) -> str:
-    with opened(host) as page:
-        page.open()
-        page.part("blend_panel").locator(".label-wrap").first.click()
-        for name in ("marked A", "marked B"):
-            page.part("blend_people").locator("input").first.click()
-            page.find(".options li, ul[role=listbox] li").filter(has_text=name).first.click()
-        sliders = page.part("blend_shares").locator("input[type=range]")
-        sliders.nth(1).wait_for(state="visible")
-        sliders.first.focus()
-        for _ in range(20):
-            page.inner.keyboard.press("ArrowRight")
-        shares = [text.strip() for text in page.part("blend_shares").locator("output").all_inner_texts()]
-        expect(shares == ["70 %", "30 %"], f"the shares: {shares}")
-        field, note = page.part("blend_name").locator("input, textarea").first, page.part("blend_note")
-        for name, words in (("a/b", "contains /"), ("marked A", "already saved"), ("page blend", "Saved page blend")):
-            field.fill(name)
-            page.part("blend_save").click()
-            page.until(f"gradioApp().querySelector('#pulid_txt2img_blend_note').innerText.includes('{words}')", words)
-        expect(field.input_value() == "", f"the name: {field.input_value()}")
-        path = host.identities / "page blend.safetensors"
-        told = Identity.load(path).info["blend"]
-        path.unlink()
-        expect(told == "marked A 0.7, marked B 0.3", f"saved: {told}")
-        return f"{told}; {note.inner_text()}"
 
 
 @rows.row("Page: send to img2img takes settings and person along")
