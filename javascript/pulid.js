@@ -28,6 +28,7 @@ class Pulid {
         this.accordion.addEventListener("dragleave", (event) => this.hover(event, false));
         this.accordion.addEventListener("drop", (event) => this.drop(event), true);
         this.accordion.addEventListener("click", (event) => this.removePhoto(event));
+        this.accordion.addEventListener("click", (event) => this.showNote(event));
     }
 
     /** Opens an accordion by key: in gradio 3 the titles are not buttons. */
@@ -187,6 +188,18 @@ class Pulid {
     }
 
     static removed = -1;
+
+    /** Scrolls to what a button for an identity or a preset answers: on a narrow page it may be out of sight. */
+    showNote(event) {
+        const note = event.target.closest(".pulid-tool")?.closest(".tabitem")?.querySelector(".pulid-note");
+        if (!note) return;
+        this.answer?.disconnect();
+        this.answer = new MutationObserver(() => {
+            this.answer.disconnect();
+            note.scrollIntoView({block: "nearest"});
+        });
+        this.answer.observe(note, {childList: true, characterData: true, subtree: true});
+    }
 
     static pictures(transfer) {
         return [...(transfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));

@@ -5,6 +5,7 @@ class Regions {
     static COLORS = ["#3b82f6", "#f97316", "#22c55e", "#ec4899", "#eab308", "#8b5cf6"];
     static LEAST = 0.04; // of the image's width and height; anything smaller was a click
     static STEP = 0.02; // of an arrow key
+    static FIRST = [0.25, 0.25, 0.5, 0.5]; // the box that the key Enter adds
 
     constructor(tab) {
         this.tab = tab;
@@ -40,13 +41,11 @@ class Regions {
         return 1;
     }
 
-    /** Returns the people whose boxes are shown: those in use, and the one whose tab is open. */
-    people() {
+    /** Returns the boxes of all people, as [person, box, whether it has an effect]. */
+    boxes() {
         const found = [];
-        for (let n = 1; this.field(n); n++) {
-            if (n === this.selected() || this.pulid.isUsed(n)) found.push(n);
-        }
-        return found;
+        for (let n = 1; this.field(n); n++) found.push([n, this.read(n), this.pulid.isUsed(n)]);
+        return found.filter(([, box]) => box);
     }
 
     // ---------------------------------------------------------------- drawing
@@ -57,7 +56,7 @@ class Regions {
         if (!frame || frame.offsetParent === null) return;
         if (!frame.dataset.pulid) this.connect(frame);
         const [width, height] = pulid.pictureSize(this.tab);
-        const shown = this.people().map((n) => [n, this.read(n)]).filter(([, box]) => box);
+        const shown = this.boxes();
         const state = JSON.stringify([width, height, this.background(), this.selected(), shown]);
         if (frame.pulidState === state || this.drag) return;
         frame.pulidState = state;
@@ -65,14 +64,16 @@ class Regions {
         frame.style.maxWidth = `${Math.round(360 * width / height)}px`;
         frame.style.backgroundImage = this.background() ? `url("${this.background()}")` : "";
         const focused = frame.contains(document.activeElement) && document.activeElement.dataset.person;
-        frame.replaceChildren(...shown.map(([n, box]) => this.boxElement(n, box)));
+        frame.replaceChildren(...shown.map((shape) => this.boxElement(...shape)));
         if (focused) frame.querySelector(`[data-person="${focused}"]`)?.focus();
     }
 
-    boxElement(n, box) {
+    boxElement(n, box, used) {
         const element = document.createElement("div");
         element.className = "pulid-box";
         element.classList.toggle("pulid-selected", n === this.selected());
+        element.classList.toggle("pulid-unused", !used);
+        if (!used) element.title = `Person ${n} has no photo or is off: this box has no effect`;
         element.dataset.person = n;
         element.tabIndex = 0;
         element.setAttribute("role", "group");
@@ -85,10 +86,16 @@ class Regions {
         remove.type = "button";
         remove.textContent = "✕";
         remove.setAttribute("aria-label", `Remove the box of person ${n}`);
-        remove.addEventListener("click", () => this.write(n, null));
+        remove.addEventListener("click", () => this.remove(n));
         const corner = document.createElement("i");
         element.append(name, remove, corner);
         return element;
+    }
+
+    /** Removes a box; the keyboard goes on in the frame. */
+    remove(n) {
+        this.write(n, null);
+        this.frame.focus();
     }
 
     place(element, [x, y, width, height]) {
@@ -111,6 +118,9 @@ class Regions {
 
     connect(frame) {
         frame.dataset.pulid = "connected";
+        frame.tabIndex = 0;
+        frame.setAttribute("role", "group");
+        frame.setAttribute("aria-label", "Regions: Enter adds a box for the person whose tab is open");
         frame.addEventListener("pointerdown", (event) => this.begin(event));
         frame.addEventListener("pointermove", (event) => this.move(event));
         frame.addEventListener("pointerup", (event) => this.end(event));
@@ -133,7 +143,7 @@ class Regions {
         this.drag = {n, kind, from: this.at(event), box: element ? this.read(n) : null, element};
         if (!element) {
             this.frame.querySelector(`[data-person="${n}"]`)?.remove();
-            this.drag.element = this.boxElement(n, [...this.drag.from, 0, 0]);
+            this.drag.element = this.boxElement(n, [...this.drag.from, 0, 0], this.pulid.isUsed(n));
             this.frame.append(this.drag.element);
         }
         this.frame.setPointerCapture(event.pointerId);
@@ -182,6 +192,7 @@ class Regions {
     // ---------------------------------------------------------------- keys
 
     key(event) {
+        if (event.target === this.frame) return this.add(event);
         const n = Number(event.target.closest(".pulid-box")?.dataset.person);
         const box = n && !event.target.matches("button") && this.read(n);
         if (!box) return;
@@ -191,7 +202,17 @@ class Regions {
         event.preventDefault();
         event.stopPropagation();
         const change = event.shiftKey ? Regions.resized : Regions.moved;
-        this.write(n, remove ? null : change(box, dx * Regions.STEP, dy * Regions.STEP));
+        if (remove) this.remove(n);
+        else this.write(n, change(box, dx * Regions.STEP, dy * Regions.STEP));
+    }
+
+    /** Adds a box in the middle for the selected person, or goes to the one that is there. */
+    add(event) {
+        if (event.key !== "Enter") return;
+        event.preventDefault();
+        const n = this.selected();
+        if (!this.read(n)) this.write(n, Regions.FIRST);
+        this.frame.querySelector(`[data-person="${n}"]`)?.focus();
     }
 
     // ---------------------------------------------------------------- both tabs

@@ -56,8 +56,9 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "flux": {"realistic": {"start_step": 4}, "stylized": {"start_step": 0}},
 }
 PRESET_TIPS: Mapping[str, str] = {
-    "sdxl": "v1.1: for PuLID v1.1. fidelity, style: for PuLID v1. neutral: no orthogonal projection.",
-    "flux": "realistic: starts at step 4. stylized: starts at step 0.",
+    "sdxl": "v1.1: the default. For PuLID v1: fidelity (closer to the photo), style (closer to the prompt's style). "
+    "neutral: no projection.",
+    "flux": "realistic: from step 4, closer to the prompt. stylized: from step 0, closer to the photo.",
 }
 OLD_CHOICES: Mapping[str, str] = {"stylised": "stylized"}  # still accepted: images and scripts have them
 PRESET_FAMILY = {name: family for family, presets in PRESETS.items() for name in presets}
@@ -113,8 +114,8 @@ FIELDS = (
           0, MOST["weight"], 0.05, shown=WEIGHTS["sdxl"]),
     Field("preset", "Preset", "choice", AUTO, " ".join(f"{f.upper()}: {PRESET_TIPS[f]}" for f in FAMILIES),
           choices=(AUTO, *PRESET_FAMILY, CUSTOM), shown="v1.1"),
-    Field("projection", "Projection", "choice", "ortho_v2", "How the identity is decoupled from the prompt (SDXL).",
-          choices=PROJECTIONS, advanced=True, family="sdxl"),
+    Field("projection", "Projection", "choice", "ortho_v2", "How the prompt is protected. ortho_v2: closest to the "
+          "photo. ortho: closest to the prompt's style (SDXL).", choices=PROJECTIONS, advanced=True, family="sdxl"),
     Field("num_zero", "Zero tokens", "int", 20, "More: closer to the prompt. Fewer: closer to the photo (SDXL).",
           0, MOST["num_zero"], 1, advanced=True, family="sdxl"),
     Field("start", "Start", "float", 0.0, "Start after this fraction of the steps.", 0, 1, 0.01, advanced=True),

@@ -188,7 +188,7 @@ def test_the_route_says_what_is_wrong(library, body):
 
 
 def test_the_page(ui, script, tmp_path):
-    """The names in the order in which they were chosen; shares as typed, or none."""
+    """The names in the order in which they were chosen; shares as the sliders say, or none."""
     from lib_pulid.webui.actions import Actions
     from lib_pulid.webui.blending import blend as save_blend
 
@@ -196,7 +196,7 @@ def test_the_page(ui, script, tmp_path):
     for name in AXES:
         library.identities.save(name, saved(name))
     actions = Actions(library, lambda name: "")
-    listed, name, note, *units = save_blend(library, 2, ["ben", "anna"], "0.7 0.3", "carla")
+    listed, name, note, *units = save_blend(library, 2, ["ben", "anna"], "70, 30", "carla")
     assert torch.allclose(library.identities.load("carla").cond.mean(1)[0], torch.tensor([0.3, 0.7, 0]))
     assert "Saved carla" in note
     assert name["value"] == ""
@@ -207,12 +207,13 @@ def test_the_page(ui, script, tmp_path):
     assert torch.equal(library.identities.load("equal").cond, blend(people(1, 1)[::-1]).cond)
     for wrong in (
         ([], "", "x"),
-        (["anna", "ben"], "0.7", "x"),
+        (["anna", "ben"], "70", "x"),
         (["anna", "ben"], "a, b", "x"),
         (["anna", "ben"], "", ""),
     ):
         assert "pulid-bad" in save_blend(library, 1, *wrong)[2]
     assert library.identities.find("x") is None
+    assert "Enter a name for the blend first" in save_blend(library, 1, ["anna", "ben"], "", " ")[2]
 
 
 def test_the_page_has_it(ui, script):

@@ -64,6 +64,46 @@ def test_copy_paste_needs_two_different_photos():
     assert measures.copy_paste(at(10), at(40), at(40)) is None
 
 
+def face_points(degrees: float = 0, nose: float = 0, scale: float = 1) -> np.ndarray:
+    """Eyes 40 pixels apart, the nose so far beside their middle, turned clockwise as on a screen: [5, 2]."""
+    points = np.array([[-20, 0], [20, 0], [nose, 25], [-14, 45], [14, 45]], np.float32) * scale
+    a = radians(degrees)
+    return points @ np.array([[cos(a), np.sin(a)], [-np.sin(a), cos(a)]], np.float32) + (300, 200)
+
+
+@pytest.mark.parametrize(
+    ("points", "roll", "turn"),
+    [
+        (face_points(), 0, 0), (face_points(12), 12, 0), (face_points(-30), -30, 0),
+        (face_points(nose=10), 0, 0.25), (face_points(nose=-20), 0, -0.5), (face_points(100, nose=10), 100, 0.25),
+        (face_points(-12, nose=-10, scale=3), -12, -0.25),
+    ],
+    ids=["straight", "clockwise", "the other way", "to the right", "to the left", "both", "larger"],
+)  # fmt: skip
+def test_pose_of_five_points(points, roll, turn):
+    """The middle of the eyes is where they are: only the nose's offset along their line is a turn."""
+    assert measures.pose(points) == {"roll": pytest.approx(roll, abs=1e-3), "turn": pytest.approx(turn, abs=1e-5)}
+
+
+def test_pose_of_points_without_two_eyes():
+    assert measures.pose(np.full((5, 2), 7, np.float32)) == {}
+
+
+@pytest.mark.parametrize(
+    ("images", "value"),
+    [((-10, 0, 10), 1.0), ((-1, 4, 9), 0.5), ((3, 3, 3), 0.0), ((10, 0, -10), -1.0), ((1, -2, 1), 0.0)],
+    ids=["copied", "half of it, and something else", "always the same", "mirrored", "unrelated"],
+)
+def test_slope(images, value):
+    """References at -10, 0 and 10."""
+    assert measures.slope(list(zip(images, (-10, 0, 10)))) == pytest.approx(value)
+
+
+def test_slope_needs_three_pairs_and_references_that_differ():
+    assert measures.slope([(1, 1), (2, 2)]) is None
+    assert measures.slope([(1, 5), (2, 5), (3, 5)]) is None
+
+
 def test_change_leaves_the_head_out():
     before = np.full((4, 4, 3), 100, np.uint8)
     after = before.copy()
@@ -321,6 +361,38 @@ def test_an_image_without_a_face_shows_nobody(panel):
     assert line.figures["likeness, seer"] == pytest.approx(0.5)  # 1 and 0
     assert line.figures["trait glasses"] == 0.5
     assert line.figures["copy-paste, seer"] == pytest.approx(1, abs=1e-2)  # of the image that has one
+
+
+class Turning(Seer):
+    """Sees a nose beside the middle by so many pixels as the image's blue says."""
+
+    def detect(self, image_bgr: np.ndarray) -> list[Detection]:
+        found = super().detect(image_bgr)
+        for face in found:
+            face.landmarks[2, 0] += float(image_bgr[32, 32, 0])
+        return found
+
+
+def test_how_much_of_a_photos_turn_is_copied():
+    """The images have as much of the photo's turn as the weight says; those without are all turned alike."""
+    seer = Turning()
+    panel = Panel(FaceModels(seer, seer, None, seer), (seer,))
+    studio = Studio(
+        lambda injections, prompt, seed: picture(9, style=round(sum(injections)) if injections else 1),
+        identity=lambda adapter, photo, name: int(photo[32, 32, 2]),
+        inject=lambda adapter, identity, weight, settings: weight * identity,
+    )
+    people = [Subject(f"turned {turn}", picture(9, style=turn), (), (Prompt("x"),)) for turn in (0, 2, 4)]
+    sitters = read_sitters(people, panel)
+    rows = list(run_trial(studio, panel, [Method("pulid", File(Path("a.bin")))], sitters, [0.5, 1.0], 1))
+    lines = report.summarize(rows)
+    assert [line.figures["turn copied"] for line in lines] == pytest.approx([0, 0.5, 1], abs=1e-4)
+    assert [line.figures["roll copied"] for line in lines] == [None] * 3  # all photos are upright
+    heads, _, *cells = (
+        [cell.strip() for cell in line.split("|")] for line in report.table(lines, ["seer"]).splitlines()
+    )
+    assert [line[heads.index("turn copied")] for line in cells] == ["0.00", "0.50", "1.00"]
+    assert cells[0][heads.index("roll copied")] == "not measured"
 
 
 def test_all_photos_without_a_face_are_named_before_anything_is_painted(panel):

@@ -18,6 +18,7 @@ from PIL import Image
 from lib_pulid import miniature
 from lib_pulid.blend import blend
 from lib_pulid.errors import MissingWeightsError, NoFaceError, WrongWeightsError
+from lib_pulid.evaluate.measures import pose, slope
 from lib_pulid.identity import Identity
 from lib_pulid.injection import Injection, compile_injection
 from lib_pulid.likeness import Recognizer
@@ -242,6 +243,20 @@ def photograph() -> Path:
     import insightface
 
     return Path(insightface.__file__).parent / "data" / "images" / "t1.jpg"
+
+
+@pytest.mark.parametrize(("name", "drawn"), [("roll", "tilt"), ("turn", "turn")])
+def test_the_detector_sees_how_a_drawn_head_is_held(shop, name, drawn):
+    """`evaluate` measures how much of a photo's pose is copied by the detector's points, so these have to follow it."""
+    detector, most = shop.encoders().faces.detector, {"tilt": 12, "turn": 1}[drawn]
+    pairs = []
+    for number, amount in enumerate(np.linspace(-most, most, 5)):
+        scene = replace(SCENE, placements=(replace(STANDING, **{drawn: float(amount)}),))
+        (found,) = detector.detect(np.ascontiguousarray(miniature.portrait(number, scene)[:, :, ::-1]))
+        pairs.append((pose(found.landmarks)[name], float(amount)))
+    assert np.corrcoef(np.array(pairs).T)[0, 1] > 0.95
+    if drawn == "tilt":
+        assert slope(pairs) == pytest.approx(1, abs=0.2)  # both are degrees, clockwise
 
 
 @pytest.mark.parametrize("kind", ["scenery", "gray", "noise", "photograph"])

@@ -1,4 +1,4 @@
-"""Computes the measures on arrays: likeness, copy-paste, change outside the head, attributes kept."""
+"""Computes the measures on arrays: likeness, copy-paste, pose, change outside the head, attributes kept."""
 
 from __future__ import annotations
 
@@ -27,6 +27,38 @@ def copy_paste(image: np.ndarray, target: np.ndarray, reference: np.ndarray) -> 
     """
     apart = angle(target, reference)
     return (angle(image, target) - angle(image, reference)) / apart if apart > 1e-4 else None
+
+
+def pose(landmarks: np.ndarray) -> dict[str, float]:
+    """Measures how a face is tilted and turned, by its landmarks [5, 2] (see `faces.Detection`), in pixels.
+
+    Returns:
+        roll: angle of the line of the eyes in degrees, positive clockwise. turn: how far the tip of the nose is from
+        the middle between the eyes, along their line, in distances between the eyes; positive to the image's right.
+        Empty if both eyes are in one place.
+    """
+    left, right, nose = (np.asarray(point, np.float64) for point in landmarks[:3])
+    line = right - left
+    if not line.any():
+        return {}
+    roll = float(np.degrees(np.arctan2(line[1], line[0])))
+    return {"roll": roll, "turn": float((nose - (left + right) / 2) @ line / (line @ line))}
+
+
+def slope(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Computes how much of a reference's value images have: the slope of the least squares line.
+
+    Args:
+        pairs: (image, reference).
+
+    Returns:
+        1: all of it, 0: none. None: fewer than three pairs, or references that do not differ.
+    """
+    if len(pairs) < 3:
+        return None
+    image, reference = np.asarray(pairs, np.float64).T
+    apart = reference - reference.mean()
+    return float(apart @ image / (apart @ apart)) if np.abs(apart).max() > 1e-6 else None
 
 
 def change(image: np.ndarray, other: np.ndarray, leave_out: np.ndarray) -> float | None:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lib_pulid.evaluate.judges import OWN
-from lib_pulid.evaluate.measures import change_at, mean, spread
+from lib_pulid.evaluate.measures import change_at, mean, slope, spread
 from lib_pulid.evaluate.trial import WITHOUT, Row
 
 NOT_MEASURED = "not measured"
+POSE = ("roll", "turn")  # of `measures.pose`
 Figures = dict[str, "float | None"]
 
 
@@ -74,6 +75,7 @@ def _figures(rows: Sequence[Row]) -> Figures:
     figures["CLIP-I"] = mean([row.clip_i for row in rows])
     figures["prompt kept"] = mean([float(value) for row in rows for value in row.kept.values()])
     figures |= {f"copy-paste, {name}": mean([row.copy_paste[name] for row in rows]) for name in rows[0].copy_paste}
+    figures |= {f"{name} copied": slope([row.pose[name] for row in rows if name in row.pose]) for name in POSE}
     figures |= {f"trait {name}": mean([float(row.traits[name]) for row in rows]) for name in rows[0].traits}
     figures |= {f"prompt {name}": mean([float(row.kept[name]) for row in rows if name in row.kept])
                 for name in sorted({name for row in rows for name in row.kept})}  # fmt: skip
@@ -123,6 +125,7 @@ def table(lines: Sequence[Line], judges: Sequence[str]) -> str:
         columns.append(("prompt attributes kept", _show("prompt kept", ".1%")))
         columns.append(("... of those without", _show("prompt kept / without's", ".1%")))
     columns.append((f"copy-paste, by {judges[0]}", _show(f"copy-paste, {judges[0]}", ".3f")))
+    columns += [(f"{name} copied", _show(f"{name} copied", ".2f")) for name in POSE]
     return _markdown(lines, columns)
 
 

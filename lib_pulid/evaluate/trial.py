@@ -11,7 +11,7 @@ import numpy as np
 from lib_pulid.errors import NoFaceError
 from lib_pulid.evaluate.clip import Clip
 from lib_pulid.evaluate.judges import FaceJudge
-from lib_pulid.evaluate.measures import change, copy_paste, cosine, kept, mean
+from lib_pulid.evaluate.measures import change, copy_paste, cosine, kept, mean, pose
 from lib_pulid.evaluate.subjects import Prompt, Subject
 from lib_pulid.faces import CROP_BORDER_BGR, CROP_LANDMARKS, CROP_SIZE, Detection, FaceModels, order_faces
 from lib_pulid.identity import Identity
@@ -124,6 +124,7 @@ class Row:
     Args:
         file: of the adapter, "" for images without.
         likeness, copy_paste: by judge. kept: of the prompt's attributes. traits: of the person's.
+        pose: of the face, (in the image, in the reference) for each of `measures.pose`; empty without a face.
         change: outside the head, against the image without the identity. other_seed: what another seed changes there.
     """
 
@@ -136,6 +137,7 @@ class Row:
     faces: int
     likeness: dict[str, float]
     copy_paste: dict[str, float | None]
+    pose: dict[str, tuple[float, float]]
     change: float | None
     other_seed: float | None
     clip_t: float | None
@@ -255,7 +257,15 @@ def _person_figures(sitter: Sitter, look: Look) -> dict[str, Any]:
         copied[name] = mean(scores)
     named = _named(look)
     traits = {name: named.get(name) == value for name, value in sitter.traits.items()}
-    return {"faces": look.faces, "likeness": likeness, "copy_paste": copied, "traits": traits}
+    figures = {"faces": look.faces, "likeness": likeness, "copy_paste": copied, "traits": traits}
+    return figures | {"pose": _poses(look, sitter.reference)}
+
+
+def _poses(look: Look, reference: Look) -> dict[str, tuple[float, float]]:
+    if look.face is None or reference.face is None:
+        return {}
+    seen, wanted = pose(look.face.landmarks), pose(reference.face.landmarks)
+    return {name: (seen[name], wanted[name]) for name in seen if name in wanted}
 
 
 def _clip_t(clip: Clip | None, look: Look, prompt: str, texts: dict[str, np.ndarray]) -> float | None:

@@ -67,8 +67,9 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
             _follow_checkpoint(tab, units, following, shown)
         with gr.Accordion("Regions: where each face may appear", open=False, elem_id=f"pulid_{tab}_regions"):
             gr.HTML(
-                "<p>Drag on the frame to draw a box for the person whose tab is open. Drag a box to move it, or its "
-                "corner to resize it. No box: everywhere.</p><div class='pulid-frame'></div>",
+                "<p>Drag on the frame to draw a box for the person whose tab is open; drag a box to move it, its "
+                "corner to resize it. With the keyboard: Enter, arrows, Shift and arrows, Delete. "
+                "No box: everywhere.</p><div class='pulid-frame'></div>",
                 elem_classes=["pulid-hint"],
             )
     missing.wire(units, actions.refresh)

@@ -27,26 +27,34 @@ def build(tab: str, lists: Sequence[Any], library: Library) -> None:
             label = "People to blend"
             people = gr.Dropdown(choices=_people(library), multiselect=True, label=label, elem_id=elem("people"))
             refresh = tool("\U0001f504", elem("refresh"), "Refresh identities and models")
+        shares = gr.HTML(
+            "<p>Choose two or more saved people; the sliders set how much of each. To save a person, add a photo above "
+            "and click Save identity.</p><div class='pulid-shares'></div>",
+            elem_id=elem("shares"),
+            elem_classes=["pulid-hint"],
+        )
         with gr.Row(elem_classes=["pulid-line"]):
-            placeholder = "0.7, 0.3 in this order; empty: equal"
-            shares = gr.Textbox(label="Shares", placeholder=placeholder, max_lines=1, elem_id=elem("shares"))
             name = gr.Textbox(label="Save the blend as", max_lines=1, elem_id=elem("name"))
             save = gr.Button("Save blend", size="sm", elem_id=elem("save"), **TOOL)
         note = gr.HTML("", elem_id=elem("note"), elem_classes=["pulid-note"])
     for widget in (people, shares, name):
         silent(widget)
     refresh.click(lambda: gr.update(choices=_people(library)), [], [people], **AT_ONCE)
-    made = partial(blend, library, len(lists))
-    save.click(made, [people, shares, name], [people, name, note, *lists], queue=False)
+    people.change(None, [people], [], _js=f"(people) => Blend.choose('{tab}', people)")
+    made, shown = partial(blend, library, len(lists)), [people, name, note, *lists]
+    given = f"(people, shares, name) => [people, Blend.shares('{tab}'), name]"
+    save.click(made, [people, shares, name], shown, _js=given, queue=False)
 
 
 def blend(library: Library, units: int, people: Any, shares: str, name: str) -> tuple[Any, ...]:
-    """Saves a blend. people: the names, in the order in which they were chosen. shares: "" for equal ones.
+    """Saves a blend. people: the names, in the order in which they were chosen. shares: see `_shares`.
 
     Returns the people, an empty name field, a note, and the list of saved identities of each unit.
     """
     try:
         given = _shares(shares or "", people or [])
+        if people and not (name or "").strip():
+            raise SettingError("Enter a name for the blend first.")
         made = library.identities.blend(list(zip(people or [], given)), name or "")
     except PulidError as error:
         return (gr.update(), gr.update(), bad([str(error)]), *[gr.update()] * units)
@@ -60,10 +68,8 @@ def _people(library: Library) -> list[str]:
 
 
 def _shares(text: str, people: Sequence[str]) -> list[float]:
-    """Reads shares as typed, "0.7, 0.3". Raises: SettingError."""
-    parts = [part for part in text.replace(";", ",").replace(" ", ",").split(",") if part]
+    """Reads the sliders' shares, "70, 30", in the order of the people; "": equal ones. Raises: SettingError."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
     if parts and len(parts) != len(people):
-        raise SettingError(
-            f"{len(parts)} shares for {len(people)} people: write one for each, in their order, or none."
-        )
+        raise SettingError(f"There are {len(parts)} shares for {len(people)} people. Choose the people again.")
     return [read_share(f"{name}:{part}")[1] for name, part in zip(people, parts)] or [1.0] * len(people)

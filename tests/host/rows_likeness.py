@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from lib_pulid import miniature
+from lib_pulid.identity import Identity
 from tests.host.api import Pictures, pictures
+from tests.host.page import opened
 from tests.host.rows_errors import refused
 from tests.host.rows_grid import grid
 from tests.host.rows_miniature import BODY, unit, workshop
@@ -120,13 +122,18 @@ def folder(host: Running) -> str:
     return f"{found} images"
 
 
-@rows.row("Blend: two saved people become a third over the API, who is used like any other")
-def blend(host: Running) -> str:
-    shop, images = workshop(), {}
-    for name, number in (("blend-anna", 0), ("blend-ben", 1)):
+def save_two(host: Running) -> None:
+    """Saves blend-anna and blend-ben."""
+    for number, name in enumerate(("blend-anna", "blend-ben")):
         path = host.identities / f"{name}.safetensors"
         if not path.is_file():
-            shop.identity([miniature.portrait(number)]).save(path)
+            workshop().identity([miniature.portrait(number)]).save(path)
+
+
+@rows.row("Blend: two saved people become a third over the API, who is used like any other")
+def blend(host: Running) -> str:
+    images = {}
+    save_two(host)
     people = {"blend-anna": 0.7, "blend-ben": 0.3}
     made = host.api.post("/pulid/blend", {"people": people, "name": "blend-carla"})
     again = host.api.send("POST", "/pulid/blend", {"people": people, "name": "blend-carla"})
@@ -138,6 +145,38 @@ def blend(host: Running) -> str:
         differ(images["blend-carla"], images[name], name, 0.1)
     (host.identities / "blend-carla.safetensors").unlink()
     return f"{made}"
+
+
+@rows.row("Blend: on the page; a slider moved by keys sets both shares, and a wrong name loses nothing")
+def blend_on_the_page(host: Running) -> str:
+    save_two(host)
+    with opened(host) as page:
+        page.open()
+        page.part("blend_panel").locator(".label-wrap").first.click()
+        page.inner.wait_for_timeout(2500)  # the list is read anew
+        for name in ("blend-anna", "blend-ben"):
+            page.part("blend_people").locator("input").first.click()
+            page.find(".options li, ul[role=listbox] li").filter(has_text=name).first.click()
+            page.inner.wait_for_timeout(500)
+        page.inner.keyboard.press("Escape")
+        sliders = page.part("blend_shares").locator("input[type=range]")
+        sliders.nth(1).wait_for(state="visible")
+        sliders.first.focus()
+        for _ in range(20):
+            page.inner.keyboard.press("ArrowRight")
+        shares = [text.strip() for text in page.part("blend_shares").locator("output").all_inner_texts()]
+        expect(shares == ["70 %", "30 %"], f"the shares: {shares}")
+        field, note = page.part("blend_name").locator("input, textarea").first, page.part("blend_note")
+        for name, words in (("a/b", "contains /"), ("blend-anna", "already saved"), ("page blend", "Saved page blend")):
+            field.fill(name)
+            page.part("blend_save").click()
+            page.until(f"gradioApp().querySelector('#pulid_txt2img_blend_note').innerText.includes('{words}')", words)
+        expect(field.input_value() == "", f"the name: {field.input_value()}")
+        path = host.identities / "page blend.safetensors"
+        told = Identity.load(path).info["blend"]
+        path.unlink()
+        expect(told == "blend-anna 0.7, blend-ben 0.3", f"saved: {told}")
+        return f"{told}; {note.inner_text()}"
 
 
 @rows.row("Draw: without a folder in the settings a message, and no image; the API cannot name one")

@@ -160,6 +160,28 @@ def region(host: Running) -> str:
         return box
 
 
+@rows.row("Page: a box by keys alone; one of a person without a photo is shown as having no effect")
+def region_by_keys(host: Running) -> str:
+    with at_work(host, "anna") as page:
+        page.part("regions").locator(".label-wrap").first.click()
+        frame = page.part("regions").locator(".pulid-frame")
+        frame.focus()
+        page.inner.keyboard.press("Enter")
+        page.inner.keyboard.press("ArrowLeft")
+        drawn = page.box(1)
+        expect(drawn == "0.23 0.25 0.5 0.5", f"the box: {drawn}")
+        page.find("#pulid_txt2img_units > .tab-nav button").nth(1).click()
+        page.part("2_drop").wait_for(state="visible")
+        frame.focus()
+        page.inner.keyboard.press("Enter")
+        unused = "[...document.querySelectorAll('.pulid-unused')].map((box) => box.dataset.person).join()"
+        page.until(f"{unused} === '2'", "the second person's box is faded")
+        page.inner.keyboard.press("Delete")
+        expect(page.box(2) == "", f"removed: {page.box(2)}")
+        expect(page.inner.evaluate("document.activeElement.className") == "pulid-frame", "the keyboard is elsewhere")
+        return drawn
+
+
 @rows.row("Page: send to img2img takes settings and person along")
 def send(host: Running) -> str:
     with at_work(host, "anna") as page:
