@@ -32,6 +32,7 @@ from lib_pulid.identity import Identity
 from lib_pulid.identity_net import Pose, draw_points
 from lib_pulid.injection import DenoiseStep
 from lib_pulid.photos import fingerprint_files
+from lib_pulid.sites import find_sites
 from tests.fake_modules import a1111, installed
 from tests.fake_modules.forge import ControlNetPatcher, P, sample
 from tests.fake_modules.models import SMALL_BLOCKS, SMALL_SITES, WIDTH, SkipUNet, UNet, count_hooks, same, text
@@ -855,7 +856,6 @@ def shop(tmp_path, monkeypatch) -> Any:
     from lib_pulid import standalone
     from lib_pulid.hosts.diffusers import denoiser_of
     from lib_pulid.photos import Encoders, IdentityCache
-    from lib_pulid.sites import find_sites
     from lib_pulid.weights import load_adapter
     from tests.light_webui import face_models
     from tests.small_models.bases import TEXT_WIDTH, small_parts
