@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,8 @@ def blend(people: Sequence[tuple[str, Identity, float]]) -> Identity:
         people: name, identity and share of each; shares are relative, 7 and 3 are 0.7 and 0.3.
 
     Returns:
-        Its info says "blend": "anna 0.7, ben 0.3". Without thumbnail; with the mean of the embeddings that all have.
+        Its info says "blend": "anna 0.7, ben 0.3". The thumbnail is the mean of the aligned faces, if all have one of
+        the same size; the embeddings are the means of those that all have.
 
     Raises:
         SettingError: a share is wrong, or the people are too few, too many or twice there.
@@ -58,7 +60,14 @@ def blend(people: Sequence[tuple[str, Identity, float]]) -> Identity:
         "made_by": f"sd-webui-pulid {__version__}",
     }
     info["blend"] = ", ".join(f"{name} {share:.3g}" for (name, _, _), share in zip(people, shares))
-    return Identity(cond, uncond, info, embeddings=embeddings)
+    return Identity(cond, uncond, info, _face(identities, shares), embeddings)
+
+
+def _face(identities: Sequence[Identity], shares: Sequence[float]) -> np.ndarray | None:
+    faces = [one.thumbnail for one in identities if one.thumbnail is not None]
+    if len(faces) < len(identities) or len({face.shape for face in faces}) > 1:
+        return None
+    return np.average(faces, axis=0, weights=shares).round().astype(np.uint8)
 
 
 def read_share(text: str) -> tuple[str, float]:

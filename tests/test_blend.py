@@ -83,6 +83,17 @@ def test_later_versions_have_no_mix(adapter):
     assert (made.info["fusion"], made.info["blend"]) == ("average", "anna 0.7, ben 0.3")
 
 
+def test_the_face_is_the_mean_of_faces_of_one_size():
+    def with_face(one, value, side=4):
+        name, identity, share = one
+        return name, replace(identity, thumbnail=np.full((side, side, 3), value, np.uint8)), share
+
+    anna, ben = people(3, 1)
+    assert np.array_equal(blend([with_face(anna, 200), with_face(ben, 101)]).thumbnail, np.full((4, 4, 3), 175))
+    assert blend([with_face(anna, 200), ben]).thumbnail is None
+    assert blend([with_face(anna, 200), with_face(ben, 100, 5)]).thumbnail is None
+
+
 def test_an_embedding_that_one_lacks():
     first, second = people(1, 1)
     assert blend([first, ("ben", replace(second[1], embeddings={"other": np.ones(3)}), 1)]).embeddings == {}
