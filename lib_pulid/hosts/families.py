@@ -30,17 +30,10 @@ def sites_of(denoiser: nn.Module | None, name: str, wanted: str = "an SDXL check
     Raises:
         UnsupportedModelError: there is no PuLID for this model.
     """
-    if denoiser is None:
-        problem: str | None = "no checkpoint is loaded"
-    else:
-        try:
-            sites = find_sites(denoiser, chroma=is_chroma(denoiser) and tries_chroma())
-        except UnsupportedModelError as error:
-            problem = str(error).rstrip(".")
-        else:
-            problem = _problem(denoiser, sites)
-            if problem is None:
-                return sites
+    try:
+        return _known_sites(denoiser)
+    except UnsupportedModelError as error:
+        problem = str(error).rstrip(".")
     what = f"{name}: {problem}" if name else problem[:1].upper() + problem[1:]
     hint = " To try PuLID on Chroma: Settings, PuLID." if denoiser is not None and is_chroma(denoiser) else ""
     raise UnsupportedModelError(f"{what}. PuLID needs {wanted}: select one, or disable PuLID for this image.{hint}")
@@ -59,17 +52,21 @@ def is_refiner(denoiser: nn.Module | None) -> bool:
     return denoiser is not None and hasattr(denoiser, "input_blocks") and _text_width(denoiser) == REFINER_WIDTH
 
 
-def _problem(denoiser: nn.Module, sites: Sites) -> str | None:
+def _known_sites(denoiser: nn.Module | None) -> Sites:
+    if denoiser is None:
+        raise UnsupportedModelError("no checkpoint is loaded")
+    sites = find_sites(denoiser, chroma=is_chroma(denoiser) and tries_chroma())
     if sites.family == "flux":
-        return None
+        return sites
     width = _text_width(denoiser)
     if width in TEXT_WIDTHS:
-        return f"this is {TEXT_WIDTHS[width]}"
+        raise UnsupportedModelError(f"this is {TEXT_WIDTHS[width]}")
     if len(sites.sites) == SDXL_SITES:
-        return None  # `check_fit` compares its sizes with the PuLID file's
+        return sites  # `check_fit` compares its sizes with the PuLID file's
     if width == SDXL_TEXT_WIDTH:
-        return f"this is a shortened SDXL with {len(sites.sites)} of {SDXL_SITES} cross-attention layers"
-    return f"this is an unknown UNet, with text embeddings of width {width}"
+        count = f"{len(sites.sites)} of {SDXL_SITES}"
+        raise UnsupportedModelError(f"this is a shortened SDXL with {count} cross-attention layers")
+    raise UnsupportedModelError(f"this is an unknown UNet, with text embeddings of width {width}")
 
 
 def _text_width(unet: nn.Module) -> int:

@@ -145,7 +145,7 @@ def figures(path: Path, folder: Path, people: int = 64) -> dict[str, float]:
         found = parser.labels(crop)
         right.append((found == labels).mean())
         kept = [~np.isin(x, WHITE_LABELS) for x in (found, labels)]
-        overlaps.append((kept[0] & kept[1]).sum() / (kept[0] | kept[1]).sum())
+        overlaps.append(float((kept[0] & kept[1]).sum()) / float((kept[0] | kept[1]).sum()))
     return {"right": round(float(np.mean(right)), 4), "overlap": round(float(np.mean(overlaps)), 4)}
 
 
