@@ -26,7 +26,7 @@ from lib_pulid.errors import (
 )
 from lib_pulid.files import catalog, control_nets
 from lib_pulid.hosts import a1111_control, forge_control
-from lib_pulid.hosts.control_base import Loader
+from lib_pulid.hosts.control_base import Loader, check_whole
 from lib_pulid.hosts.frame import Frame
 from lib_pulid.identity import Identity
 from lib_pulid.identity_net import Pose, draw_points
@@ -241,6 +241,21 @@ def test_the_file_is_loaded_once_and_its_memory_is_announced(forge, file, identi
         run(forge, p, plan_of(file, identity))
         assert len(p.sd_model.forge_objects.unet.extra_model_patchers) == 1
     assert ControlNetPatcher.built - built == 1
+
+
+def test_a_forge_that_reads_less_of_the_file(forge, file, identity, monkeypatch):
+    """Its loader is not strict."""
+    load = ControlNetPatcher.try_build_from_state_dict
+
+    def forgetful(state: dict[str, Tensor], path: str) -> Any:
+        made = load(state, path)
+        next(made.model_patcher.control_model.parameters()).data.normal_()
+        return made
+
+    forge.loader = Loader(forge_control.build)
+    monkeypatch.setattr(ControlNetPatcher, "try_build_from_state_dict", forgetful)
+    with pytest.raises(UnsupportedModelError, match="This WebUI left out 1 of the [0-9]+ tensors of control_instant"):
+        run(forge, P(Listening()), plan_of(file, identity))
 
 
 def test_it_runs_in_its_range_of_steps(forge, file, identity):
@@ -573,6 +588,16 @@ def test_a1111_a_version_that_reads_less_of_the_file(webui, extension, file, ide
     words = "sd-webui-controlnet v1.1.455 left out 1 of the [0-9]+ tensors of control_instant_id_sdxl.safetensors"
     with pytest.raises(UnsupportedModelError, match=words):
         ran(webui, plan_of(file, identity))
+
+
+def test_a_file_that_lacks_a_part():
+    made = {name: torch.randn(3, 4) for name in "abc"}
+    renamed = {f"renamed.{name}": one.half().reshape(-1) for name, one in made.items()}
+    check_whole(made, renamed, Path("net"), "It")
+    with pytest.raises(WrongWeightsError, match="net lacks 1 of 3 tensors. Download it again"):
+        check_whole({name: made[name] for name in "ab"}, made, Path("net"), "It")
+    with pytest.raises(UnsupportedModelError, match="It left out 1 of the 4 tensors of net"):
+        check_whole({**made, "d": torch.ones(1)}, made, Path("net"), "It")
 
 
 @pytest.mark.parametrize(("made", "words"), [

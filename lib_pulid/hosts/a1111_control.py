@@ -13,7 +13,6 @@ since the extension knows SDXL (1d540232, 2023-09-04).
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,13 +25,12 @@ from torch import Tensor, nn
 from lib_pulid.control import weighted
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.files.state_dict import check_numbers, read_state_dict
-from lib_pulid.hosts.control_base import LATENT_CHANNELS, Loader, Points
+from lib_pulid.hosts.control_base import LATENT_CHANNELS, Loader, Points, check_whole
 from lib_pulid.injection import DenoiseStep, Injection, identity_rows
 
 EXTENSION = "sd-webui-controlnet"
 # A1111 imports the scripts of extensions by these names; of one that is not enabled, or fails, there is no module.
 _MODULE, _BUILDER, _VERSION = "scripts.controlnet_model_guess", "build_model_by_guess", "scripts.controlnet_version"
-_SAMPLES = 8  # values of a tensor that are compared
 _MOST_TOLD = 200  # characters of an error; it may name hundreds of tensors
 _CPU = torch.device("cpu")
 
@@ -71,7 +69,7 @@ def build(path: Path) -> Any:
             f"The extension {_name()} made no ControlNet of {path.name}, but {type(net).__name__}. Update it."
         )
     network: Any = net.control_model
-    _check_whole(state, network.state_dict(), path)
+    check_whole(state, network.state_dict(), path, f"The extension {_name()}")
     return net.to(_CPU)
 
 
@@ -189,29 +187,6 @@ def _fitted(residual: Tensor, h: Tensor) -> Tensor:
     if residual.shape[-2:] != h.shape[-2:]:
         residual = F.interpolate(residual, h.shape[-2:], mode="nearest")
     return residual.to(h)
-
-
-def _check_whole(state: Mapping[str, Tensor], made: Mapping[str, Tensor], path: Path) -> None:
-    """Checks that a file is in a network, and nothing else is: the extension loads what it knows, without a word.
-
-    state, made: their tensors, whatever their names and shapes; compared are their sizes and a few values of each.
-
-    Raises:
-        UnsupportedModelError: a part of the file was left out.
-    """
-    dtype = next(iter(made.values())).dtype
-    wanted, found = (Counter(_mark(tensor, dtype) for tensor in part.values()) for part in (state, made))
-    if wanted != found:
-        count = (wanted - found).total()
-        raise UnsupportedModelError(
-            f"The extension {_name()} left out {count} of the {len(state)} tensors of {path.name}. Update it."
-        )
-
-
-def _mark(tensor: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
-    """Returns the size of a tensor, and a few of its values in a dtype."""
-    flat = tensor.detach().flatten()
-    return flat.numel(), *flat[:: max(1, flat.numel() // _SAMPLES)].to(dtype).tolist()
 
 
 def _name() -> str:

@@ -1,8 +1,10 @@
-"""What the WebUIs share of a method's ControlNet: the file that was loaded last, and the points drawn for a pass."""
+"""What the WebUIs share of a method's ControlNet: the file that was loaded last, whether all of it was, and the points
+drawn for a pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lib_pulid.control import Control
-from lib_pulid.errors import UnsupportedModelError
+from lib_pulid.errors import UnsupportedModelError, WrongWeightsError
 
 LATENT_CHANNELS = 4  # an inpainting model's input has more after them
 _LATENT_PIXEL = 8
+_SAMPLES = 8  # values of a tensor that are compared
 
 
 class Loader:
@@ -45,6 +48,32 @@ class Loader:
                 f"{theirs}. Use an SDXL checkpoint of the usual size."
             )
         return net
+
+
+def check_whole(state: Mapping[str, Tensor], made: Mapping[str, Tensor], path: Path, loader: str) -> None:
+    """Checks that a file is in a network, and nothing else is: the hosts load what they know, without a word.
+
+    Args:
+        state, made: the file's tensors and the network's, whatever their names and shapes; compared are their sizes and
+            a few values of each. loader: what loaded it, for messages.
+
+    Raises:
+        UnsupportedModelError: a part of the file was left out. WrongWeightsError: the file lacks a part.
+    """
+    dtype = next(iter(made.values())).dtype
+    wanted, found = (Counter(_mark(tensor, dtype) for tensor in part.values()) for part in (state, made))
+    if left_out := (wanted - found).total():
+        raise UnsupportedModelError(
+            f"{loader} left out {left_out} of the {len(state)} tensors of {path.name}. Update it."
+        )
+    if lacking := (found - wanted).total():
+        raise WrongWeightsError(f"{path.name} lacks {lacking} of {len(made)} tensors. Download it again.")
+
+
+def _mark(tensor: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
+    """Returns the size of a tensor, and a few of its values in a dtype."""
+    flat = tensor.detach().flatten()
+    return flat.numel(), *flat[:: max(1, flat.numel() // _SAMPLES)].to(dtype).tolist()
 
 
 class Points:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lib_pulid.control import weighted
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.files.state_dict import check_numbers, read_state_dict
-from lib_pulid.hosts.control_base import LATENT_CHANNELS, Loader, Points
+from lib_pulid.hosts.control_base import LATENT_CHANNELS, Loader, Points, check_whole
 from lib_pulid.injection import DenoiseStep, Injection, identity_rows
 
 _PARTS = ("input", "middle", "output")
@@ -109,7 +109,8 @@ def build(path: Path) -> Any:
         raise UnsupportedModelError(f"This WebUI cannot load ControlNets, which {path.name} is ({error}).") from error
     state = read_state_dict(path)
     check_numbers(state, path)
-    made = ControlNetPatcher.try_build_from_state_dict(state, str(path))
+    made = ControlNetPatcher.try_build_from_state_dict(dict(state), str(path))
     if made is None or not hasattr(made.model_patcher, "control_model"):
         raise UnsupportedModelError(f"This WebUI does not know the kind of ControlNet that {path.name} is.")
+    check_whole(state, made.model_patcher.control_model.state_dict(), path, "This WebUI")
     return made.model_patcher
