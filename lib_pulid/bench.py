@@ -10,8 +10,9 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from lib_pulid import bench_cases as cases
 from lib_pulid.bench_cases import Case
 from lib_pulid.gpu_cost import count, fake_gpu
 from lib_pulid.injection import inject
+from lib_pulid.sites import Site, Sites
 
 if TYPE_CHECKING:
     from lib_pulid.photos import Encoders
@@ -130,6 +132,9 @@ def _error(made: torch.Tensor, exact: torch.Tensor) -> float:
 def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
     """Times whole calls of a UNet, and FLUX's blocks, with random weights: without, with one and two people, official.
 
+    Two calls of half a minute differ by more than a face costs. So on a CPU, the mean time of what is added at the
+    sites is measured inside the calls, too: "added by one person".
+
     small: narrow stand-ins with all their sites, to try it out.
     """
     from lib_pulid.hosts.diffusers_bench import bench_call
@@ -138,21 +143,41 @@ def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
     for family in ("sdxl", "flux"):
         call = bench_call(family, device, dtype, small)
         person = cases.person_for(call.sites, device, dtype)
+        spent: dict[str, float] = defaultdict(float)
 
-        def ours(persons: int, call=call, person=person) -> None:
-            with inject(call.sites, [person.injection] * persons, call.step):
+        def ours(name: str, persons: int, call=call, person=person, spent=spent) -> None:
+            with inject(_clocked(call.sites, spent, name), [person.injection] * persons, call.step):
                 call.run()
 
-        def official(call=call, person=person) -> None:
-            with cases.official_at(call.sites, person):
+        def official(call=call, person=person, spent=spent) -> None:
+            with cases.official_at(_clocked(call.sites, spent, "official"), person):
                 call.run()
 
-        works: dict[str, Callable[[], object]] = {"without": call.run, "one person": partial(ours, 1)}
-        works |= {"two persons": partial(ours, 2), "official": official}
+        works: dict[str, Callable[[], object]] = {"without": call.run}
+        works |= {name: partial(ours, name, n) for n, name in enumerate(("one person", "two persons"), 1)}
+        works["official"] = official
         rows.append({"name": call.name, **dict(zip(works, medians(device, runs, list(works.values()))))})
+        if not device.startswith("cuda"):
+            rows[-1] |= {f"added by {name}": total / (runs + 1) for name, total in spent.items()}
         if device.startswith("cuda"):
             rows[-1] |= {f"peak {name}, bytes": _peak(work) for name, work in works.items()}
     return rows
+
+
+def _clocked(sites: Sites, spent: dict[str, float], name: str) -> Sites:
+    """Returns the sites, with the milliseconds of CPU time that is spent in what is attached to them counted."""
+
+    def attach(site: Site, add: Callable[..., Any]) -> Iterable[Any]:
+        def timed(*args: Any) -> Any:
+            start = time.process_time()
+            try:
+                return add(*args)
+            finally:
+                spent[name] += 1e3 * (time.process_time() - start)
+
+        return site.attach(timed)
+
+    return replace(sites, sites=tuple(replace(site, attach=partial(attach, site)) for site in sites.sites))
 
 
 def _peak(work: Callable[[], object]) -> int:

@@ -140,6 +140,15 @@ def test_steps_compare_the_same(family):
         assert ((ours - official).norm() / (official - plain).norm()).item() < 1e-4
 
 
+@torch.no_grad()
+def test_steps_count_what_is_added():
+    """On a CPU, inside of the calls that are timed."""
+    works = {"one person", "two persons", "official"}
+    for row in bench.steps("cpu", torch.float32, runs=1, small=True):
+        assert set(row) == {"name", "without", *works, *(f"added by {work}" for work in works)}
+        assert all(value > 0 for key, value in row.items() if key != "name")
+
+
 def test_the_command(capsys):
     assert cli.main(["bench", "kept", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
