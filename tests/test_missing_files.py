@@ -6,6 +6,8 @@ import hashlib
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,7 @@ from lib_pulid.files import catalog
 from lib_pulid.files.catalog import WeightFile
 from tests import small_models
 from tests.fake_modules.models import SMALL_SITES, WIDTH
-from tests.fake_webui import webui
+from tests.fake_webui import Widget, webui
 from tests.file_server import FOREVER, held, serving, slowly, stall, status, until
 
 DATA = bytes(range(256)) * 2000
@@ -117,6 +119,27 @@ def test_one_button_gets_everything_and_then_nothing_is_shown(library, server, t
     assert last["note"]["value"] == ""
     assert Panel(library).look()["panel"]["visible"] is False
     assert Panel(library, "flux").look()["start"]["value"] == "Download 1 file (512 kB)"
+
+
+def test_a_person_saved_in_one_tab_is_in_the_lists_of_all(library):
+    from lib_pulid.webui import missing
+
+    wired: list[Any] = []
+    stored = [SimpleNamespace(then=lambda fn, inputs, outputs, **_: wired.append((fn, outputs)))]
+
+    def unit() -> Any:
+        widgets = {name: Widget() for name in ("identity", "enabled", "model")}
+        return SimpleNamespace(widgets=widgets, refresh=Widget(), stored=stored)
+
+    units = [unit(), unit()]
+    missing.Missing("txt2img", library, lambda: "sdxl").wire(
+        units, lambda identity: (f"list with {identity}", "models")
+    )
+    fn, outputs = wired[0]
+    values = fn(False, "anna", True, "auto", "None", False, "auto")
+    assert outputs[-4:] == [unit.widgets[name] for unit in units for name in ("identity", "model")]
+    assert values[-4:] == ["list with anna", "models", "list with None", "models"]
+    assert len(outputs) == len(values)
 
 
 def test_without_the_licence_accepted_the_others_come(library, tmp_path):

@@ -105,6 +105,7 @@ class _Unit:
     """The widgets of one person, by field name.
 
     shown: the hidden field with the model family that the page shows. following: the widgets that change with it.
+    stored: the events after which other people's lists are out of date.
     """
 
     def __init__(
@@ -257,13 +258,10 @@ class _Unit:
         self.remove_all.click(lambda: "", [], [images], **AT_ONCE)
         self.refresh.click(act.refresh, [identity], [identity, w["model"]], **AT_ONCE)
         self._wire_preview([images, identity, *face])
-        self.save.click(
-            act.save,
-            [self.name, images, w["model"], *face, w["fusion"], identity],
-            [identity, self.name, self.note],
-            queue=False,
-        )
-        self.delete.click(act.delete, [identity, self.doomed], [identity, self.doomed, self.note], **AT_ONCE)
+        of = [self.name, images, w["model"], *face, w["fusion"], identity]
+        saved = self.save.click(act.save, of, [identity, self.name, self.note], queue=False)
+        shown = [identity, self.doomed, self.note]
+        self.stored = [saved, self.delete.click(act.delete, [identity, self.doomed], shown, **AT_ONCE)]
         identity.change(lambda: "", [], [self.doomed], **AT_ONCE)
         self.presets.wire(follow, w, self.note, self.refresh)
         moved = [w[name] for name in PRESET_FIELDS]

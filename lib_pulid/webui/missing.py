@@ -68,6 +68,8 @@ class Missing:
         self.start.click(start, **asks)
         for unit in units:
             unit.refresh.click(look, **asks)
+            for event in unit.stored:
+                event.then(look, **asks)
         self.stop.click(self._downloads.stop, [], [], **AT_ONCE)
         self.accept.change(look, **asks)
 
