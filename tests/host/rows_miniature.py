@@ -236,7 +236,8 @@ def cost_of_a_photo(host: Running) -> str:
             before = host.cpu_seconds()
             host.api.txt2img(*units(), **BODY)
             took[kind].append(host.cpu_seconds() - before)
-    without, known_photo, new_photo = (float(np.median(seconds[1:])) for seconds in took.values())
+    # The least of each: what else the machine does only adds.
+    without, known_photo, new_photo = (min(seconds[1:]) for seconds in took.values())
     seen = f"known {known_photo - without:.2f}, new {new_photo - without:.2f} s, to an image of {without:.2f} s"
     expect(known_photo - without < KNOWN and new_photo - without < NEW, seen)
     return seen
