@@ -154,13 +154,13 @@ def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
                 call.run()
 
         works: dict[str, Callable[[], object]] = {"without": call.run}
-        works |= {name: partial(ours, name, n) for n, name in enumerate(("one person", "two persons"), 1)}
+        works |= {"one person": partial(ours, "one person", 1), "two persons": partial(ours, "two persons", 2)}
         works["official"] = official
         rows.append({"name": call.name, **dict(zip(works, medians(device, runs, list(works.values()))))})
-        if not device.startswith("cuda"):
-            rows[-1] |= {f"added by {name}": total / (runs + 1) for name, total in spent.items()}
         if device.startswith("cuda"):
             rows[-1] |= {f"peak {name}, bytes": _peak(work) for name, work in works.items()}
+        else:
+            rows[-1] |= {f"added by {name}": total / (runs + 1) for name, total in spent.items()}
     return rows
 
 

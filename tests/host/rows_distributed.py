@@ -79,5 +79,5 @@ def error(host: Running, other: Running) -> str:
 CHECKS = {
     "Two machines: each picture of a batch has the face, as when made alone": batch,
     "Two machines: img2img": img2img,
-    "Two machines: an error of the other one is told": error,
+    "Two machines: an error of the other one is reported": error,
 }

@@ -164,7 +164,7 @@ def card(host: Running) -> str:
         return ", ".join(names)
 
 
-@rows.row("Presets: a saved one in a unit, in a tag and in X/Y/Z; a wrong file is told")
+@rows.row("Presets: a saved one in a unit, in a tag and in X/Y/Z; a wrong file is reported")
 def presets(host: Running) -> str:
     folder = host.identities.with_name("presets")
     folder.mkdir(exist_ok=True)

@@ -45,7 +45,7 @@ def start_step(host: Running) -> str:
     return "from 1 on, against without: " + ", ".join(seen)
 
 
-@rows.row("FLUX: start step and start: the later one counts; a face that would never act is told", FORGES)
+@rows.row("FLUX: start step and start: the later one counts; a face that would never act is an error", FORGES)
 def both_starts(host: Running) -> str:
     late = made(host, person(host, start=4 / STEPS))
     equal(late, made(host, person(host, start=4 / STEPS, start_step=2)), "start is later")

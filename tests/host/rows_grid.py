@@ -97,7 +97,7 @@ def checkpoints(host: Running) -> None:
     equal(made[0], host.api.txt2img(ANNA, **SMALL).image, "the first")
 
 
-@rows.row("X/Y/Z: a wrong value is told before the grid begins")
+@rows.row("X/Y/Z: a wrong value is reported before the grid starts")
 def wrong(host: Running) -> str:
     return refused(host, [], ANNA, **grid(host, [("[PuLID 1] Weight", "0.4, 99")]))
 

@@ -282,7 +282,7 @@ def one_of_them(host: Running) -> str:
         return page.badge()
 
 
-@rows.row("Page: an error is told where one looks: no face in the photo")
+@rows.row("Page: an error is shown where one looks: no face in the photo")
 def error(host: Running) -> str:
     with at_work(host, "nobody") as page:
         page.find("#txt2img_generate").click()

@@ -118,7 +118,7 @@ class Running:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def cpu_seconds(self) -> float:
-        """What the program has computed so far, which does not depend on what else the machine does."""
+        """The CPU time that the program has used so far; other programs hardly affect it."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
