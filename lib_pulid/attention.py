@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -62,8 +62,8 @@ class CrossAttentionTensors:
     """One SDXL site, ready.
 
     Args:
-        tokens: [R, N, 2 C + MARK], of each identity token its key, its value, which carries the injection's weight,
-            and its mark, 1 for the first ID_TOKENS and else 0. In one tensor, so that one copy lays out the rows.
+        tokens: [R, N, 2 C + MARK], of each identity token its key, its value, and its mark, 1 for the first ID_TOKENS
+            and else 0. In one tensor, so that one copy lays out the rows.
     """
 
     tokens: Tensor
@@ -85,6 +85,11 @@ class CrossAttentionTensors:
     def to(self, where: torch.dtype | torch.device) -> CrossAttentionTensors:
         return CrossAttentionTensors(self.tokens.to(where))
 
+    def weighted(self, weight: float) -> CrossAttentionTensors:
+        """The residual is linear in the values, so they take the weight."""
+        k, v, mark = self.tokens.split((self.width, self.width, MARK), dim=-1)
+        return CrossAttentionTensors(torch.cat((k, v * weight, mark), dim=-1))
+
     def of_rows(self, rows: Sequence[int | None], num_zero: int) -> Sequence[Tensor]:
         """Keys and values [B, N + num_zero, C] and marks [B, N + num_zero, MARK] of a batch, zero tokens last.
 
@@ -96,11 +101,9 @@ class CrossAttentionTensors:
         return laid_out.split((self.width, self.width, MARK), dim=-1)
 
 
-def prepare_cross_attention(weights: CrossAttentionWeights, tokens: Tensor, weight: float) -> CrossAttentionTensors:
-    """Keys and values of the tokens [R, N, D] float32. The residual is linear in the values, so they take `weight`."""
-    k = tokens @ weights.to_k.to(tokens).T
-    v = tokens @ weights.to_v.to(tokens).T
-    return CrossAttentionTensors.joined(k, v * weight)
+def prepare_cross_attention(weights: CrossAttentionWeights, tokens: Tensor) -> CrossAttentionTensors:
+    """Keys and values of the tokens [R, N, D] float32."""
+    return CrossAttentionTensors.joined(tokens @ weights.to_k.to(tokens).T, tokens @ weights.to_v.to(tokens).T)
 
 
 def add_cross_attention(
@@ -236,7 +239,7 @@ class ImageStreamTensors:
     Args:
         score: [R, W, H N], from normalised image tokens to attention scores.
         score_bias: [R, H N], what the LayerNorm's shift adds to them.
-        value: [R, H N, W], from attention to the residual; carries the injection's weight.
+        value: [R, H N, W], from attention to the residual.
         heads: H.
     """
 
@@ -258,8 +261,11 @@ class ImageStreamTensors:
         score, value = (t.to(where).contiguous() for t in (self.score, self.value))
         return ImageStreamTensors(score, self.score_bias.to(where), value, self.heads)
 
+    def weighted(self, weight: float) -> ImageStreamTensors:
+        return replace(self, value=self.value * weight)
 
-def fold_image_stream(weights: ImageStreamWeights, tokens: Tensor, weight: float) -> ImageStreamTensors:
+
+def fold_image_stream(weights: ImageStreamWeights, tokens: Tensor) -> ImageStreamTensors:
     """PerceiverAttentionCA for an identity that stays: its five matrices become two and a bias.
 
     The official module computes, per head, with g and s the gain and shift of the image's LayerNorm and
@@ -281,7 +287,7 @@ def fold_image_stream(weights: ImageStreamWeights, tokens: Tensor, weight: float
     to_q = w["to_q"].unflatten(0, (heads, -1))  # [H, d, W]
     to_out = w["to_out"].T.unflatten(0, (heads, -1))  # [H, d, W]
     score = torch.einsum("rhnd,hdw->rwhn", k, to_q).flatten(2) * IMAGE_STREAM_HEAD_DIM**-0.5  # [R, W, H N]
-    value = torch.einsum("rhnd,hdw->rhnw", v, to_out).flatten(1, 2) * weight  # [R, H N, W]
+    value = torch.einsum("rhnd,hdw->rhnw", v, to_out).flatten(1, 2)  # [R, H N, W]
     return ImageStreamTensors(
         score=w["norm_image_weight"][:, None] * score, score_bias=w["norm_image_bias"] @ score, value=value, heads=heads
     )
@@ -311,8 +317,8 @@ def add_image_stream(total: Tensor, image: Tensor, identities: Sequence[SiteIden
 SiteTensors = CrossAttentionTensors | ImageStreamTensors
 
 
-def prepare_site(weights: SiteWeights, tokens: Tensor, weight: float) -> SiteTensors:
-    """What a site needs of an identity while sampling. tokens: [R, N, D] float32."""
+def prepare_site(weights: SiteWeights, tokens: Tensor) -> SiteTensors:
+    """What a site needs of an identity while sampling, at a weight of 1. tokens: [R, N, D] float32."""
     if isinstance(weights, CrossAttentionWeights):
-        return prepare_cross_attention(weights, tokens, weight)
-    return fold_image_stream(weights, tokens, weight)
+        return prepare_cross_attention(weights, tokens)
+    return fold_image_stream(weights, tokens)

@@ -142,6 +142,20 @@ def _between(progress: float, start: float, end: float) -> bool:
 
 
 @torch.no_grad()
+def prepare_sites(adapter: Adapter, identity: Identity, device: str | torch.device = "cpu") -> Iterator[SiteTensors]:
+    """Yields all that depends on adapter and identity alone: each site's tensors, in float32, at a weight of 1.
+
+    Raises:
+        IdentityMismatchError: the identity belongs to another adapter.
+    """
+    _check_match(adapter, identity)
+    rows = [identity.cond] if identity.uncond is None else [identity.cond, identity.uncond]
+    tokens = torch.cat(rows).to(device, torch.float32)  # [R, N, D]
+    for site in adapter.sites:
+        yield prepare_site(site, tokens)
+
+
+@torch.no_grad()
 def compile_injection(
     adapter: Adapter,
     identity: Identity,
@@ -156,8 +170,9 @@ def compile_injection(
     mask: Tensor | ImageSource | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    prepared: Iterable[SiteTensors] | None = None,
 ) -> Injection:
-    """Computes an Injection: everything that depends on the identity alone, once.
+    """Computes an Injection: everything that depends on the identity and its settings, once.
 
     Args:
         weight: likeness strength. Official: 0.8 on SDXL (range 0-5), 1 on FLUX (0-3). 0 changes nothing at all.
@@ -171,6 +186,7 @@ def compile_injection(
             on the whole image, whatever the mask, and once for all injections of a file.
         mask: part of the image that gets the identity, in any resolution: [H, W], or an image; see `load_mask`.
         device, dtype: of the denoiser's computation. The products are computed in float32 and rounded once.
+        prepared: the result of `prepare_sites` for this adapter and identity, where it is known already.
 
     Returns:
         The Injection. Without `identity.uncond`, uncond rows stay unchanged.
@@ -188,14 +204,11 @@ def compile_injection(
     projection = method.projection if projection is None else projection
     num_zero = method.num_zero if num_zero is None else num_zero
     _check_settings(weight, projection, num_zero, start, end, start_step, mask)
-    _check_match(adapter, identity)
     device = torch.device(device)
-    rows = [identity.cond] if identity.uncond is None else [identity.cond, identity.uncond]
-    tokens = torch.cat(rows).to(device, torch.float32)  # [R, N, D]
-    sites = tuple(prepare_site(site, tokens, float(weight)).to(dtype) for site in adapter.sites)
+    prepared = prepare_sites(adapter, identity, device) if prepared is None else prepared
     return Injection(
         family=adapter.family,
-        sites=sites,
+        sites=tuple(site.to(device).weighted(float(weight)).to(dtype) for site in prepared),
         has_uncond=identity.uncond is not None,
         weight=float(weight),
         projection=projection,

@@ -74,7 +74,7 @@ def test_what_flux_keeps_on_the_device(rows):
     shapes = {"norm_id_weight": (2048,), "norm_id_bias": (2048,), "norm_image_weight": (3072,)}
     shapes |= {"norm_image_bias": (3072,), "to_q": (2048, 3072), "to_kv": (4096, 2048), "to_out": (3072, 2048)}
     weights = ImageStreamWeights(**{name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
-    site = attention.prepare_site(weights, torch.ones(rows, 32, 2048), 1.0).to(torch.bfloat16)
+    site = attention.prepare_site(weights, torch.ones(rows, 32, 2048)).to(torch.bfloat16)
     assert 20 * site.nbytes == rows * 125_849_600  # docs/performance.md
     kept = [value for value in vars(site).values() if isinstance(value, torch.Tensor)]
     assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == site.nbytes

@@ -67,7 +67,7 @@ def test_cross_attention_layer(projection, num_zero):
     layer = cases.fill(Attention(**cases.CROSS_ATTENTION), 14)
     pair = cases.fill(cross_attention_pair(128, 64), 15)
     stored = CrossAttentionWeights(pair["id_to_k"].weight, pair["id_to_v"].weight)
-    site = attention.prepare_cross_attention(stored, torch.cat(cases.tokens(73)), 0.8)
+    site = attention.prepare_cross_attention(stored, torch.cat(cases.tokens(73))).weighted(0.8)
     identity = attention.SiteIdentity(site, [0, 1], None, projection, num_zero)
 
     def add(q: Tensor, h: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def test_cross_attention_layer(projection, num_zero):
 
 def test_image_stream_layer():
     module = cases.fill(image_stream(cases.IMAGE_STREAM["dim"], cases.IMAGE_STREAM["kv_dim"], inner=256), 16)
-    site = attention.fold_image_stream(layouts.image_stream_weights(module), cases.tokens(75)[0], 1.0)
+    site = attention.fold_image_stream(layouts.image_stream_weights(module), cases.tokens(75)[0])
     image = cases.normal(76, 1, 40, 96)
     ours = torch.zeros_like(image)
     attention.add_image_stream(ours, image, [attention.SiteIdentity(site, [0])])

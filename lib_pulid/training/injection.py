@@ -144,7 +144,7 @@ def _attach_image_stream(site: Site, weights: ImageStreamWeights, people: Sequen
 def _identities(weights: Any, people: Sequence[RowIdentities], rows: int, tokens: int) -> list[SiteIdentity[Any]]:
     return [
         SiteIdentity(
-            prepare_site(weights, person.tokens, person.weight),
+            prepare_site(weights, person.tokens).weighted(person.weight),
             range(rows),
             None if person.mask is None else _on_tokens(person.mask, tokens),
             person.projection,
