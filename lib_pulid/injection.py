@@ -11,14 +11,12 @@ The identity is compiled once; `inject` hooks the denoiser's sites for one call,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -38,6 +36,7 @@ from lib_pulid.lora import Lora, strongest
 from lib_pulid.masks import load_mask
 from lib_pulid.methods import Method, has
 from lib_pulid.sites import Site, Sites, find_sites
+from lib_pulid.token_masks import TokenMasks, own_tokens
 from lib_pulid.watch import Watch, WatchedSites, uncompiled
 from lib_pulid.weights import Adapter
 
@@ -246,7 +245,7 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
     watched = found if isinstance(found, WatchedSites) else Watch().over(found)
     with ExitStack() as hooks:
         hooks.enter_context(uncompiled())
-        masks = _Masks(active, step)
+        masks = TokenMasks([injection.mask for injection in active], found.family, step.latent_hw)
         loras = strongest([(one.lora, one.lora_weight) for one in active if one.lora is not None])
         for n, site in enumerate(watched.sites):
             for handle in _attach_loras(site, n, loras):  # first: the site's query has the LoRA in it
@@ -261,7 +260,9 @@ def inject(denoiser: nn.Module | Sites, injections: Sequence[Injection], step: D
 # ---------------------------------------------------------------- at one site
 
 
-def _attach_cross_attention(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> Iterable:
+def _attach_cross_attention(
+    site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: TokenMasks
+) -> Iterable:
     def add(q: Tensor, h: Tensor) -> Tensor:
         identities = _identities(n, active, step, masks, len(h), h.shape[1])
         return add_cross_attention(q, h, identities, site.heads)
@@ -275,9 +276,9 @@ def _attach_loras(site: Site, n: int, loras: Sequence[tuple[Lora, float]]) -> It
             yield from lora.attach(2 * n + i, parts, strength)
 
 
-def _attach_image_stream(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: _Masks) -> Iterable:
+def _attach_image_stream(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: TokenMasks) -> Iterable:
     def add(total: Tensor, image: Tensor) -> None:
-        own = _own_tokens(image.shape[1], step)
+        own = own_tokens(image.shape[1], step.latent_hw)
         identities = _identities(n, active, step, masks, len(image), own)
         add_image_stream(total[:, :own], image[:, :own], identities)
 
@@ -285,14 +286,14 @@ def _attach_image_stream(site: Site, n: int, active: list[Injection], step: Deno
 
 
 def _identities(
-    n: int, active: list[Injection], step: DenoiseStep, masks: _Masks, batch: int, tokens: int
+    n: int, active: list[Injection], step: DenoiseStep, masks: TokenMasks, batch: int, tokens: int
 ) -> list[SiteIdentity[Any]]:
     """Collects the active identities at site `n`, for so many rows and tokens."""
     found = []
     for index, injection in enumerate(active):
         rows = identity_rows(injection, step, batch)
         if any(row is not None for row in rows):
-            mask = None if injection.mask is None else masks.over(index, tokens)
+            mask = masks.over(index, tokens)
             found.append(SiteIdentity(injection.sites[n], rows, mask, injection.projection, injection.num_zero))
     return found
 
@@ -311,16 +312,6 @@ def identity_rows(injection: Injection, step: DenoiseStep, batch: int) -> list[i
     return [row if image in injection.images else None for row, image in zip(rows, step.images)]
 
 
-def _own_tokens(tokens: int, step: DenoiseStep) -> int:
-    """Returns the number of the image's own tokens; reference tokens (Kontext) follow them."""
-    if step.latent_hw is None:
-        return tokens
-    own = math.prod(_packed(step.latent_hw))
-    if tokens < own:
-        raise ValueError(f"latent_hw {step.latent_hw} means {own} image tokens, but the block has {tokens}")
-    return own
-
-
 def _rows(step: DenoiseStep, batch: int) -> list[bool]:
     if isinstance(step.is_cond, bool):
         return [step.is_cond] * batch
@@ -331,49 +322,6 @@ def _rows(step: DenoiseStep, batch: int) -> list[bool]:
             "the batch in between (FasterCache, tiles), disable it or PuLID."
         )
     return rows
-
-
-class _Masks:
-    """The masks of the active injections on the token grids of one call."""
-
-    def __init__(self, active: Sequence[Injection], step: DenoiseStep) -> None:
-        self._masks = [injection.mask for injection in active]
-        self._family = active[0].family
-        self._latent_hw = step.latent_hw
-        self._made: dict[tuple[int, int], Tensor] = {}
-        if step.latent_hw is None and any(mask is not None for mask in self._masks):
-            raise ValueError("masks need DenoiseStep.latent_hw")
-
-    def over(self, index: int, tokens: int) -> Tensor:
-        """Returns the mask of injection `index` as [tokens, 1]: for each token, the mean of the mask in it."""
-        if (index, tokens) not in self._made:
-            grid = token_grid(tokens, self._latent_hw, self._family)  # type: ignore[arg-type]
-            mask = F.interpolate(self._masks[index][None, None], size=grid, mode="area")  # type: ignore[index]
-            self._made[index, tokens] = mask.flatten()[:, None]
-        return self._made[index, tokens]
-
-
-def token_grid(tokens: int, latent_hw: tuple[int, int], family: str) -> tuple[int, int]:
-    """Returns height and width of a layer's token grid.
-
-    An SDXL layer gets the latent, or the latent halved (rounded up) once or several times; FLUX packs it 2 x 2.
-
-    Raises:
-        SettingError: no such grid has `tokens` tokens.
-    """
-    height, width = latent_hw
-    for _ in range(4):
-        if height * width == tokens:
-            return height, width
-        height, width = _packed((height, width))
-    raise SettingError(
-        f"Field mask: a layer has {tokens} tokens, which does not fit the {family.upper()} latent {latent_hw} at any "
-        "scale. Disable what changes the number of tokens (Kohya HRFix, token merging), or remove the mask."
-    )
-
-
-def _packed(hw: tuple[int, int]) -> tuple[int, int]:
-    return math.ceil(hw[0] / 2), math.ceil(hw[1] / 2)
 
 
 # ---------------------------------------------------------------- checks

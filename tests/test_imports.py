@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
     ("boxes", "contact_sheet", "disk", "names", "camera_files", "encoders", "lora", "methods", "sites", "gpu_cost"),
-    ("images", "files", "projectors", "identity_net"),
+    ("images", "files", "projectors", "identity_net", "token_masks"),
     ("weights", "faces", "masks", "watch"),
     ("vision", "clip_vision", "face_models", "attention", "judge", "likeness"),
     ("readings",),

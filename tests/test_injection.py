@@ -13,8 +13,9 @@ from lib_pulid import attention
 from lib_pulid.attention import SiteIdentity, add_cross_attention
 from lib_pulid.errors import ImageError, SettingError, UnsupportedModelError
 from lib_pulid.identity import Identity
-from lib_pulid.injection import DenoiseStep, compile_injection, inject, token_grid
+from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.sites import cross_attention_site, find_sites
+from lib_pulid.token_masks import token_grid
 from lib_pulid.weights import ImageStreamWeights
 from tests import layouts
 from tests.fake_modules.models import count_hooks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from hypothesis import strategies as st
 from lib_pulid.boxes import read_box
 from lib_pulid.errors import ImageError, PulidError, SettingError
 from lib_pulid.fields import FAMILIES, FIELD, FIELDS, LONGEST_TEXT, MOST_UNITS, NONE, Field, check
-from lib_pulid.injection import DenoiseStep, _Masks, token_grid
 from lib_pulid.methods import has, usual
 from lib_pulid.stores.folder import Settings
+from lib_pulid.token_masks import TokenMasks, token_grid
 from lib_pulid.units import PulidUnit, default_args, parse_args
 from lib_pulid.webui import infotext, pictures, routes
 from lib_pulid.webui.library import Library
@@ -186,8 +185,7 @@ def on_tokens(mask: np.ndarray, latent: tuple[int, int], halvings: int) -> torch
     height, width = latent
     for _ in range(halvings):
         height, width = math.ceil(height / 2), math.ceil(width / 2)
-    step = DenoiseStep(0.0, True, latent)
-    masks = _Masks([SimpleNamespace(mask=torch.from_numpy(mask).float(), family="sdxl")], step)  # type: ignore[list-item]
+    masks = TokenMasks([torch.from_numpy(mask).float()], "sdxl", latent)
     grid = token_grid(height * width, latent, "sdxl")
     assert math.prod(grid) == height * width
     return masks.over(0, height * width).reshape(grid)

@@ -33,7 +33,7 @@ class CompiledInjections:
         key = (stamp, _hash(identity.cond), identity.uncond is not None and _hash(identity.uncond))
         sites = self._kept.pop(key, None)
         if sites is None:
-            sites = tuple(site.to("cpu") for site in prepare_sites(adapter, identity, device))
+            sites = tuple(site.to(torch.device("cpu")) for site in prepare_sites(adapter, identity, device))
         injection = compile_injection(adapter, identity, device=device, prepared=sites, **settings)
         self._kept[key] = sites
         while len(self._kept) > 1 and sum(site.nbytes for kept in self._kept.values() for site in kept) > MOST:
