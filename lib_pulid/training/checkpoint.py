@@ -1,9 +1,11 @@
 """Writes the trained miniature in the file formats of the real models, in 16 bit.
 
-    python -m lib_pulid.training.checkpoint --folder .training --out lib_pulid/miniature
+    python -m lib_pulid.training.checkpoint --folder .training --pulid FILE --pack
+    python -m lib_pulid.training.checkpoint --folder .training --family flux --pulid FILE --pack
 
 The base becomes a single-file checkpoint with the names of SDXL's own code (sgm, open_clip), which diffusers, A1111 and
-Forge read; the adapter a file in the layout of pulid_v1.1.safetensors.
+Forge read; FLUX's transformer keeps diffusers' names. The adapter is in the layout of pulid_v1.1.safetensors, or of
+pulid_flux_v0.9.1.safetensors, already.
 """
 
 from __future__ import annotations
@@ -157,10 +159,17 @@ def write(path: Path, state: State) -> None:
     print(f"{path}: {len(state)} tensors, {path.stat().st_size / 1e6:.1f} MB")
 
 
+def rounded(tensor: Tensor) -> Tensor:
+    """Rounds float16 numbers to 8 bits after the point, as many as bfloat16 has and one more; they pack smaller."""
+    return ((tensor.half().view(torch.int16) + 2) & ~3).view(torch.float16)
+
+
 def pack(path: Path) -> None:
     """Replaces a file with NAME.xz, in which the rows of unknown words take no space."""
     packed = path.with_name(f"{path.name}.xz")
-    packed.write_bytes(lzma.compress(path.read_bytes(), preset=9))
+    # The bytes of a 16-bit number alternate, which lp and pb say.
+    kind = {"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 2, "lp": 1, "pb": 1}
+    packed.write_bytes(lzma.compress(path.read_bytes(), filters=[kind]))
     path.unlink()
     print(f"{packed}: {packed.stat().st_size / 1e6:.1f} MB")
 
@@ -170,23 +179,29 @@ def main() -> None:
     from safetensors.torch import load_file
 
     from lib_pulid.training import autoencoder
-    from lib_pulid.training.base import Base
+    from lib_pulid.training.base import FILES, Base
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"), help="with base and autoencoder")
+    parser.add_argument("--family", choices=FILES, default="sdxl")
     parser.add_argument("--pulid", type=Path, help="what training.adapter has written")
     parser.add_argument("--out", type=Path, default=Path("lib_pulid/miniature"))
-    parser.add_argument("--pack", action="store_true", help="write sdxl.safetensors.xz instead")
+    parser.add_argument("--pack", action="store_true", help="write FAMILY.safetensors.xz instead")
     args = parser.parse_args()
-    base, vae = Base(), autoencoder.build()
-    base.load_state_dict(load_file(args.folder / "base.safetensors"))
-    vae.load_state_dict(load_file(args.folder / "autoencoder.safetensors"))
-    text = (base.text.first, base.text.second)
-    write(args.out / "sdxl.safetensors", sdxl_checkpoint(base.unet, text, vae, world_tokens()))
+    state, path = load_file(args.folder / f"{FILES[args.family]}.safetensors"), args.out / f"{args.family}.safetensors"
+    if args.family == "flux":
+        root = "transformer."
+        whole = {name.removeprefix(root): tensor for name, tensor in state.items() if name.startswith(root)}
+    else:
+        base, vae = Base(), autoencoder.build()
+        base.load_state_dict(state)
+        vae.load_state_dict(load_file(args.folder / "autoencoder.safetensors"))
+        whole = sdxl_checkpoint(base.unet, (base.text.first, base.text.second), vae, world_tokens())
+    write(path, {name: rounded(tensor) for name, tensor in whole.items()})
     if args.pack:
-        pack(args.out / "sdxl.safetensors")
+        pack(path)
     if args.pulid:
-        write(args.out / "pulid_sdxl.safetensors", load_file(args.pulid))
+        write(args.out / f"pulid_{args.family}.safetensors", load_file(args.pulid))
 
 
 if __name__ == "__main__":
