@@ -163,14 +163,15 @@ class _Show:
         level = self.likeness(np.asarray(image), reference, of=of)
         return Tile(image, "no face found" if level is None else f"likeness {level:.2f}", level)
 
-    def paint(self, injections: Sequence[Injection], scene: Scene) -> Image.Image:
-        """Generates an image with the scene's prompt."""
-        return self.workshop.paint(injections, describe(scene), seed=SEED)[0]
+    def paint(self, *asked: tuple[Sequence[Injection], Scene]) -> list[Image.Image]:
+        """Generates images with the scenes' prompts, at once."""
+        people, scenes = zip(*asked)
+        return self.workshop.paint_batch(people, [*map(describe, scenes)], [SEED] * len(asked))[0]
 
     @cached_property
     def plain(self) -> Image.Image:
         """The scene ONE without an identity."""
-        return self.paint([], ONE)
+        return self.paint(([], ONE))[0]
 
 
 def _drawings(workshop: Workshop, photo: Path | None) -> Image.Image:
@@ -197,9 +198,9 @@ def _drawings(workshop: Workshop, photo: Path | None) -> Image.Image:
 def _row(show: _Show, source: ImageSource) -> list[Tile]:
     identity, reference = _identity(show.workshop, source), load_image(source)
     plain = show.plain
-    images = [show.paint([_compiled(show.workshop, identity, weight=w)], ONE) for w in STRENGTHS]
-    whole = _compiled(show.workshop, identity, weight=1.0)
-    other = show.paint([whole], OTHER)
+    injections = [_compiled(show.workshop, identity, weight=weight) for weight in STRENGTHS]
+    whole = injections[STRENGTHS.index(1.0)]
+    *images, other = show.paint(*(([injection], ONE) for injection in injections), ([whole], OTHER))
     difference, fraction = _changed(plain, images[STRENGTHS.index(1.0)])
     tiles = [Tile(Image.fromarray(reference)), show.tile(plain, reference)]
     tiles += [show.tile(image, reference) for image in (*images, other)]
@@ -210,31 +211,29 @@ def _row(show: _Show, source: ImageSource) -> list[Tile]:
 def _together(show: _Show) -> Section:
     """Shows two people in one image, each in a half, and one face of a group."""
     left, right = (miniature.portrait(n) for n in PEOPLE[:2])
-    both = _two(show, left, right)
+    group, order = miniature.group(PEOPLE[1:4]), FaceChoice("left-to-right", 2)
+    chosen = _compiled(show.workshop, _identity(show.workshop, group, order), weight=1.0)
+    both, neither, alone = show.paint((_two(show, left, right), TWO), ([], TWO), ([chosen], ONE))
     levels = [show.likeness(np.asarray(both), reference, place) for place, reference in enumerate((left, right))]
     said = " · ".join("no face" if level is None else f"{level:.2f}" for level in levels)
-    group = miniature.group(PEOPLE[1:4])
-    order = FaceChoice("left-to-right", 2)
-    chosen = _identity(show.workshop, group, order)
-    alone = show.paint([_compiled(show.workshop, chosen, weight=1.0)], ONE)
     print(f"  painted    two people in halves: {said}; one of a group", flush=True)
     return Section(
         "Two people, each in a half of the image; and one face of a group",
         ["left", "right", "both", "without", "the rightmost is used", "weight 1.0"],
         [[
             Tile(Image.fromarray(left)), Tile(Image.fromarray(right)),
-            Tile(both, f"likeness {said}", min(level or 0.0 for level in levels)), Tile(show.paint([], TWO)),
+            Tile(both, f"likeness {said}", min(level or 0.0 for level in levels)), Tile(neither),
             Tile(_marked(group, show.faces(group)[order.index])), show.tile(alone, group, of=order.index),
         ]],
         f"“{describe(TWO)}”",
     )  # fmt: skip
 
 
-def _two(show: _Show, left: np.ndarray, right: np.ndarray) -> Image.Image:
+def _two(show: _Show, left: np.ndarray, right: np.ndarray) -> list[Injection]:
     half = torch.zeros(64, 64)
     half[:, :32] = 1
     people = [(_identity(show.workshop, left), half), (_identity(show.workshop, right), 1 - half)]
-    return show.paint([_compiled(show.workshop, one, weight=1.0, mask=mask) for one, mask in people], TWO)
+    return [_compiled(show.workshop, one, weight=1.0, mask=mask) for one, mask in people]
 
 
 def _marked(image: np.ndarray, face: Detection) -> Image.Image:

@@ -114,14 +114,26 @@ class Workshop:
             raise NoFaceError(f"{error} {self.limits}".rstrip()) from error
 
     def paint(
-        self, injections: Sequence[Injection], prompt: str, **settings: int | float | None
+        self, injections: Sequence[Injection], prompt: str, seed: int = 0, **settings: int | float | None
     ) -> tuple[Image.Image, int]:
         """Generates an image. Returns it, and the number of sites at which a residual was really added."""
+        (image,), used = self.paint_batch([injections], [prompt], [seed], **settings)
+        return image, used
+
+    def paint_batch(
+        self,
+        people: Sequence[Sequence[Injection]],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        **settings: int | float | None,
+    ) -> tuple[list[Image.Image], int]:
+        """Generates images at once, each with injections, a prompt and a seed of its own. Returns as `paint`."""
         watch = Watch()
         sites = watch.over(find_sites(denoiser_of(self.base.pipeline)))
-        with apply(self.base.pipeline, injections, sites):
-            picture = paint(self.base, prompt, **settings)  # type: ignore[arg-type]
-        return picture, len(watch.reached)
+        own = [replace(one, images=frozenset({image})) for image, group in enumerate(people) for one in group]
+        with apply(self.base.pipeline, own, sites):
+            images = paint(self.base, prompts, seeds, **settings)  # type: ignore[arg-type]
+        return images, len(watch.reached)
 
     def readers_of(self, method: Method) -> Readers:
         """Returns what reads photos for a method, loaded at the first call and kept, and what identifies its weights.

@@ -189,15 +189,33 @@ def test_masks(bases, adapters, family):
 
 def test_paint(bases, adapters, family):
     """The image itself, as the command line makes it."""
+
+    def made(prompt: str = "a sailor", seed: int = 1, **settings: Any) -> np.ndarray:
+        return np.asarray(paint(bases[family], [prompt], [seed], steps=2, size=64, **settings)[0])
+
+    plain = made()
+    assert plain.shape == (64, 64, 3)
+    assert np.array_equal(plain, made())
+    for other in (made(seed=2), made("a baker"), made(guidance=2)):
+        assert not np.array_equal(plain, other)
+    with apply(bases[family].pipeline, [compile_injection(adapters[family], person())]):
+        assert not np.array_equal(plain, made())
+
+
+def test_each_image_of_a_batch_has_its_own_people(bases, adapters, family):
+    """As if they were made one by one, each with its prompt and seed."""
     base = bases[family]
-    plain = paint(base, "a sailor", seed=1, steps=2, size=64)
-    assert plain.size == (64, 64)
-    assert np.array_equal(plain, paint(base, "a sailor", seed=1, steps=2, size=64))
-    for other in (("a sailor", 2), ("a baker", 1)):
-        assert not np.array_equal(plain, paint(base, other[0], seed=other[1], steps=2, size=64))
-    assert not np.array_equal(plain, paint(base, "a sailor", seed=1, steps=2, size=64, guidance=2))
-    with apply(base.pipeline, [compile_injection(adapters[family], person())]):
-        assert not np.array_equal(plain, paint(base, "a sailor", seed=1, steps=2, size=64))
+    one, other = (compile_injection(adapters[family], person(seed)) for seed in (1, 5))
+    people, prompts, seeds = [[one], [], [other, one]], ["a sailor", "a baker", "a sailor"], [1, 1, 2]
+    own = [replace(who, images=frozenset({i})) for i, group in enumerate(people) for who in group]
+    with apply(base.pipeline, own):
+        together = np.array([np.asarray(image) for image in paint(base, prompts, seeds)])
+    for group, prompt, seed, image in zip(people, prompts, seeds, together):
+        plain = np.asarray(paint(base, [prompt], [seed])[0])
+        with apply(base.pipeline, group):
+            alone = np.asarray(paint(base, [prompt], [seed])[0])
+        assert bool(group) == (np.abs(alone.astype(int) - plain).max() > 2)
+        assert np.abs(alone.astype(int) - image).max() <= 1
 
 
 # ---------------------------------------------------------------- what each call gets

@@ -112,7 +112,8 @@ class UNetCalls(_Calls):
         if rest or (self.is_first and not _is_repeated(sample[:, :LATENT_CHANNELS], images)):
             raise _unknown_rows(self._pipeline, f"{len(sample)} rows are not {len(groups)} equal parts")
         is_cond = [cond for cond in groups for _ in range(images)]
-        return DenoiseStep(progress, is_cond, (sample.shape[-2], sample.shape[-1]), self.steps)
+        which = [*range(images)] * len(groups)
+        return DenoiseStep(progress, is_cond, (sample.shape[-2], sample.shape[-1]), self.steps, which)
 
     def _groups(self, sample: Tensor) -> list[bool]:
         """Returns, for each part of the rows (one row per image in each), whether it uses the prompt."""
@@ -158,7 +159,8 @@ class _TransformerCalls(_Calls):
         own = ids[ids[:, 0] == 0]  # Kontext's reference tokens have 1 there
         rows, columns = (int(own[:, axis].max()) + 1 for axis in (1, 2))
         progress = self.progress(1000 * _first(kwargs["timestep"]))
-        return DenoiseStep(progress, is_cond, (2 * rows, 2 * columns), self.steps)
+        images = range(len(kwargs["hidden_states"]))
+        return DenoiseStep(progress, is_cond, (2 * rows, 2 * columns), self.steps, images)
 
 
 def _first(timestep: Any) -> float:

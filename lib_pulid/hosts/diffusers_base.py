@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ class Base:
 
     Args:
         family: "sdxl" or "flux".
-        text: converts a prompt to the pipeline's arguments.
+        text: converts prompts, one per image, to the pipeline's arguments.
         size, steps, guidance: the defaults; guidance is CFG on SDXL, distilled guidance on FLUX.
         guidance_argument: the pipeline's name for it; "true_cfg_scale" for a FLUX without distilled guidance.
         name: for captions; by default the denoiser's class.
@@ -32,7 +32,7 @@ class Base:
 
     pipeline: Any
     family: str
-    text: Callable[[str], Mapping[str, Any]] = lambda prompt: {"prompt": prompt}
+    text: Callable[[list[str]], Mapping[str, Any]] = lambda prompts: {"prompt": prompts}
     size: int = 1024
     steps: int = 20
     guidance: float = 0.0
@@ -78,19 +78,19 @@ def load_base(path: str | Path, device: str = "cpu") -> Base:
 @torch.no_grad()
 def paint(
     base: Base,
-    prompt: str,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
     *,
-    seed: int = 0,
     steps: int | None = None,
     size: int | None = None,
     guidance: float | None = None,
-) -> Image.Image:
-    """Generates one image, size x size. None: the base's default."""
+) -> list[Image.Image]:
+    """Generates an image, size x size, of each prompt with its seed, in one batch. None: the base's default."""
     return base.pipeline(
-        **base.text(prompt),
+        **base.text(list(prompts)),
         **{base.guidance_argument: base.guidance if guidance is None else guidance},
-        generator=torch.Generator().manual_seed(seed),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         num_inference_steps=base.steps if steps is None else steps,
         height=size or base.size,
         width=size or base.size,
-    ).images[0]
+    ).images

@@ -120,13 +120,13 @@ def _without_shift(vae: Any) -> Any:
     return vae
 
 
-def prompt_encoder(sdxl: Any) -> Callable[[str], Mapping[str, Any]]:
-    """Returns a function from a prompt to FluxPipeline's arguments, with an empty negative prompt for true CFG."""
+def prompt_encoder(sdxl: Any) -> Callable[[list[str]], Mapping[str, Any]]:
+    """Returns a function from prompts to FluxPipeline's arguments, with empty negative prompts for true CFG."""
 
     @torch.no_grad()
-    def encode(prompt: str) -> Mapping[str, Tensor]:
+    def encode(prompts: list[str]) -> Mapping[str, Tensor]:
         embeds, negative, pooled, negative_pooled = sdxl.encode_prompt(
-            prompt, device=sdxl.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+            prompts, device=sdxl.device, num_images_per_prompt=1, do_classifier_free_guidance=True
         )
         return {
             "prompt_embeds": embeds,

@@ -39,7 +39,7 @@ def small_base(family: str) -> Base:
     pipeline = {"sdxl": _sdxl, "flux": _flux}[family]()
     pipeline.set_progress_bar_config(disable=True)
     guidance = {"sdxl": 7.0, "flux": 4.0}[family]
-    return Base(pipeline, family, lambda prompt: _text(family, prompt), size=64, steps=2, guidance=guidance)
+    return Base(pipeline, family, lambda prompts: _text(family, prompts), size=64, steps=2, guidance=guidance)
 
 
 @cache
@@ -99,12 +99,15 @@ def _seeded(module: Any, seed: int) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def _text(family: str, prompt: str) -> dict[str, Tensor]:
-    """What a text encoder would give, as noise that depends on the prompt alone."""
-    names = {"prompt_embeds": (1, 16, TEXT_WIDTH), "pooled_prompt_embeds": (1, POOLED_WIDTH)}
-    negative = {f"negative_{name}": shape for name, shape in names.items()} if family == "sdxl" else {}
-    texts = {**{name: (shape, prompt) for name, shape in names.items()}, **{n: (s, "") for n, s in negative.items()}}
-    return {
-        name: torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32((name[-13:] + text).encode())))
-        for name, (shape, text) in texts.items()
-    }
+def _text(family: str, prompts: list[str]) -> dict[str, Tensor]:
+    """What a text encoder would give, as noise that depends on each prompt alone."""
+    shapes = {"prompt_embeds": (16, TEXT_WIDTH), "pooled_prompt_embeds": (POOLED_WIDTH,)}
+
+    def noise(name: str, text: str) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32((name[-13:] + text).encode()))
+        return torch.randn(shapes[name], generator=generator)
+
+    made = {name: torch.stack([noise(name, prompt) for prompt in prompts]) for name in shapes}
+    if family == "sdxl":
+        made |= {f"negative_{name}": torch.stack([noise(name, "") for _ in prompts]) for name in shapes}
+    return made
