@@ -17,7 +17,7 @@ from lib_pulid.identity import Identity
 from lib_pulid.injection import Injection, compile_injection, prepare_sites
 from lib_pulid.weights import Adapter
 
-MOST = 600_000_000  # bytes; in float32 a person has 11 MB on SDXL and 252 MB on FLUX, twice that with negative rows
+MOST = 600_000_000  # bytes; in float32 a person has 21 MB on SDXL and 252 MB on FLUX, twice that with negative rows
 
 
 class CompiledInjections:
