@@ -178,10 +178,11 @@ def forget(p: Any) -> None:
 
 
 class PulidNetwork(extra_networks.ExtraNetwork):
-    """`<pulid:...>` as one of the host's extra networks, so that it removes the tags from the prompts."""
+    """`<pulid:...>`, in one spelling, as one of the host's extra networks, so that it removes the tags from the
+    prompts."""
 
-    def __init__(self, script: Generation) -> None:
-        super().__init__(NAMES[0])
+    def __init__(self, script: Generation, spelling: str) -> None:
+        super().__init__(spelling)
         self._script = script
 
     def activate(self, p: Any, params_list: Any) -> None:
@@ -193,8 +194,6 @@ class PulidNetwork(extra_networks.ExtraNetwork):
 
 
 def register(script: Generation) -> None:
-    """Registers the network; to be called from on_before_ui, since the host forgets its networks on Reload UI."""
-    network = PulidNetwork(script)
-    extra_networks.register_extra_network(network)
-    for spelling in NAMES[1:]:
-        extra_networks.register_extra_network_alias(network, spelling)
+    """Registers the networks; to be called from on_before_ui, since the host forgets its networks on Reload UI."""
+    for spelling in NAMES:  # not as aliases, which ersatzForge does not have
+        extra_networks.register_extra_network(PulidNetwork(script, spelling))

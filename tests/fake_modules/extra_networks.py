@@ -88,27 +88,21 @@ class UserMetadataEditor:
 
 def fill(module: ModuleType) -> None:
     registry: dict[str, Any] = {}
-    aliases: dict[str, Any] = {}
     swallowed: list[Exception] = []
 
     def register_extra_network(network: Any) -> None:
         registry[network.name] = network
 
-    def register_extra_network_alias(network: Any, alias: str) -> None:
-        aliases[alias] = network
-
     def activate(p: Any, data: dict[str, list[ExtraNetworkParams]]) -> None:
         found: dict[Any, list[ExtraNetworkParams]] = {network: [] for network in registry.values()}
         for name, params in data.items():
-            network = registry.get(name, aliases.get(name))
-            if network is not None:
-                found[network].extend(params)
+            if name in registry:
+                found[registry[name]].extend(params)
         for network, params in found.items():
             try:
                 network.activate(p, params)
             except Exception as error:
                 swallowed.append(error)
 
-    public = (ExtraNetwork, ExtraNetworkParams, parse_prompts, activate)
-    public += (register_extra_network, register_extra_network_alias)
+    public = (ExtraNetwork, ExtraNetworkParams, parse_prompts, activate, register_extra_network)
     vars(module).update({one.__name__: one for one in public}, registry=registry, swallowed=swallowed)
