@@ -14,11 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib_pulid import disk, names
+from lib_pulid import names
 from lib_pulid.errors import (
     IdentityMismatchError,
     MissingWeightsError,
-    PulidError,
     SettingError,
     StorageError,
     WrongWeightsError,
@@ -30,7 +29,6 @@ from lib_pulid.stores.folder import Settings
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
 from tests import small_models
-from tests.test_weights import FOREIGN
 
 
 def person(value: float = 1.0, **info: str) -> Identity:
@@ -272,17 +270,6 @@ def test_auto_passes_over_other_adapters(tmp_path, files):
         library.adapters.load("auto", "sdxl")
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_other_files_are_called_what_they_are(tmp_path, kind):
-    state, words = FOREIGN[kind]
-    (tmp_path / "pulid").mkdir()
-    save_file(state, tmp_path / "pulid" / "mine.safetensors")
-    library = Library(lambda: Settings(tmp_path))
-    with pytest.raises(WrongWeightsError, match=rf"mine\.safetensors is .*{words}"):
-        library.adapters.load("mine.safetensors", "flux")
-    assert library.adapters.listed() == []
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
 def test_a_copy_in_another_precision_counts_as_the_file(tmp_path, files, dtype):
     made_with = load_adapter(files.flux)
@@ -402,9 +389,3 @@ def test_a_pulidembd_that_is_none(tmp_path, wrong):
         Identity.load(tmp_path / "x.pulidembd")
     with pytest.raises((ValueError, LookupError, struct.error)):
         pulidembd.unpack(content)
-
-
-def test_storage_errors_are_messages():
-    assert issubclass(StorageError, PulidError)
-    with pytest.raises(StorageError):
-        disk.check_writable("/proc/no/such/place")

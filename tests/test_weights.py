@@ -262,13 +262,6 @@ def test_truncated_files(write, container, keep):
         load_adapter(write("cut.safetensors", content[: int(len(content) * keep)]))
 
 
-def test_a_missing_file(tmp_path):
-    with pytest.raises(MissingWeightsError, match=r"pulid_v1\.bin was not found in "):
-        load_adapter(tmp_path / "pulid_v1.bin")
-    with pytest.raises(MissingWeightsError):  # a folder is no file
-        load_adapter(tmp_path)
-
-
 # ---------------------------------------------------------------- PuLID files with something wrong
 
 
