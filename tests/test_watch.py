@@ -128,17 +128,6 @@ def test_a_pipelines_compiled_denoiser(how: Callable[..., nn.Module]) -> None:
     assert count_hooks(compiled.unet) == 0
 
 
-def test_something_else_in_the_place_of_the_layers() -> None:
-    unet = small_unet()
-    one = face(unet)
-    unet.forward = lambda x, *_: x
-    with pytest.raises(UnsupportedModelError, match="TensorRT.*bypasses the layers"):
-        with_face(unet, [one])
-    assert count_hooks(unet) == 0
-    with inject(unet, [face(small_unet(), start=0.5)], STEP):
-        call(unet)  # nothing is to act
-
-
 def test_something_else_in_the_place_of_one_layer() -> None:
     """Its weights are used, and its modules are not called."""
     unet = small_unet()
