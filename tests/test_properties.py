@@ -14,13 +14,13 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from lib_pulid.boxes import read_box
-from lib_pulid.errors import ImageError, PulidError, SettingError
+from lib_pulid.errors import ImageError, SettingError
 from lib_pulid.fields import FAMILIES, FIELD, FIELDS, LONGEST_TEXT, MOST_UNITS, NONE, Field, check
 from lib_pulid.injection import DenoiseStep, _Masks, token_grid
 from lib_pulid.methods import has, usual
 from lib_pulid.stores.folder import Settings
 from lib_pulid.units import PulidUnit, default_args, parse_args
-from lib_pulid.webui import infotext, pictures, routes
+from lib_pulid.webui import infotext, pictures
 from lib_pulid.webui.library import Library
 
 # Names as people and file systems have them: commas, quotes, line ends of other alphabets, characters of every plane.
@@ -132,12 +132,6 @@ def empty_library(tmp_path_factory) -> Library:
     return Library(lambda: Settings(folder))
 
 
-@given(st.dictionaries(st.sampled_from(["images", "face_order", "face_index"]) | st.text(max_size=5), JSON))
-def test_any_body_of_detect_is_a_message(empty_library, body):
-    with pytest.raises(PulidError, match="^PuLID, field "):
-        routes.detect(body, empty_library)
-
-
 @given(
     st.text() | st.text(st.sampled_from("abcABC012+/=_- \n,:;data")) | st.binary().map(lambda b: b.decode("latin-1"))
 )
@@ -207,15 +201,6 @@ def test_a_region_stays_within_its_own_bounds(size, latent, halvings, seed):
 def test_the_mean_is_kept_where_the_sizes_divide(latent, times_high, times_wide, seed):
     mask = np.random.default_rng(seed).random((latent[0] * times_high, latent[1] * times_wide), np.float32)
     assert abs(on_tokens(mask, latent, 0).mean().item() - mask.mean()) < 1e-4
-
-
-@given(SIZES, SIZES, st.integers(0, 3), st.tuples(*[st.floats(0, 1)] * 4))
-def test_the_area_of_a_rectangle_is_kept_to_a_token_at_each_border(size, latent, halvings, corners):
-    (top, bottom), (left, right) = sorted(corners[:2]), sorted(corners[2:])
-    mask = np.zeros(size, np.float32)
-    mask[round(top * size[0]) : round(bottom * size[0]), round(left * size[1]) : round(right * size[1])] = 1
-    seen = on_tokens(mask, latent, halvings)
-    assert abs(seen.mean().item() - mask.mean()) <= 2 / seen.shape[0] + 2 / seen.shape[1]
 
 
 @given(SIZES, SIZES)
