@@ -6,8 +6,6 @@ import base64
 import io
 import resource
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -95,23 +93,6 @@ def test_a_header_within_the_limit_but_no_pixels_behind_it(kind):
         load_image(make(11_000, 11_000), "photo")
 
 
-MEASURED = """
-import resource, sys
-from tests.test_bad_images import *
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for make, width, height in HEADERS.values():
-    try: load_image(make(width, height))
-    except ImageError: pass
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted in other units elsewhere")
-def test_such_headers_take_no_memory():
-    made = subprocess.run([sys.executable, "-c", MEASURED], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(made.stdout) < 100  # MB; the smallest of them would be 700 MB
-
-
 def test_a_text_chunk_that_unpacks_to_gigabytes():
     bomb = zlib.compress(bytes(200_000_000), 9)
     data = b"Comment\x00\x00" + bomb
@@ -141,12 +122,6 @@ def test_a_truncated_image_is_an_error_in_every_format(kind, keep):
     data = encoded(NOISE, kind)
     with pytest.raises(ImageError, match=r"photo: (the image (is truncated|cannot be read)|this is not an image)"):
         load_image(data[: int(len(data) * keep)], "photo")
-
-
-@pytest.mark.parametrize("data", [b"", b"\0", b"x", b"\xff\xd8", b"\x89PNG\r\n\x1a\n"])
-def test_empty_and_a_few_bytes(data):
-    with pytest.raises(ImageError, match="photo 1: "):
-        decode(text(data), "photo 1")
 
 
 def test_no_pixels_and_one_pixel():
@@ -217,29 +192,6 @@ def test_wrong_base64_is_told(form):
     }[form]  # fmt: skip
     with pytest.raises(ImageError, match="photo 1: (not base64 text|the file is empty)"):
         decode(wrong, "photo 1")
-
-
-PLACES = ["/etc/passwd", "/etc/shadow1", "../x.png", "x.png", "photos/a/b/c", "file:///etc/passwd", "~/x.jpg",
-          "C:\\x.png", "\\\\host\\x.png", "http://127.0.0.1:1/x.png", "https://example.com/x.jpg", "ftp://host/x.png",
-          "//host/x.png", "data:text/plain,/etc/passwd", "blob:http://x/1", "s3://bucket/x.png"]  # fmt: skip
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("read", [decode, DroppedPhotos().read, region])
-def test_paths_and_addresses_are_never_opened(place, read, monkeypatch, tmp_path):
-    def opened(*args, **_):
-        raise AssertionError(f"opened {args}")
-
-    Image.fromarray(NOISE).save(tmp_path / "x.png")
-    monkeypatch.chdir(tmp_path)  # where "x.png" is an image
-    Image.init()
-    import socket
-
-    for module, name in ((socket.socket, "connect"), (Path, "open"), (io, "open")):
-        monkeypatch.setattr(module, name, opened)
-    monkeypatch.setattr("builtins.open", opened)
-    with pytest.raises(ImageError, match=r"photo 1: .*Paths and URLs are never opened"):
-        read(place, "photo 1")
 
 
 # ---------------------------------------------------------------- regions
@@ -351,8 +303,3 @@ def test_a_huge_region_is_reduced():
     reduced = load_mask(encoded(wide))
     assert reduced.shape == (3, LONGEST_SIDE)
     assert abs(reduced.mean() - 0.5) < 1e-3
-
-
-def test_a_region_that_is_no_image():
-    with pytest.raises(ImageError, match="the mask: this is not an image"):
-        region(text(FOREIGN["text"]), "the mask")
