@@ -12,10 +12,14 @@ import copy
 import dataclasses
 import functools
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lib_pulid.face_models import FaceFiles, load_face_models
 from lib_pulid.faces import FaceModels
@@ -109,136 +113,64 @@ def write_face_files(folder: Path, seed: int = 0) -> FaceFiles:
     return files
 
 
-def write_scrfd(path: Path, landmarks: bool = True, size: int | None = None) -> None:
-    """SCRFD's interface (three strides, two anchors, scores, boxes, landmarks); of fixed input where a size is given.
+class _Scrfd(nn.Module):
+    """Nine outputs: scores [N, 1], distances [N, 4] and landmarks [N, 10] in cells, of each stride, N = 2 x cells.
 
     At each stride s a window of 8 x 8 cells of s pixels looks for a square that fills it and stands alone in the 16 x
     16 cells around. Mass and first moments of those give its side and center.
     """
-    import onnx
-    from onnx import TensorProto, helper
 
-    graph = _OnnxGraph()
-    # RGB, (x - 127.5) / 128 -> R - 2 G + B: 4 for magenta, 2 for red and blue, 0 for gray; less 3, within 0..1.
-    graph.constant("colour", np.array([1, -2, 1], np.float32).reshape(1, 3, 1, 1))
-    graph.node("Conv", ["input.1", "colour"], "response")
-    graph.constant("bias", np.float32(-3.0))
-    graph.node("Add", ["response", "bias"], "biased")
-    graph.constant("zero", np.float32(0))
-    graph.constant("one", np.float32(1))
-    graph.node("Clip", ["biased", "zero", "one"], "mask")
-    outputs = [[], [], []]
-    for stride in (8, 16, 32):
-        for group, name in zip(outputs, _scrfd_stride(graph, stride), strict=False):
-            group.append(name)
-    names = outputs[0] + outputs[1] + (outputs[2] if landmarks else [])
-    widths = {0: 1, 1: 4, 2: 10}
-    infos = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, widths[i // 3]]) for i, name in enumerate(names)
-    ]
-    side: int | str = size or "?"
-    source = helper.make_tensor_value_info("input.1", TensorProto.FLOAT, [1, 3, side, side])
-    _save(onnx, graph, "scrfd", source, infos, path)
+    def __init__(self, landmarks: bool) -> None:
+        super().__init__()
+        self.outputs = 9 if landmarks else 6
+        # Cell i is centered at i + 0.5; the window is i - 8 .. i + 7, so that it is centered at i, where the anchor is.
+        offset = torch.arange(-8.0, 8) + 0.5
+        self.moments = torch.stack([torch.ones(16, 16), offset.repeat(16, 1), offset[:, None].repeat(1, 16)])[:, None]
 
+    def forward(self, image: Tensor) -> list[Tensor]:
+        # RGB, (x - 127.5) / 128 -> R - 2 G + B: 4 for magenta, 2 for red and blue, 0 for gray; less 3, within 0..1.
+        mask = (image[:, :1] - 2 * image[:, 1:2] + image[:, 2:] - 3).clamp(0, 1)
+        rows = [self._stride(F.avg_pool2d(mask, stride)) for stride in (8, 16, 32)]
+        return [part for kind in zip(*rows) for part in kind][: self.outputs]
 
-def _scrfd_stride(graph: _OnnxGraph, stride: int) -> tuple[str, str, str]:
-    """One stride's outputs: scores [N, 1], distances [N, 4] and landmarks [N, 10] in cells, N = 2 x cells."""
-    p = f"s{stride}."
-    graph.node("AveragePool", ["mask"], p + "cells", kernel_shape=[stride, stride], strides=[stride, stride])
-    graph.constant(p + "w8", np.full((1, 1, 8, 8), 1 / 64, np.float32))
-    # Cell i is centred at i + 0.5; the window is i - 8 .. i + 7, so that it is centred at i, where the anchor is.
-    offset = np.arange(-8, 8, dtype=np.float32) + 0.5
-    moments = np.stack([np.ones((16, 16)), np.tile(offset, (16, 1)), np.tile(offset[:, None], (1, 16))])
-    graph.constant(p + "w16", moments[:, None].astype(np.float32))
-    graph.node("Conv", [p + "cells", p + "w8"], p + "inside", pads=[4, 4, 3, 3])
-    graph.node("Conv", [p + "cells", p + "w16"], p + "sums", pads=[8, 8, 7, 7])
-    graph.constant(p + "split", np.array([1, 1, 1], np.int64))
-    graph.node("Split", [p + "sums", p + "split"], [p + "mass", p + "mx", p + "my"], axis=1)
-    graph.constant(p + "eps", np.float32(1e-3))
-    graph.node("Max", [p + "mass", p + "eps"], p + "safe")
-    graph.node("Sqrt", [p + "safe"], p + "side")
-    graph.node("Div", [p + "mx", p + "safe"], p + "cx")
-    graph.node("Div", [p + "my", p + "safe"], p + "cy")
-    graph.node("Concat", [p + "cx", p + "cy", p + "side"], p + "geometry", axis=1)  # [1, 3, h, w]
-    _scrfd_score(graph, p)
-    boxes = np.array([[-1, 0, 0.5], [0, -1, 0.5], [1, 0, 0.5], [0, 1, 0.5]], np.float32)
-    points = np.array([row for dx, dy in FACE_POINTS for row in ([1, 0, dx], [0, 1, dy])], np.float32)
-    graph.constant(p + "wbox", boxes[:, :, None, None])
-    graph.constant(p + "wkps", points[:, :, None, None])
-    graph.node("Conv", [p + "geometry", p + "wbox"], p + "box")
-    graph.node("Conv", [p + "geometry", p + "wkps"], p + "kps")
-    # The second anchor of each cell never fires.
-    graph.constant(p + "minus", np.float32(-1))
-    graph.node("Mul", [p + "safe", p + "minus"], p + "silent")
-    names = []
-    for kind, parts, width in (("score", "score silent", 1), ("box", "box box", 4), ("kps", "kps kps", 10)):
-        graph.node("Concat", [p + part for part in parts.split()], p + kind + "2", axis=1)
-        graph.node("Transpose", [p + kind + "2"], p + kind + "t", perm=[0, 2, 3, 1])
-        graph.constant(p + kind + "shape", np.array([-1, width], np.int64))
-        graph.node("Reshape", [p + kind + "t", p + kind + "shape"], p + kind + "out")
-        names.append(p + kind + "out")
-    return names[0], names[1], names[2]
+    def _stride(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inside = F.avg_pool2d(F.pad(cells, (4, 3, 4, 3)), 8, 1)
+        mass, x, y = F.conv2d(F.pad(cells, (8, 7, 8, 7)), self.moments).split(1, 1)
+        safe = mass.clamp_min(1e-3)
+        x, y, side = x / safe, y / safe, safe.sqrt()
+        # Less by the share of the ring around that is magenta, too, and by the distance of the mass's center, which
+        # keeps the corners of a large square from passing for small squares.
+        score = (1.3 * (inside - (mass - 64 * inside) / 192) - 0.15 * (x.abs() + y.abs())).clamp(0, 1)
+        box = torch.cat((side / 2 - x, side / 2 - y, side / 2 + x, side / 2 + y), 1)
+        points = torch.cat([part for dx, dy in FACE_POINTS for part in (x + dx * side, y + dy * side)], 1)
+        # The second anchor of each cell never fires.
+        both = [torch.cat(pair, 1) for pair in ((score, -safe), (box, box), (points, points))]
+        return tuple(part.permute(0, 2, 3, 1).reshape(-1, width) for part, width in zip(both, (1, 4, 10)))
 
 
-def _scrfd_score(graph: _OnnxGraph, p: str) -> None:
-    """score = 1.3 (inside - share of the ring around that is magenta, too) - 0.15 (distance of the mass's center).
-
-    The distance keeps the corners of a large square from passing for small squares.
-    """
-    graph.constant(p + "win", (1.3 * np.array(1 + 64 / 192)).astype(np.float32))
-    graph.constant(p + "wout", np.float32(-1.3 / 192))
-    graph.constant(p + "woff", np.float32(-0.15))
-    graph.node("Mul", [p + "inside", p + "win"], p + "in")
-    graph.node("Mul", [p + "mass", p + "wout"], p + "out")
-    graph.node("Abs", [p + "cx"], p + "ax")
-    graph.node("Abs", [p + "cy"], p + "ay")
-    graph.node("Add", [p + "ax", p + "ay"], p + "off")
-    graph.node("Mul", [p + "off", p + "woff"], p + "penalty")
-    graph.node("Sum", [p + "in", p + "out", p + "penalty"], p + "sum")
-    graph.node("Clip", [p + "sum", "zero", "one"], p + "score")
+def write_scrfd(path: Path, landmarks: bool = True, size: int | None = None) -> None:
+    """SCRFD's interface; of fixed input where a size is given."""
+    free = None if size else {"input.1": {2: "height", 3: "width"}}
+    _export(_Scrfd(landmarks), torch.zeros(1, 3, size or 640, size or 640), path, free)
 
 
 def write_arcface(path: Path, seed: int = 0, size: int = 512) -> None:
     """ArcFace's interface, 112 x 112 -> [1, size]: 14 x 14 means, through a fixed random projection."""
-    import onnx
-    from onnx import TensorProto, helper
-
-    graph = _OnnxGraph()
-    graph.node("AveragePool", ["input.1"], "means", kernel_shape=[8, 8], strides=[8, 8])
-    graph.node("Flatten", ["means"], "flat")
-    random = np.random.default_rng(seed)
-    graph.constant("projection", random.standard_normal((3 * 14 * 14, size)).astype(np.float32) / 14)
-    graph.node("MatMul", ["flat", "projection"], "embedding")
-    source = helper.make_tensor_value_info("input.1", TensorProto.FLOAT, ["None", 3, 112, 112])
-    target = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["None", size])
-    _save(onnx, graph, "arcface", source, [target], path)
+    linear = nn.Linear(3 * 14 * 14, size, bias=False)
+    linear.weight.data = torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(seed)) / 14
+    network = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), linear)
+    _export(network, torch.zeros(1, 3, 112, 112), path, {"input.1": {0: "batch"}, "embedding": {0: "batch"}})
 
 
-class _OnnxGraph:
-    """Nodes and constants as they come."""
-
-    def __init__(self) -> None:
-        self.nodes: list = []
-        self.constants: list = []
-
-    def node(self, kind: str, inputs: list[str], outputs: str | list[str], **attributes: object) -> None:
-        from onnx import helper
-
-        names = [outputs] if isinstance(outputs, str) else outputs
-        # Named as PyTorch names them: insightface takes early "Sub" and "Mul" nodes for an mxnet model.
-        self.nodes.append(helper.make_node(kind, inputs, names, name=f"/{kind}_{len(self.nodes)}", **attributes))
-
-    def constant(self, name: str, value: np.ndarray | np.generic) -> None:
-        from onnx import numpy_helper
-
-        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
-
-
-def _save(onnx, graph: _OnnxGraph, name: str, source, targets: list, path: Path) -> None:  # noqa: ANN001
-    body = onnx.helper.make_graph(graph.nodes, name, [source], targets, graph.constants)
-    model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
-    onnx.checker.check_model(model)
-    onnx.save(model, str(path))
+def _export(network: nn.Module, example: Tensor, path: Path, free: dict | None) -> None:
+    """free: names of the axes without a fixed length."""
+    names = ["embedding"] if free and "embedding" in free else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network, (example,), str(path), input_names=["input.1"], output_names=names, dynamic_axes=free,
+            opset_version=13, dynamo=False,
+        )  # fmt: skip
 
 
 def write_retinaface(path: Path) -> None:
@@ -247,8 +179,6 @@ def write_retinaface(path: Path) -> None:
     Channel j of the path carries relu(u - t_j), u = B - R - 2 G - 20: 107 - step on a nose, below 0 elsewhere in a face
     and on gray. Log side is linear in u (boxes); the side itself is piecewise linear in the channels (landmarks).
     """
-    import torch
-
     state = _zero_state("retinaface")
     knots = np.arange(0.0, 108.0, 4.0)
     count = len(knots)
@@ -269,8 +199,6 @@ def write_retinaface(path: Path) -> None:
 
 def _retinaface_heads(state: dict, knots: np.ndarray) -> None:
     """Only the first anchor of stride 8, a 16-pixel prior, fires."""
-    import torch
-
     for level in range(3):
         bias = torch.tensor([0.0, -20.0, 0.0, -20.0])
         state[f"ClassHead.{level}.conv1x1.bias"] = bias
@@ -293,10 +221,8 @@ def _retinaface_heads(state: dict, knots: np.ndarray) -> None:
     state["LandmarkHead.0.conv1x1.weight"], state["LandmarkHead.0.conv1x1.bias"] = mark, mark_bias
 
 
-def _carry(like, count: int):  # noqa: ANN001, ANN202
+def _carry(like: Tensor, count: int) -> Tensor:
     """A convolution [out, in, k, k] that passes the first `count` channels on as they are."""
-    import torch
-
     weight = torch.zeros(like.shape)
     middle = like.shape[2] // 2
     for i in range(count):
@@ -306,8 +232,6 @@ def _carry(like, count: int):  # noqa: ANN001, ANN202
 
 def _zero_state(kind: str) -> dict:
     """The state dict of facexlib's network: zeros, and batch norms that do nothing; small in a file."""
-    import torch
-
     with torch.device("meta"):  # only names and shapes
         if kind == "retinaface":
             from facexlib.detection.retinaface import RetinaFace
@@ -330,8 +254,6 @@ def write_bisenet(path: Path, seed: int = 0) -> None:
 
     Which band becomes which label is drawn by the seed.
     """
-    import torch
-
     state = _zero_state("bisenet")
     conv, bias = torch.zeros(64, 3, 7, 7), torch.zeros(64)
     conv[0, :, 3, 3] = torch.tensor([0.6, 0.3, 0.1])

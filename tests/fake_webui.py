@@ -205,8 +205,11 @@ class Generation(_Processing, a1111.P):
 
     @property
     def text_width(self) -> int:
-        layers = self.sd_model.model.diffusion_model.modules()
-        return next(layer.attn2.to_k.in_features for layer in layers if hasattr(layer, "attn2"))
+        return _text_width(self.sd_model.model.diffusion_model)
+
+
+def _text_width(unet: torch.nn.Module) -> int:
+    return next(layer.attn2.to_k.in_features for layer in unet.modules() if hasattr(layer, "attn2"))
 
 
 class ForgeGeneration(_Processing, forge.P):
@@ -229,7 +232,7 @@ class ForgeGeneration(_Processing, forge.P):
     @property
     def text_width(self) -> int:
         denoiser = self.sd_model.forge_objects.unet.model.diffusion_model
-        return 6 if hasattr(denoiser, "double_blocks") else denoiser.input_blocks[0].attn2.to_k.in_features
+        return 6 if hasattr(denoiser, "double_blocks") else _text_width(denoiser)
 
 
 class WebUI:

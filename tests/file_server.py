@@ -35,7 +35,6 @@ class Server:
     port: int = 0
     asked: list[Asked] = field(default_factory=list)
     sent: int = 0  # bytes of files
-    sums: bool = True  # whether the hub announces the checksum
     todo: list[Callable[[Handler, bytes], None]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -82,8 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(302)
         self.send_header("Location", f"http://localhost:{self.ours.port}/cdn/{self.path.rpartition('/')[2]}")
         self.send_header("X-Linked-Size", str(len(data)))
-        if self.ours.sums:
-            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Linked-Etag", f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -135,17 +133,14 @@ def until(happened: Callable[[], object]) -> None:
 # ---------------------------------------------------------------- how to answer
 
 
-def whole(handler: Handler, data: bytes) -> None:
+def whole(handler: Handler, data: bytes, wait: float = 0.0) -> None:
+    """wait: between its pieces."""
     handler.head(data)
-    handler.body(data[handler.start :])
+    handler.body(data[handler.start :], wait)
 
 
-def slowly(wait: float) -> Callable[[Handler, bytes], None]:
-    def answer(handler: Handler, data: bytes) -> None:
-        handler.head(data)
-        handler.body(data[handler.start :], wait)
-
-    return answer
+def slowly(handler: Handler, data: bytes) -> None:
+    whole(handler, data, 0.02)
 
 
 def held(release: threading.Event) -> Callable[[Handler, bytes], None]:
@@ -166,24 +161,13 @@ def held(release: threading.Event) -> Callable[[Handler, bytes], None]:
     return answer
 
 
-def cut(after: int) -> Callable[[Handler, bytes], None]:
-    """Promises all, closes the connection after some bytes."""
+def cut(after: int, silence: float = 0.0) -> Callable[[Handler, bytes], None]:
+    """Promises all, and after some bytes says nothing more for so many seconds, then closes the connection."""
 
     def answer(handler: Handler, data: bytes) -> None:
         handler.head(data)
         handler.body(data[handler.start :][:after])
-        handler.close_connection = True
-
-    return answer
-
-
-def stall(after: int, seconds: float) -> Callable[[Handler, bytes], None]:
-    """Says nothing more after some bytes."""
-
-    def answer(handler: Handler, data: bytes) -> None:
-        handler.head(data)
-        handler.body(data[handler.start :][:after])
-        time.sleep(seconds)
+        time.sleep(silence)
         handler.close_connection = True
 
     return answer

@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib_pulid import sites
-from lib_pulid.encoders import IDEncoder, IDFormer
+from lib_pulid.encoders import IDEncoder
 from lib_pulid.weights import Adapter, ImageStreamWeights, load_adapter
 from tests.host.models.parts import add_flux
 from tests.host.models.unet import Layout
 from tests.reference import cases
-from tests.small_models import STREAM, flux_file, image_stream
+from tests.small_models import STREAM, flux_file, id_former, image_stream
 
 
 def v1_encoder(seed: int = 11, **sizes: int) -> dict[str, Tensor]:
@@ -29,11 +29,8 @@ def v1_encoder(seed: int = 11, **sizes: int) -> dict[str, Tensor]:
 
 def v11_encoder(seed: int = 12) -> dict[str, Tensor]:
     """The IDFormer of `cases.ID_FORMER`."""
-    p, dim = cases.ID_FORMER, cases.ID_FORMER["dim"]
-    former = IDFormer(
-        dim=dim, depth=p["depth"], inner_dim=p["dim_head"] * p["heads"], ff_dim=4 * dim, num_queries=p["num_queries"],
-        output_dim=p["output_dim"], id_mapping=[1280, 1024, 1024, 5 * dim], mapping=[1024, 1024, 1024, dim],
-    )  # fmt: skip
+    p = cases.ID_FORMER
+    former = id_former(p["output_dim"], 1024, p["dim"], 1024, p["depth"], p["num_queries"])
     return cases.fill(former, seed).state_dict()
 
 

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib_pulid import hosts
-from lib_pulid.encoders import IDFormer
 from lib_pulid.faces import CROP_LANDMARKS, LARGEST, Detection, FaceModels
 from lib_pulid.files import catalog
 from lib_pulid.identity import Identity
@@ -101,20 +100,11 @@ def write_models(folder: Path) -> None:
         save_file(small_models.sdxl_file(encoder, weights), folder / "pulid" / name)
     modules = nn.ModuleList(small_models.image_stream(8, small_models.TOKEN_WIDTH) for _ in range(20))
     weights = small_models.random_weights(modules.state_dict(), 3)
-    encoder = small_models.random_weights(_id_former().state_dict(), 4)
+    encoder = small_models.random_weights(small_models.id_former(hidden=64, depth=5, num_queries=8).state_dict(), 4)
     save_file(small_models.flux_file(encoder, weights), folder / "pulid" / FILES[2])
     for file in catalog.in_group("encoders"):
         (folder / file.folder).mkdir(parents=True, exist_ok=True)
         (folder / file.folder / file.name).write_text(file.name)
-
-
-def _id_former() -> IDFormer:
-    """The encoder of FLUX, with a layer for each scale."""
-    vit = small_models.TOWER_WIDTH
-    return IDFormer(
-        dim=64, depth=5, inner_dim=64, ff_dim=64, num_queries=8, output_dim=small_models.TOKEN_WIDTH,
-        id_mapping=[small_models.ID_COND, 64, 64, 5 * 64], mapping=[vit, 64, 64, 64],
-    )  # fmt: skip
 
 
 _ENCODED: dict[tuple[Path, str], Identity] = {}

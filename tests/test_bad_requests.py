@@ -41,7 +41,8 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "text": [True, 1, 0.5, [], ["a"], {}, HUGE, DEEP, "x" * 10**6, "a\nb", "\0", "\ud800"],
     "image": [True, 1, 0.5, [], ["a"], {}, HUGE, DEEP],
     "box": [True, 1, 0.5, {}, [1], [[]], ["a"] * 4, [0, 0, 1, HUGE], [0, 0, 1, math.nan], HUGE, DEEP, "x" * 10**6,
-            "0 0 1", [0, 0, 0, 1], "2 2 1 1", "\ud800"],
+            "0 0 1", [0, 0, 0, 1], "2 2 1 1", "\ud800", "left half", [0, 0, 1, 1, 1], [0, 0, 0.001, 1], [1.5, 0, 1, 1],
+            {"x": 0}, [None] * 4, "1e9 0 1 1", ["0", 0, True, 1]],
     "images": [True, 1, 0.5, {}, {"a": 1}, [None], [1], [[]], [""], [" "], ["a", None], HUGE, DEEP, ["a"] * 1000, "[",
                "[1]", '["a", {}]', "[" * 100_000, "[" * 100_000 + "]" * 100_000, json.dumps(["a"] * 1000)],
 }  # fmt: skip
@@ -109,17 +110,10 @@ def test_as_many_units_as_there_may_be():
 
 
 @pytest.mark.parametrize("args", [
-    [DEEP], [{}, DEEP], [True, DEEP], [True, True, DEEP], [{}, nested_dict(10_000)], [nested_dict(10_000)],
-    [{"images": ["a"]}, *default_args(2)[2:5], DEEP], [{"weight": nested_dict(10_000)}], [{}, HUGE], [HUGE],
-])  # fmt: skip
-def test_nesting_without_end_is_a_message(args):
-    with pytest.raises(SettingError, match="^PuLID"):
-        parse_args(args)
-
-
-@pytest.mark.parametrize("args", [
     "text", {"images": ["a"]}, ["images"], [None], [1], ["true"], [True, "x"], [True, 1], [[{"images": ["a"]}]],
     [{"images": ["a"]}, {"images": ["a"]}, "x"], [{"images": ["a"]}, False], [{}, {}, [], {}],
+    [DEEP], [{}, DEEP], [True, DEEP], [True, True, DEEP], [{}, nested_dict(10_000)], [nested_dict(10_000)],
+    [{"images": ["a"]}, *default_args(2)[2:5], DEEP], [{"weight": nested_dict(10_000)}], [{}, HUGE], [HUGE],
 ])  # fmt: skip
 def test_arguments_that_are_no_list_of_units(args):
     with pytest.raises(SettingError, match="^PuLID"):

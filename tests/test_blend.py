@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -227,21 +226,12 @@ def test_the_page(ui, script, tmp_path):
     assert "Enter a name for the blend first" in save_blend(library, 1, ["anna", "ben"], "", " ")[2]
 
 
-def test_the_page_has_it(ui, script):
-    built: list[Any] = []
-    gradio: Any = __import__("gradio")
-    real = gradio.Button
+def test_the_page_has_it(ui, script, monkeypatch):
+    from gradio import Button
 
-    class Button(real):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            built.append(self)
-
-    gradio.Button = Button
-    try:
-        script.ui(False)
-    finally:
-        gradio.Button = real
+    built, make = [], Button.__init__
+    monkeypatch.setattr(Button, "__init__", lambda self, *args, **how: built.append(self) or make(self, *args, **how))
+    script.ui(False)
     (save,) = [button for button in built if button.elem_id == "pulid_txt2img_blend_save"]
     fn, inputs, outputs = save.events["click"]
     assert [widget.elem_id for widget in inputs] == [

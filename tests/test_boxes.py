@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_pulid.boxes import LEAST, SOFT, Box, mask_of, read_box, within
-from lib_pulid.errors import SettingError
 from lib_pulid.fields import schema
 from lib_pulid.units import PulidUnit
 
@@ -23,15 +22,6 @@ def test_numbers_and_text(given):
 @pytest.mark.parametrize("empty", [None, "", " ", [], "None"])
 def test_no_box(empty):
     assert PulidUnit.from_mapping({"box": empty}, 1).box == ""
-
-
-@pytest.mark.parametrize(
-    "wrong", ["left half", "0 0 1", [0, 0, 1, 1, 1], [0, 0, 0.001, 1], [1.5, 0, 1, 1], [0, 0, float("nan"), 1], 5, True,
-              {"x": 0}, [None] * 4, "1e9 0 1 1", ["0", 0, True, 1]],
-)  # fmt: skip
-def test_wrong_boxes_are_refused(wrong):
-    with pytest.raises(SettingError, match="unit 2, field box: .*box"):
-        PulidUnit.from_mapping({"box": wrong}, 2)
 
 
 @given(st.lists(st.floats(-0.5, 1.5), min_size=4, max_size=4))

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from lib_pulid import cli, cli_checks, demo, disk, doctor, miniature, standalone
 from lib_pulid.contact_sheet import MARGIN, Section, Tile, contact_sheet
 from lib_pulid.errors import DownloadError, SettingError, StorageError
 from lib_pulid.files import catalog, download
 from lib_pulid.identity import Identity
-from tests.small_models.bases import open_small_workshop
+from lib_pulid.sites import find_sites
+from tests.small_models.bases import TEXT_WIDTH, open_small_workshop, small_parts
 from tests.small_models.people import GROUP, PORTRAIT
 
 insightface = pytest.importorskip("insightface")
@@ -72,11 +74,11 @@ def run(capsys, models_dir, tmp_path, monkeypatch):
 def generate(run, tmp_path):
     """Runs `generate`; gives what was said and the image, if there is one."""
 
-    def _generate(*rest: object, name: str = "picture.png") -> tuple[Said, np.ndarray | None]:
+    def _generate(*rest: object, name: str = "picture.png", **where: Path) -> tuple[Said, np.ndarray | None]:
         path = tmp_path / "pictures" / name
         path.unlink(missing_ok=True)
         given = ("--prompt", "a sailor", "--steps", 2, "--size", 64, "-o", path)
-        said = run("generate", *given, *rest)
+        said = run("generate", *given, *rest, **where)
         return said, np.asarray(Image.open(path)) if path.is_file() else None
 
     return _generate
@@ -141,6 +143,38 @@ def test_generate_with_a_mask(generate, tmp_path):
     assert abs(drawn["white"].astype(int) - whole).max() <= 1
     for other in (whole, plain):
         assert abs(drawn["half"].astype(int) - other).max() > 1
+
+
+def test_generate_with_a_control_net(generate, tmp_path):
+    """InstantID: its adapter half, without and with its other half, IdentityNet."""
+    from lib_pulid.hosts.diffusers import denoiser_of
+    from tests.reference import method_cases
+    from tests.small_models import methods as small
+
+    unet, models = denoiser_of(small_parts("sdxl")[0].pipeline), tmp_path / "models"
+    widths = [site.width for site in find_sites(unet).sites]
+    state = small.method_files(widths, token_width=TEXT_WIDTH, only=["instantid"])["instantid"]
+    adapter = small.write(tmp_path / "instantid.bin", state)
+
+    def drawn(*rest: object) -> tuple[int, str, np.ndarray | None]:
+        said, image = generate("--model", "tiny-sdxl", "--adapter", adapter, "--face", GROUP, *rest, models=models)
+        return said.status, said.out + said.err, image
+
+    status, said, alone = drawn()
+    assert status == 0 and "note: InstantID's ControlNet (IdentityNet) is missing" in said
+    status, said, _ = drawn("--identity-net", "0.8")
+    assert status == 1 and "IdentityNet) is missing" in said
+    (models / "pulid").mkdir(parents=True, exist_ok=True)
+    net = models / "pulid" / "control_instant_id_sdxl.safetensors"
+    save_file(method_cases.identity_net(unet).state_dict(), net)
+    status, said, both = drawn("--identity-net", "1.5")
+    assert status == 0 and "; ControlNet 1.5" in said and "note" not in said
+    assert not np.array_equal(both, alone)
+    status, said, off = drawn("--identity-net", "0")
+    assert status == 0 and np.array_equal(off, alone)
+    assert "; ControlNet 0.8" in drawn()[1]
+    status, said, _ = drawn("--identity-net", "3")
+    assert status == 1 and "--identity-net: 3.0 is out of range; use 0 to 2" in said
 
 
 def test_a_saved_identity_in_the_place_of_the_photo(run, generate, tmp_path):

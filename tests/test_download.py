@@ -30,7 +30,7 @@ from lib_pulid.files import catalog, download
 from lib_pulid.files.catalog import WeightFile
 from lib_pulid.files.download import Download, ProgressCallback, RetryPolicy, no_progress
 from tests import file_server
-from tests.file_server import FOREVER, chunked, cut, held, length, other_bytes, serving, slowly, stall, status, until
+from tests.file_server import FOREVER, chunked, cut, held, length, other_bytes, serving, slowly, status, until
 
 ROOT = Path(__file__).parents[1]
 DATA = random.Random(0).randbytes(500_000)
@@ -172,7 +172,7 @@ def test_nothing_that_cannot_be_checked_is_taken(server, wanted):
 
 
 def test_a_stall_is_noticed_and_overcome(server, wanted):
-    server.misbehave(stall(200_000, FOREVER))
+    server.misbehave(cut(200_000, FOREVER))
     notes = set()
     get(wanted, lambda done, total, note: notes.add(note), replace(QUICK, timeout=0.5, attempts=50))
     assert is_whole(wanted)
@@ -301,7 +301,7 @@ def ends(process: subprocess.Popen) -> tuple[int, str]:
 
 
 def test_two_processes_at_once_download_once(server, wanted):
-    server.misbehave(slowly(0.02))
+    server.misbehave(slowly)
     both = [run(program(wanted)) for _ in range(2)]
     assert [ends(process)[0] for process in both] == [0, 0]
     assert is_whole(wanted)
@@ -324,7 +324,7 @@ def test_threads_at_once_download_once(server, wanted):
 
 
 def test_killed_in_the_middle(server, wanted):
-    server.misbehave(stall(300_000, FOREVER))
+    server.misbehave(cut(300_000, FOREVER))
     process = run(program(wanted))
     until(lambda: wanted.part.is_file() and wanted.part.stat().st_size > 200_000)
     process.send_signal(signal.SIGKILL)
@@ -493,6 +493,7 @@ def test_buffalo_s_and_auraface_are_among_those_that_are_refused():
     sizes = {174_383_860: "buffalo_l", 13_616_099: "buffalo_s", 260_694_151: "AuraFace"}
     others = dict(catalog.named("glintr100.onnx").others)
     assert all(word in others[size] for size, word in sizes.items())
+    assert "antelopev2's glintr100.onnx" in dict(catalog.named("w600k_r50.onnx").others)[260_665_334]
 
 
 def test_damage_shows_when_a_file_is_read(one, tmp_path):
@@ -506,16 +507,6 @@ def test_damage_shows_when_a_file_is_read(one, tmp_path):
         catalog.fingerprint({"recogniser": path}, start_of_sum)
     put(path, b"a stand-in")  # another size: what it is shows when it is loaded
     assert catalog.fingerprint({"recogniser": path}, start_of_sum) == start_of_sum(path)
-
-
-def test_what_a_family_lacks(tmp_path, monkeypatch):
-    names = {file.name for file in catalog.missing("sdxl", tmp_path)}
-    assert names == {"pulid_v1.1.safetensors", *(file.name for file in catalog.in_group("encoders"))}
-    put(tmp_path / "pulid" / "pulid_v1.bin")
-    for file in catalog.in_group("encoders"):
-        put(tmp_path / file.folder / file.name)
-    assert catalog.missing("sdxl", tmp_path) == catalog.missing("", tmp_path) == ()
-    assert [file.name for file in catalog.missing("flux", tmp_path)] == ["pulid_flux_v0.9.1.safetensors"]
 
 
 def test_what_is_there_is_left_alone(one, server, tmp_path):

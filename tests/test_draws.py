@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lib_pulid.errors import NoFaceError, SettingError
-from lib_pulid.units import PulidUnit, parse_args
+from lib_pulid.units import PulidUnit
 from lib_pulid.webui.draws import IN_TURN, RANDOM, Draws
 from tests.fake_modules.models import same
 from tests.light_webui import PHOTOS, unit
@@ -92,14 +92,6 @@ def test_one_source_of_a_person():
         assert getattr(changed, *change) == next(iter(change.values()))
     assert PulidUnit(identity="Anna").changed({"draw": "in turn"}, 1).identity == ""
     assert PulidUnit(identity="Anna").changed({"draw": "off"}, 1).identity == "Anna"
-
-
-@pytest.mark.parametrize("value", ["/etc", "folder", True, 3, ["random"]])
-def test_nobody_names_a_folder(value):
-    with pytest.raises(SettingError, match="field draw"):
-        parse_args([{"draw": value}])
-    with pytest.raises(SettingError, match="there is no such field"):
-        parse_args([{"draw": "random", "folder": "/etc"}])
 
 
 def test_the_setting_is_closed_to_the_api(host):
@@ -221,11 +213,6 @@ def test_a_batch_has_one_person(allowed):
     p.batch_size = 2
     with pytest.raises(SettingError, match=PLACE + "a batch has one person: set the batch size to 1"):
         allowed.generate([{"draw": "random"}], p=p)
-
-
-def test_without_a_folder(host):
-    with pytest.raises(SettingError, match=PLACE + "no folder of photos to draw from is allowed"):
-        host.generate([{"draw": "random"}])
 
 
 def test_one_source_in_the_page(host):

@@ -31,9 +31,7 @@ def files(tmp_path) -> dict[str, Path]:
 
 @pytest.fixture
 def actions(host) -> Any:
-    from lib_pulid.webui.actions import Actions
-
-    return Actions(host.library, lambda name: "sdxl")
+    return host.actions()
 
 
 def drop(actions: Any, box: str, *paths: Path) -> str:

@@ -11,7 +11,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from lib_pulid import face_models, faces
-from lib_pulid.errors import MissingWeightsError, NoFaceError, PulidError, SettingError, WrongWeightsError
+from lib_pulid.errors import NoFaceError, PulidError, SettingError, WrongWeightsError
 from lib_pulid.face_models import (
     ArcFaceRecogniser,
     BiSeNetParser,
@@ -201,16 +201,6 @@ def test_fallback_equal_to_the_official_one(official, models):
     assert face.faces_found == 1
 
 
-def test_a_single_face(models):
-    face = read_face(single(), models)
-    assert np.hypot(*(centre(face.detection) - (140, 120))) < 4
-    assert face.notes == () and face.faces_found == 1
-    # The eyes' midpoint lands where the template has it, and the crop is RGB: magenta, its nose bluish.
-    assert face.aligned[300, 150].tolist() == [255, 0, 255]
-    assert face.aligned.dtype == np.uint8 and face.aligned.shape == (512, 512, 3)
-    assert (face.features[0, :, :60] == 1).all()  # the ellipse parser's background
-
-
 @pytest.mark.parametrize(("choice", "who"), [
     (FaceChoice(), "left"), (FaceChoice("largest", 1), "right"), (FaceChoice("smallest"), "middle"),
     (FaceChoice("left-to-right", 0), "left"), (FaceChoice("left-to-right", 2), "right"),
@@ -350,14 +340,6 @@ def test_each_label_is_white_or_grey():
     assert torch.equal(row[0], row[1]) and torch.equal(row[0], row[2])
     expected = [1.0 if label in OFFICIAL_WHITE else 0.299 for label in range(19)]
     torch.testing.assert_close(row[0], torch.tensor(expected))
-
-
-def test_missing_files_are_named(files, tmp_path):
-    for field in ("detector", "recogniser", "landmarker", "parser"):
-        gone = tmp_path / getattr(files, field).name
-        with pytest.raises(MissingWeightsError) as error:
-            load_face_models(replace(files, **{field: gone}))
-        assert gone.name in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_wrong_and_truncated_files_are_named(files, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib_pulid import hosts
-from lib_pulid.errors import SettingError, UnsupportedModelError
+from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.hosts.base import Progress
 from tests.fake_modules import installed
 from tests.fake_modules.a1111 import Denoiser, P, sample
@@ -71,13 +71,6 @@ def test_rows_of_tiles_that_repeat_the_stack(p):
     assert seen == [[True, False, True, False]] * 2
 
 
-def test_masks_in_tiles_are_refused(p):
-    """Tiled Diffusion calls the UNet with parts that do not tell where they lie."""
-    unet = begin(p, RandomPlan(mask=torch.ones(4, 4)))
-    with pytest.raises(SettingError, match="Field mask: .*Tiled Diffusion"):
-        unet(torch.zeros(2, 4, 8, 4), None, text(77, 1, 2))
-
-
 def test_asks_once_for_each_pass(p):
     plan = RandomPlan()
     host().start(p, plan)
@@ -85,18 +78,6 @@ def test_asks_once_for_each_pass(p):
     p.is_hr_pass = True
     sample(p, text(), text(seed=2), hw=(16, 16))
     assert plan.asked == [("some-sdxl", "sdxl", False), ("some-sdxl", "sdxl", True)]
-
-
-def test_looks_at_a_unet_once(p, monkeypatch):
-    """Not before every call of the sampler: it goes through all of its layers."""
-    seen, look = [], host().loaded_model
-    monkeypatch.setattr(host(), "loaded_model", lambda p: seen.append(p) or look(p))
-    host().start(p, RandomPlan())
-    sample(p, text(), text(seed=2), steps=5)
-    assert len(seen) == 1
-    p.sd_model = P(small_unet(seed=3)).sd_model  # as a refiner comes
-    sample(p, text(), text(seed=2), steps=5)
-    assert len(seen) == 2
 
 
 def test_refuses_when_the_layers_do_not_run(p):

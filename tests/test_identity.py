@@ -235,18 +235,6 @@ def test_v1_fusion(made, fusion, kept):
     assert identity.cond.shape == (1, 10 + 2 * kept, TOKEN_WIDTH)
 
 
-@pytest.mark.parametrize("name", ["v1.1", "flux"])
-def test_fusion_in_the_encoder(made, name):
-    adapter = made[name]
-    identity = encode_identity(PHOTOS, adapter)
-    hidden = tuple(torch.cat([p.vit_hidden[i] for p in PHOTOS], dim=1) for i in range(5))
-    together = FaceFeatures(torch.stack([p.id_cond for p in PHOTOS], dim=1), hidden)
-    assert together.id_cond.shape == (1, 3, ID_COND)
-    assert torch.equal(identity.cond, tokens(adapter, together))
-    assert torch.equal(identity.uncond, tokens(adapter, nothing(PHOTOS[0])))
-    assert identity.cond.shape == (1, 32, TOKEN_WIDTH)
-
-
 @pytest.mark.parametrize("name", ["v1", "v1.1", "flux"])
 def test_average(made, name):
     adapter = made[name]
@@ -314,16 +302,11 @@ def test_an_identity_of_other_weights_is_refused(made, tmp_path):
         identity = Identity.load(encode_identity(PHOTOS[:1], adapter).save(tmp_path / f"saved_{name}.safetensors"))
         compile_injection(adapter, identity)
         words = (
-            f"made with {adapter.label} .*{adapter.fingerprint}.*{name}_9.safetensors is .*{others[name].fingerprint}"
+            f"made with {adapter.label} .*{adapter.fingerprint}.*{name}_9.safetensors is .*{others[name].fingerprint}.*"
+            "Make it again from the photo"
         )
         with pytest.raises(IdentityMismatchError, match=words):
             compile_injection(others[name], identity)
-
-
-def test_an_identity_of_another_version_is_refused(made):
-    identity = encode_identity(PHOTOS[:1], made["v1"])
-    with pytest.raises(IdentityMismatchError, match="Make it again from the photo"):
-        compile_injection(made["v1.1"], identity)
 
 
 def test_tokens_of_another_width_are_refused(made):

@@ -86,13 +86,6 @@ def test_palettes_with_and_without_transparency():
     np.testing.assert_array_equal(load_image(data), np.where(hidden[:, :, None], 255, opaque))
 
 
-def test_grey_and_rgb_png_with_a_transparent_colour():
-    grey = Image.fromarray(np.array([[10, 200]], np.uint8))
-    assert load_image(encoded(grey, transparency=10))[0, :, 0].tolist() == [255, 200]
-    rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
-    assert load_image(encoded(rgb, transparency=(1, 2, 3)))[0].tolist() == [[255] * 3, [4, 5, 6]]
-
-
 def chunk(kind: bytes, data: bytes) -> bytes:
     """A part of a PNG file."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -120,7 +113,9 @@ def test_the_transparent_grey_of_every_depth(depth, clear):
         np.testing.assert_allclose(load_image(data, background=background)[0, :, 0], shown, atol=1)
 
 
-def test_the_transparent_colour_of_16_bits():
+def test_the_transparent_colour_of_8_and_16_bits():
+    rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    assert load_image(encoded(rgb, transparency=(1, 2, 3)))[0].tolist() == [[255] * 3, [4, 5, 6]]
     row = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x1234, 0x5678, 0x0000)
     data = png(16, 2, b"\0" + row, struct.pack(">3H", 0x1234, 0x5678, 0x9ABC))
     assert load_image(data)[0].tolist() == [[255] * 3, [0x12, 0x56, 0]]
@@ -142,12 +137,16 @@ def test_a_palette_with_alpha_of_its_own():
         assert load_image(one)[0].tolist() == [[200, 50, 20], [255] * 3]
 
 
+WHITE_IS_ZERO = "white is zero, "
 WIDE = {  # what the values 0, 51, 255 are in a file of that kind
     "int32 of 8 bits": np.array([[0, 51, 255]], np.int32), "uint32 of 8 bits": np.array([[0, 51, 255]], np.uint32),
     "uint16 of 8 bits": np.array([[0, 51, 255]], np.uint16), "int16 of 8 bits": np.array([[0, 51, 255]], np.int16),
     "int32 of 16": np.array([[0, 13107, 65535]], np.int32), "uint16": np.array([[0, 13107, 65535]], np.uint16),
     "int16": np.array([[0, 6553, 32767]], np.int16), "uint32": np.array([[0, 858993459, 4294967295]], np.uint32),
     "int32": np.array([[0, 429496729, 2147483647]], np.int32), "float": np.array([[0, 0.2, 1]], np.float32),
+    WHITE_IS_ZERO + "uint16 of 8 bits": np.array([[255, 204, 0]], np.uint16),
+    WHITE_IS_ZERO + "uint16": np.array([[65535, 52428, 0]], np.uint16),
+    WHITE_IS_ZERO + "float": np.array([[1, 0.8, 0]], np.float32),
 }  # fmt: skip
 
 
@@ -155,18 +154,8 @@ WIDE = {  # what the values 0, 51, 255 are in a file of that kind
 def test_wide_greyscale_tiff(kind):
     tifffile = pytest.importorskip("tifffile")
     buffer = io.BytesIO()
-    tifffile.imwrite(buffer, WIDE[kind])
+    tifffile.imwrite(buffer, WIDE[kind], photometric="miniswhite" if WHITE_IS_ZERO in kind else None)
     np.testing.assert_allclose(load_image(buffer.getvalue())[0, :, 0], [0, 51, 255], atol=1)
-
-
-@pytest.mark.parametrize(
-    "values", [np.uint16([[0, 51, 255]]), np.uint16([[0, 13107, 65535]]), np.float32([[0, 0.2, 1]])]
-)
-def test_a_tiff_in_which_white_is_zero(values):
-    tifffile = pytest.importorskip("tifffile")
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, values, photometric="miniswhite")
-    np.testing.assert_allclose(load_image(buffer.getvalue())[0, :, 0], [255, 204, 0], atol=1)
 
 
 @pytest.mark.parametrize("values", [

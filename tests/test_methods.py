@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lib_pulid import methods
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError, WrongWeightsError
-from lib_pulid.faces import CROP_LANDMARKS, Detection, FaceModels
 from lib_pulid.files.pickle_header import read_pickle_header
 from lib_pulid.hosts.diffusers import apply
 from lib_pulid.hosts.diffusers_control import identity_net
@@ -27,16 +26,19 @@ from lib_pulid.identity_net import draw_points
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.lora import Lora
 from lib_pulid.photos import Encoders, IdentityCache, make_identity
-from lib_pulid.projectors import FacePlusProjection, FaceProjection, ImageProjection, Resampler
+from lib_pulid.projectors import FaceProjection, ImageProjection, Resampler
 from lib_pulid.readings import FaceFeatures
 from lib_pulid.sites import find_sites
 from lib_pulid.weights import Adapter, load_adapter
 from tests import layouts
 from tests.fake_modules.models import count_hooks
+from tests.light_webui import Detector, Recogniser, face_models
 from tests.reference import cases
 from tests.reference import method_cases as official
 from tests.small_models import TOKEN_WIDTH
 from tests.small_models import methods as small
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 PROJECTOR, EFFECT = 1e-5, 1e-3  # relative errors: of a projector, and of what is added to a whole UNet's output
 REFERENCE = load_file(Path(__file__).parent / "reference" / "methods.safetensors")
@@ -47,12 +49,6 @@ FILES = small.method_files(WIDTHS)
 def relative(ours: Tensor, official: Tensor) -> float:
     assert ours.shape == official.shape
     return ((ours - official).norm() / official.norm()).item()
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture
@@ -186,32 +182,26 @@ def filled(module: torch.nn.Module, seed: int) -> dict[str, Tensor]:
     return cases.fill(module, seed).state_dict()
 
 
-def test_resampler_of_a_face():
-    state = filled(small.resampler(official.FACE, official.WIDTH), 31)
-    assert relative(Resampler.from_state_dict(state)(official.embedding()), REFERENCE["resampler_face"]) < PROJECTOR
+PROJECTORS = {
+    "resampler_face": (small.resampler(official.FACE, official.WIDTH), [official.embedding()]),
+    "resampler_plus": (small.resampler(official.PATCH, official.WIDTH), [official.patches()]),
+    "image_projection": (ImageProjection(official.IMAGE, official.WIDTH, official.TOKENS), [official.image()]),
+    "face_projection": (
+        FaceProjection(official.FACE, 2 * official.FACE, official.WIDTH, official.TOKENS),
+        [official.embedding()],
+    ),
+    "face_projection_plus": (
+        small.face_plus(official.PLUS_WIDTH, official.PATCH),
+        [official.embedding(), official.patches()],
+    ),
+}
 
 
-def test_resampler_of_patches():
-    state = filled(small.resampler(official.PATCH, official.WIDTH), 32)
-    assert relative(Resampler.from_state_dict(state)(official.patches()), REFERENCE["resampler_plus"]) < PROJECTOR
-
-
-def test_image_projection():
-    state = filled(ImageProjection(official.IMAGE, official.WIDTH, official.TOKENS), 33)
-    ours = ImageProjection.from_state_dict(state)(official.image())
-    assert relative(ours, REFERENCE["image_projection"]) < PROJECTOR
-
-
-def test_face_projection():
-    state = filled(FaceProjection(official.FACE, 2 * official.FACE, official.WIDTH, official.TOKENS), 34)
-    ours = FaceProjection.from_state_dict(state)(official.embedding())
-    assert relative(ours, REFERENCE["face_projection"]) < PROJECTOR
-
-
-def test_face_projection_plus():
-    state = filled(small.face_plus(official.PLUS_WIDTH, official.PATCH), 35)
-    ours = FacePlusProjection.from_state_dict(state)(official.embedding(), official.patches())
-    assert relative(ours, REFERENCE["face_projection_plus"]) < PROJECTOR
+@pytest.mark.parametrize(("seed", "name"), enumerate(PROJECTORS, 31))
+def test_projectors(seed, name):
+    made, inputs = PROJECTORS[name]
+    ours = type(made).from_state_dict(filled(made, seed))(*inputs)
+    assert relative(ours, REFERENCE[name]) < PROJECTOR
 
 
 def whole_unet_adapter(path: Path, unet: torch.nn.Module, kind: str, seed: int) -> Adapter:
@@ -314,15 +304,6 @@ def test_settings_that_a_method_does_not_have(adapters, given):
     identity = encode_identity([photo(1)], adapters["instantid"])
     with pytest.raises(SettingError, match=f"InstantID has no {next(iter(given))}"):
         compile_injection(adapters["instantid"], identity, **given)
-
-
-def test_off_is_bit_identical(unet, instantid):
-    off = layouts.run_unet(unet)
-    identity = Identity(*official.tokens(16))
-    for settings in ({"weight": 0.0}, {"start": 0.5}):
-        with inject(unet, [compile_injection(instantid, identity, **settings)], STEP):
-            assert torch.equal(layouts.run_unet(unet), off)
-    assert torch.equal(layouts.run_unet(unet), off)
 
 
 # ---------------------------------------------------------------- FaceID's LoRA
@@ -507,25 +488,8 @@ def test_another_clip_is_named(tmp_path, what):
 # ---------------------------------------------------------------- photos
 
 
-class Seer:
-    """A face detector and recognizer; faces look at what they are given."""
-
-    def __init__(self) -> None:
-        self.sizes: list[tuple[int, ...]] = []
-
-    def detect(self, image_bgr: np.ndarray) -> list[Detection]:
-        self.sizes.append(image_bgr.shape[:2])
-        landmarks = CROP_LANDMARKS * (min(image_bgr.shape[:2]) / 512)
-        return [Detection(np.array([0, 0, 100, 100], np.float32), landmarks.astype(np.float32), 0.9)]
-
-    def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
-        return np.cos(np.arange(512) * image_bgr.mean() / 255).astype(np.float32)
-
-
 def made_of(adapter: Adapter, photos, clip=None, **settings) -> Identity:
-    seer = Seer()
-    faces = FaceModels(seer, seer, None, None) if "detector" in adapter.method.reads else None
-    encoders = Encoders(faces, clip)
+    encoders = Encoders(face_models() if "detector" in adapter.method.reads else None, clip)
     return make_identity(photos, adapter, encoders=lambda: encoders, encoders_id="e", cache=IdentityCache(), **settings)
 
 
@@ -534,7 +498,7 @@ COLOURS = np.random.RandomState(2).randint(0, 256, (300, 400, 3), np.uint8)
 
 def test_face_id_reads_the_normalized_embedding(adapters):
     adapter = adapters["face_id"]
-    embedding = torch.from_numpy(Seer().embed(COLOURS[:, :, ::-1], None))[None]
+    embedding = torch.from_numpy(Recogniser().embed(COLOURS[:, :, ::-1], None))[None]
     wanted = adapter.encoder(embedding / embedding.norm())
     assert torch.allclose(made_of(adapter, [COLOURS]).cond, wanted, atol=1e-5)
     raw = made_of(adapters["portrait_unnorm"], [COLOURS])
@@ -547,10 +511,10 @@ def test_face_id_plus_sees_the_aligned_face(adapters, clip):
 
     from lib_pulid.clip_vision import clip_input
 
-    adapter, seer = adapters["face_id_plus"], Seer()
+    adapter = adapters["face_id_plus"]
     bgr = np.ascontiguousarray(COLOURS[:, :, ::-1])
-    crop = norm_crop(bgr, seer.detect(bgr)[0].landmarks, image_size=224)
-    embedding = torch.from_numpy(seer.embed(bgr, None))[None]
+    crop = norm_crop(bgr, Detector().detect(bgr)[0].landmarks, image_size=224)
+    embedding = torch.from_numpy(Recogniser().embed(bgr, None))[None]
     unit = embedding / embedding.norm()
     identity = made_of(adapter, [COLOURS], clip)
     wanted = adapter.encoder(unit, clip(clip_input(crop), pooled=False))
@@ -574,13 +538,12 @@ def test_another_image_encoder_is_refused(tmp_path, adapters):
             made_of(adapters[kind], [COLOURS], load_clip_vision(tmp_path / "clip.bin"))
 
 
-def test_photos_keep_their_size_where_the_official_code_keeps_it(adapters):
-    for kind, side in (("instantid", 1280), ("face_id", 2000)):
-        seer = Seer()
-        encoders = Encoders(FaceModels(seer, seer, None, None), None)
-        photo = np.full((1000, 2000, 3), 90, np.uint8)
-        make_identity([photo], adapters[kind], encoders=lambda: encoders, encoders_id="", cache=IdentityCache())  # noqa: B023
-        assert seer.sizes[0][1] == side
+def test_photos_keep_their_size_where_the_official_code_keeps_it(adapters, monkeypatch):
+    sizes, detect = [], Detector.detect
+    monkeypatch.setattr(Detector, "detect", lambda self, image: sizes.append(image.shape[1]) or detect(self, image))
+    for kind in ("instantid", "face_id"):
+        made_of(adapters[kind], [np.full((1000, 2000, 3), 90, np.uint8)])
+    assert sizes == [1280, 1280, 2000, 2000]  # for the detector, and for the landmarks
 
 
 # ---------------------------------------------------------------- a second witness

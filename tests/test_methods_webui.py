@@ -113,15 +113,14 @@ def test_two_methods_in_one_image(host, files):
     assert not same(images, host.generate(both[1:], "sdxl"))
 
 
-@pytest.mark.parametrize("given", [{"projection": "ortho"}, {"num_zero": 3}, {"preset": "style"}, {"lora_weight": 0.5}])
-def test_a_setting_that_the_method_does_not_have(host, files, given):
-    with pytest.raises(SettingError, match=": InstantID for SDXL has no such setting"):
-        host.generate([unit("anna", model=FILES["instantid"], **given)], "sdxl")
-
-
-def test_lora_strength_with_pulid(host, files):
-    with pytest.raises(SettingError, match=": PuLID v1 for SDXL has no such setting"):
-        host.generate([unit("anna", lora_weight=0.5)], "sdxl")
+@pytest.mark.parametrize(("kind", "label", "given"), [
+    ("instantid", "InstantID", {"projection": "ortho"}), ("instantid", "InstantID", {"num_zero": 3}),
+    ("instantid", "InstantID", {"preset": "style"}), ("instantid", "InstantID", {"lora_weight": 0.5}),
+    ("auto", "PuLID v1", {"lora_weight": 0.5}), ("auto", "PuLID v1", {"identity_net": 0.5}),
+])  # fmt: skip
+def test_a_setting_that_the_method_does_not_have(host, files, kind, label, given):
+    with pytest.raises(SettingError, match=f"field {min(given)}: {label} for SDXL has no such setting"):
+        host.generate([unit("anna", model=FILES.get(kind, kind), **given)], "sdxl")
 
 
 def test_the_pages_hidden_settings_are_no_error(host, files):
@@ -168,16 +167,6 @@ def test_only_its_own_files_are_needed(host, files):
     finally:
         for path in (folder, buffalo):
             path.with_suffix(".away").rename(path)
-
-
-def test_the_other_recognizer_under_its_name_is_refused(tmp_path):
-    path = tmp_path / "insightface/models/buffalo_l/w600k_r50.onnx"
-    path.parent.mkdir(parents=True)
-    with path.open("wb") as file:
-        file.truncate(260_665_334)
-    status = catalog.status(catalog.named("w600k_r50.onnx"), tmp_path)
-    assert not status.usable
-    assert "antelopev2's glintr100.onnx, not w600k_r50.onnx" in status.problem
 
 
 # ---------------------------------------------------------------- the page, the API's lists, the parameters
@@ -251,7 +240,7 @@ def test_every_method_can_be_had():
     """Its file and what reads photos for it are in the catalog, under its license."""
     roles = {file.role for file in catalog.CATALOG}
     for method in methods.METHODS:
-        assert set(method.reads) <= roles, method.label
+        assert {*method.reads, *filter(None, [method.control])} <= roles, method.label
     for name in FILES.values():
         file = catalog.named(name)
         assert file.restricted == (file.source != "h94/IP-Adapter"), name

@@ -85,7 +85,8 @@ def no_network(monkeypatch):
 
 
 ADDRESSES = ["http://127.0.0.1:9/x.png", "https://example.com/anna.safetensors", "file:///etc/passwd", "/etc/passwd",
-             "../../secret", "//host/share", "\\\\host\\share", "hf://owner/name", "~root"]  # fmt: skip
+             "../../secret", "//host/share", "\\\\host\\share", "hf://owner/name", "~root", "passwd.png",
+             "data:text/plain,/etc/passwd"]  # fmt: skip
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
@@ -101,7 +102,8 @@ def test_no_address_is_fetched_and_no_file_outside_is_opened(ui, script, one, no
     unit = {} if field in ("images", "identity") else {"images": [one]}
     unit[field] = [address] if field == "images" else address
     monkeypatch.setattr("builtins.open", noted)
-    with pytest.raises(PulidError, match=f"PuLID unit 1, field {field}: "):
+    told = ".*Paths and URLs are never opened" if field in ("images", "mask") else ""
+    with pytest.raises(PulidError, match=f"PuLID unit 1, field {field}: {told}"):
         ui.generate(script, Generation(), [unit])
     assert not [name for name in opened if "passwd" in name or "secret" in name or "share" in name]
 

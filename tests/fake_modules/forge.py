@@ -50,12 +50,13 @@ class ControlModel(nn.Module):
     """Forge's network of an SDXL ControlNet: here that of diffusers, with Forge's arguments and results."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
-        from tests.small_models.methods import identity_net
+        from tests.small_models.methods import empty_identity_net
 
         super().__init__()
         width, text = state["conv_in.weight"].shape[0], state[_TEXT].shape[1]
-        self.net, self.model_channels, self.dtype = identity_net(width, text), width, torch.float32
-        self.net.load_state_dict(state)
+        self.net, self.model_channels, self.dtype = empty_identity_net(width, text), width, torch.float32
+        self.net.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+        self.net.requires_grad_(False)
         self.net.add_time_proj = nn.Identity()  # Forge's y has the sizes as sinusoids
 
     def forward(self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,14 +54,9 @@ class UNet(nn.Module):
         x: Tensor,
         timesteps: Tensor | None = None,
         context: Tensor | None = None,
-        control: dict[str, list[Tensor]] | None = None,
         **_: Any,
     ) -> Tensor:
-        """control: Forge's ControlNets' residuals, which it uses up."""
         h = self.first(x.flatten(2).transpose(1, 2))
-        for part in (control or {}).values():
-            while part:
-                h = h + 0.3 * part.pop().mean((1, 2, 3))[:, None, None].tanh()
         for part in (self.input_blocks, self.middle_block, self.output_blocks):
             for block in part:
                 h = block(h, context)
@@ -122,10 +117,13 @@ class SkipUNet(nn.Module):
         timesteps: Tensor | None = None,
         context: Tensor | None = None,
         added: Sequence[Tensor] = (),
+        control: Mapping[str, Sequence[Tensor]] | None = None,
         **_: Any,
     ) -> Tensor:
-        """added: residuals of ControlNets, that of the middle block last."""
+        """added: residuals of ControlNets, that of the middle block last. control: the same, as Forge hands them."""
         h, skips = x, []
+        if control is not None:
+            added = [*control["output"], *control["middle"]]
         for block in self.input_blocks:
             skips.append(h := block(h, None, context))
         h = self.middle_block(h, None, context)

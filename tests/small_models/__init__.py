@@ -97,10 +97,13 @@ def id_encoder(output_dim: int = TOKEN_WIDTH, vit_width: int = TOWER_WIDTH, hidd
     return IDEncoder([ID_COND, hidden, hidden, 5 * output_dim], [vit_width, vit_width, vit_width, output_dim])
 
 
-def id_former(output_dim: int = TOKEN_WIDTH, vit_width: int = TOWER_WIDTH, dim: int = 64) -> IDFormer:
+def id_former(
+    output_dim: int = TOKEN_WIDTH, vit_width: int = TOWER_WIDTH, dim: int = 64, hidden: int = 256, depth: int = 10,
+    num_queries: int = 32,
+) -> IDFormer:  # fmt: skip
     return IDFormer(
-        dim=dim, depth=10, inner_dim=2 * HEAD_DIM, ff_dim=4 * dim, num_queries=32, output_dim=output_dim,
-        id_mapping=[ID_COND, 256, 256, 5 * dim], mapping=[vit_width, vit_width, vit_width, dim],
+        dim=dim, depth=depth, inner_dim=2 * HEAD_DIM, ff_dim=4 * dim, num_queries=num_queries, output_dim=output_dim,
+        id_mapping=[ID_COND, hidden, hidden, 5 * dim], mapping=[vit_width, vit_width, vit_width, dim],
     )  # fmt: skip
 
 

@@ -58,11 +58,14 @@ def open_small_workshop(real: Callable[..., Workshop]) -> Callable[..., Workshop
         if not model.startswith("tiny-"):
             return real(model, models_dir, pulid, device)
         base, adapter, tower = small_parts(model[5:])
+        if pulid is not None:  # of a method without a tower
+            adapter, tower = load_adapter(pulid), None
 
         def encoders() -> Encoders:
             return Encoders(miniature.face_models(), tower)
 
-        return Workshop(base, adapter, encoders, "small", IdentityCache(models_dir / "pulid" / "cache"))
+        cache = IdentityCache(models_dir / "pulid" / "cache")
+        return Workshop(base, adapter, encoders, "small", cache, models_dir=models_dir)
 
     return open_workshop
 

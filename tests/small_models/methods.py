@@ -92,17 +92,23 @@ def method_files(
 
 def identity_net(channels: int = 32, text_width: int = TOKEN_WIDTH) -> ControlNetModel:
     """A ControlNet in the real file's layout and depth, without its width. Layers that are zero at first are filled."""
+    net = empty_identity_net(channels, text_width)
+    net.load_state_dict(random_weights(net.state_dict(), 33), assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def empty_identity_net(channels: int, text_width: int) -> ControlNetModel:
+    """Without memory, to be loaded with `assign`."""
     from diffusers import ControlNetModel
 
     widths = [channels * factor for factor in (1, 2, 4)]
-    net = ControlNetModel(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), block_out_channels=widths,
-        layers_per_block=2, transformer_layers_per_block=[1, 2, 10], cross_attention_dim=text_width,
-        attention_head_dim=[max(1, width // HEAD_DIM) for width in widths], use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=POOLED,
-    )  # fmt: skip
-    net.load_state_dict(random_weights(net.state_dict(), 33))
-    return net.eval().requires_grad_(False)
+    with torch.device("meta"):
+        return ControlNetModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), block_out_channels=widths,
+            layers_per_block=2, transformer_layers_per_block=[1, 2, 10], cross_attention_dim=text_width,
+            attention_head_dim=[max(1, width // HEAD_DIM) for width in widths], use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=POOLED,
+        )  # fmt: skip
 
 
 def clip_vision(width: int = CLIP_WIDTH, image: int = CLIP_IMAGE, depth: int = 3) -> dict[str, Tensor]:
