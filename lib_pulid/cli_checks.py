@@ -46,10 +46,7 @@ def checked(arguments: argparse.Namespace) -> PulidUnit:
 
 def check_faces(arguments: argparse.Namespace) -> PulidUnit:
     """Checks photos, PuLID file and settings."""
-    names = ("weight", "projection", "num_zero", "start", "end", "start_step", "face_order", "face_index", "fusion",
-             "lora_weight", "identity_net")  # fmt: skip
-    values = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    unit = in_words(lambda: PulidUnit.from_mapping(values, 0))
+    unit = in_words(lambda: PulidUnit.from_mapping({name: getattr(arguments, name) for name in arguments.settings}, 0))
     for path in arguments.face:
         load_image(path)
     if arguments.pulid is not None and not disk.is_file(arguments.pulid):

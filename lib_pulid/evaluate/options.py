@@ -14,15 +14,21 @@ OF_A_METHOD = ("preset", "projection", "num_zero", "start", "end", "start_step")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments, besides --models-dir."""
-    _add_methods(parser)
+    """Adds the command's arguments, besides --models-dir and --device."""
     add = parser.add_argument
-    add(
-        "--faces",
-        type=Path,
-        help="folder with one photo, or a subfolder of photos, per person; in a subfolder, the first photo is the "
-        "reference (default with the miniature: drawn people not seen in training)",
+    add("--model", default="miniature", help="single-file SDXL checkpoint, diffusers folder, or miniature")
+    files = (
+        "PuLID file, or another method's; repeat it to compare. Files of one NAME are trainings of one method, "
+        "with error bars"
     )
+    add("--pulid", "--adapter", action="append", default=[], metavar="[NAME=]FILE", help=files)
+    variants = f"settings to compare ({', '.join(OF_A_METHOD)}); repeat it. Example: loose:projection=ortho,num_zero=16"
+    add("--variant", action="append", default=[], metavar="NAME:FIELD=VALUE,...", help=variants)
+    faces = (
+        "folder with one photo, or a subfolder of photos, per person; in a subfolder, the first photo is the "
+        "reference (default with the miniature: drawn people not seen in training)"
+    )
+    add("--faces", type=Path, help=faces)
     add("--people", type=int, default=64, help="number of drawn people, without --faces")
     add("--prompts", type=Path, help="text file with one prompt per line (default: a built-in list, or new scenes)")
     add("--each", type=int, help="prompts per person, in turn (default: 4, or 1 for drawn people)")
@@ -31,39 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="denoising steps (default: as generate)")
     add("--size", type=int, help="side in pixels (default: as generate)")
     add("--guidance", type=float, help="CFG on SDXL, distilled guidance on FLUX (default: as generate)")
-    add(
-        "--judge",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="another recognizer as ONNX (buffalo_l's w600k_r50.onnx), facenet, or facenet=FILE; repeat it for several",
-    )
+    judges = "another recognizer as ONNX (buffalo_l's w600k_r50.onnx), facenet, or facenet=FILE; repeat it for several"
+    add("--judge", action="append", default=[], metavar="FILE", help=judges)
     add("--clip", help="for CLIP-T and CLIP-I: a transformers folder, or open_clip's ViT-L-14=FILE")
-    add("--device", default="auto", help="auto (the GPU, if torch can use one), cpu, cuda, cuda:1 ...")
     add("--save-images", action="store_true", help="also write all images to the folder")
     add("--json", action="store_true", help="print the results as JSON instead of tables")
     add("-o", "--out", type=Path, default=Path("outputs/evaluate"), help="folder for table.md, results.json, plot.png")
-
-
-def _add_methods(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", default="miniature", help="single-file SDXL checkpoint, diffusers folder, or miniature")
-    add(
-        "--pulid",
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="[NAME=]FILE",
-        help="PuLID file, or another method's; repeat it to compare. Files of one NAME are trainings of one method, "
-        "with error bars",
-    )
-    add(
-        "--variant",
-        action="append",
-        default=[],
-        metavar="NAME:FIELD=VALUE,...",
-        help=f"settings to compare ({', '.join(OF_A_METHOD)}); repeat it. Example: loose:projection=ortho,num_zero=16",
-    )
 
 
 def check(arguments: argparse.Namespace) -> list[float]:
