@@ -47,12 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> list[float]:
     """Checks the arguments. Returns the weights in order."""
-    from lib_pulid import disk, fields
+    from lib_pulid import fields
 
-    for name, least in (("people", 1), ("each", 1), ("seeds", 1), ("steps", 1)):
+    for name in ("people", "each", "seeds", "steps"):
         value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise SettingError(f"--{name} is {value}; it has to be {least} or more.")
+        if value is not None and value < 1:
+            raise SettingError(f"--{name} is {value}; it has to be 1 or more.")
     if arguments.size is not None and (arguments.size < 64 or arguments.size % 16):
         raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16, 64 or more.")
     if disk.is_file(arguments.out):
@@ -85,17 +85,10 @@ def variant(text: str) -> tuple[str, dict[str, Any]]:
         field = fields.field_named(key, 0)
         if key not in OF_A_METHOD:
             raise SettingError(f"--variant {name}: {key} cannot be compared; use {', '.join(OF_A_METHOD)}.")
-        try:
-            found = fields.check(field, _number(value) if field.kind in ("int", "float") else value, 0)
-        except ValueError as error:
-            raise SettingError(f"--variant {name}: {error}") from None
+        given: Any = value
+        if field.kind in ("int", "float"):
+            with contextlib.suppress(ValueError):
+                given = int(float(value)) if float(value).is_integer() else float(value)
+        found = fields.check(field, given, 0)
         settings |= fields.preset_values(found) if key == "preset" else {key: found}
     return name, settings
-
-
-def _number(text: str) -> int | float | str:
-    """Converts a text to a number if it is one."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
