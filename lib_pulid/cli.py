@@ -66,16 +66,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sd-webui-pulid {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_generate, _add_embed, _add_blend, _add_evaluate, _add_doctor, _add_models, _add_bench):
+    for add in (_add_demo, _add_generate, _add_embed, _add_blend, _add_evaluate, _add_models, _add_bench):
         add(commands)
+    _command(commands, "doctor", cli_commands.run_doctor, "check packages, GPU and files, and say what to do")
     return parser
 
 
 def _command(commands, name: str, run, help: str, description: str = "") -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=description or help, formatter_class=_Formatter)
     parser.set_defaults(run=run)
+    models_dir = disk.user_path(os.environ.get(catalog.MODELS_DIR_VARIABLE, "").strip() or "models").absolute()
     where = f"folder with the weights; ${catalog.MODELS_DIR_VARIABLE} sets the default"
-    parser.add_argument("--models-dir", type=_path, default=catalog.default_models_dir(), help=where)
+    parser.add_argument("--models-dir", type=_path, default=models_dir, help=where)
     return parser
 
 
@@ -157,10 +159,6 @@ def _add_evaluate(commands) -> None:
     parser = _command(commands, "evaluate", cli_commands.run_evaluate, text, where)
     add_arguments(parser)
     _add_device(parser)
-
-
-def _add_doctor(commands) -> None:
-    _command(commands, "doctor", cli_commands.run_doctor, "check packages, GPU and files, and say what to do")
 
 
 def _add_models(commands) -> None:
