@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 LONGEST_SIDE = 1000  # pixels: a preview of this size is as good as the photo, which is shrunk to 1024 anyway
@@ -63,7 +64,9 @@ def camera_file(data: Content) -> CameraFile | None:
     try:
         pages = list(_pages(data)) if head[:2] in (b"II", b"MM") else []
         raw = _is_raw(head, pages)
-        if not raw and not _begins_reduced(pages):
+        # Or the first page is marked as a smaller copy, and a larger or unreadable page follows.
+        is_reduced = bool(pages) and pages[0].get(_REDUCED, 0) & 1
+        if not raw and not (is_reduced and any(not page or _area(page) > _area(pages[0]) for page in pages[1:])):
             return None
         return _sorted(data, pages, raw)
     except (struct.error, ValueError, KeyError, IndexError):
@@ -80,32 +83,24 @@ def _is_raw(head: bytes, pages: Sequence[Mapping[int, int]]) -> bool:
     )
 
 
-def _begins_reduced(pages: Sequence[Mapping[int, int]]) -> bool:
-    """Whether the first page is marked as a smaller copy, and a larger or unreadable page follows."""
-    if not pages or not pages[0].get(_REDUCED, 0) & 1:
-        return False
-    return any(not page or _area(page) > _area(pages[0]) for page in pages[1:])
-
-
 def _sorted(data: Content, pages: Sequence[Mapping[int, int]], raw: bool) -> CameraFile:
     orientation = pages[0].get(_ORIENTATION, 1) if pages else _heif_orientation(data)
     shown = [page for page in pages if page.get(_PHOTOMETRIC) in _SHOWN or not raw]
     found = [
-        ((page[_WIDTH], page[_HEIGHT]), page[0], _as_first)
+        ((page[_WIDTH], page[_HEIGHT]), partial(_as_first, data, page[0]))
         for page in shown
         if _area(page) and (page.get(_COMPRESSION, 1) in _READABLE or not raw)
     ]
     if raw:
-        found += [(size, at, _from) for at, size in _streams(data)]
+        found += [(size, partial(data.__getitem__, slice(at, len(data)))) for at, size in _streams(data)]
     found.sort(key=lambda one: -one[0][0] * one[0][1])
     whole = max((max(page[_WIDTH], page[_HEIGHT]) for page in pages if _area(page)), default=0)
-    photos = [page for page in pages if page.get(_PHOTOMETRIC) in _SENSOR or not page.get(_REDUCED, 0) & 1]
+    photos = (page for page in pages if page.get(_PHOTOMETRIC) in _SENSOR or not page.get(_REDUCED, 0) & 1)
     photo_known = any(map(_area, photos))
     enough = min(LONGEST_SIDE, whole / 2) if photo_known and whole else SHORTEST_SIDE
     large = [one for one in found if max(one[0]) >= enough][:_TRIED]
-    small = [size for size, _, _ in found if max(size) < enough]
-    made = (Inner(content(data, at), orientation) for _, at, content in large)
-    return CameraFile(tuple(made), small[0] if small else (0, 0))
+    small = (size for size, _ in found if max(size) < enough)
+    return CameraFile(tuple(Inner(content(), orientation) for _, content in large), next(small, (0, 0)))
 
 
 def _area(page: Mapping[int, int]) -> int:
@@ -155,10 +150,6 @@ def _page(data: Content, at: int, order: str) -> tuple[dict[int, int], list[int]
             further += values
     following = data[at + 2 + 12 * count : at + 6 + 12 * count]
     return page, further + list(struct.unpack(order + "I", following) if len(following) == 4 else ())
-
-
-def _from(data: Content, at: int) -> bytes:
-    return data[at : len(data)]
 
 
 def _as_first(data: Content, at: int) -> bytes:

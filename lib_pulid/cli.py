@@ -14,6 +14,8 @@ from lib_pulid import __version__, cli_commands, disk
 from lib_pulid.errors import PulidError
 from lib_pulid.files import catalog
 
+MODEL = "single-file SDXL checkpoint, diffusers folder (SDXL or FLUX), or miniature: a small SDXL of drawn people"
+
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default only if there is one."""
@@ -64,174 +66,125 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sd-webui-pulid {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_generate, _add_embed, _add_blend, _add_evaluate, _add_doctor, _add_models, _add_bench):
+    for add in (_add_demo, _add_generate, _add_embed, _add_blend, _add_evaluate, _add_models, _add_bench):
         add(commands)
+    _command(commands, "doctor", cli_commands.run_doctor, "check packages, GPU and files, and say what to do")
     return parser
 
 
 def _command(commands, name: str, run, help: str, description: str = "") -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=description or help, formatter_class=_Formatter)
-    parser.add_argument(
-        "--models-dir",
-        type=_path,
-        default=catalog.default_models_dir(),
-        help=f"folder with the weights; ${catalog.MODELS_DIR_VARIABLE} sets the default",
-    )
     parser.set_defaults(run=run)
+    models_dir = disk.user_path(os.environ.get(catalog.MODELS_DIR_VARIABLE, "").strip() or "models").absolute()
+    where = f"folder with the weights; ${catalog.MODELS_DIR_VARIABLE} sets the default"
+    parser.add_argument("--models-dir", type=_path, default=models_dir, help=where)
     return parser
 
 
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto (the GPU, if torch can use one), cpu, cuda, cuda:1 ...")
+
+
 def _add_demo(commands) -> None:
-    parser = _command(
-        commands, "demo", cli_commands.run_demo, "make contact sheets of people; works without the real weights"
-    )
-    parser.add_argument(
-        "--face", type=_path, help="your photo; for the miniature, a drawing (default: people not seen in training)"
-    )
-    parser.add_argument("-o", "--out", type=_path, default=Path("outputs"), help="folder for the sheets")
-    parser.add_argument("--device", default="auto", help="auto (the GPU, if torch can use one), cpu, cuda, cuda:1 ...")
+    text = "make contact sheets of people; works without the real weights"
+    parser = _command(commands, "demo", cli_commands.run_demo, text)
+    add = parser.add_argument
+    add("--face", type=_path, help="your photo; for the miniature, a drawing (default: people not seen in training)")
+    add("-o", "--out", type=_path, default=Path("outputs"), help="folder for the sheets")
+    _add_device(parser)
 
 
-def _add_faces(parser: argparse.ArgumentParser) -> None:
-    from lib_pulid.faces import FACE_ORDERS
-    from lib_pulid.identity import FUSIONS
+def _add_faces(parser: argparse.ArgumentParser, *settings: str) -> None:
+    """Adds photos, adapter, device, and these settings of a unit besides those that the photos have."""
+    from lib_pulid.fields import FIELD
 
-    parser.add_argument(
-        "--face",
-        type=_path,
-        action="append",
-        default=[],
-        help="photo of the person; repeat it for several photos of the same person",
-    )
-    parser.add_argument(
-        "--pulid",
-        "--adapter",
-        type=_path,
-        help="PuLID file, or another method's (default: the first PuLID file there)",
-    )
-    parser.add_argument(
-        "--face-order", choices=FACE_ORDERS, default="largest", help="how faces are ordered if a photo has several"
-    )
-    parser.add_argument("--face-index", type=int, default=0, help="0 for the first face in that order, 1 for the next")
-    parser.add_argument("--fusion", choices=FUSIONS, default="official", help="how several photos become one identity")
-    parser.add_argument("--device", default="auto", help="auto (the GPU, if torch can use one), cpu, cuda, cuda:1 ...")
+    add = parser.add_argument
+    photos = "photo of the person; repeat it for several photos of the same person"
+    add("--face", type=_path, action="append", default=[], help=photos)
+    pulid = "PuLID file, or another method's (default: the first PuLID file there)"
+    add("--pulid", "--adapter", type=_path, help=pulid)
+    settings += ("face_order", "face_index", "fusion")
+    parser.set_defaults(settings=settings)
+    for name in settings:
+        field, option = FIELD[name], f"--{name.replace('_', '-')}"
+        kind = {"int": int, "float": float}.get(field.kind, str)
+        add(option, type=kind, choices=field.choices or None, default=field.default, help=field.tip)
+    _add_device(parser)
 
 
 def _add_generate(commands) -> None:
-    from lib_pulid.attention import PROJECTIONS
-
     parser = _command(commands, "generate", cli_commands.run_generate, "make an image of a person")
-    parser.add_argument("--prompt", required=True, help="what the image shows")
-    parser.add_argument(
-        "--model",
-        default="miniature",
-        help="single-file SDXL checkpoint, diffusers folder (SDXL or FLUX), or miniature: a small SDXL of drawn people",
-    )
-    _add_faces(parser)
-    parser.add_argument("--identity", type=_path, help="a saved identity, instead of photos")
-    parser.add_argument("--weight", type=float, help="likeness strength (default: 0.8 on SDXL, 1 on FLUX; 0: off)")
-    parser.add_argument(
-        "--projection",
-        choices=PROJECTIONS,
-        help="PuLID for SDXL: how the identity is decoupled from the prompt (default: ortho_v2)",
-    )
-    parser.add_argument(
-        "--num-zero", type=int, help="PuLID for SDXL, 0-80: more stays closer to the prompt (default: 20)"
-    )
-    parser.add_argument("--lora-weight", type=float, help="FaceID, 0-2: strength of its LoRA (default: 1)")
-    parser.add_argument(
-        "--identity-net",
-        type=float,
-        help="InstantID, 0-2: strength of its ControlNet, which keeps the pose (default: 0.8 if it is there)",
-    )
-    parser.add_argument("--start", type=float, default=0.0, help="start after this fraction of the steps")
-    parser.add_argument("--end", type=float, default=1.0, help="stop after this fraction of the steps")
-    parser.add_argument("--start-step", type=int, default=0, help="FLUX: first step with the face, counted from 0")
-    parser.add_argument("--mask", type=_path, help="image that is white where the face may appear")
-    parser.add_argument(
-        "--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"), help="region of the face, as fractions of the image"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="0 or more; the same seed gives the same image")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: 20, miniature 12)")
-    parser.add_argument("--size", type=int, help="side in pixels (default: 1024, miniature 128)")
-    parser.add_argument(
-        "--guidance", type=float, help="CFG on SDXL (default 7, miniature 2), distilled guidance on FLUX (default 4)"
-    )
-    parser.add_argument("--likeness", action="store_true", help="measure how like the person the image is")
-    parser.add_argument("-o", "--out", type=_path, default=Path("outputs/picture.png"), help="file to write")
+    add = parser.add_argument
+    add("--prompt", required=True, help="what the image shows")
+    add("--model", default="miniature", help=MODEL)
+    _add_faces(parser, "weight", "projection", "num_zero", "lora_weight", "identity_net", "start", "end", "start_step")
+    add("--identity", type=_path, help="a saved identity, instead of photos")
+    add("--mask", type=_path, help="image that is white where the face may appear")
+    region = "region of the face, as fractions of the image"
+    add("--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"), help=region)
+    add("--seed", type=int, default=0, help="0 or more; the same seed gives the same image")
+    add("--steps", type=int, help="denoising steps (default: 20, miniature 12)")
+    add("--size", type=int, help="side in pixels (default: 1024, miniature 128)")
+    guidance = "CFG on SDXL (default 7, miniature 2), distilled guidance on FLUX (default 4)"
+    add("--guidance", type=float, help=guidance)
+    add("--likeness", action="store_true", help="measure how like the person the image is")
+    add("-o", "--out", type=_path, default=Path("outputs/picture.png"), help="file to write")
 
 
 def _add_embed(commands) -> None:
     parser = _command(commands, "embed", cli_commands.run_embed, "save an identity, to use later without photos")
-    parser.add_argument("--model", default="miniature", help="base model to use it with, as in generate")
+    add = parser.add_argument
+    add("--model", default="miniature", help="base model to use it with, as in generate")
     _add_faces(parser)
-    parser.add_argument("--name", default="", help="name to store in the file")
-    parser.add_argument(
-        "-o",
-        "--out",
-        type=_path,
-        default=Path("outputs/identity.safetensors"),
-        help="file to write: .safetensors, or .pulidembd for stable-diffusion.cpp (FLUX)",
-    )
+    add("--name", default="", help="name to store in the file")
+    kinds = "file to write: .safetensors, or .pulidembd for stable-diffusion.cpp (FLUX)"
+    add("-o", "--out", type=_path, default=Path("outputs/identity.safetensors"), help=kinds)
 
 
 def _add_blend(commands) -> None:
     text = "blend saved identities into a new one"
-    parser = _command(
-        commands, "blend", cli_commands.run_blend, text, f"{text}, in the folder pulid/identities of --models-dir"
-    )
-    parser.add_argument(
-        "people", nargs="+", metavar="NAME:SHARE", help="name of a saved identity and its share, as in anna:0.7 ben:0.3"
-    )
-    parser.add_argument("--name", required=True, help="name of the new identity")
+    where = f"{text}, in the folder pulid/identities of --models-dir"
+    parser = _command(commands, "blend", cli_commands.run_blend, text, where)
+    add = parser.add_argument
+    share = "name of a saved identity and its share, as in anna:0.7 ben:0.3"
+    add("people", nargs="+", metavar="NAME:SHARE", help=share)
+    add("--name", required=True, help="name of the new identity")
 
 
 def _add_evaluate(commands) -> None:
     from lib_pulid.evaluate.options import add_arguments
 
     text = "measure likeness and side effects, by weight and method"
-    add_arguments(
-        _command(
-            commands, "evaluate", cli_commands.run_evaluate, text, f"{text}; docs/evaluate.md explains the results"
-        )
-    )
-
-
-def _add_doctor(commands) -> None:
-    _command(commands, "doctor", cli_commands.run_doctor, "check packages, GPU and files, and say what to do")
+    where = f"{text}; docs/evaluate.md explains the results"
+    parser = _command(commands, "evaluate", cli_commands.run_evaluate, text, where)
+    add_arguments(parser)
+    _add_device(parser)
 
 
 def _add_models(commands) -> None:
     text = "list, download or verify the weight files"
     parser = _command(commands, "models", cli_commands.run_models, text, f"{text}, with sizes, sources and licenses")
-    parser.add_argument("action", choices=("list", "download", "verify"), help="what to do")
-    parser.add_argument(
-        "names", nargs="*", help="file names, or sdxl, or flux (default: all; for download: what sdxl and flux need)"
-    )
-    parser.add_argument(
-        "--accept-license",
-        "--accept-licence",  # the old spelling
-        action="store_true",
-        help="accept non-commercial licenses without asking",
-    )
+    add = parser.add_argument
+    add("action", choices=("list", "download", "verify"), help="what to do")
+    names = "file names, or sdxl, or flux (default: all; for download: what sdxl and flux need)"
+    add("names", nargs="*", help=names)
+    accept = ("--accept-license", "--accept-licence")  # the second is the old spelling
+    add(*accept, action="store_true", help="accept non-commercial licenses without asking")
 
 
 def _add_bench(commands) -> None:
     parser = _command(commands, "bench", cli_commands.run_bench, "measure what a face costs in time and memory")
-    parser.add_argument(
-        "parts",
-        nargs="*",
-        metavar="PART",
-        help="counts (kernels and bytes on a GPU), kept (memory), sites (time of one layer), steps (time of a whole "
-        "call), photos (time from photo to identity); default: the first three",
+    add = parser.add_argument
+    parts = (
+        "counts (kernels and bytes on a GPU), kept (memory), sites (time of one layer), steps (time of a whole "
+        "call), photos (time from photo to identity); default: the first three"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="for the timings"
-    )
-    parser.add_argument("--runs", type=int, default=7, help="number of runs; the median is reported")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; 0: torch's default")
-    parser.add_argument("--small", action="store_true", help="steps: use a narrow model")
-    parser.add_argument("--face", type=Path, help="photos: your photo (default: a sample photo from insightface)")
-    parser.add_argument("--official", type=Path, help="counts: a checkout of ToTheBeginning/PuLID to compare with")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add("parts", nargs="*", metavar="PART", help=parts)
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="for the timings")
+    add("--runs", type=int, default=7, help="number of runs; the median is reported")
+    add("--threads", type=int, default=1, help="CPU threads; 0: torch's default")
+    add("--small", action="store_true", help="steps: use a narrow model")
+    add("--face", type=Path, help="photos: your photo (default: a sample photo from insightface)")
+    add("--official", type=Path, help="counts: a checkout of ToTheBeginning/PuLID to compare with")
+    add("--json", action="store_true", help="print JSON")

@@ -16,7 +16,6 @@ from PIL import Image
 from lib_pulid import disk, miniature
 from lib_pulid.errors import MissingWeightsError, SettingError, StorageError
 from lib_pulid.files.pulidembd import SUFFIX as PULIDEMBD
-from lib_pulid.identity import Identity
 from lib_pulid.images import load_image
 from lib_pulid.units import PulidUnit
 
@@ -46,10 +45,7 @@ def checked(arguments: argparse.Namespace) -> PulidUnit:
 
 def check_faces(arguments: argparse.Namespace) -> PulidUnit:
     """Checks photos, PuLID file and settings."""
-    names = ("weight", "projection", "num_zero", "start", "end", "start_step", "face_order", "face_index", "fusion",
-             "lora_weight", "identity_net")  # fmt: skip
-    values = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    unit = in_words(lambda: PulidUnit.from_mapping(values, 0))
+    unit = in_words(lambda: PulidUnit.from_mapping({name: getattr(arguments, name) for name in arguments.settings}, 0))
     for path in arguments.face:
         load_image(path)
     if arguments.pulid is not None and not disk.is_file(arguments.pulid):
@@ -89,10 +85,6 @@ def size_of(arguments: argparse.Namespace) -> int:
 def steps_of(arguments: argparse.Namespace) -> int:
     usual = miniature.STEPS if arguments.model in miniature.MODELS else 20
     return usual if arguments.steps is None else arguments.steps
-
-
-def saved(path: Path | None) -> Identity | None:
-    return None if path is None else Identity.load(path)
 
 
 def write_picture(picture: Image.Image, path: Path, really: bool = True) -> None:

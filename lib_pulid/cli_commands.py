@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +28,13 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     from lib_pulid import cli_checks
-    from lib_pulid.identity import with_uncond
+    from lib_pulid.identity import Identity, with_uncond
     from lib_pulid.injection import compile_injection
 
     if bool(arguments.face) == bool(arguments.identity):
         raise SettingError("Give either --face (once or more) or --identity.")
-    unit, saved = cli_checks.checked(arguments), cli_checks.saved(arguments.identity)
+    unit = cli_checks.checked(arguments)
+    saved = Identity.load(arguments.identity) if arguments.identity else None
     mask = read_region(arguments.mask, arguments.box)
     workshop = _workshop(arguments)
     for note in workshop.check_prompt(arguments.prompt):
@@ -52,10 +53,11 @@ def run_generate(arguments: argparse.Namespace) -> int:
         dtype=workshop.base.dtype,
     )
     settings = {name: getattr(arguments, name) for name in ("seed", "steps", "size", "guidance")}
-    with _controlled(workshop, identity, injection, unit, arguments) as net:
+    net, words = _control_net(workshop, identity, injection, unit, arguments)
+    with net:
         picture, used = workshop.paint([injection], arguments.prompt, **settings)
     cli_checks.write_picture(picture, arguments.out)
-    print(f"{arguments.out}: identity {identity.short_hash}, weight {unit.weight}, injected at {used} sites{net}")
+    print(f"{arguments.out}: identity {identity.short_hash}, weight {unit.weight}, injected at {used} sites{words}")
     if arguments.likeness:
         print(f"likeness: {_likeness(workshop, picture, identity)}")
     return 0
@@ -149,29 +151,23 @@ def _identity(workshop, arguments: argparse.Namespace):
 
     choice = FaceChoice(arguments.face_order, arguments.face_index)
     judge = workshop.judges[0] if getattr(arguments, "likeness", False) and workshop.judges else None
-    return workshop.identity(arguments.face, choice, arguments.fusion, tell, judge)
+    return workshop.identity(arguments.face, choice, fusion=arguments.fusion, on_face=tell, judge=judge)
 
 
-@contextmanager
-def _controlled(workshop, identity, injection, unit, arguments: argparse.Namespace) -> Iterator[str]:
-    """Runs the ControlNet of the adapter's method in what is painted inside the `with`, if the unit has a strength for
-    it. Gives words for the result. One that was not asked for may be missing."""
+def _control_net(workshop, identity, injection, unit, arguments: argparse.Namespace):
+    """Returns what runs the ControlNet of the adapter's method, if the unit has a strength for it, and words for the
+    result. One that was not asked for may be missing."""
     from lib_pulid import cli_checks
 
-    with ExitStack() as stack:
-        words = ""
-        try:
-            if unit.identity_net:
-                net = workshop.control_net(identity)
-                stack.enter_context(
-                    workshop.controlled(net, identity, injection, cli_checks.size_of(arguments), unit.identity_net)
-                )
-                words = f"; ControlNet {unit.identity_net}"
-        except (MissingWeightsError, IdentityMismatchError) as error:
-            if arguments.identity_net is not None:
-                raise
-            print(f"note: {error}\nWithout it, only the adapter acts. --identity-net 0 hides this note.")
-        yield words
+    try:
+        if unit.identity_net:
+            net = workshop.controlled(identity, injection, cli_checks.size_of(arguments), unit.identity_net)
+            return net, f"; ControlNet {unit.identity_net}"
+    except (MissingWeightsError, IdentityMismatchError) as error:
+        if arguments.identity_net is not None:
+            raise
+        print(f"note: {error}\nWithout it, only the adapter acts. --identity-net 0 hides this note.")
+    return nullcontext(), ""
 
 
 def _likeness(workshop, picture, identity) -> str:

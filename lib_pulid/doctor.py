@@ -35,11 +35,15 @@ def report(models_dir: Path) -> int:
     problems += [f"{one.problem}: {DOWNLOAD} {one.file.name}" for one in found if one.problem]
     problems += [f"{DOWNLOAD} {file.name}   ({file.licence})" for file in lacking]
     able = [family for family in catalog.FAMILIES if any(one.path and one.file.group == family for one in found)]
+    adapters = []
+    for family in (one for one in catalog.FAMILIES if one not in able):
+        first, *others = (file.name for file in catalog.in_group(family))
+        adapters.append(f"for {family.upper()}: {DOWNLOAD} {first}   (or {', '.join(others)})")
     print()
     for problem in [
         *problems,
         *_of_methods(models_dir),
-        *(_adapter_of(family) for family in catalog.FAMILIES if family not in able),
+        *adapters,
     ]:
         print(f"to do: {problem}")
     if able and not problems:
@@ -55,21 +59,13 @@ def _of_methods(models_dir: Path) -> list[str]:
     from lib_pulid.stores.folder import ModelsFolder, Settings
 
     folder = ModelsFolder(lambda: Settings(models_dir))
-    there = {
-        file.method for file in Adapters(folder).listed() if file.method and file.method.name != usual(file.family).name
-    }
-    lines = []
-    for method in METHODS:
-        if method not in there:
-            continue
-        lacking = control_nets.missing_for(method, folder.path, models_dir)
-        lines += [f"for {method.label}: {DOWNLOAD} {file.name}   ({file.licence})" for file in lacking]
-    return lines
-
-
-def _adapter_of(family: str) -> str:
-    first, *others = (file.name for file in catalog.in_group(family))
-    return f"for {family.upper()}: {DOWNLOAD} {first}   (or {', '.join(others)})"
+    there = {file.method for file in Adapters(folder).listed()}
+    return [
+        f"for {method.label}: {DOWNLOAD} {file.name}   ({file.licence})"
+        for method in METHODS
+        if method in there and method.name != usual(method.family).name
+        for file in control_nets.missing_for(method, folder.path, models_dir)
+    ]
 
 
 def _packages() -> list[str]:

@@ -1,25 +1,23 @@
 """Loads the face models for the protocols of faces.py from files; never downloads them.
 
-insightface: SCRFD and ArcFace (ONNX). facexlib: RetinaFace-ResNet50 and BiSeNet.
+Here are insightface's SCRFD and ArcFace, and other ONNX files; facexlib's networks are in facexlib_models.py.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
 from lib_pulid.faces import CROP_SIZE, Detection, Detector, FaceModels, Parser, Recogniser, normalise, to_tensor
-
-if TYPE_CHECKING:
-    import torch
+from lib_pulid.facexlib_models import PARSER_CLASSES, PARSER_MEAN, PARSER_STD, BiSeNetParser, RetinaFaceLandmarker
 
 CPU_ONLY = ("CPUExecutionProvider",)
 CUDA = "CUDAExecutionProvider"
@@ -34,11 +32,7 @@ _TOO_NEW = re.compile(r"unsupported model IR version|opset \d+ is under developm
 # smaller input size. The same retries as in cubiq/PuLID_ComfyUI.
 DETECTION_SIZES = (640, 576, 512, 448, 384, 320, 256)
 DETECTION_THRESHOLD = 0.5  # insightface's FaceAnalysis.prepare
-LANDMARK_THRESHOLD = 0.97  # facexlib's FaceRestoreHelper.get_face_landmarks_5
 EMBEDDING_SIZE = 512
-PARSER_CLASSES = 19
-PARSER_MEAN = (0.485, 0.456, 0.406)  # pulid/pipeline_v1_1.py, 1aa2fc7: ImageNet's
-PARSER_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -59,10 +53,6 @@ class FaceFiles:
 
 def load_face_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
     """Loads all four models. Raises: MissingWeightsError, WrongWeightsError: the message names the file."""
-    for field in fields(files):  # check all before loading any, which takes seconds
-        path = getattr(files, field.name)
-        if path is not None:
-            _require_file(Path(path), f"the face {field.name.replace('recogniser', 'recognizer')}")
     providers = onnx_providers(device)
     detector = InsightFaceDetector(files.detector, providers)
     return FaceModels(
@@ -85,6 +75,7 @@ def load_recogniser(path: Path, device: str = "cpu") -> Recogniser:
 
 
 def _load_parser(path: Path, device: str) -> Parser:
+    _require_file(path, "a face parser")
     with path.open("rb") as file:  # an ONNX model starts with field 1, the version
         is_onnx = file.read(1) == b"\x08"
     return OnnxParser(path, onnx_providers(device)) if is_onnx else BiSeNetParser(path, device)
@@ -131,7 +122,7 @@ class InsightFaceDetector:
     """
 
     def __init__(self, path: str | Path, providers: Sequence[str] = CPU_ONLY) -> None:
-        self._model = _load_onnx(Path(path), providers, "detection", "a face detector (SCRFD)")
+        self._model = _load_insightface(Path(path), "a face detector (SCRFD)", "detection", providers)
         if not self._model.use_kps:
             raise WrongWeightsError(
                 f"{Path(path).name} is a face detector without landmarks. Use scrfd_10g_bnkps.onnx."
@@ -160,7 +151,7 @@ class ArcFaceRecogniser:
     """ArcFace (antelopev2's glintr100, buffalo_l's w600k_r50), with insightface's own alignment and preprocessing."""
 
     def __init__(self, path: str | Path, providers: Sequence[str] = CPU_ONLY) -> None:
-        self._model = _load_onnx(Path(path), providers, "recognition", "a face recognizer (ArcFace)")
+        self._model = _load_insightface(Path(path), "a face recognizer (ArcFace)", "recognition", providers)
         size = self._model.output_shape[-1]
         if isinstance(size, int) and size != EMBEDDING_SIZE:
             raise WrongWeightsError(
@@ -178,63 +169,12 @@ class ArcFaceRecogniser:
         return self._model.get_feat(aligned_bgr).flatten()
 
 
-class RetinaFaceLandmarker:
-    """facexlib's RetinaFace-ResNet50, called at full size, as in FaceRestoreHelper.get_face_landmarks_5."""
-
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
-        def build() -> torch.nn.Module:
-            from facexlib.detection.retinaface import RetinaFace
-
-            return RetinaFace(network_name="resnet50", device=device)
-
-        self._model = _load_facexlib(Path(path), build, "facexlib's RetinaFace-ResNet50", device)
-
-    def detect(self, image_bgr: np.ndarray) -> list[Detection]:
-        """Detects the faces of an image, uint8 BGR [H, W, 3]."""
-        import torch
-
-        with torch.no_grad():
-            rows = self._model.detect_faces(image_bgr, LANDMARK_THRESHOLD)  # type: ignore[operator]
-        return [Detection(row[:4], row[5:15].reshape(5, 2), float(row[4])) for row in rows]
-
-
-class BiSeNetParser:
-    """facexlib's BiSeNet, 19 classes."""
-
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
-        def build() -> torch.nn.Module:
-            from facexlib.parsing.bisenet import BiSeNet
-
-            return BiSeNet(num_class=PARSER_CLASSES)
-
-        self._model = _load_facexlib(Path(path), build, "facexlib's BiSeNet", device)
-        self._device = device
-
-    def labels(self, aligned_rgb: np.ndarray) -> np.ndarray:
-        """Labels a crop, uint8 RGB [512, 512, 3]: [512, 512] int64."""
-        import torch
-
-        with torch.no_grad():
-            scores = self._model(normalise(to_tensor(aligned_rgb).to(self._device), PARSER_MEAN, PARSER_STD))[0]
-        return scores.argmax(dim=1)[0].cpu().numpy()
-
-
 class OnnxParser:
     """An ONNX parser instead of BiSeNet: [1, 3, 512, 512], ImageNet mean and std -> scores [1, 19, 512, 512]."""
 
     def __init__(self, path: str | Path, providers: Sequence[str] = CPU_ONLY) -> None:
         path, what = Path(path), "a face parser (ONNX)"
-        _require_file(path, what)
-        try:
-            import onnxruntime
-
-            self._session = onnxruntime.InferenceSession(str(path), providers=list(providers))
-        except ImportError as error:
-            raise PulidError(f"onnxruntime is needed to read faces, but cannot be imported ({error}).") from error
-        except Exception as error:  # onnxruntime has its own classes
-            raise WrongWeightsError(
-                f"{path.name} in {path.parent} is not {what}, or is truncated. Download it again. ({error})"
-            ) from error
+        self._session = onnx_session(path, what, providers)
         shapes = [tuple(end[0].shape[1:]) for end in (self._session.get_inputs(), self._session.get_outputs())]
         if shapes != [(3, CROP_SIZE, CROP_SIZE), (PARSER_CLASSES, CROP_SIZE, CROP_SIZE)]:
             raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}.")
@@ -250,15 +190,40 @@ def _require_file(path: Path, what: str) -> None:
         raise MissingWeightsError(f"{path.name} ({what}) was not found in {path.parent}.")
 
 
-def _load_onnx(path: Path, providers: Sequence[str], task: str, what: str) -> Any:
+def onnx_session(path: Path, what: str, providers: Sequence[str] = CPU_ONLY) -> Any:
+    """Opens an ONNX file. what: its kind, for messages. Raises: MissingWeightsError, WrongWeightsError, PulidError."""
+
+    def load() -> Any:
+        import onnxruntime
+
+        return onnxruntime.InferenceSession(str(path), providers=list(providers))
+
+    return _load_onnx(path, what, "onnxruntime", load)
+
+
+def _load_insightface(path: Path, what: str, task: str, providers: Sequence[str]) -> Any:
     """Loads an ONNX file with insightface, which sets `taskname` by the graph, so that a wrong file is noticed."""
+
+    def load() -> Any:
+        from insightface.model_zoo import get_model
+
+        try:
+            return get_model(str(path), providers=list(providers))
+        except Exception:  # onnxruntime falls back to the CPU by itself, or raises
+            return get_model(str(path), providers=list(CPU_ONLY))
+
+    model = _load_onnx(path, what, "insightface", load)
+    if getattr(model, "taskname", None) != task:
+        raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}.")
+    return model
+
+
+def _load_onnx(path: Path, what: str, library: str, load: Callable[[], Any]) -> Any:
     _require_file(path, what)
     try:
-        import insightface.model_zoo  # noqa: F401
+        return load()
     except ImportError as error:
-        raise PulidError(f"insightface is needed to read faces, but cannot be imported ({error}).") from error
-    try:
-        model = _session(path, providers)
+        raise PulidError(f"{library} is needed to read faces, but cannot be imported ({error}).") from error
     except Exception as error:  # onnx, onnxruntime and protobuf have their own classes
         if _TOO_NEW.search(str(error)):
             raise WrongWeightsError(
@@ -268,47 +233,3 @@ def _load_onnx(path: Path, providers: Sequence[str], task: str, what: str) -> An
         raise WrongWeightsError(
             f"{path.name} in {path.parent} is not {what}, or is truncated. Download it again. ({error})"
         ) from error
-    if getattr(model, "taskname", None) != task:
-        raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}.")
-    return model
-
-
-def _session(path: Path, providers: Sequence[str]) -> Any:
-    """Loads a model, on the CPU if the other providers fail: onnxruntime falls back by itself, or raises."""
-    from insightface.model_zoo import get_model
-
-    try:
-        return get_model(str(path), providers=list(providers))
-    except Exception as error:
-        if tuple(providers) == CPU_ONLY or _TOO_NEW.search(str(error)):
-            raise
-        return get_model(str(path), providers=list(CPU_ONLY))
-
-
-def _load_facexlib(
-    path: Path, build: Callable[[], torch.nn.Module], what: str, device: str | torch.device
-) -> torch.nn.Module:
-    """Builds one of facexlib's networks and loads its weights strictly; facexlib's own loader would download."""
-    import torch
-
-    from lib_pulid.files.state_dict import check_numbers, read_state_dict
-
-    _require_file(path, what)
-    state = {key.removeprefix("module."): value for key, value in read_state_dict(path).items()}
-    try:
-        # The random initial values are overwritten; drawing them must not shift the seed of the current image.
-        with torch.random.fork_rng(devices=[]):
-            model = build()
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise NotImplementedError  # as RetinaFace does by itself
-    except ImportError as error:
-        raise PulidError(f"facexlib is needed to read faces, but cannot be imported ({error}).") from error
-    except NotImplementedError as error:
-        # A1111 loads a checkpoint in another thread; meanwhile, layers are created without memory for their weights.
-        raise PulidError("The WebUI is still loading a checkpoint. Try again when it is loaded.") from error
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}. ({str(error)[:300]})") from error
-    check_numbers({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, path)
-    return model.eval().to(device)

@@ -1,33 +1,29 @@
 """Defines a unit's fields in one table, `FIELDS`, and checks their values.
 
 Everything that reads or writes settings uses the table: the API's dicts, the WebUI's positional list, the widgets, the
-X/Y/Z axes, the infotext, and `/pulid/schema`. All values are plain JSON. They are checked here, once; an error names
-unit and field.
+X/Y/Z axes, the infotext, and `/pulid/schema`. All values are plain JSON. They are checked here, once, by their kind
+(field_kinds.py); an error names unit and field.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import re
-import reprlib
-import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lib_pulid.attention import PROJECTIONS
-from lib_pulid.boxes import read_box
 from lib_pulid.errors import SettingError
-from lib_pulid.faces import FACE_ORDERS
+from lib_pulid.face_choice import FACE_ORDERS
+from lib_pulid.field_kinds import Field, checked, show
 from lib_pulid.files.catalog import FAMILIES
 from lib_pulid.identity import FUSIONS
 from lib_pulid.injection import MOST
 from lib_pulid.methods import METHODS, usual
-from lib_pulid.names import NOBODY as NONE
+from lib_pulid.names import NOBODY
 
 AUTO = "auto"
+NONE = NOBODY  # nobody, nothing: in lists
 CUSTOM = "custom"
 HIRES_PASSES = ("both", "first", "second")
 NOT_DRAWN = "off"
@@ -75,45 +71,18 @@ def preset_name(family: str, values: Mapping[str, Any]) -> str:
     return next(fits, CUSTOM)
 
 
-@dataclass(frozen=True)
-class Field:
-    """One setting.
-
-    Args:
-        name: as in the API. label, tip: as in the page.
-        kind: "bool", "int", "float", "choice", "text", "images", "image" or "box".
-        minimum, maximum, step: for numbers. choices: for kind "choice".
-        advanced: whether it is under "Advanced" in the accordion.
-        pasted: whether it is in the infotext.
-        family: the only model family that it applies to, or "".
-        shown: the widget's initial value if the default depends on the family.
-    """
-
-    name: str
-    label: str
-    kind: str
-    default: Any
-    tip: str
-    minimum: float | None = None
-    maximum: float | None = None
-    step: float | None = None
-    choices: tuple[str, ...] = ()
-    advanced: bool = False
-    pasted: bool = True
-    family: str = ""
-    shown: Any = None
-
-
 FIELDS = (
     Field("enabled", "Use this person", "bool", True, "Off: this tab is ignored.", pasted=False),
     Field("images", "Photos", "images", (), "Photos of one person, as base64 or data URIs; the best one first.",
-          pasted=False),
-    Field("identity", "Saved identity", "text", "", "Name or short hash of a saved identity, used instead of photos."),
-    Field("model", "PuLID model", "text", AUTO, "auto picks the PuLID file that fits the checkpoint."),
+          most=MOST_PHOTOS, pasted=False),
+    Field("identity", "Saved identity", "text", "", "Name or short hash of a saved identity, used instead of photos.",
+          most=LONGEST_TEXT),
+    Field("model", "PuLID model", "text", AUTO, "auto picks the PuLID file that fits the checkpoint.",
+          most=LONGEST_TEXT),
     Field("weight", "Weight", "float", None, "Likeness strength; 0 disables it. Default: 0.8 (SDXL), 1.0 (FLUX).",
           0, MOST["weight"], 0.05, shown=WEIGHTS["sdxl"]),
     Field("preset", "Preset", "choice", AUTO, " ".join(f"{f.upper()}: {PRESET_TIPS[f]}" for f in FAMILIES),
-          choices=(AUTO, *PRESET_FAMILY, CUSTOM), shown="v1.1"),
+          choices=(AUTO, *PRESET_FAMILY, CUSTOM), old_choices=OLD_CHOICES, shown="v1.1"),
     Field("projection", "Projection", "choice", "ortho_v2", "How the prompt is protected. ortho_v2: closest to the "
           "photo. ortho: closest to the prompt's style (SDXL).", choices=PROJECTIONS, advanced=True, family="sdxl"),
     Field("num_zero", "Zero tokens", "int", 20, "More: closer to the prompt. Fewer: closer to the photo (SDXL).",
@@ -156,20 +125,23 @@ _NUMBERS = {"float": "number", "int": "whole number"}
 def schema() -> dict[str, Any]:
     """Returns the JSON schema of a unit's dict."""
     kinds = {"bool": "boolean", "int": "integer", "float": "number", "images": "array", "box": "array"}
+    items = {"images": {"type": "string"}, "box": {"type": "number"}}
     properties = {}
     for field in FIELDS:
-        default = list(field.default) if isinstance(field.default, tuple) else field.default
-        entry: dict[str, Any] = {
-            "type": kinds.get(field.kind, "string"),
+        entry = {
             "title": field.label,
             "description": field.tip,
+            "minimum": field.minimum,
+            "maximum": field.maximum,
+            "enum": [*field.choices, None] if field.choices else None,
+            "items": items.get(field.kind),
+            "family": field.family or None,
         }
-        entry |= {"default": default, "minimum": field.minimum, "maximum": field.maximum}
-        entry["enum"] = [*field.choices, None] if field.choices else None
-        entry["items"] = {"images": {"type": "string"}, "box": {"type": "number"}}.get(field.kind)
-        entry["family"] = field.family or None
-        given = {key: value for key, value in entry.items() if value is not None}
-        properties[field.name] = {**given, "type": [entry["type"], "null"], "default": default}  # null: the default
+        properties[field.name] = {
+            "type": [kinds.get(field.kind, "string"), "null"],  # null: the default
+            **{key: value for key, value in entry.items() if value is not None},
+            "default": list(field.default) if isinstance(field.default, tuple) else field.default,
+        }
     return {"title": "PuLID unit", "type": "object", "additionalProperties": False, "properties": properties}
 
 
@@ -177,15 +149,13 @@ def schema() -> dict[str, Any]:
 
 
 def check(field: Field, value: Any, number: Number) -> Any:
-    """Returns a field's value in its own type; None stays None if that is the default.
+    """Returns a field's value in its own type; for None the default, if the field may be empty.
 
     Raises:
         SettingError: the value is wrong; the message names unit and field.
     """
-    if value is None and field.default is None:
-        return None
     try:
-        return _CHECKS[field.kind](field, value)
+        return checked(field, value)
     except ValueError as error:
         raise SettingError(place(number, field.name) + str(error)) from None
 
@@ -205,92 +175,6 @@ def from_text(field: Field, text: str, number: Number) -> Any:
         except ValueError:
             raise SettingError(place(number, field.name) + f"{show(value)} is not a {_NUMBERS[field.kind]}.") from None
     return check(field, value, number)
-
-
-def _bool(field: Field, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{show(value)} is neither true nor false; send one of them.")
-    return value
-
-
-def _float(field: Field, value: Any) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{show(value)} is not a number.")
-    if not field.minimum <= value <= field.maximum:  # before float(), which fails on a whole number of 400 digits
-        raise ValueError(f"{show(value)} is out of range; use {field.minimum:g} to {field.maximum:g}.")
-    return float(value)
-
-
-def _int(field: Field, value: Any) -> int:
-    number = _float(field, value)
-    if number != int(number):
-        raise ValueError(f"{value:g} is not a whole number.")
-    return int(number)
-
-
-def _choice(field: Field, value: Any) -> str:
-    value = OLD_CHOICES.get(value, value) if isinstance(value, str) else value
-    if not isinstance(value, str) or value not in field.choices:
-        raise ValueError(f"{show(value)} is not one of {', '.join(field.choices)}.")
-    return value
-
-
-def _text(field: Field, value: Any) -> str:
-    if value is None:
-        return field.default
-    if not isinstance(value, str):
-        raise ValueError(f"{show(value)} is not text; send a string.")
-    value = value.strip()
-    # Cc, Cs: control characters, and lone surrogates, which no response could be encoded with.
-    if len(value) > LONGEST_TEXT or any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise ValueError(f"{show(value)} is too long for a name, or contains control characters.")
-    return field.default if value in ("", NONE) else value
-
-
-def _image(field: Field, value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{show(value)} is not an image; send base64 text.")
-    return value.strip()
-
-
-def _box(field: Field, value: Any) -> str:
-    """Returns the box as text, the same for a list as for text."""
-    if value is None or value == "" or value == []:
-        return ""
-    if not isinstance(value, (str, list, tuple)):
-        raise ValueError(f"{show(value)} is not a box; send [x, y, width, height], as fractions of the image.")
-    return str(read_box(value)) if not isinstance(value, str) or value.strip() not in ("", NONE) else ""
-
-
-def _images(field: Field, value: Any) -> tuple[str, ...]:
-    """Reads a list; or text: one image, or a JSON list, as in the accordion's hidden field."""
-    if isinstance(value, str):
-        if value.lstrip().startswith("["):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                raise ValueError("the list of images is not valid JSON.") from None
-        else:
-            value = [value] if value.strip() else []
-    if value is None:
-        return ()
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{show(value)} is not a list of images; send a list of base64 strings.")
-    if len(value) > MOST_PHOTOS:
-        raise ValueError(f"{len(value)} photos are too many; send the best ones, {MOST_PHOTOS} at most.")
-    for image in value:
-        if not isinstance(image, str) or not image.strip():
-            raise ValueError(f"{show(image)} in the list is not an image; send base64 text.")
-    return tuple(image.strip() for image in value)
-
-
-_CHECKS = {
-    "bool": _bool, "int": _int, "float": _float, "choice": _choice, "text": _text, "image": _image, "images": _images,
-    "box": _box,
-}  # fmt: skip
 
 
 def field_named(name: Any, number: Number) -> Field:
@@ -326,14 +210,3 @@ def page_words(message: str) -> str:
         return f"Person {found[1]}, {field.label}: " if field else found[0]
 
     return re.sub(r"PuLID unit (\d+), field (\w+): ", words, message)
-
-
-def show(value: Any) -> str:
-    """Formats any value in at most 40 characters: it comes from a stranger, and may be deep or long."""
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother = 2, 40, 40
-    try:
-        text = short.repr(value)
-    except ValueError:  # an integer with more digits than Python formats
-        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
-    return text if len(text) <= 40 else text[:37] + "..."

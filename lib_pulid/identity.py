@@ -43,9 +43,6 @@ HIDDEN_TOKENS = 577  # of the vision tower: 24 x 24 patches and the class token
 _FOREIGN = {"format": FILE_FORMAT, "version": FILE_VERSION, "adapter": "PuLID for FLUX", "made_by": pulidembd.SUFFIX}
 
 
-# ---------------------------------------------------------------- Identity
-
-
 @dataclass(frozen=True, eq=False)
 class Identity:
     """One person, as encoded by an adapter.
@@ -91,7 +88,12 @@ class Identity:
             SettingError: the file exists, and `replace` is not set. StorageError: it cannot be written.
         """
         if Path(path).suffix.lower() == pulidembd.SUFFIX:
-            return disk.write(path, self._pulidembd(), replace=replace)
+            if self.family not in ("", "flux"):
+                raise SettingError(
+                    f"{pulidembd.SUFFIX} is for FLUX, but this identity was made with {self.info['adapter']}. "
+                    "Make it with a PuLID file for FLUX."
+                )
+            return disk.write(path, pulidembd.pack(self.cond[0].detach().cpu().float().numpy()), replace=replace)
         from safetensors.torch import save
 
         tensors = {"cond": self.cond.detach().cpu().float().contiguous()}
@@ -108,14 +110,6 @@ class Identity:
         _sweep(path.parent)
         return path
 
-    def _pulidembd(self) -> bytes:
-        if self.family not in ("", "flux"):
-            raise SettingError(
-                f"{pulidembd.SUFFIX} is for FLUX, but this identity was made with {self.info['adapter']}. "
-                "Make it with a PuLID file for FLUX."
-            )
-        return pulidembd.pack(self.cond[0].detach().cpu().float().numpy())
-
     @classmethod
     def load(cls, path: str | Path) -> Identity:
         """Reads a file written by `save`, or stable-diffusion.cpp's `.pulidembd`.
@@ -130,8 +124,17 @@ class Identity:
         if info.pop("version", None) != FILE_VERSION:
             raise IdentityMismatchError(f"{path.name} was written by a later version of sd-webui-pulid. Update it.")
         try:
-            thumbnail = _thumbnail(tensors.get("thumbnail"))
-            embeddings, pose = _embeddings(tensors), _pose(tensors.get(_POSE))
+            thumbnail = _array(tensors.get("thumbnail"), torch.uint8, None, None, 3)
+            named = {name: _array(value, torch.float32, None) for name, value in tensors.items()}
+            embeddings = {
+                name.removeprefix(_EMBEDDING): value
+                for name, value in named.items()
+                if name.startswith(_EMBEDDING) and value is not None
+            }
+            points = _array(tensors.get(_POSE), torch.float32, 6, 2)
+            pose = None
+            if points is not None and points[5].min() >= 1:
+                pose = Pose(points[:5], (int(points[5, 0]), int(points[5, 1])))
             identity = cls(tensors["cond"], tensors.get("uncond"), info, thumbnail, embeddings, pose)
         except SettingError as error:
             raise IdentityMismatchError(f"{path.name} is damaged: {error}") from error
@@ -141,29 +144,12 @@ class Identity:
         return identity
 
 
-def _thumbnail(tensor: Tensor | None) -> np.ndarray | None:
-    """Returns the thumbnail, or None if it is not uint8 RGB [h, w, 3]: an identity works without one."""
-    fits = tensor is not None and tensor.dtype == torch.uint8 and tensor.ndim == 3 and tensor.shape[2] == 3
-    return tensor.numpy() if fits and tensor.numel() else None  # type: ignore[union-attr]
-
-
-def _embeddings(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Returns the usable embeddings: an identity works without them."""
-    found = {name[len(_EMBEDDING) :]: tensor for name, tensor in tensors.items() if name.startswith(_EMBEDDING)}
-    return {
-        key: tensor.numpy()
-        for key, tensor in found.items()
-        if tensor.dtype == torch.float32 and tensor.ndim == 1 and tensor.numel() and torch.isfinite(tensor).all()
-    }
-
-
-def _pose(tensor: Tensor | None) -> Pose | None:
-    """Returns the pose, or None if it is not usable: an identity works without one."""
-    fits = tensor is not None and tensor.shape == (6, 2) and tensor.dtype == torch.float32
-    if not fits or not torch.isfinite(tensor).all() or tensor[5].min() < 1:  # type: ignore[arg-type,index]
+def _array(tensor: Tensor | None, dtype: torch.dtype, *shape: int | None) -> np.ndarray | None:
+    """Returns what an identity works without: None if it has another dtype or shape (None: any), or is not finite."""
+    if tensor is None or tensor.dtype != dtype or tensor.ndim != len(shape) or not tensor.numel():
         return None
-    width, height = tensor[5].tolist()  # type: ignore[index]
-    return Pose(tensor[:5].numpy(), (int(width), int(height)))  # type: ignore[index]
+    fits = all(wanted in (None, length) for wanted, length in zip(shape, tensor.shape))
+    return tensor.numpy() if fits and torch.isfinite(tensor).all() else None
 
 
 def _sweep(folder: Path) -> None:

@@ -7,7 +7,7 @@ import io
 import mmap
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
@@ -66,27 +66,22 @@ def resize_long_edge(image: np.ndarray, limit: int = 1024) -> np.ndarray:
     Equal to `resize_numpy_image_long` of pulid/utils.py (1aa2fc7), which the official app calls with 1024, except that
     no edge becomes 0 (for a strip of 1 x 4000 pixels).
     """
-    height, width = image.shape[:2]
-    if not limit or max(height, width) <= limit:
-        return image
-    import cv2
-
-    factor = limit / max(height, width)
     # int(), not round(), as in the official function.
-    size = (max(1, int(width * factor)), max(1, int(height * factor)))
-    return cv2.resize(image, size, interpolation=cv2.INTER_LANCZOS4)
+    return image if not limit or max(image.shape[:2]) <= limit else _resized(image, limit, int, "INTER_LANCZOS4")
 
 
 def thumbnail(image: np.ndarray, size: int = 96) -> np.ndarray:
     """Returns a small copy of an image, uint8 RGB [H, W, 3]: long edge at most `size`, never enlarged."""
-    height, width = image.shape[:2]
-    factor = size / max(height, width)
-    if factor >= 1:
-        return image.copy()
+    return image.copy() if max(image.shape[:2]) <= size else _resized(image, size, round, "INTER_AREA")
+
+
+def _resized(image: np.ndarray, longest: int, whole: Callable[[float], int], interpolation: str) -> np.ndarray:
     import cv2
 
-    target = (max(1, round(width * factor)), max(1, round(height * factor)))
-    return cv2.resize(image, target, interpolation=cv2.INTER_AREA)
+    height, width = image.shape[:2]
+    factor = longest / max(height, width)
+    size = (max(1, whole(width * factor)), max(1, whole(height * factor)))
+    return cv2.resize(image, size, interpolation=getattr(cv2, interpolation))
 
 
 def _decode(file: Path | io.BytesIO, name: str, background: int) -> np.ndarray:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lib_pulid import disk
-from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
+from lib_pulid.errors import WrongWeightsError
+from lib_pulid.face_models import onnx_session
 from lib_pulid.faces import CROP_LANDMARKS, Detection
+from lib_pulid.likeness import cosine
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +23,7 @@ class Reading:
 
     def likeness(self, other: Reading) -> float:
         """Computes the cosine of both embeddings."""
-        lengths = np.linalg.norm(self.embedding) * np.linalg.norm(other.embedding)
-        return float(self.embedding @ other.embedding / max(float(lengths), 1e-12))
+        return cosine(self.embedding, other.embedding)
 
 
 class Judge:
@@ -34,23 +33,13 @@ class Judge:
     in its input, [5, 2], for a judge of faces.
     """
 
-    def __init__(self, path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
-        path = Path(path)
-        if not disk.is_file(path):
-            raise MissingWeightsError(f"{path.name} (a judge of drawn images) was not found in {path.parent}.")
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise PulidError(f"onnxruntime is needed to judge images and cannot be imported ({error}).") from error
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), providers=list(providers))
-            facts = self._session.get_modelmeta().custom_metadata_map
-            self.values: dict[str, list[str]] = json.loads(facts["values"])
-        except Exception as error:  # onnxruntime's, of classes of its own
-            raise WrongWeightsError(
-                f"{path.name} in {path.parent} is not a judge of drawn images, or is truncated; download it again. "
-                f"({error})"
-            ) from error
+    def __init__(self, path: str | Path) -> None:
+        path, what = Path(path), "a judge of drawn images"
+        self._session = onnx_session(path, what)
+        facts = self._session.get_modelmeta().custom_metadata_map
+        if "values" not in facts:
+            raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}.")
+        self.values: dict[str, list[str]] = json.loads(facts["values"])
         self._points = np.array(json.loads(facts["points"])) if "points" in facts else None
         self._size = int(self._session.get_inputs()[0].shape[2])
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib_pulid.faces import Recogniser, box_areas
+from lib_pulid.face_choice import box_areas
+from lib_pulid.faces import Recogniser
 
 UNKNOWN = math.nan  # the value of a person without an embedding
 NO_FACE = "no face"
-_MATCH = 10.0  # more than any sum of cosines: as many people as possible get a face
 _MOST_FACES = 32  # of a crowd, the largest
 
 
@@ -113,11 +113,18 @@ def measure(faces: Sequence[SeenFace], people: Sequence[Person], size: tuple[int
     Returns:
         By person: a cosine; None without a face; UNKNOWN for a person without an embedding.
     """
+    from scipy.optimize import linear_sum_assignment
+
     faces = sorted(faces, key=lambda face: -float(box_areas(face.box[None])[0]))[:_MOST_FACES]
     assigned = _by_region(faces, people, size)
     free = [i for i in range(len(faces)) if i not in assigned.values()]
     others = [n for n, person in enumerate(people) if person.region is None]
-    assigned |= {n: free[i] for n, i in _best([people[n] for n in others], [faces[i] for i in free], others).items()}
+    cosines = np.zeros((len(others), len(free)))
+    for row, n in enumerate(others):
+        if (own := people[n].embedding) is not None:
+            cosines[row] = [cosine(own, faces[i].embedding) for i in free]
+    rows, columns = linear_sum_assignment(cosines, maximize=True)
+    assigned |= {others[row]: free[column] for row, column in zip(rows, columns)}
     return tuple(
         UNKNOWN if person.embedding is None
         else None if n not in assigned
@@ -148,22 +155,6 @@ def _inside(box: np.ndarray, region: np.ndarray, size: tuple[int, int]) -> float
     columns, rows = (slice(max(0, math.floor(a)), max(1, math.ceil(b))) for a, b in ((x0, x1), (y0, y1)))
     part = region[rows, columns]
     return float(part.mean()) if part.size else 0.0
-
-
-def _best(people: Sequence[Person], faces: Sequence[SeenFace], numbers: Sequence[int]) -> dict[int, int]:
-    """Finds the assignment with the largest sum of cosines, exactly: number of a person -> index of a face.
-
-    Face by face, it keeps the best assignment for each set of people served so far (at most 2^10 sets).
-    """
-    best: dict[int, tuple[float, dict[int, int]]] = {0: (0.0, {})}
-    for i, face in enumerate(faces):
-        values = [0.0 if p.embedding is None else cosine(p.embedding, face.embedding) for p in people]
-        for served, (total, found) in list(best.items()):
-            for n, value in enumerate(values):
-                more = served | 1 << n
-                if more != served and total + value + _MATCH > best.get(more, (-math.inf,))[0]:
-                    best[more] = total + value + _MATCH, {**found, numbers[n]: i}
-    return max(best.values(), key=lambda one: one[0])[1]
 
 
 # ---------------------------------------------------------------- numbers as text, and the best images

@@ -19,6 +19,7 @@ import numpy as np
 
 from lib_pulid.errors import IdentityMismatchError, WrongWeightsError
 from lib_pulid.faces import LARGEST, Face, FaceChoice, FaceModels, read_face
+from lib_pulid.files.download import sha256_of
 from lib_pulid.identity import FILE_VERSION, Identity, check_fusion, encode_identity
 from lib_pulid.identity_net import Pose
 from lib_pulid.images import ImageSource, load_image, resize_long_edge, thumbnail
@@ -109,7 +110,7 @@ def make_identity(
         ImageError, NoFaceError: the message names the photo.
     """
     check_fusion(fusion, adapter, len(photos))
-    names = [_name(photo, i) for i, photo in enumerate(photos)]
+    names = [Path(p).name if isinstance(p, (str, Path)) else f"photo {i}" for i, p in enumerate(photos, 1)]
     images = [load_image(photo, name) for photo, name in zip(photos, names)]
     key = identity_key(images, adapter, encoders_id=encoders_id, choice=choice, fusion=fusion)
     known = cache.get(key)
@@ -125,7 +126,10 @@ def make_identity(
     embeddings = {recognizer: mean_embedding([face.embedding for face in faces])} if recognizer and faces else {}
     if judge is not None and judge.key not in embeddings and faces:
         embeddings |= _judged(images, faces, judge, adapter.method.longest)
-    pose = _pose(faces[0]) if faces and adapter.method.control else None
+    pose = None
+    if faces and adapter.method.control:
+        height, width = faces[0].photo_bgr.shape[:2]
+        pose = Pose(np.asarray(faces[0].detection.landmarks, dtype=np.float32), (width, height))
     if known is not None:
         identity = replace(known, embeddings={**known.embeddings, **embeddings}, pose=pose)
     else:
@@ -139,11 +143,6 @@ def make_identity(
         )
     cache.put(key, identity)
     return identity
-
-
-def _pose(face: Face) -> Pose:
-    height, width = face.photo_bgr.shape[:2]
-    return Pose(np.asarray(face.detection.landmarks, dtype=np.float32), (width, height))
 
 
 def _judged(
@@ -186,16 +185,8 @@ def identity_key(
 
 def fingerprint_files(paths: Sequence[Path]) -> str:
     """Returns sixteen hex digits of the hash of several files. Raises: WrongWeightsError: one cannot be read."""
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-        except OSError as error:
-            raise WrongWeightsError(f"{path.name} in {path.parent} cannot be read ({error.strerror}).") from error
-    return digest.hexdigest()[:16]
-
-
-def _name(photo: ImageSource, index: int) -> str:
-    return Path(photo).name if isinstance(photo, (str, Path)) else f"photo {index + 1}"
+    try:
+        return sha256_of(*paths)[:16]
+    except OSError as error:
+        path = Path(error.filename)
+        raise WrongWeightsError(f"{path.name} in {path.parent} cannot be read ({error.strerror}).") from error

@@ -15,7 +15,7 @@ import torch
 from lib_pulid import disk, miniature
 from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, NoFaceError, UnsupportedModelError
 from lib_pulid.face_models import FaceFiles, load_detector, load_face_models, load_recogniser
-from lib_pulid.faces import LARGEST, Detector, Face, FaceChoice
+from lib_pulid.faces import LARGEST, Detector, FaceChoice
 from lib_pulid.files import catalog, control_nets
 from lib_pulid.hosts.diffusers import apply, denoiser_of
 from lib_pulid.hosts.diffusers_base import Base, load_base, paint
@@ -88,15 +88,8 @@ class Workshop:
         """The adapter and the base model, for captions."""
         return f"{self.adapter.label} on {self.base.label}"
 
-    def identity(
-        self,
-        photos: Sequence[ImageSource],
-        choice: FaceChoice = LARGEST,
-        fusion: str = "official",
-        on_face: Callable[[str, Face], None] = lambda name, face: None,
-        judge: Recognizer | None = None,
-    ) -> Identity:
-        """See `photos.make_identity`."""
+    def identity(self, photos: Sequence[ImageSource], choice: FaceChoice = LARGEST, **settings: Any) -> Identity:
+        """See `photos.make_identity`. settings: fusion, on_face and judge."""
         try:
             return make_identity(
                 photos,
@@ -105,10 +98,8 @@ class Workshop:
                 encoders_id=self.encoders_id,
                 cache=self.cache,
                 choice=choice,
-                fusion=fusion,
-                on_face=on_face,
                 recognizer=self.recognizer,
-                judge=judge,
+                **settings,
             )
         except NoFaceError as error:
             raise NoFaceError(f"{error} {self.limits}".rstrip()) from error
@@ -148,8 +139,13 @@ class Workshop:
         sees = any(role in IMAGE_ENCODERS for role in method.reads)
         return (self.encoders if sees else lambda: replace(self.encoders(), tower=None)), self.encoders_id
 
-    def control_net(self, identity: Identity) -> torch.nn.Module:
-        """Loads the ControlNet of the adapter's method.
+    def controlled(
+        self, identity: Identity, injection: Injection, size: int, strength: float
+    ) -> AbstractContextManager[None]:
+        """Loads the ControlNet of the adapter's method, and lets it run beside an injection in what is painted inside
+        the `with`.
+
+        injection: gives range and mask. size: of the image, whose sides are equal.
 
         Raises:
             MissingWeightsError, WrongWeightsError. IdentityMismatchError: the identity does not say where the face is.
@@ -159,18 +155,9 @@ class Workshop:
             name = control_nets.file_of(role).purpose
             raise IdentityMismatchError(f"{name} needs to know where the face is. Give the photo with --face.")
         path = control_nets.require(role, self.models_dir / "pulid", self.models_dir, identity.cond.shape[-1])
-        return load_identity_net(path, self.base.pipeline)
-
-    def controlled(
-        self, net: torch.nn.Module, identity: Identity, injection: Injection, size: int, strength: float
-    ) -> AbstractContextManager[None]:
-        """Lets a ControlNet run beside an injection in what is painted inside the `with`.
-
-        net: see `control_net`. injection: gives range and mask. size: of the image, whose sides are equal.
-        """
-        points = identity.pose.drawn((size, size))  # type: ignore[union-attr]
-        place = {"start": injection.start, "end": injection.end, "mask": injection.mask}
-        return identity_net(self.base.pipeline, net, identity, points, weight=strength, **place)  # type: ignore[arg-type]
+        net, points = load_identity_net(path, self.base.pipeline), identity.pose.drawn((size, size))
+        place: dict[str, Any] = {"start": injection.start, "end": injection.end, "mask": injection.mask}
+        return identity_net(self.base.pipeline, net, identity, points, weight=strength, **place)
 
     def likeness(self, image: Image.Image, identity: Identity) -> str:
         """Measures how like a person the face in an image is, in words for the user."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -194,13 +195,12 @@ def parse_args(
     args = list(args)
     if len(args) > 1 + MOST_UNITS * len(FIELDS):
         raise SettingError(f"PuLID: {len(args)} arguments are too many; send {MOST_UNITS} units at most.")
-    leading = bool(args) and isinstance(args[0], bool)
-    if len(args) > leading and isinstance(args[leading], Mapping):
-        on = args[0] if leading else True
-        units = _from_dicts(args, int(leading))
+    on, parts = _split(args)
+    if parts and isinstance(parts[0], Mapping):
+        units = _from_dicts(args, parts)
     else:
-        on = check(_SWITCH, args[0], 0) if args else False
-        units = _from_list(args, on, changes)
+        on = check(_SWITCH, on, 0)
+        units = _from_lists(parts, on, changes)
     known = {number: unit for number, unit in enumerate(units, 1) if on or number in changes}
     for number, values in changes.items():
         known[number] = known.get(number, PulidUnit()).changed({"enabled": True, **values}, number)
@@ -217,21 +217,12 @@ def unit_of(args: Sequence[Any], wanted: int, changes: Mapping[str, Any], number
     Raises:
         SettingError: there is no such unit, or one of its values is wrong.
     """
-    args = list(args)
-    leading = bool(args) and isinstance(args[0], bool)
-    rest = args[leading:]
-    if rest and isinstance(rest[0], Mapping):
-        found = [
-            PulidUnit.from_mapping(values, wanted)
-            for values in rest[wanted - 1 : wanted]
-            if isinstance(values, Mapping)
-        ]
-    else:
-        part = rest[(wanted - 1) * len(FIELDS) : wanted * len(FIELDS)]
-        found = [PulidUnit.from_positions(part, wanted)] if part else []
-    if not found:
+    _, parts = _split(list(args))
+    if wanted > len(parts):
         raise SettingError(place(number, "unit") + f"there is no unit {wanted} in this request.")
-    return found[0].changed(changes, wanted)
+    found = parts[wanted - 1]
+    read = PulidUnit.from_mapping if isinstance(found, Mapping) else PulidUnit.from_positions
+    return read(found, wanted).changed(changes, wanted)
 
 
 def default_args(count: int) -> list[Any]:
@@ -256,28 +247,33 @@ def _one_source(checked: dict[str, Any]) -> dict[str, Any]:
     return checked | {name: FIELD[name].default for name in _SOURCES if given and name != given}
 
 
-# ---------------------------------------------------------------- script arguments
+def _split(args: list[Any]) -> tuple[Any, list[Any]]:
+    """Returns whether units are used at all, and each unit's values: dicts, or lists in the order of FIELDS."""
+    leading = bool(args) and isinstance(args[0], bool)
+    dicts = list(takewhile(lambda value: isinstance(value, Mapping), args[leading:]))
+    if dicts:
+        return args[0] if leading else True, dicts
+    lists = [args[first : first + len(FIELDS)] for first in range(1, len(args), len(FIELDS))]
+    return args[0] if args else False, lists
 
 
-def _from_list(args: Sequence[Any], on: bool, changed: Container[int]) -> list[PulidUnit]:
+def _from_lists(lists: Sequence[Any], on: bool, changed: Container[int]) -> list[PulidUnit]:
     """Skips a disabled tab unchecked: it may be half filled in."""
     units = []
-    for number, first in enumerate(range(1, len(args), len(FIELDS)), 1):
-        part = args[first : first + len(FIELDS)]
+    for number, part in enumerate(lists, 1):
         used = number in changed or (on and check(FIELDS[0], part[0], number))
         units.append(PulidUnit.from_positions(part, number) if used else PulidUnit(enabled=False))
     return units
 
 
-def _from_dicts(args: Sequence[Any], first: int) -> list[PulidUnit]:
+def _from_dicts(args: Sequence[Any], dicts: Sequence[Mapping[str, Any]]) -> list[PulidUnit]:
     """Accepts nothing after the dicts but the widgets' defaults, which the host puts there."""
-    end = next((i for i in range(first, len(args)) if not isinstance(args[i], Mapping)), len(args))
-    if end - first > MOST_UNITS:
-        raise SettingError(f"PuLID: {end - first} units are too many; send {MOST_UNITS} at most.")
+    if len(dicts) > MOST_UNITS:
+        raise SettingError(f"PuLID: {len(dicts)} units are too many; send {MOST_UNITS} at most.")
     defaults = default_args(1 + len(args) // len(FIELDS))
-    for i in range(end, len(args)):
+    for i in range(isinstance(args[0], bool) + len(dicts), len(args)):
         if args[i] != defaults[i] and not (args[i] in _EMPTY and defaults[i] in _EMPTY):
             raise SettingError(
                 f"PuLID, args[{i}]: {show(args[i])} is not a unit; args must be a list of dicts, one per person."
             )
-    return [PulidUnit.from_mapping(values, number) for number, values in enumerate(args[first:end], 1)]
+    return [PulidUnit.from_mapping(values, number) for number, values in enumerate(dicts, 1)]

@@ -28,7 +28,7 @@ from lib_pulid.errors import WrongWeightsError
 from lib_pulid.files.download import sha256_of
 from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 from lib_pulid.lora import PARTS, Lora
-from lib_pulid.methods import Method, has
+from lib_pulid.methods import Method, Tensors, has
 from lib_pulid.projectors import FacePlusProjection, FaceProjection, ImageProjection, Resampler
 
 
@@ -140,7 +140,8 @@ def load_adapter(path: str | Path) -> Adapter:
     """
     path = Path(path)
     state = read_state_dict(path)
-    method = methods.method_of(_header(state), path.name, lambda: sha256_of(path))
+    header = {key: Tensors(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in state.items()}
+    method = methods.method_of(header, path.name, lambda: sha256_of(path))
     if method is None:
         raise WrongWeightsError(
             f"{path.name} is {describe(state)}. Needed: a PuLID file, for SDXL (pulid_v1.bin, pulid_v1.1.safetensors, "
@@ -150,12 +151,6 @@ def load_adapter(path: str | Path) -> Adapter:
     check_numbers(state, path)
     return adapter
 
-
-def _header(state: Mapping[str, Tensor]) -> methods.Header:
-    return {key: methods.Tensors(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in state.items()}
-
-
-# ---------------------------------------------------------------- layouts
 
 # An encoder is built by `from_state_dict` and has an `output_dim`.
 _ENCODERS: Mapping[Method, type] = {

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
-from lib_pulid.files import catalog, download
+from lib_pulid.files import catalog, download, places
 from lib_pulid.files.catalog import WeightFile
 from lib_pulid.files.download import Download, ProgressCallback, RetryPolicy, no_progress
 from tests import file_server
@@ -43,7 +43,7 @@ def _nobody_elses_files(monkeypatch, tmp_path):
     for name in ("HF_HUB_CACHE", "TORCH_HOME", "HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setattr(catalog, "_package", lambda name: [])
+    monkeypatch.setattr(places, "_package", lambda name: [])
 
 
 @pytest.fixture

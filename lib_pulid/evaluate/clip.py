@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def _clip(name: str, image: Callable[[Tensor], Tensor], text: Callable[[str], Te
     def of_image(pixels: np.ndarray) -> np.ndarray:
         return image(clip_input(pixels, side).to(device))[0].float().cpu().numpy()
 
+    @cache
     @torch.no_grad()
     def of_text(words: str) -> np.ndarray:
         return text(words)[0].float().cpu().numpy()

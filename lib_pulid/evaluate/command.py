@@ -15,8 +15,8 @@ from lib_pulid import fields, miniature
 from lib_pulid.errors import SettingError, UnsupportedModelError
 from lib_pulid.evaluate import options, results
 from lib_pulid.evaluate.clip import open_clip_model
-from lib_pulid.evaluate.judges import HOW_TO_GET, OWN, DrawnJudge, FaceJudge, open_judges, own_judge
-from lib_pulid.evaluate.subjects import Prompt, Subject, drawn_people, read_folder, read_prompts
+from lib_pulid.evaluate.judges import HOW_TO_GET, OWN, DrawnJudge, FaceJudge, RecogniserJudge, open_judges
+from lib_pulid.evaluate.subjects import drawn_people, read_folder, read_prompts
 from lib_pulid.evaluate.trial import Method, Panel, Row, Studio, count_images, read_sitters, run_trial
 from lib_pulid.files import catalog
 from lib_pulid.injection import compile_injection
@@ -39,7 +39,11 @@ def run(arguments: argparse.Namespace, device: str) -> int:
     for note in dict.fromkeys(note for prompt in prompts for note in workshop.check_prompt(prompt.text)):
         print(f"note: {note}", file=sys.stderr)
     panel = _panel(arguments, workshop, device)
-    sitters = read_sitters(_subjects(arguments, panel, prompts), panel)
+    if arguments.faces:
+        people = read_folder(arguments.faces, prompts or read_prompts(), arguments.each or 4)
+    else:
+        people = drawn_people(arguments.people, arguments.each or 1, lambda image: bool(panel.faces(image)), prompts)
+    sitters = read_sitters(people, panel)
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = _watched(_studio(workshop, arguments), panel, methods, sitters, weights, arguments)
     settings = {**vars(arguments), "weights": weights}
@@ -107,19 +111,13 @@ def _panel(arguments: argparse.Namespace, workshop: Workshop, device: str) -> Pa
     if not judges:
         print(f"note: the only judge is {OWN} recognizer, which overestimates likeness. {HOW_TO_GET}", file=sys.stderr)
     models = workshop.readers_of(usual(workshop.base.family))[0]().faces
-    assert models is not None, "PuLID reads faces"
+    assert models is not None and models.recogniser is not None, "PuLID reads faces"
     return Panel(
         models=models,
-        judges=(*judges, own_judge(models)),
+        judges=(*judges, RecogniserJudge(OWN, models.recogniser)),
         scene=miniature.scene_judge() if drawn else None,
         clip=open_clip_model(arguments.clip, device) if arguments.clip else None,
     )
-
-
-def _subjects(arguments: argparse.Namespace, panel: Panel, prompts: Sequence[Prompt]) -> list[Subject]:
-    if arguments.faces:
-        return read_folder(arguments.faces, prompts or read_prompts(), arguments.each or 4)
-    return drawn_people(arguments.people, arguments.each or 1, lambda image: bool(panel.faces(image)), prompts)
 
 
 def _watched(studio, panel, methods, sitters, weights, arguments: argparse.Namespace) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -11,12 +12,12 @@ import numpy as np
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
 from lib_pulid.face_models import ArcFaceRecogniser, onnx_providers
-from lib_pulid.faces import Detection, FaceModels, Recogniser
+from lib_pulid.faces import Detection, Recogniser
 from lib_pulid.files.judges import BUFFALO, FACENET, find
 from lib_pulid.judge import Judge, Reading
 from lib_pulid.photos import fingerprint_files
 
-OWN = "the adapter's own"
+OWN = "the adapter's own"  # makes the identities; it overestimates, since the adapter was trained with it
 HOW_TO_GET = (
     f"Give --judge with the path of {BUFFALO} (from insightface's buffalo_l), or --judge facenet=FILE with that of "
     f"facenet-pytorch's {FACENET}."
@@ -70,8 +71,6 @@ class FacenetJudge:
                 f"--judge facenet needs facenet-pytorch, which cannot be imported ({error}): "
                 "pip install --no-deps facenet-pytorch"
             ) from error
-        if not disk.is_file(path):
-            raise MissingWeightsError(f"{path.name} (a judge of faces) was not found in {path.parent}.")
         state = {key: value for key, value in read_state_dict(path).items() if not key.startswith("logits.")}
         network = InceptionResnetV1(pretrained=None, classify=False)
         try:
@@ -90,18 +89,11 @@ class FacenetJudge:
         height, width = image.shape[:2]
         x0, y0, x1, y1 = (int(value) for value in face.box)
         part = image[max(y0, 0) : min(y1, height), max(x0, 0) : min(x1, width)]
-        if not part.size:
-            part = image
+        part = part if part.size else image
         seen = cv2.resize(part, (160, 160), interpolation=cv2.INTER_AREA).astype(np.float32)
         data = torch.from_numpy((seen.transpose(2, 0, 1)[None] - 127.5) / 128).to(self._device)
         with torch.no_grad():
             return Reading(self._network(data)[0].float().cpu().numpy(), {})
-
-
-def own_judge(models: FaceModels) -> FaceJudge:
-    """Returns the recognizer that makes the identities. It overestimates, since the adapter was trained with it."""
-    assert models.recogniser is not None, "PuLID has one"
-    return RecogniserJudge(OWN, models.recogniser)
 
 
 def open_judges(names: Sequence[str], own: Path | None, models_dir: Path, device: str) -> list[FaceJudge]:
@@ -113,7 +105,7 @@ def open_judges(names: Sequence[str], own: Path | None, models_dir: Path, device
     if not names:
         buffalo, facenet = (find(name, models_dir) for name in (BUFFALO, FACENET))
         names = [str(buffalo)] * (buffalo is not None)
-        names += [f"facenet={facenet}"] * (facenet is not None and _importable("facenet_pytorch"))
+        names += [f"facenet={facenet}"] * (facenet is not None and find_spec("facenet_pytorch") is not None)
     return [_open(name, own, models_dir, device) for name in dict.fromkeys(names)]
 
 
@@ -133,9 +125,3 @@ def _open(name: str, own: Path | None, models_dir: Path, device: str) -> FaceJud
             f"measured. {HOW_TO_GET}"
         )
     return RecogniserJudge(path.stem, ArcFaceRecogniser(path, onnx_providers(device)))
-
-
-def _importable(name: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(name) is not None

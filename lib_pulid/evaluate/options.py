@@ -14,15 +14,21 @@ OF_A_METHOD = ("preset", "projection", "num_zero", "start", "end", "start_step")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments, besides --models-dir."""
-    _add_methods(parser)
+    """Adds the command's arguments, besides --models-dir and --device."""
     add = parser.add_argument
-    add(
-        "--faces",
-        type=Path,
-        help="folder with one photo, or a subfolder of photos, per person; in a subfolder, the first photo is the "
-        "reference (default with the miniature: drawn people not seen in training)",
+    add("--model", default="miniature", help="single-file SDXL checkpoint, diffusers folder, or miniature")
+    files = (
+        "PuLID file, or another method's; repeat it to compare. Files of one NAME are trainings of one method, "
+        "with error bars"
     )
+    add("--pulid", "--adapter", action="append", default=[], metavar="[NAME=]FILE", help=files)
+    variants = f"settings to compare ({', '.join(OF_A_METHOD)}); repeat it. Example: loose:projection=ortho,num_zero=16"
+    add("--variant", action="append", default=[], metavar="NAME:FIELD=VALUE,...", help=variants)
+    faces = (
+        "folder with one photo, or a subfolder of photos, per person; in a subfolder, the first photo is the "
+        "reference (default with the miniature: drawn people not seen in training)"
+    )
+    add("--faces", type=Path, help=faces)
     add("--people", type=int, default=64, help="number of drawn people, without --faces")
     add("--prompts", type=Path, help="text file with one prompt per line (default: a built-in list, or new scenes)")
     add("--each", type=int, help="prompts per person, in turn (default: 4, or 1 for drawn people)")
@@ -31,49 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="denoising steps (default: as generate)")
     add("--size", type=int, help="side in pixels (default: as generate)")
     add("--guidance", type=float, help="CFG on SDXL, distilled guidance on FLUX (default: as generate)")
-    add(
-        "--judge",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="another recognizer as ONNX (buffalo_l's w600k_r50.onnx), facenet, or facenet=FILE; repeat it for several",
-    )
+    judges = "another recognizer as ONNX (buffalo_l's w600k_r50.onnx), facenet, or facenet=FILE; repeat it for several"
+    add("--judge", action="append", default=[], metavar="FILE", help=judges)
     add("--clip", help="for CLIP-T and CLIP-I: a transformers folder, or open_clip's ViT-L-14=FILE")
-    add("--device", default="auto", help="auto (the GPU, if torch can use one), cpu, cuda, cuda:1 ...")
     add("--save-images", action="store_true", help="also write all images to the folder")
     add("--json", action="store_true", help="print the results as JSON instead of tables")
     add("-o", "--out", type=Path, default=Path("outputs/evaluate"), help="folder for table.md, results.json, plot.png")
 
 
-def _add_methods(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", default="miniature", help="single-file SDXL checkpoint, diffusers folder, or miniature")
-    add(
-        "--pulid",
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="[NAME=]FILE",
-        help="PuLID file, or another method's; repeat it to compare. Files of one NAME are trainings of one method, "
-        "with error bars",
-    )
-    add(
-        "--variant",
-        action="append",
-        default=[],
-        metavar="NAME:FIELD=VALUE,...",
-        help=f"settings to compare ({', '.join(OF_A_METHOD)}); repeat it. Example: loose:projection=ortho,num_zero=16",
-    )
-
-
 def check(arguments: argparse.Namespace) -> list[float]:
     """Checks the arguments. Returns the weights in order."""
-    from lib_pulid import disk, fields
+    from lib_pulid import fields
 
-    for name, least in (("people", 1), ("each", 1), ("seeds", 1), ("steps", 1)):
+    for name in ("people", "each", "seeds", "steps"):
         value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise SettingError(f"--{name} is {value}; it has to be {least} or more.")
+        if value is not None and value < 1:
+            raise SettingError(f"--{name} is {value}; it has to be 1 or more.")
     if arguments.size is not None and (arguments.size < 64 or arguments.size % 16):
         raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16, 64 or more.")
     if disk.is_file(arguments.out):
@@ -106,17 +85,10 @@ def variant(text: str) -> tuple[str, dict[str, Any]]:
         field = fields.field_named(key, 0)
         if key not in OF_A_METHOD:
             raise SettingError(f"--variant {name}: {key} cannot be compared; use {', '.join(OF_A_METHOD)}.")
-        try:
-            found = fields.check(field, _number(value) if field.kind in ("int", "float") else value, 0)
-        except ValueError as error:
-            raise SettingError(f"--variant {name}: {error}") from None
+        given: Any = value
+        if field.kind in ("int", "float"):
+            with contextlib.suppress(ValueError):
+                given = int(float(value)) if float(value).is_integer() else float(value)
+        found = fields.check(field, given, 0)
         settings |= fields.preset_values(found) if key == "preset" else {key: found}
     return name, settings
-
-
-def _number(text: str) -> int | float | str:
-    """Converts a text to a number if it is one."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from lib_pulid.evaluate.judges import OWN
 from lib_pulid.evaluate.measures import change_at, mean, slope, spread
 from lib_pulid.evaluate.trial import WITHOUT, Row
 
-NOT_MEASURED = "not measured"
 POSE = ("roll", "turn")  # of `measures.pose`
 Figures = dict[str, "float | None"]
 
@@ -31,38 +31,27 @@ class Line:
 
 def summarize(rows: Sequence[Row]) -> list[Line]:
     """Computes the means over the images of each method and weight, in the order of the rows."""
-    files = {method: {row.file for row in rows if row.method == method} for method in {row.method for row in rows}}
-    groups: dict[tuple[str, float], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.method, row.weight), []).append(row)
+
+    def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+        return {one: [row for row in rows if key(row) == one] for one in dict.fromkeys(map(key, rows))}
+
+    def measured(rows: Sequence[Row]) -> tuple[Figures, dict[str, Figures]]:
+        """Computes the figures over all rows, and over those of each run."""
+        several = len({row.file for row in methods[rows[0].method]}) > 1
+        runs = grouped(rows, lambda row: row.file if several else f"seed {row.seed}")
+        return _figures(rows), {run: _figures(members) for run, members in runs.items()}
+
+    methods = grouped(rows, lambda row: row.method)
+    plain, plain_runs = measured(methods[WITHOUT])
     lines = []
-    for (method, weight), group in groups.items():
-        by_run: dict[str, list[Row]] = {}
-        for row in group:
-            by_run.setdefault(row.file if len(files[method]) > 1 else f"seed {row.seed}", []).append(row)
-        runs = {run: _figures(members) for run, members in by_run.items()}
-        figures = _figures(group)
+    for (method, weight), group in grouped(rows, lambda row: (row.method, row.weight)).items():
+        figures, runs = measured(group)
+        for run, base in ((figures, plain), *((run, plain_runs.get(name, plain)) for name, run in runs.items())):
+            kept, usual = run["prompt kept"], base["prompt kept"]
+            run["prompt kept / without's"] = kept / usual if kept is not None and usual else None
         spreads = {name: spread([run[name] for run in runs.values()]) for name in figures}
         lines.append(Line(method, weight, len(group), figures, spreads, runs))
-    return [_against_without(line, lines) for line in lines]
-
-
-def _against_without(line: Line, lines: Sequence[Line]) -> Line:
-    """Adds how often the prompt's attributes are kept, relative to images without the identity."""
-    without = next(other for other in lines if other.method == WITHOUT)
-
-    def ratio(figures: Figures, base: Figures) -> float | None:
-        kept, usual = figures["prompt kept"], base["prompt kept"]
-        return kept / usual if kept is not None and usual else None
-
-    name = "prompt kept / without's"
-    runs = {
-        run: figures | {name: ratio(figures, without.runs.get(run, without.figures))}
-        for run, figures in line.runs.items()
-    }
-    figures = line.figures | {name: ratio(line.figures, without.figures)}
-    spreads = line.spreads | {name: spread([run[name] for run in runs.values()])}
-    return replace(line, figures=figures, spreads=spreads, runs=runs)
+    return lines
 
 
 def _figures(rows: Sequence[Row]) -> Figures:
@@ -93,16 +82,13 @@ def equal_likeness(lines: Sequence[Line], judge: str) -> list[str]:
     sentences = []
     for method in methods:
         curve = sorted((line for line in lines if line.method in (WITHOUT, method)), key=lambda line: line.weight)
-        whole = change_at(level, [(line.figures[name], line.figures["change"]) for line in curve])
         runs = {run for line in curve if line.method == method for run in line.runs}
-        each = [change_at(level, [_of_run(line, run, name) for line in curve]) for run in sorted(runs)]
+        whole, *each = (
+            change_at(level, [(figures[name], figures["change"]) for figures in of_run])
+            for of_run in ([line.runs.get(run, line.figures) for line in curve] for run in ("", *sorted(runs)))
+        )
         sentences.append(f"At likeness {level:.3f} {method} changes {_cell(whole, spread(each), '.4f')}.")
     return sentences
-
-
-def _of_run(line: Line, run: str, name: str) -> tuple[float | None, float | None]:
-    figures = line.runs.get(run, line.figures)
-    return figures[name], figures["change"]
 
 
 # ---------------------------------------------------------------- table
@@ -114,7 +100,10 @@ def table(lines: Sequence[Line], judges: Sequence[str]) -> str:
     columns: list[tuple[str, Callable[[Line], str]]] = [
         ("method", lambda line: line.method),
         ("weight", lambda line: f"{line.weight:g}"),
-        *((_heading(judge), _show(f"likeness, {judge}", ".3f")) for judge in judges),
+        *(
+            (f"likeness by {judge}{' recognizer (overestimates)' * (judge == OWN)}", _show(f"likeness, {judge}", ".3f"))
+            for judge in judges
+        ),
         ("no face", _show("no face", ".1%")),
         ("change outside the head", _show("change", ".4f")),
         ("... of another seed's", _show("change / another seed's", ".1%")),
@@ -149,17 +138,13 @@ def traits_table(lines: Sequence[Line], on_photos: Mapping[str, float]) -> str:
     return "\n\n".join(parts)
 
 
-def _heading(judge: str) -> str:
-    return f"likeness by {judge} recognizer (overestimates)" if judge == OWN else f"likeness by {judge}"
-
-
 def _show(name: str, form: str) -> Callable[[Line], str]:
     return lambda line: _cell(line.figures[name], line.spreads[name], form)
 
 
 def _cell(value: float | None, deviation: float | None, form: str) -> str:
     if value is None:
-        return NOT_MEASURED
+        return "not measured"
     return format(value, form) + (f" ± {format(deviation, form)}" if deviation is not None else "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -53,14 +54,14 @@ class Method:
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What was read from an image. face: the largest of `faces` (a number); None: there is none."""
+    """What was read from an image. face: the largest of `faces` (a number), or None. clip: [D]; None without CLIP."""
 
     image: np.ndarray
     faces: int
     face: Detection | None
     readings: Mapping[str, Reading]
     scene: Mapping[str, str]
-    clip: np.ndarray | None
+    clip: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,24 +98,18 @@ class Panel:
         height, width = look.image.shape[:2]
         if look.face is None:
             return np.zeros((height, width), bool)
+        assert self.models.parser is not None, "PuLID has one"
         head = np.zeros((height, width), np.uint8)
+        crop, border = (CROP_SIZE, CROP_SIZE), CROP_BORDER_BGR[::-1]
+        flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
         for zoom in ZOOMS:
-            wanted = (CROP_LANDMARKS - CROP_SIZE / 2) * zoom + CROP_SIZE / 2
-            self._label(look.image, similarity(look.face.landmarks, wanted), head)
+            matrix = similarity(look.face.landmarks, (CROP_LANDMARKS - CROP_SIZE / 2) * zoom + CROP_SIZE / 2)
+            labels = self.models.parser.labels(cv2.warpAffine(look.image, matrix, crop, borderValue=border))
+            shown = 1 + (~np.isin(labels, NOT_HEAD)).astype(np.uint8)  # 0 is outside the crop
+            back = cv2.warpAffine(shown, matrix, (width, height), flags=flags)
+            head[back > 0] = back[back > 0] - 1
         margin = 2 * round(MARGIN * max(height, width)) + 1
         return cv2.dilate(head, np.ones((margin, margin), np.uint8)) > 0
-
-    def _label(self, image: np.ndarray, crop_from_image: np.ndarray, head: np.ndarray) -> None:
-        """Writes 1 and 0 into head [H, W] within the crop of an image, by a matrix [2, 3]."""
-        import cv2
-
-        assert self.models.parser is not None, "PuLID has one"
-        size, border = (CROP_SIZE, CROP_SIZE), CROP_BORDER_BGR[::-1]
-        labels = self.models.parser.labels(cv2.warpAffine(image, crop_from_image, size, borderValue=border))
-        flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
-        shown = 1 + (~np.isin(labels, NOT_HEAD)).astype(np.uint8)  # 0 is outside the crop
-        back = cv2.warpAffine(shown, crop_from_image, head.shape[::-1], flags=flags)
-        head[back > 0] = back[back > 0] - 1
 
 
 @dataclass(frozen=True)
@@ -181,26 +176,6 @@ def count_images(sitters: Sequence[Sitter], methods: Sequence[Method], weights: 
     return prompts * seeds * (1 + len(methods) * sum(weight != 0 for weight in weights))
 
 
-class _Plain:
-    """Images without an identity, each generated once."""
-
-    def __init__(self, studio: Studio, panel: Panel, seeds: int) -> None:
-        self._studio, self._panel, self._seeds = studio, panel, max(seeds, 2)
-        self._known: dict[tuple[str, int], tuple[Look, np.ndarray]] = {}
-
-    def get(self, prompt: str, seed: int) -> tuple[Look, np.ndarray]:
-        """Returns the image, and where its head is."""
-        if (prompt, seed) not in self._known:
-            look = self._panel.look(self._studio.paint([], prompt, seed))
-            self._known[prompt, seed] = look, self._panel.head(look)
-        return self._known[prompt, seed]
-
-    def other_seed(self, prompt: str, seed: int) -> float | None:
-        """Measures how much the next seed changes outside both heads."""
-        (look, head), (other, other_head) = (self.get(prompt, s) for s in (seed, (seed + 1) % self._seeds))
-        return change(look.image, other.image, head | other_head)
-
-
 def run_trial(
     studio: Studio,
     panel: Panel,
@@ -211,11 +186,16 @@ def run_trial(
     keep_image: Callable[[Row, np.ndarray], None] = lambda row, image: None,
 ) -> Iterator[Row]:
     """Generates and judges all images. Weight 0 is the image without, generated once for all methods."""
-    plain = _Plain(studio, panel, seeds)
-    texts: dict[str, np.ndarray] = {}
+
+    @cache
+    def without(prompt: str, seed: int) -> tuple[Look, np.ndarray]:
+        """Generates an image without an identity; and finds its head."""
+        look = panel.look(studio.paint([], prompt, seed))
+        return look, panel.head(look)
 
     def shot(sitter: Sitter, method: Method | None, weight: float, prompt: Prompt, seed: int, injections: Any) -> Row:
-        before, head = plain.get(prompt.text, seed)
+        before, head = without(prompt.text, seed)
+        other, other_head = without(prompt.text, (seed + 1) % max(seeds, 2))
         after = panel.look(studio.paint(injections, prompt.text, seed)) if injections else before
         row = Row(
             person=sitter.subject.name,
@@ -225,9 +205,10 @@ def run_trial(
             prompt=prompt.text,
             seed=seed,
             change=change(after.image, before.image, head | panel.head(after) if injections else head),
-            other_seed=plain.other_seed(prompt.text, seed),
-            clip_t=_clip_t(panel.clip, after, prompt.text, texts),
-            clip_i=None if after.clip is None or before.clip is None else cosine(after.clip, before.clip),
+            other_seed=change(before.image, other.image, head | other_head),
+            # Times 100, as in papers.
+            clip_t=100 * cosine(after.clip, panel.clip.text(prompt.text)) if panel.clip else None,
+            clip_i=cosine(after.clip, before.clip) if panel.clip else None,
             kept=kept(prompt.wanted, after.scene),
             **_person_figures(sitter, after),
         )
@@ -257,24 +238,9 @@ def _person_figures(sitter: Sitter, look: Look) -> dict[str, Any]:
         copied[name] = mean(scores)
     named = _named(look)
     traits = {name: named.get(name) == value for name, value in sitter.traits.items()}
-    figures = {"faces": look.faces, "likeness": likeness, "copy_paste": copied, "traits": traits}
-    return figures | {"pose": _poses(look, sitter.reference)}
-
-
-def _poses(look: Look, reference: Look) -> dict[str, tuple[float, float]]:
-    if look.face is None or reference.face is None:
-        return {}
-    seen, wanted = pose(look.face.landmarks), pose(reference.face.landmarks)
-    return {name: (seen[name], wanted[name]) for name in seen if name in wanted}
-
-
-def _clip_t(clip: Clip | None, look: Look, prompt: str, texts: dict[str, np.ndarray]) -> float | None:
-    """Computes CLIP's cosine of image and prompt, times 100 as in papers."""
-    if clip is None or look.clip is None:
-        return None
-    if prompt not in texts:
-        texts[prompt] = clip.text(prompt)
-    return 100 * cosine(look.clip, texts[prompt])
+    tilt, wanted_tilt = ({} if one.face is None else pose(one.face.landmarks) for one in (look, sitter.reference))
+    poses = {name: (tilt[name], wanted_tilt[name]) for name in tilt if name in wanted_tilt}
+    return {"faces": look.faces, "likeness": likeness, "copy_paste": copied, "traits": traits, "pose": poses}
 
 
 def traits_on_photos(sitters: Sequence[Sitter]) -> dict[str, float]:

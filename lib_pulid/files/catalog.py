@@ -6,20 +6,19 @@ Folders are those of the WebUIs: `pulid`, `insightface/models/antelopev2`, `face
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from lib_pulid import disk
 from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
 from lib_pulid.files import download as downloads
 from lib_pulid.files.download import Download, ProgressCallback, RetryPolicy, format_size, no_progress
+from lib_pulid.files.places import ANTELOPE, places
 
 MODELS_DIR_VARIABLE = "PULID_MODELS_DIR"
 FAMILIES = ("sdxl", "flux")
 _NON_COMMERCIAL = "InsightFace model license: non-commercial research purposes only"
-_ANTELOPE = "insightface/models/antelopev2"
 _ANTELOPE_REVISION = "ba0c3e10f4548361eb9a63265d87ce1140ab5a05"
 _INSTANTID = "InstantID checkpoints: non-commercial research purposes only (InsightFace)"
 _FACEID = "IP-Adapter-FaceID models: non-commercial research purposes only (InsightFace)"
@@ -109,10 +108,10 @@ CATALOG = (
     WeightFile("EVA02_CLIP_L_336_psz14_s6B.pt", "pulid", "vision tower", "QuanSun/EVA-CLIP", "encoders", "MIT",
                role="tower", revision="11afd202f2ae80869d6cef18b1ec775e79bd8d12",
                size=856_461_210, sha256="84c3a17a228c567a155259b2245b0b59072bf7da510260a0a02ec54de6d50b05"),
-    WeightFile("scrfd_10g_bnkps.onnx", _ANTELOPE, "face detector", "DIAMONIK7777/antelopev2", "encoders",
+    WeightFile("scrfd_10g_bnkps.onnx", ANTELOPE, "face detector", "DIAMONIK7777/antelopev2", "encoders",
                _NON_COMMERCIAL, restricted=True, role="detector", revision=_ANTELOPE_REVISION,
                size=16_923_827, sha256="5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91"),
-    WeightFile("glintr100.onnx", _ANTELOPE, "face recognizer", "DIAMONIK7777/antelopev2", "encoders",
+    WeightFile("glintr100.onnx", ANTELOPE, "face recognizer", "DIAMONIK7777/antelopev2", "encoders",
                _NON_COMMERCIAL, restricted=True, role="recogniser", revision=_ANTELOPE_REVISION,
                size=260_665_334, sha256="4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
                others=((174_383_860, "w600k_r50.onnx of buffalo_l"), (13_616_099, "w600k_mbf.onnx of buffalo_s"),
@@ -159,11 +158,6 @@ CATALOG = (
 )  # fmt: skip
 
 
-def default_models_dir() -> Path:
-    """Gives $PULID_MODELS_DIR, or `models` below the current folder."""
-    return disk.user_path(os.environ.get(MODELS_DIR_VARIABLE, "").strip() or "models").absolute()
-
-
 def in_group(group: str) -> tuple[WeightFile, ...]:
     return tuple(file for file in CATALOG if file.group == group)
 
@@ -172,19 +166,17 @@ def named(name: str) -> WeightFile | None:
     return next((file for file in CATALOG if file.name == name), None)
 
 
-# ---------------------------------------------------------------- what is there
-
-
 def status(file: WeightFile, models_dir: Path, verify: ProgressCallback | None = None) -> Status:
     """Looks for a file in its folder and wherever else it may lie. A right one goes before one of another size, and
     one that may be read before one that may not.
 
     verify: compares the checksum of all bytes, too, which takes seconds; called for each block.
     """
-    found = (Status(file, path, _problem(file, path)) for path in _places(file, models_dir) if disk.is_file(path))
+    paths = places(models_dir, file.folder, file.name, file.source, file.path)
+    found = (Status(file, path, _problem(file, path)) for path in paths if disk.is_file(path))
     best = min(found, key=lambda one: (one.problem != "", not os.access(str(one.path), os.R_OK)), default=Status(file))
     if best.path and not best.problem and verify:
-        return Status(file, best.path, _damage(file, best.path, downloads.sha256_of(best.path, verify)))
+        return Status(file, best.path, _damage(file, best.path, downloads.sha256_of(best.path, progress=verify)))
     return best
 
 
@@ -234,13 +226,12 @@ def no_adapter(family: str, folder: Path, models_dir: Path, left_out: Iterable[s
 def fingerprint(encoders: Mapping[str, Path], fingerprint_of: Callable[[Path], str]) -> str:
     """Names the content of encoder files, given by role. fingerprint_of: gives the start of a file's sha256.
 
-    Raises:
-        WrongWeightsError: a file of the right size has other bytes: it is damaged.
+    Raises: as `check_bytes`.
     """
-    files = {file.role: file for file in CATALOG if file.role}
     found = {role: fingerprint_of(path) for role, path in encoders.items()}
-    for role, path in encoders.items():
-        check_bytes(files[role], path, found[role])
+    for file in CATALOG:
+        if file.role in found:
+            check_bytes(file, encoders[file.role], found[file.role])
     return "-".join(found.values())
 
 
@@ -280,53 +271,6 @@ def _damage(file: WeightFile, path: Path, found: str) -> str:
     return f"{path} is damaged: its checksum is {found[:8]}..., not {file.sha256[:8]}..."
 
 
-# ---------------------------------------------------------------- where files lie
-
-# Folders below the models folder where other programs keep these files.
-_ELSEWHERE = {
-    "pulid": ("clip", "clip_vision", "ControlNet", "ipadapter", "photomaker"),  # ComfyUI, sd-webui-controlnet
-    _ANTELOPE: ("insightface/antelopev2", "antelopev2", "antelopev2/antelopev2"),  # the official demo
-    "facexlib": ("facexlib/weights", "facexlib/detection", "facexlib/parsing", "GFPGAN", "Codeformer"),  # the WebUIs
-}
-
-
-def _places(file: WeightFile, models_dir: Path) -> Iterator[Path]:
-    """Lists where a file may lie: in its folder, a folder too deep (a usual slip), where other programs keep it, and in
-    the caches of torch and huggingface_hub."""
-    home = models_dir / file.folder
-    folders = [home, home / home.name, models_dir, *(models_dir / name for name in _ELSEWHERE.get(file.folder, ()))]
-    if file.folder == "pulid":
-        folders.append(models_dir.parent / "extensions" / "sd-webui-controlnet" / "models")
-    elif file.folder == "facexlib":
-        folders += _package("facexlib")
-    elif file.folder == "clip_vision":
-        folders.append(models_dir / "ControlNet")
-    else:
-        folders += [disk.user_path("~/.insightface/models") / home.name / deeper for deeper in ("", home.name)]
-    cache = _folder_of("XDG_CACHE_HOME")
-    folders.append(_folder_of("TORCH_HOME", default=cache / "torch") / "hub" / "checkpoints")
-    snapshots: list[Path] = []
-    if "://" not in file.source:  # as huggingface_hub.constants says, whose import takes a third of a second
-        home = _folder_of("HF_HOME", default=cache / "huggingface")
-        hub = _folder_of("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=home / "hub")
-        snapshots = disk.listed(hub / f"models--{file.source.replace('/', '--')}" / "snapshots")
-    yield from (folder / file.name for folder in folders)
-    yield from (snapshot / file.path for snapshot in snapshots)
-
-
-def _package(name: str) -> list[Path]:
-    spec = find_spec(name)
-    return [Path(spec.origin).parent / "weights"] if spec is not None and spec.origin else []
-
-
-def _folder_of(*variables: str, default: str | Path = "~/.cache") -> Path:
-    """Reads the first of these variables that is set and not empty, or takes the default."""
-    return disk.user_path(next(filter(None, map(os.environ.get, variables)), default))
-
-
-# ---------------------------------------------------------------- getting it
-
-
 def download(
     file: WeightFile,
     models_dir: Path,
@@ -352,5 +296,5 @@ def download(
             return target
         except DownloadError as error:
             errors.append(error)
-    by_hand_text = by_hand([file], models_dir)
-    raise DownloadError(f"{file.name} could not be downloaded: {errors[0]}.\nBy hand:\n{by_hand_text}") from errors[0]
+    how = by_hand([file], models_dir)
+    raise DownloadError(f"{file.name} could not be downloaded: {errors[0]}.\nBy hand:\n{how}") from errors[0]

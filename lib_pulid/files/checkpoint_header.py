@@ -9,9 +9,12 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from lib_pulid.methods import DTYPES, Header, Tensors
 
 LARGEST_HEADER = 100_000_000  # bytes
+Kind = TypeVar("Kind")
 
 # GGUF's types of values: struct's letter of those of fixed size; and the two others.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -41,28 +44,39 @@ def checkpoint_family(path: Path) -> str:
     return "sdxl" if len(widths) == _SDXL_SITES or set(widths) == {_SDXL_TEXT_WIDTH} else ""
 
 
-def read_header(path: Path) -> Mapping[str, tuple[int, ...]]:
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     """Reads names and shapes of a safetensors or GGUF file's tensors; empty if it is neither, or cannot be read."""
+    return {name: tensor.shape for name, tensor in read_tensors(path).items()}
+
+
+def read_tensors(path: Path) -> Header:
+    """Reads the dtypes, too; "" in a GGUF file."""
     try:
         with path.open("rb") as file:
             if path.suffix.lower() == ".gguf":
-                return {name: tensor.shape for name, tensor in read_gguf(file)[1].items()}
+                return {name: Tensors(tensor.shape, "") for name, tensor in read_gguf(file)[1].items()}
             if path.suffix.lower() not in (".safetensors", ".sft"):
                 return {}
-            entries = read_safetensors_header(file).items()
-            return {name: tuple(map(int, entry["shape"])) for name, entry in entries if name != "__metadata__"}
+            entries = read_safetensors_header(file)
+        entries.pop("__metadata__", None)
+        return {
+            name: Tensors(tuple(map(int, entry["shape"])), DTYPES.get(entry["dtype"], entry["dtype"]))
+            for name, entry in entries.items()
+        }
     except Exception:  # whatever a damaged header leads to, it says nothing
         return {}
 
 
-def read_dtypes(path: Path) -> dict[str, str]:
-    """Reads the dtypes ("F16") of a safetensors file's tensors, likewise."""
-    try:
-        with path.open("rb") as file:
-            entries = read_safetensors_header(file).items()
-            return {name: str(entry["dtype"]) for name, entry in entries if name != "__metadata__"}
-    except Exception:
-        return {}
+def flat(tables: Mapping[Any, Any], kind: type[Kind]) -> dict[str, Kind]:
+    """Makes one level of nesting flat ({"image_proj": {...}}, {"state_dict": {...}}), and keeps values of this kind."""
+    found: dict[str, Kind] = {}
+    for key, value in tables.items():
+        if isinstance(value, kind):
+            found[str(key)] = value
+        elif isinstance(value, Mapping):
+            prefix = "" if key in ("state_dict", "model", "module") else f"{key}."
+            found |= {f"{prefix}{name}": inner for name, inner in value.items() if isinstance(inner, kind)}
+    return found
 
 
 def read_safetensors_header(file: BinaryIO) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def fetch(
 def _complete(download: Download, headers: dict[str, str], progress: ProgressCallback, policy: RetryPolicy) -> None:
     resumed = download.received > 0
     download = _receive(download, headers, progress, policy)
-    found = sha256_of(download.part, progress) if download.sha256 else ""
+    found = sha256_of(download.part, progress=progress) if download.sha256 else ""
     if not found.startswith(download.sha256):
         download.part.unlink()
         if resumed:  # the part of an earlier run can be damaged: once more, from the start
@@ -269,13 +269,15 @@ def _kept(download: Download, then: str = "") -> str:
     return f"; the {format_size(download.received)} received are kept{then}" if download.received else ""
 
 
-def sha256_of(path: Path, progress: ProgressCallback = no_progress) -> str:
-    digest, done, size = hashlib.sha256(), 0, path.stat().st_size
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            done += len(block)
-            progress(done, size, "verifying")
+def sha256_of(*paths: Path, progress: ProgressCallback = no_progress) -> str:
+    """Computes the checksum of one file, or of several as if they were one."""
+    digest, done, size = hashlib.sha256(), 0, sum(path.stat().st_size for path in paths)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+                done += len(block)
+                progress(done, size, "verifying")
     return digest.hexdigest()
 
 

@@ -10,10 +10,10 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lib_pulid.files.checkpoint_header import flat
 from lib_pulid.methods import Header, Tensors
 
 LARGEST_PROGRAM = 20_000_000  # bytes; that of an adapter has some hundred thousand
@@ -31,19 +31,9 @@ def read_pickle_header(path: Path) -> Header:
             if entry.file_size > LARGEST_PROGRAM or entry.compress_type != zipfile.ZIP_STORED:
                 return {}
             tables = _Describer(io.BytesIO(archive.read(entry))).load()
-        return dict(_flat(tables))
+        return flat(tables, Tensors)
     except Exception:  # whatever a damaged or malicious program leads to, it says nothing
         return {}
-
-
-def _flat(tables: Mapping[Any, Any]) -> list[tuple[str, Tensors]]:
-    """Makes one level of nesting flat, as `state_dict.read_state_dict` does."""
-    found = [(str(key), value) for key, value in tables.items() if isinstance(value, Tensors)]
-    for key, value in tables.items():
-        if isinstance(value, Mapping):
-            prefix = "" if key in ("state_dict", "model", "module") else f"{key}."
-            found += [(f"{prefix}{name}", inner) for name, inner in value.items() if isinstance(inner, Tensors)]
-    return found
 
 
 class _Describer(pickle.Unpickler):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
-from lib_pulid.files.checkpoint_header import LARGEST_HEADER, read_safetensors_header
+from lib_pulid.files.checkpoint_header import LARGEST_HEADER, flat, read_safetensors_header
 
 HARMLESS = 2**29  # bytes
 _NO_WEIGHTS = (  # by what a file begins with
@@ -58,7 +58,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{path.name} ({size:,} bytes) cannot be read: it is damaged, truncated (an interrupted download?) "
             f"or refused for safety. Download it again. ({type(error).__name__}: {str(error)[:200]})"
         ) from error
-    return _flat(loaded, path)
+    return _checked(loaded, path)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -114,30 +114,19 @@ def _check_archive(path: Path, start: bytes) -> None:
         raise WrongWeightsError(f"{path.name} is a tar archive, not a weight file. Unpack it.")
 
 
-def _flat(loaded: object, path: Path) -> dict[str, Tensor]:
+def _checked(loaded: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping):
         raise WrongWeightsError(f"{path.name} holds no table of weights ({type(loaded).__name__}).")
-    flat: dict[str, Tensor] = {}
-    for key, value in loaded.items():
-        if isinstance(value, Tensor):
-            flat[str(key)] = value.detach()
-        elif isinstance(value, Mapping):
-            inner = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
-            wrapper = key in ("state_dict", "model", "module")
-            flat.update(inner if wrapper else {f"{key}.{k}": v for k, v in inner.items()})
-    if not flat:
+    state = {key: tensor.detach() for key, tensor in flat(loaded, Tensor).items()}
+    if not state:
         raise WrongWeightsError(f"{path.name} holds no weights.")
-    _check_declared_size(flat, path)
-    return flat
-
-
-def _check_declared_size(state: Mapping[str, Tensor], path: Path) -> None:
-    """A pickle may describe a tensor that repeats one number a billion times, or no numbers at all."""
+    # A pickle may describe a tensor that repeats one number a billion times, or no numbers at all.
     plain = all(t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized for t in state.values())
     # Twice, for weights that two names share; and what fits into any memory does no harm.
     most = max(2 * path.stat().st_size, HARMLESS)
     if not plain or sum(t.numel() * t.element_size() for t in state.values()) > most:
         raise WrongWeightsError(f"{path.name} is refused for safety: its tensors claim more data than it contains.")
+    return state
 
 
 def check_numbers(state: Mapping[str, Tensor], path: Path) -> None:

@@ -12,9 +12,9 @@ from lib_pulid import disk, names
 from lib_pulid.errors import MissingWeightsError, UnsupportedModelError, WrongWeightsError
 from lib_pulid.fields import AUTO
 from lib_pulid.files import catalog
-from lib_pulid.files.checkpoint_header import read_dtypes, read_header
+from lib_pulid.files.checkpoint_header import read_tensors
 from lib_pulid.files.pickle_header import read_pickle_header
-from lib_pulid.methods import DTYPES, Header, Method, Tensors, maker_of, method_of, usual
+from lib_pulid.methods import Header, Method, maker_of, method_of, usual
 from lib_pulid.stores.folder import ModelsFolder, stamp
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Adapters:
 def _adapter_file(path: Path) -> AdapterFile | None:
     """Tells an adapter's method by the names, shapes and dtypes of its tensors; None for another kind of file."""
     is_pickle = path.suffix.lower() != ".safetensors"
-    header: Header = read_pickle_header(path) if is_pickle else _safetensors_header(path)
+    header: Header = read_pickle_header(path) if is_pickle else read_tensors(path)
     if not header and is_pickle:
         file = catalog.named(path.name)  # written by an older torch
         return AdapterFile(path, usual(file.group) if file is not None and file.group in catalog.FAMILIES else None)
@@ -151,10 +151,3 @@ def _adapter_file(path: Path) -> AdapterFile | None:
     except WrongWeightsError:
         return AdapterFile(path) if is_pickle else None
     return AdapterFile(path, method) if is_pickle or method is not None else None
-
-
-def _safetensors_header(path: Path) -> Header:
-    shapes, dtypes = read_header(path), read_dtypes(path)
-    if shapes.keys() != dtypes.keys():
-        return {}  # damaged
-    return {key: Tensors(shape, DTYPES.get(dtypes[key], dtypes[key])) for key, shape in shapes.items()}

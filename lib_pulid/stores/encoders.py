@@ -60,16 +60,12 @@ class EncoderPool:
         self._folder, self._identities = folder, identities
         self._lock = threading.RLock()
         self._work = Interruptible()
-        self._faces: FaceModels | None = None
-        self._tower: VisionTower | ClipVision | None = None
-        self._loaded: dict[str, Any] = {}  # the files they were loaded from: methods need different ones
-        self._seer: Detector | None = None
-        self._judges: dict[Path, Recogniser] = {}
+        self._models: dict[Any, tuple[Any, Any]] = {}  # by kind: the files it was loaded from, and the model
         self._moved = False  # to the CPU
 
     @property
     def loaded(self) -> bool:
-        return any(model is not None for model in (self._faces, self._tower, self._seer)) or bool(self._judges)
+        return bool(self._models)
 
     def encode(
         self,
@@ -121,8 +117,9 @@ class EncoderPool:
             ),
             warn,
         )
-        for note in self._faces.notes if self._faces else ():
-            warn(note)
+        if "faces" in self._models:
+            for note in self._models["faces"][1].notes:
+                warn(note)
         return identity
 
     def settle(self, stop: Callable[[], bool] = lambda: False) -> None:
@@ -185,9 +182,7 @@ class EncoderPool:
             self._forget()
 
     def _forget(self) -> None:
-        self._faces = self._tower = self._seer = None
-        self._judges.clear()
-        self._loaded.clear()
+        self._models.clear()
         self._moved = False
 
     def _where_memory_suffices(self, work: Callable[[], Result], warn: Callable[[str], None]) -> Result:
@@ -207,45 +202,45 @@ class EncoderPool:
     def _place(self) -> str:
         return CPU if self._moved else self._folder.settings.device
 
+    def _kept(self, kind: Any, files: Any, load: Callable[[], Any]) -> Any:
+        """Loads a model once. Methods need different files of a kind; only the last one is kept."""
+        if kind not in self._models or self._models[kind][0] != files:
+            self._models.pop(kind, None)  # first, so that two are never in memory
+            self._models[kind] = files, load()
+        return self._models[kind][1]
+
     def _encoders(self, files: dict[str, Path], tell: Callable[[str], None]) -> Encoders:
         from lib_pulid.photos import Encoders, load_image_encoder
+
+        def load() -> VisionTower | ClipVision | None:
+            tell("loading the vision tower")
+            return load_image_encoder(files, self._place())
 
         faces = None
         if "detector" in files:
             tell("loading the face models")
             faces = self._face_models(files)
         wanted = [files[role] for role in IMAGE_ENCODERS if role in files]
-        if wanted and (self._tower is None or self._loaded.get("tower") != wanted):
-            tell("loading the vision tower")
-            self._tower, self._loaded["tower"] = None, wanted  # first, so that two are never in memory
-            self._tower = load_image_encoder(files, self._place())
-        return Encoders(faces, self._tower if wanted else None)
+        return Encoders(faces, self._kept("tower", wanted, load) if wanted else None)
 
     def _face_models(self, files: dict[str, Path]) -> FaceModels:
         from lib_pulid.face_models import FaceFiles, load_face_models
 
         wanted = FaceFiles.among(files)
-        if self._faces is None or self._loaded.get("faces") != wanted:
-            self._faces = load_face_models(wanted, self._place())
-            self._loaded["faces"] = wanted
-        return self._faces
+        return self._kept("faces", wanted, lambda: load_face_models(wanted, self._place()))
 
     def _detector(self) -> Detector:
-        from lib_pulid import face_models
+        from lib_pulid.face_models import load_detector
 
-        if self._faces is not None:
-            return self._faces.detector
-        if self._seer is None:
-            files = catalog.require_encoders(self._folder.models_dir)
-            self._seer = face_models.load_detector(files["detector"], self._place())
-        return self._seer
+        if "faces" in self._models:
+            return self._models["faces"][1].detector
+        path = catalog.require_encoders(self._folder.models_dir)["detector"]
+        return self._kept("detector", path, lambda: load_detector(path, self._place()))
 
     def _recogniser(self, path: Path) -> Recogniser:
-        from lib_pulid import face_models
+        from lib_pulid.face_models import load_recogniser
 
-        if path not in self._judges:
-            self._judges[path] = face_models.load_recogniser(path, self._place())
-        return self._judges[path]
+        return self._kept(("judge", path), path, lambda: load_recogniser(path, self._place()))
 
 
 def recognizers(own: Path | None, folder: ModelsFolder, load: Callable[[Path], Recogniser]) -> list[Recognizer]:

@@ -50,8 +50,10 @@ class ModelsFolder:
     def path(self) -> Path:
         """The folder of PuLID files: `pulid` in the models folder, or the models folder itself if it has the files."""
         folder = self.models_dir / "pulid"
-        here = disk.is_folder(folder) or not disk.is_folder(self.models_dir)
-        return folder if here else _flat(self.models_dir) or folder
+        if disk.is_folder(folder):
+            return folder
+        known = {file.name for file in catalog.CATALOG}
+        return self.models_dir if any(path.name in known for path in disk.listed(self.models_dir)) else folder
 
     def remembered(self, path: Path, read: Callable[[Path], Any]) -> Any:
         """Returns `read(path)`, called once until the file changes."""
@@ -74,8 +76,3 @@ def stamp(path: Path) -> tuple[str, int, int]:
     except OSError:  # deleted since it was listed, or not accessible: reading it reports that
         return str(path), 0, 0
     return str(path), stat.st_size, stat.st_mtime_ns
-
-
-def _flat(models_dir: Path) -> Path | None:
-    known = {file.name for file in catalog.CATALOG}
-    return models_dir if any(path.name in known for path in disk.listed(models_dir)) else None

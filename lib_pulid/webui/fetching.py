@@ -45,7 +45,7 @@ class Downloads:
 
     @property
     def state(self) -> State:
-        return self._state
+        return replace(self._state, waiting=tuple(file.name for file in self._queue))
 
     def start(self, files: Sequence[WeightFile]) -> None:
         """Adds files to the queue, and starts it."""
@@ -54,10 +54,8 @@ class Downloads:
             self._queue += [file for file in files if file.name not in queued]
             self._stop = False
             if self._state.running or not self._queue:
-                self._told()
                 return
             self._state = State(running=True)
-            self._told()
         threading.Thread(target=self._work, name="PuLID download", daemon=True).start()
 
     def stop(self) -> None:
@@ -74,7 +72,6 @@ class Downloads:
                     return
                 file = self._queue.pop(0)
                 self._state = State(running=True, name=file.name, total=file.size, problems=self._state.problems)
-                self._told()
             try:
                 catalog.download(file, self._folder.models_dir, self._progress)
             except _Stopped:
@@ -93,6 +90,3 @@ class Downloads:
             raise _Stopped
         with self._lock:
             self._state = replace(self._state, done=done, total=total or self._state.total, note=note)
-
-    def _told(self) -> None:
-        self._state = replace(self._state, waiting=tuple(file.name for file in self._queue))

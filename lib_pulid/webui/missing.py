@@ -100,18 +100,21 @@ class Missing:
     def values(self, accepted: bool, models: Sequence[str] = (AUTO,)) -> tuple[Any, ...]:
         """Returns the widgets' current values; the page polls them during a download. models: the selected ones."""
         state, files = self._downloads.state, self.files(models)
-        restricted = any(file.restricted for file in files)
+        restricted = [file for file in files if file.restricted]
+        names, licences = (file.name for file in restricted), dict.fromkeys(file.licence for file in restricted)
+        notice = f"I accept the license of {' and '.join(names)}: {'; '.join(licences)}"
         return (
             gr.update(visible=bool(files or state.running or state.problems)),
             gr.update(value=self._text(files, state)),
-            gr.update(label=_notice(files), visible=restricted and not state.running),
+            gr.update(label=notice, visible=bool(restricted) and not state.running),
             gr.update(value=_label(files, accepted), visible=bool(files) and not state.running),
             gr.update(visible=state.running),
         )
 
     def _text(self, files: Sequence[WeightFile], state: State) -> str:
         folder = self._library.folder.models_dir
-        lines = [f"<p class='pulid-bad'>{_lines(problem)}</p>" for problem in state.problems]
+        problems = (html.escape(problem).replace("\n", "<br>") for problem in state.problems)
+        lines = [f"<p class='pulid-bad'>{problem}</p>" for problem in problems]
         if state.running:
             return "".join([_progress(state), *lines])
         if not files:
@@ -139,19 +142,9 @@ def _progress(state: State) -> str:
     return f"<p>{html.escape(state.name)}: {amount}{note}.{rest}</p>{bar}"
 
 
-def _notice(files: Sequence[WeightFile]) -> str:
-    restricted = [file for file in files if file.restricted]
-    licences = "; ".join(dict.fromkeys(file.licence for file in restricted))
-    return f"I accept the license of {' and '.join(file.name for file in restricted)}: {licences}"
-
-
 def _label(files: Sequence[WeightFile], accepted: bool) -> str:
     ready = [file for file in files if accepted or not file.restricted]
     chosen = ready or files
     known, more = sum(file.size for file in chosen), " or more" * any(not file.size for file in chosen)
     what = f"{len(chosen)} file{'s' * (len(chosen) != 1)} ({format_size(known)}{more})"
     return f"Download {what}" if ready else f"To download {what}, accept the license above"
-
-
-def _lines(text: str) -> str:
-    return html.escape(text).replace("\n", "<br>")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -43,29 +42,23 @@ def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
     def add(path: str, endpoint: Any, method: str, **more: Any) -> None:
         app.add_api_route(f"/pulid/{path}", endpoint, methods=[method], dependencies=guard, tags=["PuLID"], **more)
 
-    async def post_detect(request: Any) -> dict:
-        return await run_in_threadpool(detect, await _body(request), library)
+    def post(path: str, answer: Any) -> None:
+        async def endpoint(request: Any) -> dict:
+            return await run_in_threadpool(answer, await _body(request))
 
-    post_detect.__annotations__["request"] = Request  # FastAPI reads it, and cannot resolve it from a string
+        endpoint.__annotations__["request"] = Request  # FastAPI reads it, and cannot resolve it from a string
+        body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+        add(path, endpoint, "POST", openapi_extra={"requestBody": body})
 
-    async def post_download(request: Any) -> dict:
-        return download(await _body(request), library.downloads)
-
-    async def post_blend(request: Any) -> dict:
-        return await run_in_threadpool(blend, await _body(request), library)
-
-    for endpoint in (post_download, post_blend):
-        endpoint.__annotations__["request"] = Request
     add("models", lambda: models(library), "GET")
     add("download", lambda: progress(library.downloads), "GET")
     add("identities", lambda: identities(library), "GET")
     add("identities/{name}", lambda name: _file(*identity_file(name, library)), "GET")
     add("presets", lambda: presets(library), "GET")
     add("schema", describe, "GET")
-    body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
-    add("detect", post_detect, "POST", openapi_extra={"requestBody": body})
-    add("download", post_download, "POST", openapi_extra={"requestBody": body})
-    add("blend", post_blend, "POST", openapi_extra={"requestBody": body})
+    post("detect", lambda body: detect(body, library))
+    post("download", lambda body: download(body, library.downloads))
+    post("blend", lambda body: blend(body, library))
 
 
 def add_error_handler(app: Any) -> None:
@@ -114,24 +107,24 @@ def models(library: Library) -> dict[str, Any]:
         {"name": file.name, "family": file.family or None, "method": file.method.name if file.method else None}
         for file in library.adapters.listed()
     ]
-    known = [_known(file, library) for file in catalog.CATALOG]
+    models_dir = library.folder.models_dir
+    known = [
+        {
+            "name": file.name,
+            "for": file.group,
+            "purpose": file.purpose,
+            "state": found.state,
+            "size": file.size or None,
+            "license": file.licence,
+            "licence": file.licence,  # the old spelling
+            "restricted": file.restricted,
+            "folder": str(found.path.parent if found.path else models_dir / file.folder),
+            "url": file.url,
+        }
+        for file in catalog.CATALOG
+        for found in [catalog.status(file, models_dir)]
+    ]
     return {"folder": str(library.folder.path), "models": files, "files": known}
-
-
-def _known(file: catalog.WeightFile, library: Library) -> dict[str, Any]:
-    found = catalog.status(file, library.folder.models_dir)
-    return {
-        "name": file.name,
-        "for": file.group,
-        "purpose": file.purpose,
-        "state": found.state,
-        "size": file.size or None,
-        "license": file.licence,
-        "licence": file.licence,  # the old spelling
-        "restricted": file.restricted,
-        "folder": str(found.path.parent if found.path else library.folder.models_dir / file.folder),
-        "url": file.url,
-    }
 
 
 def download(body: Mapping[str, Any], downloads: Downloads) -> dict[str, Any]:
@@ -274,11 +267,8 @@ def _authenticator(api_auth: str) -> Any:
     from fastapi import Depends, HTTPException
     from fastapi.security import HTTPBasic
 
-    known: dict[str, str] = {}
-    for pair in api_auth.split(","):
-        with contextlib.suppress(ValueError):
-            user, password = pair.split(":")
-            known[user] = password
+    pairs = (pair.split(":") for pair in api_auth.split(","))
+    known = dict(pair for pair in pairs if len(pair) == 2)
 
     def authenticate(credentials: Any = Depends(HTTPBasic())) -> None:  # noqa: B008
         expected = known.get(credentials.username)
