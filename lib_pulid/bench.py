@@ -11,7 +11,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 
 from lib_pulid import bench_cases as cases
 from lib_pulid.bench_cases import Case
-from lib_pulid.gpu_cost import count, fake_gpu
+from lib_pulid.gpu_cost import Cost, count, fake_gpu
 from lib_pulid.injection import inject
 from lib_pulid.sites import Site, Sites
 
@@ -37,34 +37,27 @@ PARTS = ("counts", "kept", "sites", "steps", "photos")
 # ---------------------------------------------------------------- counted
 
 
-def counts(dtype: torch.dtype = torch.float16, modules: Any = None) -> list[Row]:
+def counts(modules: Any = None) -> list[Row]:
     """Counts kernels, stalls and bytes of each kind of site at its real size. modules: the official ones."""
-    kinds = [partial(cases.sdxl_case, *kind, "cuda", dtype, modules=modules) for kind in cases.SDXL_LAYERS]
+    half = torch.float16
+    kinds = [partial(cases.sdxl_case, *kind, "cuda", half, modules=modules) for kind in cases.SDXL_LAYERS]
     kinds += [partial(kinds[0], persons=2), partial(kinds[0], persons=2, mask=True)]
-    flux = partial(cases.flux_case, cases.FLUX_TOKENS, "cuda", dtype, modules=modules)
+    flux = partial(cases.flux_case, cases.FLUX_TOKENS, "cuda", half, modules=modules)
     return [_counted(make) for make in (*kinds, flux, partial(flux, persons=2))]
 
 
 def _counted(make: Callable[[], Case]) -> Row:
-    found: dict[str, Case] = {}
+    with fake_gpu():
+        case = make()
+    row: Row = {"name": case.name, "sites": case.sites, "floor": case.floor}
 
-    def one(name: str) -> Callable:
-        found["case"] = make()
-        return getattr(found["case"], name)
+    def cost_of(name: str) -> Cost:
+        return count(lambda: getattr(make(), name))
 
-    ours = count(lambda: one("ours")) - count(lambda: one("off"))
-    official = count(lambda: one("official")) - count(lambda: one("official_off"))
-    case = found["case"]
-    return {
-        "name": case.name,
-        "sites": case.sites,
-        "floor": case.floor,
-        **{who: {**asdict(cost), "floors": cost.moved / case.floor} for who, cost in _two(ours, official)},
-    }
-
-
-def _two(ours: Any, official: Any) -> Sequence[tuple[str, Any]]:
-    return ("ours", ours), ("official", official)
+    for who, off in (("ours", "off"), ("official", "official_off")):
+        cost = cost_of(who) - cost_of(off)
+        row[who] = {**asdict(cost), "floors": cost.moved / case.floor}
+    return row
 
 
 def kept() -> list[Row]:
@@ -80,15 +73,10 @@ def kept() -> list[Row]:
 # ---------------------------------------------------------------- timed
 
 
-def medians(device: str, runs: int, functions: Sequence[Callable[[], object]]) -> list[float]:
+def medians(device: str, runs: int, functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Times functions in milliseconds, interleaved, after a warm-up run."""
-    times: list[list[float]] = [[] for _ in functions]
-    for run in range(runs + 1):
-        for function, taken in zip(functions, times):
-            milliseconds = _timed(device, function)
-            if run:
-                taken.append(milliseconds)
-    return [statistics.median(taken) for taken in times]
+    rounds = [{name: _timed(device, function) for name, function in functions.items()} for _ in range(runs + 1)]
+    return {name: statistics.median(one[name] for one in rounds[1:]) for name in functions}
 
 
 def _timed(device: str, function: Callable[[], object]) -> float:
@@ -116,17 +104,15 @@ def sites(device: str, dtype: torch.dtype, runs: int) -> list[Row]:
     rows = []
     for make in (*kinds, flux, partial(flux, persons=2)):
         case = make()
-        off, ours, official = medians(device, runs, (case.off, case.ours, case.official))
-        row = {"name": case.name, "ours": ours - off, "official": official - off}
+        work = {"ours": case.ours, "official": case.official}
+        taken = medians(device, runs, {"off": case.off, **work})
+        row: Row = {"name": case.name, **{who: taken[who] - taken["off"] for who in work}}
         if "persons" not in case.name:
             exact = case.exact()
-            row |= {f"error {who}": _error(work(), exact) for who, work in _two(case.ours, case.official)}
+            for who, made in work.items():
+                row[f"error {who}"] = ((made().double() - exact).norm() / exact.norm()).item()
         rows.append(row)
     return rows
-
-
-def _error(made: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((made.double() - exact).norm() / exact.norm()).item()
 
 
 def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
@@ -153,12 +139,18 @@ def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
             with cases.official_at(_clocked(call.sites, spent, "official"), person):
                 call.run()
 
-        works: dict[str, Callable[[], object]] = {"without": call.run}
-        works |= {"one person": partial(ours, "one person", 1), "two persons": partial(ours, "two persons", 2)}
-        works["official"] = official
-        rows.append({"name": call.name, **dict(zip(works, medians(device, runs, list(works.values()))))})
+        works: dict[str, Callable[[], object]] = {
+            "without": call.run,
+            "one person": partial(ours, "one person", 1),
+            "two persons": partial(ours, "two persons", 2),
+            "official": official,
+        }
+        rows.append({"name": call.name, **medians(device, runs, works)})
         if device.startswith("cuda"):
-            rows[-1] |= {f"peak {name}, bytes": _peak(work) for name, work in works.items()}
+            for name, work in works.items():
+                torch.cuda.reset_peak_memory_stats()
+                work()
+                rows[-1][f"peak {name}, bytes"] = torch.cuda.max_memory_allocated()
         else:
             rows[-1] |= {f"added by {name}": total / (runs + 1) for name, total in spent.items()}
     return rows
@@ -178,13 +170,6 @@ def _clocked(sites: Sites, spent: dict[str, float], name: str) -> Sites:
         return site.attach(timed)
 
     return replace(sites, sites=tuple(replace(site, attach=partial(attach, site)) for site in sites.sites))
-
-
-def _peak(work: Callable[[], object]) -> int:
-    """Measures the peak of a GPU's memory."""
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    return torch.cuda.max_memory_allocated()
 
 
 # ---------------------------------------------------------------- photos
@@ -236,10 +221,7 @@ def _stages(image: np.ndarray, encoders: Encoders, adapter: Adapter, device: str
     work["parse"] = partial(models.parser.labels, face.aligned)
     work["vision"] = partial(face_features, [face], tower)
     work["encode"] = partial(encode_identity, face_features([face], tower), adapter)
-    return dict(zip(work, medians(device, runs, list(work.values()))))
-
-
-# ---------------------------------------------------------------- command
+    return medians(device, runs, work)
 
 
 @torch.no_grad()

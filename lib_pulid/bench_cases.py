@@ -24,7 +24,7 @@ from lib_pulid import disk, methods
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, Injection, compile_injection, inject
 from lib_pulid.sites import Site, Sites, cross_attention_site, image_stream_site
-from lib_pulid.weights import Adapter, CrossAttentionWeights, ImageStreamWeights
+from lib_pulid.weights import IMAGE_STREAM_KEYS, Adapter, CrossAttentionWeights, ImageStreamWeights
 
 TOKEN_WIDTH, TOKENS, NUM_ZERO = 2048, 32, 20
 SDXL_LAYERS = {(4096, 640): 10, (1024, 1280): 60}  # tokens and width at 1024 x 1024 -> how many of the 70
@@ -59,10 +59,13 @@ class Person:
     weights: dict[int, Any]
 
 
-def adapter(family: str, sites: tuple) -> Adapter:
+def _person(family: str, sites: tuple, weights: dict[int, Any], device: str, dtype: torch.dtype) -> Person:
     encoder = nn.Identity()
     encoder.output_dim = TOKEN_WIDTH  # type: ignore[assignment]
-    return Adapter(methods.usual(family), encoder, sites, Path("bench"))
+    adapter = Adapter(methods.usual(family), encoder, sites, Path("bench"))
+    tokens = torch.randn(2, TOKENS, TOKEN_WIDTH, device=device).to(dtype)
+    identity = Identity(tokens[1:].float(), tokens[:1].float())
+    return Person(compile_injection(adapter, identity, device=device, dtype=dtype), tokens, weights)
 
 
 # ---------------------------------------------------------------- SDXL
@@ -89,11 +92,7 @@ def sdxl_person(widths: Sequence[int], device: str, dtype: torch.dtype) -> Perso
         width: CrossAttentionWeights(*(_random(width, TOKEN_WIDTH, device=device).to(dtype) for _ in "kv"))
         for width in set(widths)
     }
-    tokens = torch.randn(2, TOKENS, TOKEN_WIDTH, device=device).to(dtype)
-    identity = Identity(tokens[1:].float(), tokens[:1].float())
-    sites = tuple(weights[width] for width in widths)
-    injection = compile_injection(adapter("sdxl", sites), identity, num_zero=NUM_ZERO, device=device, dtype=dtype)
-    return Person(injection, tokens, weights)
+    return _person("sdxl", tuple(weights[width] for width in widths), weights, device, dtype)
 
 
 def sdxl_case(
@@ -158,10 +157,8 @@ def flux_person(sites: int, width: int, device: str, dtype: torch.dtype) -> Pers
     shapes |= {"norm_image_weight": (width,), "norm_image_bias": (width,), "to_q": (FLUX_INNER, width)}
     shapes |= {"to_kv": (2 * FLUX_INNER, TOKEN_WIDTH), "to_out": (width, FLUX_INNER)}
     weights = ImageStreamWeights(**{name: _random(*s, device=device).to(dtype) for name, s in shapes.items()})
-    tokens = torch.randn(2, TOKENS, TOKEN_WIDTH, device=device).to(dtype)
-    identity = Identity(tokens[1:].float(), tokens[:1].float())
-    injection = compile_injection(adapter("flux", (weights,)), identity, device=device, dtype=dtype)
-    return Person(replace(injection, sites=injection.sites * sites), tokens, {width: weights})
+    person = _person("flux", (weights,), {width: weights}, device, dtype)
+    return replace(person, injection=replace(person.injection, sites=person.injection.sites * sites))
 
 
 def flux_case(tokens: int, device: str, dtype: torch.dtype, persons: int = 1, modules: Any = None) -> Case:
@@ -256,14 +253,17 @@ def official_modules(checkout: Path) -> SimpleNamespace:
     def cross_attention(q: Tensor, h: Tensor, identity: Tensor | None, weights: CrossAttentionWeights) -> Tensor:
         processor = processors.IDAttnProcessor2_0(len(weights.to_k), TOKEN_WIDTH)
         processor.id_to_k.weight, processor.id_to_v.weight = (nn.Parameter(w) for w in (weights.to_k, weights.to_v))
-        return processor(_layer_for(h), q, h, id_embedding=identity, id_scale=1.0)
+        same = nn.Identity()
+        layer = SimpleNamespace(  # its input is the query, and h the text attention's output
+            spatial_norm=None, group_norm=None, norm_cross=None, residual_connection=False, rescale_output_factor=1.0,
+            heads=h.shape[-1] // 64, to_q=same, to_k=same, to_v=same, to_out=[same, same],
+        )  # fmt: skip
+        return processor(layer, q, h, id_embedding=identity, id_scale=1.0)
 
     def image_stream(image: Tensor, identity: Tensor, weights: ImageStreamWeights) -> Tensor:
         with torch.device("meta"):
             module = encoders.PerceiverAttentionCA()
-        names = {"norm1.weight": "norm_id_weight", "norm1.bias": "norm_id_bias", "norm2.weight": "norm_image_weight"}
-        names |= {"norm2.bias": "norm_image_bias"} | {f"{name}.weight": name for name in ("to_q", "to_kv", "to_out")}
-        state = {key: getattr(weights, name) for key, name in names.items()}
+        state = {key: getattr(weights, name) for key, name in IMAGE_STREAM_KEYS.items()}
         module.load_state_dict(state, assign=True)
         return module(identity, image)
 
@@ -277,12 +277,3 @@ def _load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _layer_for(h: Tensor) -> SimpleNamespace:
-    """Makes a layer for the processor, with its input as the query and h as the text attention's output."""
-    same: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
-    return SimpleNamespace(
-        spatial_norm=None, group_norm=None, norm_cross=None, residual_connection=False, rescale_output_factor=1.0,
-        heads=h.shape[-1] // 64, to_q=same, to_k=same, to_v=same, to_out=[same, same],
-    )  # fmt: skip

@@ -38,9 +38,6 @@ class Cost:
     def __sub__(self, other: Cost) -> Cost:
         return Cost(*(a - b for a, b in zip(astuple(self), astuple(other))))
 
-    def __mul__(self, times: int) -> Cost:
-        return Cost(*(times * a for a in astuple(self)))
-
 
 def count(make: Callable[[], Callable[[], Any]]) -> Cost:
     """Counts one call of the function that `make` returns.

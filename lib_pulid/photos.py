@@ -19,7 +19,6 @@ import numpy as np
 
 from lib_pulid.errors import IdentityMismatchError, WrongWeightsError
 from lib_pulid.faces import LARGEST, Face, FaceChoice, FaceModels, read_face
-from lib_pulid.files.download import sha256_of
 from lib_pulid.identity import FILE_VERSION, Identity, check_fusion, encode_identity
 from lib_pulid.identity_net import Pose
 from lib_pulid.images import ImageSource, load_image, resize_long_edge, thumbnail
@@ -185,8 +184,12 @@ def identity_key(
 
 def fingerprint_files(paths: Sequence[Path]) -> str:
     """Returns sixteen hex digits of the hash of several files. Raises: WrongWeightsError: one cannot be read."""
-    try:
-        return sha256_of(*paths)[:16]
-    except OSError as error:
-        path = Path(error.filename)
-        raise WrongWeightsError(f"{path.name} in {path.parent} cannot be read ({error.strerror}).") from error
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+        except OSError as error:
+            raise WrongWeightsError(f"{path.name} in {path.parent} cannot be read ({error.strerror}).") from error
+    return digest.hexdigest()[:16]

@@ -54,7 +54,7 @@ def test_a_number_is_refused():
 
 
 def test_costs_can_be_reckoned_with():
-    assert (Cost(3, 1, 10) - Cost(1, 0, 4)) * 2 + Cost(1, 1, 1) == Cost(5, 3, 13)
+    assert Cost(3, 1, 10) - Cost(1, 0, 4) + Cost(1, 1, 1) == Cost(3, 2, 7)
 
 
 @pytest.fixture(scope="module")

@@ -269,15 +269,13 @@ def _kept(download: Download, then: str = "") -> str:
     return f"; the {format_size(download.received)} received are kept{then}" if download.received else ""
 
 
-def sha256_of(*paths: Path, progress: ProgressCallback = no_progress) -> str:
-    """Computes the checksum of one file, or of several as if they were one."""
-    digest, done, size = hashlib.sha256(), 0, sum(path.stat().st_size for path in paths)
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-                done += len(block)
-                progress(done, size, "verifying")
+def sha256_of(path: Path, progress: ProgressCallback = no_progress) -> str:
+    digest, done, size = hashlib.sha256(), 0, path.stat().st_size
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            done += len(block)
+            progress(done, size, "verifying")
     return digest.hexdigest()
 
 
