@@ -3,7 +3,7 @@
     python -m lib_pulid.training.adapter --folder .training --losses diffusion            the base of the ablation
     python -m lib_pulid.training.adapter --folder .training --losses diffusion,id
     python -m lib_pulid.training.adapter --folder .training --losses diffusion,id,alignment
-    python -m lib_pulid.training.adapter --folder .training --family flux
+    python -m lib_pulid.training.adapter --folder .training --family flux --encoder PULID_FILE_FOR_SDXL
 
 Each step shows one photo of a person to the encoders and asks for another image of the same person, whose prompt says
 nothing of the looks and only half of the scene. Identity and alignment losses come in after the first third.
@@ -34,9 +34,10 @@ from lib_pulid.training.flux import FluxBase
 from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run
 from lib_pulid.training.photos import Photos, photos_of
+from lib_pulid.weights import load_adapter
 
 ID_DROPOUT = 0.1
-ID_WEIGHT = 0.3
+ID_WEIGHT = 0.6
 SEMANTIC_WEIGHT, LAYOUT_WEIGHT = (
     15.0,
     3.0,
@@ -79,7 +80,7 @@ class Trainer:
         index, rows_of_people = self._draw(batch, pair, rng)
         clean = torch.from_numpy(self.latents[index]).float()
         prompts = [self._prompt(i, rng) for i in index]
-        t = torch.from_numpy(rng.integers(0, 1000, batch))
+        t = torch.from_numpy(rng.triangular(0, 1000, 1000, batch).astype(np.int64))  # who it is shows in much noise
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step))
         with torch.no_grad():
             text = self.base.text(prompts)
@@ -254,6 +255,8 @@ def train(args: argparse.Namespace) -> Trainer:
         raise SystemExit(f"unknown losses: {', '.join(sorted(unknown))}; there are {', '.join(LOSSES)}")
     torch.manual_seed(args.seed)
     trainer = load_trainer(args.folder, args.family, args.people, args.photos, wanted, args.seed)
+    if args.encoder:
+        trainer.adapter.encoder.load_state_dict(load_adapter(args.encoder).encoder.state_dict())
     run = Run(
         args.folder / f"adapter-{_name(args)}", trainer.adapter.train(), args.steps, args.rate, minutes=args.minutes
     )
@@ -283,6 +286,7 @@ def main() -> None:
     parser.add_argument("--losses", default="diffusion,id,alignment", help="some of " + ", ".join(LOSSES))
     parser.add_argument("--people", type=int, default=3000, help="of the drawn data set")
     parser.add_argument("--photos", type=int, default=1500, help="number of people with a photo")
+    parser.add_argument("--encoder", type=Path, help="a PuLID file of the miniature, whose encoder to begin with")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lightning-batch", type=int, default=6)
