@@ -14,7 +14,7 @@ from lib_pulid import __version__, cli_commands, disk
 from lib_pulid.errors import PulidError
 from lib_pulid.files import catalog
 
-MODEL = "single-file SDXL checkpoint, diffusers folder (SDXL or FLUX), or miniature: a small SDXL of drawn people"
+MODEL = "single-file SDXL checkpoint, diffusers folder (SDXL or FLUX), miniature or miniature-flux (of drawn people)"
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -125,7 +125,7 @@ def _add_generate(commands) -> None:
     add("--seed", type=int, default=0, help="0 or more; the same seed gives the same image")
     add("--steps", type=int, help="denoising steps (default: 20, miniature 12)")
     add("--size", type=int, help="side in pixels (default: 1024, miniature 128)")
-    guidance = "CFG on SDXL (default 7, miniature 2), distilled guidance on FLUX (default 4)"
+    guidance = "CFG on SDXL (default 7, miniature 1.5), distilled guidance on FLUX (default 4)"
     add("--guidance", type=float, help=guidance)
     add("--likeness", action="store_true", help="measure how like the person the image is")
     add("-o", "--out", type=_path, default=Path("outputs/picture.png"), help="file to write")

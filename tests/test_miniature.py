@@ -24,6 +24,7 @@ from lib_pulid.injection import Injection, compile_injection
 from lib_pulid.likeness import Recognizer
 from lib_pulid.standalone import Workshop, open_workshop
 from lib_pulid.training import checkpoint, world
+from tests.small_models.shops import miniature_shop
 
 PEOPLE = (10, 11, 12)
 SEED, STEPS = 5, 6
@@ -35,10 +36,7 @@ TWO = replace(SCENE, placements=tuple(replace(STANDING, x=x, scale=0.4) for x in
 
 @pytest.fixture(scope="module", autouse=True)
 def shop(tmp_path_factory) -> Workshop:
-    made = open_workshop("miniature", tmp_path_factory.mktemp("models"))
-    made.base.pipeline.set_progress_bar_config(disable=True)
-    encoders = made.encoders()
-    return replace(made, encoders=lambda: encoders)
+    return miniature_shop("miniature", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -295,13 +293,14 @@ def copy(monkeypatch, tmp_path) -> Path:
         if path.suffix in (".safetensors", ".onnx", ".xz"):
             shutil.copyfile(path, tmp_path / path.name)
     for packed in tmp_path.glob("*.xz"):
-        shutil.copyfile(miniature.checkpoint("sdxl"), tmp_path / packed.stem)
+        shutil.copyfile(miniature.checkpoint(packed.name.split(".")[0]), tmp_path / packed.stem)
         packed.unlink()
     monkeypatch.setattr(miniature, "FOLDER", tmp_path)
     return tmp_path
 
 
-FILES = ("sdxl.safetensors", "pulid_sdxl.safetensors", "judge.onnx", *miniature.ENCODERS)
+BASES = {f"{part}{family}.safetensors": name for name, family in miniature.MODELS.items() for part in ("", "pulid_")}
+FILES = (*BASES, "judge.onnx", *miniature.ENCODERS)
 
 
 def use(name: str, folder: Path) -> None:
@@ -310,7 +309,7 @@ def use(name: str, folder: Path) -> None:
     elif name in miniature.ENCODERS:
         miniature.encoders()
     else:
-        open_workshop("miniature", folder)
+        open_workshop(BASES[name], folder)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -16,7 +16,7 @@ OF_A_METHOD = ("preset", "projection", "num_zero", "start", "end", "start_step")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments, besides --models-dir and --device."""
     add = parser.add_argument
-    add("--model", default="miniature", help="single-file SDXL checkpoint, diffusers folder, or miniature")
+    add("--model", default="miniature", help="SDXL checkpoint, diffusers folder, miniature or miniature-flux")
     files = (
         "PuLID file, or another method's; repeat it to compare. Files of one NAME are trainings of one method, "
         "with error bars"

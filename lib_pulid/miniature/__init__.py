@@ -1,4 +1,4 @@
-"""Loads the miniature: a small SDXL, its PuLID file and its face models, trained on drawn people.
+"""Loads the miniature: a small SDXL and a small FLUX, their PuLID files and face models, trained on drawn people.
 
 The weights beside this file have the formats of the real ones and are read by the same code. They know the drawn world
 (`training.world`) and nothing else. `lib_pulid/training` made them and can make them again.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lib_pulid.photos import Encoders
 
 FOLDER = Path(__file__).parent
-MODELS = {"miniature": "sdxl"}  # name on the command line -> family
+MODELS = {"miniature": "sdxl", "miniature-flux": "flux"}  # name on the command line -> family
 SIZE, STEPS, GUIDANCE = 128, 12, 1.5  # the settings for its best images
 ENCODERS = ("detector.onnx", "recogniser.onnx", "parser.onnx", "tower.safetensors")
 LIMITS = (
