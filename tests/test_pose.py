@@ -302,7 +302,7 @@ def test_off_is_bit_identical_and_nothing_is_left(kind, file, identity):
 
 
 def test_the_file_is_loaded_once(kind, extension, file, identity):
-    """And Forge is told of its memory."""
+    """Forge's memory manager is given its size, too."""
     built = ControlNetPatcher.built
     for _ in range(2):
         p = kind.P(SkipUNet())

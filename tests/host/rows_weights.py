@@ -20,7 +20,7 @@ PULID = "pulid_v1.1.safetensors"
 
 def run_all(checkout: Checkout, generated: Path, match: str) -> list[Result]:
     name = (
-        "Missing files: named in the accordion, downloaded by its button, at once of use; generation goes on meanwhile"
+        "Missing files: named in the accordion, downloaded by its button, usable at once; generation goes on meanwhile"
     )
     if match.lower() not in name.lower():
         return []
