@@ -37,11 +37,8 @@ from lib_pulid.training.photos import Photos, photos_of
 from lib_pulid.weights import load_adapter
 
 ID_DROPOUT = 0.1
-ID_WEIGHT = 0.6
-SEMANTIC_WEIGHT, LAYOUT_WEIGHT = (
-    15.0,
-    3.0,
-)  # of losses relative to the activations' power; see facts in docs/training.md
+ID_WEIGHT = 1.0
+SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 25.0, 5.0  # of losses relative to the activations' power, see docs/training.md
 LOSSES = ("diffusion", "id", "alignment")
 
 
@@ -264,7 +261,7 @@ def train(args: argparse.Namespace) -> Trainer:
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([7, args.seed, step])
         found = {"diffusion": trainer.diffusion(step, args.batch, rng)}
-        if len(wanted) > 1 and step > args.steps // 3 and step % 2:
+        if len(wanted) > 1 and step > args.steps // 3 and step % args.lightning_every == 0:
             found |= trainer.lightning(step, args.lightning_batch, rng)
         return total(found), {key: value.item() for key, value in found.items()}
 
@@ -290,6 +287,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lightning-batch", type=int, default=6)
+    parser.add_argument("--lightning-every", type=int, default=2, help="steps, after the first third")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float)

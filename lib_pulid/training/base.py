@@ -1,6 +1,7 @@
 """Trains the miniature's base models: SDXL's UNet with all 70 cross-attentions, and its two text encoders with it.
 
     python -m lib_pulid.training.base --folder .training [--minutes 60]
+    python -m lib_pulid.training.base --folder .training --begin .training/base.safetensors     go on with its UNet alone
     python -m lib_pulid.training.base --folder .training --family flux      then: FLUX's transformer, on the same text
 
 Latents come from the trained autoencoder. Prompts are left out in a tenth of the images, for guidance.
@@ -179,7 +180,14 @@ def train(args: argparse.Namespace) -> Base | FluxBase:
     data = Drawn(args.folder, args.people)
     latents = latents_of(args.folder, data)
     base, batch, device = build(args.family, args.folder).to(args.device), args.batch, args.device
-    run = Run(args.folder / FILES[args.family], base.train(), args.steps, rate=args.rate, minutes=args.minutes)
+    name = FILES[args.family]
+    if args.begin:
+        from safetensors.torch import load_file
+
+        base.load_state_dict(load_file(args.begin))
+        base.text.requires_grad_(False)  # FLUX reads the same
+        name += "-further"
+    run = Run(args.folder / name, base.train(), args.steps, rate=args.rate, minutes=args.minutes)
     stream = batches(len(latents), batch, seed=5, start=run.step)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -206,6 +214,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--begin", type=Path, help="a trained base, whose denoiser to train further")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--device", default="cpu")
