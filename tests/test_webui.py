@@ -354,11 +354,14 @@ class TestXYZ:
         assert "[PuLID 1] Projection" in labels
         assert "[PuLID 1] Start step" not in labels
 
-    def test_every_setting_of_every_unit(self, ui, library):
-        labels = self.axes(ui, library)
-        for number in (1, 2):
-            wanted = {f"[PuLID {number}] {f.label}" for f in FIELDS if f.kind not in ("images", "image")}
-            assert wanted | {f"[PuLID {number}] Photo file"} <= set(labels)
+    def test_every_setting_of_the_first_unit_and_the_main_ones_of_the_second(self, ui, library):
+        fields = [field for field in FIELDS if field.kind not in ("images", "image")]
+        first = {f"[PuLID 1] {field.label}" for field in fields}
+        second = {f"[PuLID 2] {field.label}" for field in fields if not field.advanced}
+        photos = {"[PuLID 1] Photo file", "[PuLID 2] Photo file"}
+        labels = {label for label in self.axes(ui, library) if label.startswith(("[PuLID 1]", "[PuLID 2]"))}
+        assert labels == first | second | photos
+        assert "[PuLID 2] Weight" in second and "[PuLID 2] Start" not in second
 
     def test_cells(self, ui, script, library, one, tmp_path, monkeypatch):
         from copy import copy

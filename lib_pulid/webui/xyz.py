@@ -1,4 +1,7 @@
-"""Adds axes to the X/Y/Z plot: every setting of every unit, and the photo by its file."""
+"""Adds axes to the X/Y/Z plot: every setting of the first unit, the main ones of the others, and photos by their file.
+
+The host shows all axes in one list, so the others' advanced settings are left out.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ def changes_of(p: Any) -> Mapping[int, Mapping[str, Any]]:
 def axes(option: type, count: int, library: Library, families: Collection[str]) -> list[Any]:
     """Makes the axes. option: the host's AxisOption. count: number of units. families: that the host can load."""
     fields = [field for field in FIELDS if not field.family or field.family in families]
-    return [axis for number in range(1, count + 1) for axis in _unit_axes(option, number, library, fields)]
+    main = [field for field in fields if not field.advanced]
+    others = [axis for number in range(2, count + 1) for axis in _unit_axes(option, number, library, main)]
+    return [*_unit_axes(option, 1, library, fields), *others]
 
 
 def add_axes(count: int, library: Library, families: Collection[str]) -> None:
