@@ -1,7 +1,7 @@
 """Trains the miniature's base models: SDXL's UNet with all 70 cross-attentions, and its two text encoders with it.
 
     python -m lib_pulid.training.base --folder .training [--minutes 60]
-    python -m lib_pulid.training.base --folder .training --begin .training/base.safetensors     go on with its UNet alone
+    python -m lib_pulid.training.base --folder .training --begin .training/base.safetensors   go on with its UNet alone
     python -m lib_pulid.training.base --folder .training --family flux      then: FLUX's transformer, on the same text
 
 Latents come from the trained autoencoder. Prompts are left out in a tenth of the images, for guidance.
