@@ -34,6 +34,7 @@ OLD_PROTOBUF, ONNX_FOR_IT = (3, 20, 2), "onnx==1.16.2"
 # Where pip does not know of these, though they can be imported, it would write over them.
 SHARED = {"numpy": "numpy", "google.protobuf": "protobuf"}
 
+NAME = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"  # normalized; PEP 508
 # PEP 440, appendix B.
 VERSION = (
     r"v?(\d+!)?\d+(\.\d+)*([-_.]?(a|b|c|rc|alpha|beta|pre|preview)[-_.]?\d*)?"
@@ -71,8 +72,12 @@ def installed() -> dict[str, list[str]]:
 
     found: dict[str, tuple[str, list[str]]] = {}  # name -> folder, versions
     for package in metadata.distributions():
-        name, version = package.metadata.get("Name"), package.metadata.get("Version")
         folder, info = os.path.split(str(getattr(package, "_path", "")))
+        try:
+            facts = package.metadata or {}
+            name, version = facts.get("Name"), facts.get("Version")
+        except ValueError:  # not UTF-8
+            name, _, version = info.rpartition(".")[0].partition("-")
         if not name or not version or info.startswith("~"):  # ~orch is what an uninstall of torch can leave
             continue
         first, versions = found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), (folder, []))
@@ -84,8 +89,10 @@ def installed() -> dict[str, list[str]]:
 
 def constraints(have: dict[str, list[str]]) -> str:
     """A constraints file that keeps every package where it is: one with two versions cannot be asked for at all. `===`
-    takes a version as it is written; with `==`, pip refuses the whole file for one that is not PEP 440's."""
+    takes a version as it is written; with `==`, pip refuses the whole file for one that is not PEP 440's. Left out is
+    what pip cannot read in either way, such as "1.0 beta": nothing can require it."""
     pairs = [(name, version) for name, versions in sorted(have.items()) for version in versions]
+    pairs = [pair for pair in pairs if re.fullmatch(NAME, pair[0]) and not re.search(r"[\s;,]", pair[1])]
     equal = {version: "==" if re.fullmatch(VERSION, version, re.IGNORECASE) else "===" for _, version in pairs}
     return "".join(f"{name}{equal[version]}{version}\n" for name, version in pairs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -39,6 +40,7 @@ def checked(arguments: argparse.Namespace) -> PulidUnit:
     if arguments.guidance is not None and not 0 <= arguments.guidance <= MOST_GUIDANCE:  # NaN is not, either
         raise SettingError(f"--guidance is {arguments.guidance}; it has to be in 0..{MOST_GUIDANCE}.")
     in_words(lambda: unit.check_steps(family_of(arguments.model), steps_of(arguments), 0))
+    check_kept(arguments.out, *arguments.face, arguments.mask)
     write_picture(Image.new("RGB", (size_of(arguments),) * 2), arguments.out, really=False)
     return unit
 
@@ -60,6 +62,13 @@ def in_words(check: Callable[[], Result], option: str = "") -> Result:
     except SettingError as error:
         words = re.sub(r"^PuLID, field (\w+)", lambda found: f"--{(option or found[1]).replace('_', '-')}", str(error))
         raise SettingError(words) from error
+
+
+def check_kept(out: Path, *inputs: Path | None) -> None:
+    """Checks that a result does not replace one of the files that it is made of."""
+    for path in filter(None, inputs):
+        if disk.is_file(out) and disk.is_file(path) and os.path.samefile(out, path):
+            raise SettingError(f"--out is {out}, the same file as {path}, which would be lost. Give it another name.")
 
 
 def check_identity_file(path: Path, family: str) -> None:

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING
 
 from lib_pulid import disk
 from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, SettingError
+from lib_pulid.files.catalog import FAMILIES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
-    from lib_pulid import demo
+    from lib_pulid import cli_checks, demo
     from lib_pulid.images import load_image
 
     if arguments.face:
         load_image(arguments.face)
+        for family in FAMILIES:
+            cli_checks.check_kept(arguments.out / f"demo_{family}.png", arguments.face)
     disk.check_writable(arguments.out / "demo_sdxl.png", replace=True)
     demo.run_demo(arguments.face, arguments.out, arguments.models_dir, _device(arguments.device))
     return 0

@@ -28,12 +28,19 @@ def is_folder(path: str | Path) -> bool:
 
 
 def listed(folder: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
-    """Lists a folder, sorted; with `suffixes`, only the files with them. Empty if the folder cannot be read."""
+    """Lists a folder, sorted; empty if it cannot be read.
+
+    suffixes: lists only the files with them, and no hidden ones: macOS puts a ._x.jpg, which is not an image, beside an
+        x.jpg on other systems' disks.
+    """
     try:
         paths = sorted(Path(folder).iterdir())
     except OSError:
         return []
-    return [path for path in paths if path.suffix.lower() in suffixes and is_file(path)] if suffixes else paths
+    if not suffixes:
+        return paths
+    shown = (path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith("."))
+    return [path for path in shown if is_file(path)]
 
 
 def size_of(path: str | Path) -> int:

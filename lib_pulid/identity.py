@@ -67,6 +67,8 @@ class Identity:
         for name, tokens in (("cond", self.cond), ("uncond", self.uncond)):
             if tokens is not None and (tokens.ndim != 3 or tokens.shape[0] != 1):
                 raise SettingError(f"Identity.{name} has shape {list(tokens.shape)}; it has to be [1, N, D]")
+            if tokens is not None and not tokens.numel():
+                raise SettingError(f"Identity.{name} is empty, {list(tokens.shape)}: nobody would be in the image")
         if self.uncond is not None and self.uncond.shape != self.cond.shape:
             raise SettingError("Identity.cond and Identity.uncond have different shapes")
 
@@ -135,13 +137,28 @@ class Identity:
             pose = None
             if points is not None and points[5].min() >= 1:
                 pose = Pose(points[:5], (int(points[5, 0]), int(points[5, 1])))
-            identity = cls(tensors["cond"], tensors.get("uncond"), info, thumbnail, embeddings, pose)
+            cond, uncond = (_tokens(tensors.get(name)) for name in ("cond", "uncond"))
+            identity = cls(cond, uncond, info, thumbnail, embeddings, pose)  # type: ignore[arg-type]
         except SettingError as error:
             raise IdentityMismatchError(f"{path.name} is damaged: {error}") from error
-        for tokens in (identity.cond, identity.uncond):
-            if tokens is not None and not (tokens.dtype == torch.float32 and torch.isfinite(tokens).all()):
-                raise IdentityMismatchError(f"{path.name} is damaged: its tokens contain NaN or infinity.")
+        if problem := _problem(identity):
+            raise IdentityMismatchError(f"{path.name} is damaged: its tokens {problem}.")
         return identity
+
+
+def _tokens(tensor: Tensor | None) -> Tensor | None:
+    """Returns tokens as float32: another program may have saved the file anew in half precision."""
+    return tensor.float() if tensor is not None and tensor.is_floating_point() else tensor
+
+
+def _problem(identity: Identity) -> str:
+    """Says what is wrong with the tokens' values; "" if nothing is."""
+    for tokens in (identity.cond, identity.uncond):
+        if tokens is not None and tokens.dtype != torch.float32:
+            return f"are {str(tokens.dtype).removeprefix('torch.')}, not float"
+        if tokens is not None and not torch.isfinite(tokens).all():
+            return "contain NaN or infinity"
+    return "" if identity.cond.any() else "are all 0, so there is nobody in it"
 
 
 def _array(tensor: Tensor | None, dtype: torch.dtype, *shape: int | None) -> np.ndarray | None:

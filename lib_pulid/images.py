@@ -7,7 +7,7 @@ import io
 import mmap
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from lib_pulid.camera_files import camera_file, with_end_mark
 from lib_pulid.errors import ImageError
+from lib_pulid.wide_gray import WideGray, is_wide, layout_of, read_wide
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,7 +32,7 @@ MAX_BYTES = 3 * MAX_PIXELS  # of an image file in memory: the decoded size of th
 # starts a PostScript interpreter.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL")
 
-_ORIENTATION, _PHOTOMETRIC = 274, 262  # tags of Exif and TIFF
+_ORIENTATION = 274  # tag of Exif
 
 
 def load_image(source: ImageSource, name: str = "image", background: int = 255) -> np.ndarray:
@@ -164,23 +165,16 @@ def _without_end_mark(file: Path | io.BytesIO) -> Image.Image | None:
 
 def _from_pil(image: Image.Image, name: str, background: int, orientation: int = 1) -> np.ndarray:
     """Converts a PIL image. orientation: Exif's number, if the image itself has none."""
-    from PIL import ImageOps
-
     check_size(image.width, image.height, name)
-    stored = _stored(image)
+    layout = layout_of(image)
     try:
         image.load()
     except Exception as error:  # as above; a PIL image may be decoded only now
         raise ImageError(f"{name}: the image is truncated or damaged ({error}).") from error
-    with contextlib.suppress(Exception):  # a good photo may have damaged metadata
-        exif = image.getexif()
-        if orientation != 1:
-            exif.setdefault(_ORIENTATION, orientation)
-        if exif.get(_ORIENTATION, 1) != 1:  # else it would only be copied
-            image = ImageOps.exif_transpose(image) or image
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _from_wide(image, stored, name, background)
-    image = _with_transparent_colour(image, stored)
+    image = upright(image, orientation)
+    if is_wide(image):
+        return _from_wide(read_wide(image, layout), name, background)
+    image = _with_transparent_colour(image, layout.stored)
     palette = image.palette.mode if image.mode == "P" and image.palette else ""
     transparent = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "A" in palette
     try:
@@ -192,11 +186,17 @@ def _from_pil(image: Image.Image, name: str, background: int, orientation: int =
         raise ImageError(f"{name}: images of mode {image.mode} are not supported. Save it as RGB.") from error
 
 
-def _stored(image: Image.Image) -> str:
-    """Returns PIL's name for the layout of an image that is not decoded yet: "L;2", "RGB;16B"; or ""."""
-    tiles = getattr(image, "tile", None)
-    layout = tiles[0][3] if tiles else ""
-    return next((part for part in (layout if isinstance(layout, tuple) else (layout,)) if isinstance(part, str)), "")
+def upright(image: Image.Image, orientation: int = 1) -> Image.Image:
+    """Applies EXIF rotation to a decoded image. orientation: Exif's number, if the image itself has none."""
+    from PIL import ImageOps
+
+    with contextlib.suppress(Exception):  # a good photo may have damaged metadata
+        exif = image.getexif()
+        if orientation != 1:
+            exif.setdefault(_ORIENTATION, orientation)
+        if exif.get(_ORIENTATION, 1) != 1:  # else it would only be copied
+            return ImageOps.exif_transpose(image) or image
+    return image
 
 
 def _with_transparent_colour(image: Image.Image, stored: str) -> Image.Image:
@@ -210,38 +210,16 @@ def _with_transparent_colour(image: Image.Image, stored: str) -> Image.Image:
     return image
 
 
-def _from_wide(image: Image.Image, stored: str, name: str, background: int) -> np.ndarray:
-    """Converts grayscale of more than 8 bits. PIL's own conversion would clip everything above 255 to white."""
-    values = np.asarray(image)
-    tags = getattr(image, "tag_v2", {})
-    inverted = tags.get(_PHOTOMETRIC) == 0  # PIL applies it to 8 bits only
-    if image.mode == "F":
-        return _from_array(1 - values if inverted else values, name, background)
-    if image.mode == "I" and "32N" in stored:  # unsigned
-        values = values.view(np.uint32)
-    if image.format == "PNG" or (image.mode != "I" and not tags):  # their range is known
-        ranges: tuple[int, ...] = (65535,)
-    else:
-        top = 32767 if "16S" in stored else 65535
-        ranges = (255, top, 2**32 - 1 if values.dtype == np.uint32 else 2**31 - 1)
-    pixels = _scaled(values, ranges, name)
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        alpha = np.where(values == clear, 0, 255).astype(np.uint8)
-        pixels = np.dstack([pixels, alpha])
-    return _from_array(255 - pixels if inverted else pixels, name, background)
-
-
-def _scaled(values: np.ndarray, ranges: Sequence[int], name: str) -> np.ndarray:
-    """Scales integers [H, W] to uint8 [H, W], from the smallest range 0..top that they fit into. A wide range needs a
-    value above a 16th of it; otherwise it is not known what white is."""
-    low, high = int(values.min()), int(values.max())
-    top = next((top for top in ranges if high <= top), 0)
-    if low < 0 or not top or (len(ranges) > 1 and top > 255 and 16 * high <= top):
-        raise ImageError(
-            f"{name}: its values are in {low}..{high}, so it is not known which value is white. Save it with 8 bits."
-        )
-    return ((values.astype(np.int64) * 255 + top // 2) // top).astype(np.uint8)
+def _from_wide(wide: WideGray, name: str, background: int) -> np.ndarray:
+    """Converts grayscale of more than 8 bits."""
+    if not wide.ranges:
+        return _from_array(1 - wide.values if wide.is_inverted else wide.values, name, background)
+    top = wide.white(name)
+    pixels = ((wide.values.astype(np.int64) * 255 + top // 2) // top).astype(np.uint8)
+    pixels = 255 - pixels if wide.is_inverted else pixels
+    if wide.clear is not None:
+        pixels = np.dstack([pixels, np.where(wide.clear, 0, 255).astype(np.uint8)])
+    return _from_array(pixels, name, background)
 
 
 def _from_array(array: np.ndarray, name: str, background: int) -> np.ndarray:

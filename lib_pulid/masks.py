@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lib_pulid.errors import ImageError
-from lib_pulid.images import MAX_PIXELS, ImageSource, check_size, load_image, readable_formats, thumbnail
+from lib_pulid.images import MAX_PIXELS, ImageSource, check_size, load_image, readable_formats, thumbnail, upright
+from lib_pulid.wide_gray import WideGray, is_wide, layout_of, read_wide
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,9 +31,12 @@ def load_mask(source: ImageSource, name: str = "mask") -> np.ndarray:
         ImageError: it cannot be read; or it is black, or nearly black, so that the face would not be visible.
     """
     values, has_two_colors = _peeked(source)
-    if values is None or values.ndim == 3 and values.shape[2] > 1:
-        values = load_image(source, name, background=0).max(-1)
-    plane = _scaled(values.squeeze(-1) if values.ndim == 3 else values, name)
+    if isinstance(values, WideGray):
+        plane = _of_wide(values, name)
+    else:
+        if values is None or values.ndim == 3 and values.shape[2] > 1:
+            values = load_image(source, name, background=0).max(-1)
+        plane = _scaled(values.squeeze(-1) if values.ndim == 3 else values, name)
     if has_two_colors and plane.min() == 0 < plane.max():
         plane = plane / plane.max()
     plane = thumbnail(plane, LONGEST_SIDE)
@@ -46,7 +50,7 @@ def load_mask(source: ImageSource, name: str = "mask") -> np.ndarray:
     return plane
 
 
-def _peeked(source: ImageSource) -> tuple[np.ndarray | None, bool]:
+def _peeked(source: ImageSource) -> tuple[np.ndarray | WideGray | None, bool]:
     """Returns what `load_image` would lose of a mask: values of other than 8 bits, and whether it is a palette image
     with two colors."""
     if isinstance(source, np.ndarray):
@@ -63,14 +67,24 @@ def _peeked(source: ImageSource) -> tuple[np.ndarray | None, bool]:
     return None, False
 
 
-def _peeked_at(image: Image.Image) -> tuple[np.ndarray | None, bool]:
+def _peeked_at(image: Image.Image) -> tuple[WideGray | None, bool]:
     if image.width * image.height > MAX_PIXELS:
         return None, False
-    if image.mode == "F":
-        return np.array(image), False
-    if image.mode.startswith("I"):
-        return np.array(image).clip(0, 65535).astype(np.uint16), False
+    if is_wide(image):
+        layout = layout_of(image)
+        image.load()
+        return read_wide(upright(image), layout), False
     return None, image.mode == "P" and len(image.getcolors() or ()) == 2
+
+
+def _of_wide(wide: WideGray, name: str) -> np.ndarray:
+    """Scales an image file's grayscale of more than 8 bits to float32 [H, W], 0..1."""
+    if wide.ranges and wide.values.max() > 1:
+        plane = np.float32(wide.values / wide.white(name))
+    else:  # float, or a label map
+        plane = _scaled(wide.values, name)
+    plane = 1 - plane if wide.is_inverted else plane
+    return plane if wide.clear is None else np.where(wide.clear, np.float32(0), plane)
 
 
 def _scaled(values: np.ndarray, name: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from lib_pulid.errors import SettingError
 HASH = re.compile(r"[0-9a-f]{10}")
 LONGEST_NAME = 200  # bytes: file systems allow 255, and the name of a temporary file is longer
 NOBODY = "None"  # "no saved identity" in lists
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
+_RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³]) *(\..*)?", re.IGNORECASE)  # by Windows
 Found = TypeVar("Found")
 
 
@@ -66,6 +66,6 @@ def _reason_against(name: str) -> str:
         return "The name ends with a dot"
     if len(name) > 80 or len(name.encode()) > LONGEST_NAME:
         return "The name is too long (at most 80 characters, fewer in some scripts)"
-    if HASH.fullmatch(name):
+    if HASH.fullmatch(name.lower()):  # a hash is found in any case
         return f"The name {name} looks like an identity's hash"
     return f"The name {name} is reserved" if name == NOBODY or _RESERVED.fullmatch(name) else ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lib_pulid.errors import SettingError
-from lib_pulid.fields import FIELD, MOST_UNITS, Number, check, field_named, from_text, place, show, spelled
+from lib_pulid.fields import FIELD, MOST_UNITS, NOT_DRAWN, Number, check, field_named, from_text, place, show, spelled
 
 NAMES = ("pulid", "PuLID", "Pulid", "PULID")  # the hosts tell upper from lower case
 EXAMPLE = "<pulid:anna:0.8>"
@@ -71,6 +71,8 @@ def parse_tag(text: str, number: Number) -> Tag:
     unit = _unit(given.pop(_UNIT), number) if _UNIT in given else 0
     preset = check(_PRESET, given.pop("preset"), number) if "preset" in given else ""
     values = {key: from_text(field_named(key, number), value, number) for key, value in given.items()}
+    if values.get("draw", NOT_DRAWN) != NOT_DRAWN:
+        raise SettingError(place(number, "draw") + f"the tag names {name}, so nobody can be drawn. Leave draw out.")
     return Tag(name, values, preset, unit)
 
 

@@ -21,7 +21,6 @@ from lib_pulid.fields import (
     NOT_DRAWN,
     PRESET_FAMILY,
     PRESETS,
-    Field,
     Number,
     check,
     field_named,
@@ -34,7 +33,6 @@ from lib_pulid.injection import acts
 from lib_pulid.methods import Method, has, usual
 
 SETTINGS = ("projection", "num_zero", "start_step", "lora_weight")  # of `compile_injection`, if the method has them
-_SWITCH = Field("on", "PuLID", "bool", False, "The accordion's own checkbox.")
 _SOURCES = ("draw", "identity", "images")  # of a person, the one that takes precedence first
 _EMPTY = (None, "", NONE)  # what hosts turn an empty text or list into
 
@@ -199,7 +197,8 @@ def parse_args(
     if parts and isinstance(parts[0], Mapping):
         units = _from_dicts(args, parts)
     else:
-        on = check(_SWITCH, on, 0)
+        if not isinstance(on, bool):
+            raise _not_a_unit(0, on)
         units = _from_lists(parts, on, changes)
     known = {number: unit for number, unit in enumerate(units, 1) if on or number in changes}
     for number, values in changes.items():
@@ -273,7 +272,11 @@ def _from_dicts(args: Sequence[Any], dicts: Sequence[Mapping[str, Any]]) -> list
     defaults = default_args(1 + len(args) // len(FIELDS))
     for i in range(isinstance(args[0], bool) + len(dicts), len(args)):
         if args[i] != defaults[i] and not (args[i] in _EMPTY and defaults[i] in _EMPTY):
-            raise SettingError(
-                f"PuLID, args[{i}]: {show(args[i])} is not a unit; args must be a list of dicts, one per person."
-            )
+            raise _not_a_unit(i, args[i])
     return [PulidUnit.from_mapping(values, number) for number, values in enumerate(dicts, 1)]
+
+
+def _not_a_unit(index: int, value: Any) -> SettingError:
+    return SettingError(
+        f"PuLID, args[{index}]: {show(value)} is not a unit; args must be a list of dicts, one per person."
+    )

@@ -321,6 +321,43 @@ def test_shares_between_black_and_white_stay():
     assert load_mask(encoded(squares(128, "uint8"))).max() == pytest.approx(128 / 255)
 
 
+def tiff(values: np.ndarray, tags: dict[int, int]) -> bytes:
+    return encoded(Image.fromarray(values), "TIFF", tiffinfo=tags)
+
+
+def rotated(values: np.ndarray, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[274] = orientation
+    return encoded(Image.fromarray(values), "PNG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("source", "left", "right"),
+    [
+        (rotated(np.uint16([[65535, 0]]), 3), 0, 1),
+        (rotated(np.uint8([[255, 0]]), 3), 0, 1),
+        (tiff(np.uint16([[255, 51]]), {}), 1, 0.2),
+        (tiff(np.int32([[255, 51]]), {}), 1, 0.2),
+        (tiff(np.int32([[2**31 - 1, 2**30]]), {}), 1, 0.5),
+        (tiff(np.uint16([[65535, 52428]]), {262: 0}), 0, 0.2),
+        (tiff(np.uint16([[255, 51]]), {262: 0, 274: 3}), 0.8, 0),
+        (tiff(np.float32([[1, 0.75]]), {262: 0}), 0, 0.25),
+        (png(16, 0, b"\0\xff\xff\x80\0", clear=b"\xff\xff"), 0, 0.5),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_wide_region_is_read_as_other_programs_show_it(source, left, right):
+    """Upright, with white where they show white, and nothing where it is transparent."""
+    plane = load_mask(source)
+    assert plane[0, 0] == pytest.approx(left, abs=1e-4)
+    assert plane[0, -1] == pytest.approx(right, abs=1e-4)
+
+
+def test_a_wide_region_whose_white_is_not_known():
+    with pytest.raises(ImageError, match=r"the mask: its values are in 0\.\.4095"):
+        load_mask(tiff(np.uint16([[0, 4095]]), {}), "the mask")
+
+
 @pytest.mark.parametrize(
     "mask",
     [

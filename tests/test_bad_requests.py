@@ -120,6 +120,13 @@ def test_arguments_that_are_no_list_of_units(args):
         parse_args(args)
 
 
+@pytest.mark.parametrize("first", [[{"images": ["a"]}], '{"images": ["a"]}', 1, None])
+def test_a_first_argument_that_is_no_unit_is_called_so(first):
+    """A list in the list, JSON as text: how a unit is sent by mistake."""
+    with pytest.raises(SettingError, match=r"^PuLID, args\[0\]: .* is not a unit; args must be a list of dicts"):
+        parse_args([first, {"images": ["a"]}])
+
+
 def test_positional_lists_that_are_too_short_or_too_long():
     full = PulidUnit(images=("a",), weight=0.5).positions()
     for length in range(2, len(full) + 1):

@@ -242,7 +242,7 @@ def test_errors_in_words(generate, tmp_path, given, words):
     Image.new("RGB", (200, 200), "grey").save(tmp_path / "grey.png")
     (tmp_path / "page.bin").write_text("<html></html>")
     torch.save({"lora_unet_x.lora_down.weight": torch.zeros(2)}, tmp_path / "lora.bin")
-    Identity(torch.zeros(1, 32, 64), info={"encoder": "0" * 16, "adapter": "PuLID v7"}).save(tmp_path / "x.safetensors")
+    Identity(torch.ones(1, 32, 64), info={"encoder": "0" * 16, "adapter": "PuLID v7"}).save(tmp_path / "x.safetensors")
     said, picture = generate(*given)
     assert (said.status, picture) == (1, None)
     assert words in said.err
@@ -295,6 +295,22 @@ def test_all_is_checked_before_the_work(run, monkeypatch, tmp_path, given):
     assert "Traceback" not in said.err
 
 
+@pytest.mark.parametrize("which", ["--face", "--mask"])
+def test_no_input_is_overwritten(run, monkeypatch, tmp_path, which):
+    monkeypatch.setattr(standalone, "load_base", None)
+    content = Path(PORTRAIT).read_bytes()
+    (tmp_path / "me.png").write_bytes(content)
+    (tmp_path / "link.png").symlink_to("me.png")
+    given = (which, "me.png") if which == "--face" else ("--face", GROUP, which, "me.png")
+    for out in ("me.png", tmp_path / "me.png", "link.png"):
+        said = run("generate", "--prompt", "x", *given, "-o", out)
+        assert said.status == 1
+        assert re.match(r"SettingError: --out is \S+, the same file as me\.png, which would be lost\.", said.err)
+    (tmp_path / "demo_flux.png").write_bytes(content)
+    assert "which would be lost" in run("demo", "--face", "demo_flux.png", "-o", ".").err
+    assert (tmp_path / "me.png").read_bytes() == (tmp_path / "demo_flux.png").read_bytes() == content
+
+
 @pytest.mark.parametrize(
     "out", ["a.pt", "a", "folder.safetensors", "there.safetensors", "file/a.safetensors", "a.pulidembd"]
 )
@@ -321,12 +337,13 @@ def test_a_picture_that_cannot_be_written_is_kept(generate, monkeypatch):
     writes = []
 
     def write(path, content, **how):
-        writes.append(Path(path))
-        if len(writes) == 1:
+        if Path(path).suffix == ".png":  # not the miniature, which is unpacked once
+            writes.append(Path(path))
+        if writes == [Path(path)]:
             raise StorageError(f"{path} cannot be written (No space left on device).")
         return real(path, content, **how)
 
-    Identity(torch.zeros(1, 32, 64)).save("x.safetensors")
+    Identity(torch.ones(1, 32, 64)).save("x.safetensors")
     monkeypatch.setattr(disk, "write", write)
     said, picture = generate("--identity", "x.safetensors")
     assert (said.status, picture) == (1, None)

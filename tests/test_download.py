@@ -278,6 +278,30 @@ def test_a_wrong_file_is_set_aside_not_lost(server, wanted):
     assert wanted.target.with_name("a.bin.other").read_bytes() == b"mine"
 
 
+def test_no_file_that_was_set_aside_is_overwritten(wanted):
+    wanted.target.parent.mkdir()
+    for mine in (b"1", b"22", b"333"):
+        wanted.target.write_bytes(mine)
+        get(wanted)
+    aside = [wanted.target.with_name(f"a.bin.other{number}").read_bytes() for number in ("", 2, 3)]
+    assert aside == [b"1", b"22", b"333"]
+
+
+def web_page(handler, content: bytes) -> None:
+    """Sends a login page, with all that belongs to a right answer."""
+    page = b"<html>Log in</html>"
+    handler.send_response(200)
+    handler.send_header("Content-Type", "text/html; charset=utf-8")
+    handler.send_header("Content-Length", str(len(page)))
+    handler.end_headers()
+    handler.wfile.write(page)
+
+
+def test_a_web_page_is_not_taken_for_a_file_of_which_nothing_is_known(server, wanted):
+    server.misbehave(web_page)
+    fails(replace(wanted, size=0, sha256=""), r"the server sends a web page \(a login or an error\?\)")
+
+
 # ---------------------------------------------------------------- several at once, and killed
 
 

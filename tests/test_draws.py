@@ -26,6 +26,7 @@ def folder(tmp_path) -> Path:
     for name in NAMES:
         (tmp_path / name).write_bytes(base64.b64decode(PHOTOS[name[:-4]]))
     (tmp_path / "notes.txt").write_text("no photo")
+    (tmp_path / "._anna.png").write_bytes(b"\0\5\x16\7")  # of macOS
     (tmp_path / "sub.png").mkdir()
     return tmp_path
 

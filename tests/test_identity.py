@@ -203,12 +203,24 @@ def test_a_later_version(tmp_path):
     {"cond": normal(1, 1, 10, 64).index_fill(1, torch.tensor([9]), float("nan"))},
     {"cond": normal(1, 1, 10, 64).index_fill(2, torch.tensor([0]), float("inf"))},
     {"uncond": normal(1, 1, 10, 64).index_fill(1, torch.tensor([3]), float("nan"))},
-    *({"cond": torch.zeros(1, 10, 64, dtype=dtype)} for dtype in (torch.int64, torch.float16, torch.bool)),
-], ids=["cond shape", "two persons", "uncond shape", "cond nan", "cond inf", "uncond nan", "int64", "float16", "bool"]
+    {"cond": torch.full((1, 10, 64), float("nan"), dtype=torch.float16)},
+    *({"cond": torch.ones(1, 10, 64, dtype=dtype)} for dtype in (torch.int64, torch.bool)),
+    {"cond": torch.zeros(1, 10, 64)}, {"cond": torch.zeros(1, 0, 64), "uncond": torch.zeros(1, 0, 64)},
+], ids=["cond shape", "two persons", "uncond shape", "cond nan", "cond inf", "uncond nan", "float16 nan", "int64",
+        "bool", "zeros", "empty"]
 )  # fmt: skip
 def test_damaged_tokens(tmp_path, tensors):
     with pytest.raises(IdentityMismatchError, match=r"x\.safetensors is damaged"):
         Identity.load(saved(tmp_path / "x.safetensors", **tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_a_copy_in_another_precision_is_read(tmp_path, dtype):
+    one = normal(1, 1, 10, 64).to(dtype)
+    identity = Identity.load(saved(tmp_path / "x.safetensors", cond=one, uncond=2 * one.float()))
+    assert identity.cond.dtype == identity.uncond.dtype == torch.float32
+    assert torch.equal(identity.cond, one.float())
+    assert len(identity.short_hash) == 10
 
 
 # ---------------------------------------------------------------- several photos of one person

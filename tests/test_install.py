@@ -28,7 +28,7 @@ PIPS = Path(sys.prefix) / "pips"  # `make test` downloads them once
 def run(monkeypatch):
     """Runs install.py as the WebUI does, with some modules not found; returns pip's commands and constraints."""
 
-    def _run(*missing: str, have: dict[str, str] = HAVE) -> list[tuple[str, str]]:
+    def _run(*missing: str, have: dict[str, str] = HAVE, folder: str = "") -> list[tuple[str, str]]:
         calls: list[tuple[str, str]] = []
 
         def run_pip(command: str, what: str) -> None:  # noqa: ARG001
@@ -41,6 +41,7 @@ def run(monkeypatch):
         found = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else found(name))
         packages = [SimpleNamespace(metadata={"Name": name, "Version": version}) for name, version in have.items()]
+        packages += importlib.metadata.Distribution.discover(path=[folder]) if folder else []
         monkeypatch.setattr(importlib.metadata, "distributions", lambda: packages)
         runpy.run_path(str(PATH))
         return calls
@@ -80,6 +81,32 @@ def test_package_without_metadata_is_not_overwritten(run, name):
 def test_constraint_for_any_version(run, version, equal):
     ((_, text),) = run("onnx", have={**HAVE, "Some_Thing": version})
     assert text == f"numpy==1.26.2\nprotobuf==6.33.0\nsome-thing{equal}{version}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [
+        ("some-thing", "1.0 beta"),
+        ("some-thing", "1.0;x"),
+        ("some-thing", "1,0"),
+        ("föö", "1"),
+        ("a b", "1"),
+        ("-e", "1"),
+    ],
+)
+def test_what_pip_cannot_read_is_no_constraint(run, name, version):
+    """pip would refuse the whole file, or take the line for an option."""
+    ((_, text),) = run("onnx", have={**HAVE, name: version})
+    assert text == "numpy==1.26.2\nprotobuf==6.33.0\n"
+
+
+def test_metadata_that_is_not_utf8(run, tmp_path):
+    for name, text in (("old_thing-1.5", "Name: old-thing\nVersion: 1.5\nAuthor: Andr\xe9\n"), ("empty-1", "")):
+        info = tmp_path / f"{name}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_bytes(text.encode("latin-1"))
+    ((_, text),) = run("onnx", folder=str(tmp_path))
+    assert text == "numpy==1.26.2\nold-thing==1.5\nprotobuf==6.33.0\n"
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 11), reason="from Python 3.11 on, pip takes the one listed first")

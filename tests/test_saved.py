@@ -114,20 +114,40 @@ def test_one_name_in_all_its_spellings(library, kept, asked):
 
 
 def test_two_that_differ_in_spelling_only_are_not_mixed_up(library):
-    for value, name in enumerate(("anna", "Anna", unicodedata.normalize("NFD", "Zoë"), "Zoë")):
+    for value, name in enumerate(("anna", "Anna", unicodedata.normalize("NFD", "Zoë"), "Zoë"), 1):
         person(value).save(library.identities.folder / f"{name}.safetensors")
-    assert library.identities.load("Anna").cond[0, 0, 0] == 1
-    assert library.identities.load("Zoë").cond[0, 0, 0] == 3
-    assert library.identities.load(unicodedata.normalize("NFD", "Zoë")).cond[0, 0, 0] == 2
+    assert library.identities.load("Anna").cond[0, 0, 0] == 2
+    assert library.identities.load("Zoë").cond[0, 0, 0] == 4
+    assert library.identities.load(unicodedata.normalize("NFD", "Zoë")).cond[0, 0, 0] == 3
     with pytest.raises(SettingError, match="ANNA could be .* or .*Spell it"):
         library.identities.load("ANNA")
+
+
+def test_a_file_name_is_not_another_persons_name(library):
+    """`anna.safetensors` is how many would write the file of anna."""
+    library.identities.save("anna", person(1))
+    with pytest.raises(SettingError, match="anna is already saved"):
+        library.identities.save("anna.safetensors", person(2))
+    assert library.identities.save("ben.SafeTensors ", person(3)).name == "ben"
+    assert library.identities.load("ben.safetensors").cond[0, 0, 0] == 3
+
+
+def test_two_files_of_one_name(library):
+    for value, suffix in enumerate((".safetensors", ".SAFETENSORS", ".pulidembd"), 1):
+        person(value).save(library.identities.folder / f"anna{suffix}")
+    for name in ("anna", "Anna"):
+        with pytest.raises(SettingError, match=r"could be anna\.SAFETENSORS or anna\.safetensors\. Rename"):
+            library.identities.load(name)
+    assert [library.identities.load(f"anna{end}").cond[0, 0, 0] for end in (".safetensors", ".SAFETENSORS")] == [1, 2]
+    assert library.identities.load("anna.pulidembd").cond[0, 0, 0] == 3
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("my 🙂", "contains 🙂 \\(U\\+1F642\\)"), ("a\u202eb", "contains \\(U\\+202E\\)"), ("x.", "ends with a dot"),
-     ("con", "con is reserved"), ("0123456789", "looks like an identity's hash"), ("-x", "starts with -"),
-     ("x" * 81, "too long"), ("", "empty")],
+     ("con", "con is reserved"), ("COM¹", "COM¹ is reserved"), ("aux .x", "aux .x is reserved"),
+     ("0123456789", "looks like an identity's hash"), ("ABCDEF0123", "looks like an identity's hash"),
+     ("-x", "starts with -"), ("x" * 81, "too long"), ("", "empty")],
 )  # fmt: skip
 def test_what_is_wrong_with_a_name_is_told(name, reason):
     with pytest.raises(SettingError, match=f"{reason}.*A name may have letters, digits"):
@@ -398,7 +418,8 @@ def test_a_pulidembd_that_is_none(tmp_path, wrong):
         "size": data.replace(struct.pack("<QQ", 64, 32), struct.pack("<QQ", 1 << 60, 32)),
     }[wrong]  # fmt: skip
     (tmp_path / "x.pulidembd").write_bytes(content)
-    with pytest.raises(IdentityMismatchError, match=r"x\.pulidembd is not a saved identity, or is damaged"):
+    said = {"name": "it has no tensor pulid_id", "kind": "ggml's type 12; only F16, F32 and BF16"}.get(wrong, "")
+    with pytest.raises(IdentityMismatchError, match=rf"x\.pulidembd is not a saved identity, or is damaged \({said}"):
         Identity.load(tmp_path / "x.pulidembd")
     with pytest.raises((ValueError, LookupError, struct.error)):
         pulidembd.unpack(content)

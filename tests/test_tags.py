@@ -13,7 +13,7 @@ from tests.fake_modules.extra_networks import parse_prompts
 from tests.test_properties import VALID
 
 SCALARS = [field for field in FIELDS if field.kind not in ("images", "image") and field.name != "identity"]
-NAMED = [field for field in SCALARS if field.name not in ("model", "preset", "box")]  # those are any text
+NAMED = [field for field in SCALARS if field.name not in ("model", "preset", "box", "draw")]
 
 
 @pytest.mark.parametrize(("text", "tag"), [
@@ -42,6 +42,7 @@ def test_what_is_read(text, tag):
     ("anna:unit=²", "unit", "not the number of a unit"), ("anna:box=0,0,1", "box", "four numbers"),
     ("anna:box=2,0,0.5,1", "box", "outside the image"), ("anna:box=0,0,nan,1", "box", "four numbers"),
     ("anna:mask=iVBO", "mask", "box=x,y,w,h"), ("anna:images=a.png", "images", "not photos"),
+    ("anna:draw=random", "draw", "names anna, so nobody can be drawn"),
     ("anna:identity=ben", "identity", "comes first"), ("anna:" + "x" * 5000, "identity", "too long"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(text, field, words):

@@ -94,8 +94,8 @@ def fetch(
     progress: ProgressCallback = no_progress,
     policy: RetryPolicy = RetryPolicy(),  # noqa: B008
 ) -> None:
-    """Downloads a file. One that has its name and place is kept as `NAME.other`. Of several processes or threads that
-    want the same file, one downloads it and the others wait.
+    """Downloads a file. One that has its name and place is kept as `NAME.other`, or `NAME.other2`. Of several processes
+    or threads that want the same file, one downloads it and the others wait.
 
     progress: called for each block; what it raises ends the download, and what has arrived is kept.
 
@@ -131,8 +131,16 @@ def _complete(download: Download, headers: dict[str, str], progress: ProgressCal
         raise DownloadError(f"what was received is not the file: its checksum is {found[:8]}... instead of "
                             f"{download.sha256[:8]}...; it was deleted")  # fmt: skip
     if download.target.exists():
-        os.replace(download.target, download.target.with_name(f"{download.target.name}.other"))
+        os.replace(download.target, _free_name(download.target))
     return os.replace(download.part, download.target)
+
+
+def _free_name(path: Path) -> Path:
+    """Returns a new name beside a file that another one replaces."""
+    number = 1
+    while os.path.lexists(other := path.with_name(f"{path.name}.other{number if number > 1 else ''}")):
+        number += 1
+    return other
 
 
 def _receive(download: Download, headers: dict[str, str], progress: ProgressCallback, policy: RetryPolicy) -> Download:
@@ -203,6 +211,8 @@ def _agreed(download: Download, response: Response, start: int) -> Download:
     if stated and not stated.startswith(download.sha256):
         raise DownloadError(f"the server has another file there, with the checksum {stated[:8]}... instead of "
                             f"{download.sha256[:8]}...")  # fmt: skip
+    if "html" in response.headers.get("Content-Type", "") and not (stated or download.sha256):
+        raise DownloadError("the server sends a web page (a login or an error?) instead of the file")
     if not (download.size or total):
         raise DownloadError("the server does not say how large the file is, so it cannot be verified")
     return replace(download, size=download.size or total or 0, sha256=stated or download.sha256)

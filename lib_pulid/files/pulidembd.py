@@ -19,6 +19,7 @@ TENSOR, ARCHITECTURE, VERSION = "pulid_id", "pulid", 1
 ALIGNMENT = 32
 _U32 = 4
 _F32, _F16, _BF16 = 0, 1, 30  # ggml's types of tensors
+_LAYOUTS = {_F32: "<f4", _F16: "<f2", _BF16: "<u2"}
 
 
 def pack(tokens: np.ndarray) -> bytes:
@@ -44,11 +45,15 @@ def unpack(content: bytes) -> np.ndarray:
         raise ValueError(f"a GGUF file of the kind {facts.get('general.architecture')!r}, not {ARCHITECTURE!r}")
     if facts.get("pulid.version", VERSION) != VERSION:
         raise ValueError(f"version {facts['pulid.version']}; version {VERSION} is known")
+    if TENSOR not in tensors:
+        raise ValueError(f"it has no tensor {TENSOR}")
     shape, kind, offset = tensors[TENSOR]
+    if kind not in _LAYOUTS:
+        raise ValueError(f"ggml's type {kind}; only F16, F32 and BF16 can be read")
     while len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
     start = file.tell() + -file.tell() % facts.get("general.alignment", ALIGNMENT) + offset
-    values = np.frombuffer(content, {_F32: "<f4", _F16: "<f2", _BF16: "<u2"}[kind], int(np.prod(shape)), start)
+    values = np.frombuffer(content, _LAYOUTS[kind], int(np.prod(shape)), start)
     if kind == _BF16:
         values = (values.astype("<u4") << 16).view("<f4")
     return values.astype(np.float32).reshape(shape)

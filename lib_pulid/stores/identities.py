@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from lib_pulid.likeness import Recognizer
     from lib_pulid.photos import IdentityCache
 
-SUFFIXES = (".safetensors", PULIDEMBD)
+SAFETENSORS = ".safetensors"
+SUFFIXES = (SAFETENSORS, PULIDEMBD)
 CARD_IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "avif")  # what the hosts save beside a model as its card's image
 
 
@@ -69,6 +71,9 @@ class Identities:
         paths = disk.listed(self.folder, SUFFIXES)
         for spelled in (_shown_name, lambda path: path.stem, lambda path: path.name):
             if (found := names.find(name_or_hash, {spelled(path): path for path in paths[::-1]})) is not None:
+                alike = [path.name for path in paths if _shown_name(path) == _shown_name(found)]
+                if len(alike) > 1 and name_or_hash not in alike:  # x.safetensors and x.SAFETENSORS
+                    raise SettingError(f"{name_or_hash} could be {' or '.join(alike)}. Rename one of the files.")
                 return found
         short_hash = name_or_hash.lower()
         if not names.HASH.fullmatch(short_hash):
@@ -106,13 +111,14 @@ class Identities:
         return identity
 
     def save(self, name: str, identity: Identity) -> SavedIdentity:
-        """Saves an identity under a new name; if the name ends in `.pulidembd`, in that format.
+        """Saves an identity under a new name; if the name ends in `.pulidembd`, in that format. `.safetensors` at its
+        end is not a part of the name: it would be the name of another identity's file.
 
         Raises:
             SettingError: the name is taken, in any spelling, or is not a valid name. StorageError.
         """
-        name = names.new(name)
-        path = self.folder / (name if name.lower().endswith(PULIDEMBD) else f"{name}.safetensors")
+        name = names.new(re.sub(rf"{re.escape(SAFETENSORS)}\s*$", "", name, flags=re.IGNORECASE))
+        path = self.folder / (name if name.lower().endswith(PULIDEMBD) else f"{name}{SAFETENSORS}")
         with self._lock:  # of two who save under one name, the second gets an error
             self._check_free(path, [])
             thumbnail = identity.thumbnail if self._models.settings.portraits else None
@@ -164,7 +170,7 @@ class Identities:
         return found
 
     def _cached(self) -> list[SavedIdentity]:
-        return self._in(self._models.path / "cache", (".safetensors",))
+        return self._in(self._models.path / "cache", (SAFETENSORS,))
 
     def _in(self, folder: Path, suffixes: tuple[str, ...]) -> list[SavedIdentity]:
         found = (self._models.remembered(path, _saved) for path in disk.listed(folder, suffixes))
