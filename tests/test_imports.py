@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lib_pulid",),
     ("errors",),
-    ("boxes", "contact_sheet", "disk", "names", "camera_files", "encoders", "lora", "methods", "sites", "gpu_cost"),
-    ("images", "files", "projectors", "identity_net", "face_choice", "field_kinds", "token_masks"),
+    ("boxes", "contact_sheet", "disk", "names", "camera_files", "encoders", "methods", "sites", "gpu_cost"),
+    ("images", "files", "projectors", "identity_net", "face_choice", "field_kinds", "token_masks", "lora"),
     ("weights", "faces", "masks", "watch"),
     ("facexlib_models",),
     ("vision", "clip_vision", "face_models", "attention", "likeness"),
