@@ -261,6 +261,11 @@ class ImageStreamTensors:
         score, value = (t.to(where).contiguous() for t in (self.score, self.value))
         return ImageStreamTensors(score, self.score_bias.to(where), value, self.heads)
 
+    def at(self, row: int, like: Tensor) -> ImageStreamTensors:
+        """Returns one identity, without the dimension R, where and as `like` is."""
+        score, score_bias, value = (t[row].to(like) for t in (self.score, self.score_bias, self.value))
+        return ImageStreamTensors(score, score_bias, value, self.heads)
+
     def weighted(self, weight: float) -> ImageStreamTensors:
         return replace(self, value=self.value * weight)
 
@@ -297,19 +302,19 @@ def add_image_stream(total: Tensor, image: Tensor, identities: Sequence[SiteIden
     """Adds weight x CA(identity, image) to `total`, in place, by the folded form of `fold_image_stream`.
 
     Args:
-        total, image: [B, L, W]; the residual is read off `image`, which may be the same tensor.
+        total, image: [B, L, W]; the residual is read off `image`, which may be the same tensor. Computed in its dtype.
     """
     for b in range(len(image)):
-        present = [(one.site, row, one.mask) for one in identities if (row := one.rows[b]) is not None]
+        present = [(one.site.at(row, image), one.mask) for one in identities if (row := one.rows[b]) is not None]
         for first in range(0, image.shape[1] if present else 0, CHUNK):  # bounds what the LayerNorm has to keep
             tokens = slice(first, first + CHUNK)
             normal = F.layer_norm(image[b, tokens], image.shape[-1:])
-            for site, row, mask in present:
-                scores = torch.addmm(site.score_bias[row], normal, site.score[row])  # [L, H N]
+            for site, mask in present:
+                scores = torch.addmm(site.score_bias, normal, site.score)  # [L, H N]
                 attention = scores.unflatten(-1, (site.heads, -1)).softmax(-1).flatten(1)
                 if mask is not None:
                     attention = attention * mask[tokens].to(attention.dtype)
-                total[b, tokens].addmm_(attention.to(total.dtype), site.value[row])
+                total[b, tokens].addmm_(attention.to(total.dtype), site.value)
 
 
 # ---------------------------------------------------------------- either

@@ -264,7 +264,7 @@ def _attach_cross_attention(
     site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: TokenMasks
 ) -> Iterable:
     def add(q: Tensor, h: Tensor) -> Tensor:
-        identities = _identities(n, active, step, masks, len(h), h.shape[1])
+        identities = _identities(n, active, step, masks, h, h.shape[1])
         return add_cross_attention(q, h, identities, site.heads)
 
     return site.attach(add)
@@ -279,21 +279,22 @@ def _attach_loras(site: Site, n: int, loras: Sequence[tuple[Lora, float]]) -> It
 def _attach_image_stream(site: Site, n: int, active: list[Injection], step: DenoiseStep, masks: TokenMasks) -> Iterable:
     def add(total: Tensor, image: Tensor) -> None:
         own = own_tokens(image.shape[1], step.latent_hw)
-        identities = _identities(n, active, step, masks, len(image), own)
+        identities = _identities(n, active, step, masks, image, own)
         add_image_stream(total[:, :own], image[:, :own], identities)
 
     return site.attach(add)
 
 
 def _identities(
-    n: int, active: list[Injection], step: DenoiseStep, masks: TokenMasks, batch: int, tokens: int
+    n: int, active: list[Injection], step: DenoiseStep, masks: TokenMasks, h: Tensor, tokens: int
 ) -> list[SiteIdentity[Any]]:
-    """Collects the active identities at site `n`, for so many rows and tokens."""
+    """Collects the active identities at site `n`, for the rows of h [B, L, C] and so many tokens."""
     found = []
     for index, injection in enumerate(active):
-        rows = identity_rows(injection, step, batch)
+        rows = identity_rows(injection, step, len(h))
         if any(row is not None for row in rows):
             mask = masks.over(index, tokens)
+            mask = None if mask is None else mask.to(h.device)
             found.append(SiteIdentity(injection.sites[n], rows, mask, injection.projection, injection.num_zero))
     return found
 

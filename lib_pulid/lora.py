@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lib_pulid.errors import UnsupportedModelError
+from lib_pulid.sites import in_this_thread
 
 PARTS = ("q", "k", "v", "out")
 
@@ -68,7 +69,7 @@ class Lora:
         """Hooks attention layer `n` and yields each handle. parts: its layers by the names of PARTS."""
         ran: set[str] = set()
         for part in PARTS:
-            yield parts[part].register_forward_hook(self._hook(n, part, strength, ran))
+            yield parts[part].register_forward_hook(in_this_thread(self._hook(n, part, strength, ran)))
 
     def _hook(self, n: int, part: str, strength: float, ran: set[str]) -> Callable[..., Tensor]:
         down, up = self.layers[n, part]

@@ -10,6 +10,7 @@ their handles; nothing of the denoiser is replaced or copied.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ SINGLE_INTERVAL = 4
 FLUX_BLOCKS = (19, 38)  # double and single, in FLUX.1; near counts have as many sites
 # A part that FLUX.1 does not have -> the model that does.
 _CHROMA = "distilled_guidance_layer"
+_KOLORS = ("encoder_hid_proj", "text_encoder_hid_proj")  # for its text encoder; an IP-Adapter moves it
 _RELATIVES = {_CHROMA: "Chroma", "double_stream_modulation_img": "FLUX.2"}
 
 
@@ -60,6 +62,20 @@ class Sites:
     sites: tuple[Site, ...]
 
 
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the hook, which does nothing in other threads: they may run the same denoiser for other people.
+
+    A backward pass counts as this thread, since it recomputes checkpointed blocks in threads of its own.
+    """
+    owner = threading.get_ident()
+
+    def own(*args: Any) -> Any:
+        is_own = torch.compiler.is_compiling() or threading.get_ident() == owner
+        return hook(*args) if is_own or torch._C._current_graph_task_id() != -1 else None
+
+    return own
+
+
 def is_chroma(denoiser: nn.Module) -> bool:
     return hasattr(denoiser, _CHROMA)
 
@@ -78,6 +94,8 @@ def find_sites(denoiser: nn.Module, *, chroma: bool = False) -> Sites:
     for mark, name in _RELATIVES.items():
         if hasattr(denoiser, mark) and not (chroma and mark == _CHROMA):
             raise UnsupportedModelError(f"{name} has FLUX.1's layout, but PuLID was not trained for it.")
+    if any(isinstance(getattr(denoiser, name, None), nn.Linear) for name in _KOLORS):
+        raise UnsupportedModelError("Kolors has SDXL's layout, but PuLID was not trained for it.")
     if hasattr(denoiser, "input_blocks") and hasattr(denoiser, "output_blocks"):
         return _unet_sites(denoiser, ("input_blocks", "output_blocks", "middle_block"))
     if hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks"):
@@ -85,6 +103,10 @@ def find_sites(denoiser: nn.Module, *, chroma: bool = False) -> Sites:
     if hasattr(denoiser, "double_blocks") and hasattr(denoiser, "single_blocks"):
         return _transformer_sites(denoiser, "double_blocks", "single_blocks", image_first=True)
     if hasattr(denoiser, "transformer_blocks") and hasattr(denoiser, "single_transformer_blocks"):
+        if not hasattr(denoiser, "time_text_embed"):  # Bria, FIBO, LongCat
+            raise UnsupportedModelError(
+                f"{type(denoiser).__name__} has FLUX.1's layout, but PuLID was not trained for it."
+            )
         return _transformer_sites(denoiser, "transformer_blocks", "single_transformer_blocks", image_first=False)
     raise UnsupportedModelError(f"{type(denoiser).__name__} is neither an SDXL UNet nor a FLUX.1 transformer.")
 
@@ -123,8 +145,8 @@ def cross_attention_site(name: str, attention: Any) -> Site:
         def add_residual(module: nn.Module, args: tuple) -> tuple:
             return (add(queries.pop(), args[0]), *args[1:])
 
-        yield attention.to_q.register_forward_hook(keep_query)
-        yield attention.to_out[0].register_forward_pre_hook(add_residual)
+        yield attention.to_q.register_forward_hook(in_this_thread(keep_query))
+        yield attention.to_out[0].register_forward_pre_hook(in_this_thread(add_residual))
 
     # Forge's quantised layers do not tell their width.
     width = getattr(attention.to_q, "out_features", None) or attention.heads * attention.dim_head
@@ -173,7 +195,7 @@ def _after_double(block: nn.Module, image: int, text_length: list[int]) -> Calla
             add(both[image], output[image])
             return tuple(both)
 
-        return [block.register_forward_hook(add_residual, with_kwargs=True)]
+        return [block.register_forward_hook(in_this_thread(add_residual), with_kwargs=True)]
 
     return attach
 
@@ -189,7 +211,7 @@ def _after_single(block: nn.Module, text_length: list[int]) -> Callable:
             add(total[:, text:], output[:, text:])
             return total
 
-        return [block.register_forward_hook(add_residual, with_kwargs=True)]
+        return [block.register_forward_hook(in_this_thread(add_residual), with_kwargs=True)]
 
     return attach
 

@@ -25,7 +25,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from lib_pulid.errors import UnsupportedModelError
-from lib_pulid.sites import Site, Sites
+from lib_pulid.sites import Site, Sites, in_this_thread
 
 _REPLACED = (
     "Another component (TensorRT, a compiled or exported model, or an extension that replaces the UNet) bypasses the "
@@ -109,7 +109,7 @@ class Watch:
                 return add(*tensors)
 
             if site.inner is not None:
-                yield site.inner.register_forward_pre_hook(ran)
+                yield site.inner.register_forward_pre_hook(in_this_thread(ran))
             yield from site.attach(add_and_note)
 
         return replace(site, attach=attach)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -253,6 +254,20 @@ def test_flux_sites(flux):
     for denoiser in (flux, layouts.BflFlux(flux)):
         names = [site.name.split(".") for site in find_sites(denoiser).sites]
         assert [int(name[-1]) for name in names] == [*range(0, 19, 2), *range(0, 38, 4)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: diffusers.BriaTransformer2DModel(attention_head_dim=8, axes_dims_rope=(2, 2, 4)),
+        lambda: diffusers.UNet2DConditionModel(**cases.UNET, encoder_hid_dim=8, encoder_hid_dim_type="text_proj"),
+    ],
+    ids=["Bria", "Kolors"],
+)
+def test_models_of_the_same_layout(make):
+    """They have as many layers, as wide, for which PuLID was not trained."""
+    with pytest.raises(UnsupportedModelError, match="has (FLUX.1|SDXL)'s layout, but PuLID was not trained for it"):
+        find_sites(make())
 
 
 def test_reference_tokens_get_no_identity(flux, flux_adapter):

@@ -9,8 +9,10 @@ the pipeline is replaced: two hooks on the denoiser put `inject` around each of 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -33,7 +35,9 @@ def denoiser_of(pipeline: Any) -> nn.Module:
 def apply(pipeline: Any, injections: Sequence[Injection], sites: Sites | None = None) -> Iterator[None]:
     """Injects into every call of the pipeline's denoiser inside the `with`.
 
-    A compiled denoiser (torch.compile) runs uncompiled there, since compiled code ignores the hooks.
+    A compiled denoiser (torch.compile) runs uncompiled there, since compiled code ignores the hooks. Several persons
+    belong into one list: of nested `with`s, the inner one reads what the outer one added. Other pipelines may share the
+    denoiser: they get the face in this thread, and not in others.
 
     Args:
         sites: the denoiser's, if known; those of a Watch record which of them were reached.
@@ -47,10 +51,14 @@ def apply(pipeline: Any, injections: Sequence[Injection], sites: Sites | None = 
     sites = sites if isinstance(sites, WatchedSites) else Watch().over(sites)
     watch = sites.watch
     read_step = (UNetCalls if sites.family == "sdxl" else _TransformerCalls)(pipeline)
-    call, acts = ExitStack(), False
+    call, acts, thread = ExitStack(), False, 0
 
     def enter(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        nonlocal acts
+        nonlocal acts, thread
+        if not read_step.follows(module):
+            return
+        call.close()  # in case the last call ended with a BaseException
+        thread = get_ident()
         step = read_step(args, kwargs)
         if read_step.is_first:
             watch.check_end()
@@ -59,28 +67,58 @@ def apply(pipeline: Any, injections: Sequence[Injection], sites: Sites | None = 
         call.enter_context(inject(sites, injections, step))
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal thread
+        if thread != get_ident():
+            return
         call.close()
+        thread = 0
         if output is not None:  # None: the call raised
             watch.check_call(acts)
 
+    has_face = any(injection.weight for injection in injections)
     with ExitStack() as stack:
-        if any(injection.weight for injection in injections):
+        if has_face:
             stack.enter_context(uncompiled())
+            stack.callback(_forget_steps, denoiser)
         stack.callback(call.close)
         stack.callback(denoiser.register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(denoiser.register_forward_hook(leave, always_call=True).remove)
         yield
     watch.check_end()
+    now = denoiser_of(pipeline)
+    if has_face and getattr(now, "_orig_mod", now) is not getattr(denoiser, "_orig_mod", denoiser):
+        raise UnsupportedModelError(
+            f"{type(pipeline).__name__} got another {type(now).__name__} inside of `apply`, which has no face. "
+            "Replace the model before `apply`."
+        )
+
+
+def _forget_steps(denoiser: Any) -> None:
+    """Resets diffusers' step caches (PyramidAttentionBroadcast and others): what a run that broke off left
+    there has the face in it, and the next run would reuse it."""
+    reset = getattr(denoiser, "_reset_stateful_cache", None)
+    if reset is not None:
+        reset()
 
 
 class _Calls:
     """Reads the step from a denoiser call's arguments. is_first: whether it is the first call of a pipeline run."""
 
     def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline
+        self._pipeline = pipeline  # that calls
+        self._given, self._thread = pipeline, get_ident()
         self._schedule: Tensor | None = None  # of the current run; each run of a pipeline sets a new one
         self._first = 0
         self.is_first = False
+
+    def follows(self, denoiser: nn.Module) -> bool:
+        """Finds the pipeline whose call this is. Returns whether the call is ours, and not another thread's.
+
+        Pipelines share a denoiser (`from_pipe`), and only the one that calls knows its schedule and its guidance.
+        """
+        callers = _callers(denoiser)
+        self._pipeline = self._given if self._given in callers or not callers else callers[0]
+        return self._pipeline is self._given or get_ident() == self._thread
 
     def progress(self, timestep: float) -> float:
         """Returns the fraction of the steps that are done.
@@ -161,6 +199,19 @@ class _TransformerCalls(_Calls):
         progress = self.progress(1000 * _first(kwargs["timestep"]))
         images = range(len(kwargs["hidden_states"]))
         return DenoiseStep(progress, is_cond, (2 * rows, 2 * columns), self.steps, images)
+
+
+def _callers(denoiser: nn.Module) -> list[Any]:
+    """Returns the pipelines around this denoiser whose methods are being executed in this thread, inner ones first."""
+    found, frame = [], sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            one = frame.f_locals.get("self")
+            is_pipeline = not isinstance(one, nn.Module) and hasattr(one, "scheduler")
+            if is_pipeline and any(getattr(one, name, None) is denoiser for name in ("unet", "transformer")):
+                found.append(one)
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
 
 
 def _first(timestep: Any) -> float:

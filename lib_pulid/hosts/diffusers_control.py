@@ -96,6 +96,8 @@ def identity_net(
     shown = torch.from_numpy(picture.copy()).to(like).div(255).permute(2, 0, 1)[None]  # [1, 3, H, W]
 
     def enter(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if not read_step.follows(module):
+            return None
         step = read_step(args, kwargs)
         if not acts(int(step.progress * step.steps + 1e-6), step.steps, start, end, 0):  # type: ignore[operator, arg-type]
             return None
