@@ -27,6 +27,7 @@ FLUX_BLOCKS = (19, 38)  # double and single, in FLUX.1; near counts have as many
 # A part that FLUX.1 does not have -> the model that does.
 _CHROMA = "distilled_guidance_layer"
 _KOLORS = ("encoder_hid_proj", "text_encoder_hid_proj")  # for its text encoder; an IP-Adapter moves it
+_is_compiling = getattr(torch.compiler, "is_compiling", bool)  # torch 2.1 of A1111 does not have it
 _RELATIVES = {_CHROMA: "Chroma", "double_stream_modulation_img": "FLUX.2"}
 
 
@@ -70,7 +71,7 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     owner = threading.get_ident()
 
     def own(*args: Any) -> Any:
-        is_own = torch.compiler.is_compiling() or threading.get_ident() == owner
+        is_own = _is_compiling() or threading.get_ident() == owner
         return hook(*args) if is_own or torch._C._current_graph_task_id() != -1 else None
 
     return own
