@@ -27,7 +27,8 @@ class Scale:
     close: float
 
     def verdict(self, value: float) -> str:
-        """Names a cosine: "same person", "close" or "another person"."""
+        """Names a cosine, rounded as it is shown: "same person", "close" or "another person"."""
+        value = round(value, 2)
         return "same person" if value >= self.same else "close" if value >= self.close else "another person"
 
 

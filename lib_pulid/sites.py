@@ -27,8 +27,8 @@ FLUX_BLOCKS = (19, 38)  # double and single, in FLUX.1; near counts have as many
 # A part that FLUX.1 does not have -> the model that does.
 _CHROMA = "distilled_guidance_layer"
 _KOLORS = ("encoder_hid_proj", "text_encoder_hid_proj")  # for its text encoder; an IP-Adapter moves it
-_is_compiling = getattr(torch.compiler, "is_compiling", bool)  # torch 2.1 of A1111 does not have it
 _RELATIVES = {_CHROMA: "Chroma", "double_stream_modulation_img": "FLUX.2"}
+_is_compiling = getattr(torch.compiler, "is_compiling", bool)  # torch 2.1 of A1111 does not have it
 
 
 @dataclass(frozen=True)

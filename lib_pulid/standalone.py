@@ -243,7 +243,8 @@ def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: st
 
 
 def _miniature_base(family: str, device: str) -> Base:
-    settings: dict[str, Any] = {"size": miniature.SIZE, "steps": miniature.STEPS, "guidance": miniature.GUIDANCE}
+    settings: dict[str, Any] = {"size": miniature.SIZE, "steps": miniature.STEPS}
+    settings["guidance"] = miniature.GUIDANCE[family]
     base = replace(load_base(miniature.checkpoint("sdxl"), device), name="miniature", **settings)
     if family == "sdxl":
         return base

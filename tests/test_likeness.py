@@ -98,7 +98,7 @@ def test_a_person_of_several_photos_is_between_them():
 
 def test_words():
     scale = likeness.INSIGHTFACE
-    assert [scale.verdict(value) for value in (0.28, 0.27, 0.2, 0.19)] == [
+    assert [scale.verdict(value) for value in (0.2751, 0.2749, 0.1951, 0.1949)] == [
         "same person", "close", "close", "another person",
     ]  # fmt: skip
 

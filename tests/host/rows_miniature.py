@@ -32,7 +32,7 @@ WEIGHT = 1.0
 NEAR = 0.02  # of likeness
 REPEATS, KNOWN, NEW = 5, 0.1, 1.0  # seconds
 SCENE = Scene((Placement(expression="smiling", clothes="striped shirt", clothes_color="red"),), "dots", "yellow")
-BODY: dict[str, Any] = {"prompt": describe(SCENE), "negative_prompt": "", "cfg_scale": miniature.GUIDANCE}
+BODY: dict[str, Any] = {"prompt": describe(SCENE), "negative_prompt": "", "cfg_scale": miniature.GUIDANCE["sdxl"]}
 BODY |= {"width": miniature.SIZE, "height": miniature.SIZE, "steps": STEPS}
 FACE = (32, 16, 96, 80)  # left, top, right, bottom of the repainted part; multiples of 8, as latents have them
 STRENGTH = 0.6
