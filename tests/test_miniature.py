@@ -110,7 +110,7 @@ def test_nobody_elses_image_is_as_like_the_person(paint, identities, likeness):
     assert (seen.argmax(0) == np.arange(len(PEOPLE))).all(), seen
 
 
-@pytest.mark.xfail(strict=True, reason="not reached: person 11 loses glasses and beard, and is more like person 10 then")
+@pytest.mark.xfail(strict=True, reason="not reached: person 11 loses glasses and beard, and looks like person 10")
 def test_it_is_that_person_and_not_another(paint, identities, likeness):
     seen = np.array([[likeness(paint(identities[n]), other) for other in PEOPLE] for n in PEOPLE])
     assert (seen.argmax(1) == np.arange(len(PEOPLE))).all(), seen
