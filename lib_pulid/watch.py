@@ -16,9 +16,10 @@ runs.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -115,11 +116,36 @@ class Watch:
         return replace(site, attach=attach)
 
 
-def uncompiled() -> AbstractContextManager[Any]:
+@dataclass
+class _Stance:
+    """torch's one stance on compiled code, while somebody needs it."""
+
+    users: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    held: ExitStack = field(default_factory=ExitStack)
+
+
+_STANCE = _Stance()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
     """Suspends torch.compile: compiled code has only the hooks that were there when it was compiled.
 
+    The stance is the same for all threads, so it is set by the first that asks and put back by the last that ends.
     Before torch 2.6 this is not possible; then `Watch` finds that the sites are not reached.
     """
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        return nullcontext()  # nothing is compiled yet, and the import alone takes seconds
-    return torch.compiler.set_stance("force_eager")
+        yield  # nothing is compiled yet, and the import alone takes seconds
+        return
+    with _STANCE.lock:
+        if not _STANCE.users:
+            _STANCE.held.enter_context(torch.compiler.set_stance("force_eager"))
+        _STANCE.users += 1
+    try:
+        yield
+    finally:
+        with _STANCE.lock:
+            _STANCE.users -= 1
+            if not _STANCE.users:
+                _STANCE.held.close()

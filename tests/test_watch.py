@@ -15,7 +15,7 @@ from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.hosts.diffusers import apply
 from lib_pulid.injection import DenoiseStep, Injection, inject
 from lib_pulid.sites import find_sites
-from lib_pulid.watch import Watch
+from lib_pulid.watch import Watch, uncompiled
 from tests.fake_modules.models import Flux, UNet, count_hooks
 from tests.fake_modules.plan import RandomPlan
 
@@ -62,6 +62,26 @@ def by_block(unet: nn.Module, **options: Any) -> nn.Module:
     return unet
 
 
+def test_uncompiled_in_two_threads() -> None:
+    """The one that ends last does not leave everything uncompiled."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(nn.Linear(1, 1), backend=backend)
+    one, other = uncompiled(), uncompiled()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    compiled(torch.ones(1))
+    assert not graphs
+    other.__exit__(None, None, None)
+    compiled(torch.ones(1))
+    assert graphs
+
+
 @pytest.mark.parametrize("how", [whole, in_place, by_block])
 @pytest.mark.parametrize("options", [{}, {"fullgraph": True}], ids=["", "fullgraph"])
 def test_compiled_and_warm(how: Callable[..., nn.Module], options: dict[str, Any]) -> None:
@@ -89,7 +109,6 @@ def test_compiled_and_cold() -> None:
 def test_compiled_where_torch_cannot_step_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before torch 2.6: refused."""
     monkeypatch.delattr(torch.compiler, "set_stance")
-    torch._dynamo.reset()  # past its limit of recompilations, the model runs as it was written, and the face acts
     compiled = whole(small_unet())
     call(compiled)
     with pytest.raises(UnsupportedModelError, match="bypasses the layers"):
