@@ -22,7 +22,7 @@ from lib_pulid.training.world import Placement, Scene, describe
 from tests.host.api import encoded
 from tests.host.rows_works_with import hires
 from tests.host.table import Rows, expect
-from tests.host.webui import Running
+from tests.host.webui import FORGES, Running
 
 rows = Rows()
 PEOPLE = range(4)
@@ -82,7 +82,7 @@ def drawn(kind: str, number: int | None, seed: int, *, steps: int = STEPS, **ask
             BODY["prompt"], negative_prompt=BODY["negative_prompt"], num_inference_steps=steps,
             guidance_scale=BODY["cfg_scale"], generator=torch.Generator().manual_seed(seed), **asked,
         )  # fmt: skip
-    return made.images if asked.get("output_type") == "latent" else np.asarray(made.images[0])
+    return made.images if "output_type" in asked else np.asarray(made.images[0])
 
 
 SQUARE = {"height": miniature.SIZE, "width": miniature.SIZE}
@@ -100,9 +100,10 @@ def high_resolution(number: int, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def high_resolution_of_image(number: int, seed: int) -> np.ndarray:
-    """As hosts without upscalers of latents do it."""
+    """As hosts without upscalers of latents do it; they cut fractions off between the passes."""
     side, pipe = int(SCALE * miniature.SIZE), workshop().base.pipeline
-    larger = Image.fromarray(drawn("", number, seed, **SQUARE)).resize((side, side), Image.Resampling.LANCZOS)
+    small = (255 * drawn("", number, seed, **SQUARE, output_type="np")[0]).astype(np.uint8)
+    larger = Image.fromarray(small).resize((side, side), Image.Resampling.LANCZOS)
     encoded = pipe.vae.encode(pipe.image_processor.preprocess(larger)).latent_dist.mean
     return drawn("Img2Img", number, seed, image=encoded * pipe.vae.config.scaling_factor, **SECOND)
 
@@ -189,6 +190,8 @@ def without(host: Running) -> str:
 @rows.row("Miniature: the likeness after hires fix is that of diffusers")
 def second_pass(host: Running) -> str:
     asked = hires(host, hr_scale=SCALE, hr_second_pass_steps=0, denoising_strength=STRENGTH) | BODY
+    if host.kind in FORGES:  # 1 unless given
+        asked["hr_cfg"] = BODY["cfg_scale"]
     there = high_resolution if host.api.upscaler == "Latent" else high_resolution_of_image
     return compare(lambda number, seed: host.api.txt2img(unit(number), **asked, seed=seed).image, there)
 
