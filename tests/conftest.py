@@ -54,6 +54,12 @@ def host(program) -> Any:
 
 
 @pytest.fixture
+def actions(host) -> Any:
+    """What the page's widgets call; the checkpoint is an SDXL."""
+    return host.actions()
+
+
+@pytest.fixture
 def small_sdxl(monkeypatch) -> None:
     """The hosts take `small_unet` for an SDXL."""
     from tests.fake_modules.models import SMALL_SITES

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tests.fake_modules import a1111, extra_networks, forge, installed
 from tests.fake_modules.models import SMALL_SITES, small_unet
+from tests.small_models import normal
 
 ROOT = Path(__file__).parents[1]
 ALWAYS_VISIBLE = object()
@@ -34,7 +35,7 @@ class Widget:
     """Any gradio component or layout; remembers its arguments and what is wired to it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args, self.kwargs = args, kwargs
+        self.kwargs = kwargs
         self.value = kwargs.get("value", args[0] if args else None)
         self.label, self.elem_id = kwargs.get("label"), kwargs.get("elem_id")
         self.events: dict[str, tuple[Any, list[Any], list[Any]]] = {}
@@ -171,9 +172,7 @@ class _Processing:
             if state.interrupted or state.skipped:
                 raise Interrupted
 
-        shape = (1, 7, self.text_width)
-        text = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-        text = [one.expand(self.batch_size, -1, -1) for one in text]
+        text = [normal(seed, 1, 7, self.text_width).expand(self.batch_size, -1, -1) for seed in (1, 2)]
         try:
             with torch.no_grad():
                 made += self._pass(*text, before_step)

@@ -17,17 +17,11 @@ from lib_pulid.units import PulidUnit, default_args, parse_args
 from lib_pulid.webui import routes
 
 
-def nested(depth: int) -> Any:
-    value: Any = []
+def nested(depth: int, key: str = "") -> Any:
+    """Lists in lists; dicts in dicts where there is a key."""
+    value: Any = {} if key else []
     for _ in range(depth):
-        value = [value]
-    return value
-
-
-def nested_dict(depth: int) -> Any:
-    value: Any = {}
-    for _ in range(depth):
-        value = {"a": value}
+        value = {key: value} if key else [value]
     return value
 
 
@@ -112,8 +106,8 @@ def test_as_many_units_as_there_may_be():
 @pytest.mark.parametrize("args", [
     "text", {"images": ["a"]}, ["images"], [None], [1], ["true"], [True, "x"], [True, 1], [[{"images": ["a"]}]],
     [{"images": ["a"]}, {"images": ["a"]}, "x"], [{"images": ["a"]}, False], [{}, {}, [], {}],
-    [DEEP], [{}, DEEP], [True, DEEP], [True, True, DEEP], [{}, nested_dict(10_000)], [nested_dict(10_000)],
-    [{"images": ["a"]}, *default_args(2)[2:5], DEEP], [{"weight": nested_dict(10_000)}], [{}, HUGE], [HUGE],
+    [DEEP], [{}, DEEP], [True, DEEP], [True, True, DEEP], [{}, nested(10_000, "a")], [nested(10_000, "a")],
+    [{"images": ["a"]}, *default_args(2)[2:5], DEEP], [{"weight": nested(10_000, "a")}], [{}, HUGE], [HUGE],
 ])  # fmt: skip
 def test_arguments_that_are_no_list_of_units(args):
     with pytest.raises(SettingError, match="^PuLID"):

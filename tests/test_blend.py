@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from lib_pulid.blend import blend, read_share
 from lib_pulid.cli import main
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
-from lib_pulid.identity import FaceFeatures, Identity, encode_identity
+from lib_pulid.identity import Identity, encode_identity
 from lib_pulid.likeness import cosine
 from lib_pulid.stores.folder import Settings
+from lib_pulid.webui import routes
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
 from tests import small_models
+from tests.test_identity import PHOTOS
 
 V1, V11, FLUX = "PuLID v1 for SDXL", "PuLID v1.1 for SDXL", "PuLID v0.9 for FLUX"
 AXES = {"anna": 0, "ben": 1, "cleo": 2}
@@ -36,19 +38,10 @@ def people(*shares: float, adapter: str = V1) -> list[tuple[str, Identity, float
     return [(name, saved(name, adapter), share) for name, share in zip(AXES, shares)]
 
 
-def features(seed: int) -> FaceFeatures:
-    random = torch.Generator().manual_seed(seed)
-    width = small_models.TOWER_WIDTH
-    return FaceFeatures(
-        torch.randn(1, small_models.ID_COND, generator=random),
-        tuple(torch.randn(1, 577, width, generator=random) for _ in range(5)),
-    )
-
-
 def test_equal_shares_are_the_official_mix(tmp_path):
     save_file(small_models.pulid_files((8,) * 3, 64, 20)["v1"], tmp_path / "v1.safetensors")
     adapter = load_adapter(tmp_path / "v1.safetensors")
-    photos = [features(seed) for seed in (1, 2)]
+    photos = PHOTOS[:2]
     official = encode_identity(photos, adapter, fusion="id_mix")
     alone = [encode_identity([photo], adapter) for photo in photos]
     made = blend([("anna", alone[0], 3), ("ben", alone[1], 3)])
@@ -173,9 +166,6 @@ def test_the_command(library, tmp_path, capsys):
 
 
 def test_the_route(library):
-    pytest.importorskip("fastapi")
-    from lib_pulid.webui import routes
-
     answer = json.loads(json.dumps(routes.blend({"people": {"anna": 0.7, "ben": 0.3}, "name": "carla"}, library)))
     assert answer == {"name": "carla", "hash": library.identities.load("carla").short_hash, "made_for": V1}
 
@@ -190,8 +180,6 @@ def test_the_route(library):
     ],
 )  # fmt: skip
 def test_the_route_says_what_is_wrong(library, body):
-    from lib_pulid.webui import routes
-
     with pytest.raises(PulidError):
         routes.blend(body, library)
     assert library.identities.find("x") is None

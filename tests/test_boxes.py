@@ -14,14 +14,13 @@ from lib_pulid.units import PulidUnit
 LEFT = "0 0 0.5 1"
 
 
-@pytest.mark.parametrize("given", ["0.1 0.2 0.3 0.4", "0.1, 0.2, 0.3, 0.4", [0.1, 0.2, 0.3, 0.4], (0.1, 0.2, 0.3, 0.4)])
-def test_numbers_and_text(given):
-    assert PulidUnit.from_mapping({"box": given}, 1).box == "0.1 0.2 0.3 0.4"
-
-
-@pytest.mark.parametrize("empty", [None, "", " ", [], "None"])
-def test_no_box(empty):
-    assert PulidUnit.from_mapping({"box": empty}, 1).box == ""
+def test_numbers_text_and_no_box():
+    numbers = "0.1 0.2 0.3 0.4"
+    for box in (numbers, "0.1, 0.2, 0.3, 0.4", [0.1, 0.2, 0.3, 0.4], (0.1, 0.2, 0.3, 0.4)):
+        assert PulidUnit.from_mapping({"box": box}, 1).box == numbers
+    for empty in (None, "", " ", [], "None"):
+        assert PulidUnit.from_mapping({"box": empty}, 1).box == ""
+    assert schema()["properties"]["box"]["items"] == {"type": "number"}
 
 
 @given(st.lists(st.floats(-0.5, 1.5), min_size=4, max_size=4))
@@ -47,13 +46,10 @@ def test_a_mask_is_one_inside_and_fades_at_the_edge():
     assert ((row > 0) & (row < 1)).sum() == pytest.approx(SOFT * 0.5 * 200, abs=2)
 
 
-def test_edges_of_the_image_do_not_fade():
+def test_edges_of_the_image_do_not_fade_and_two_halves_add_up():
     mask = mask_of(read_box(LEFT), 100)
     assert (mask[:, :40] == 1).all()
     assert (mask[:, 60:] == 0).all()
-
-
-def test_two_halves_add_up_to_the_whole():
     assert torch.allclose(mask_of(read_box(LEFT)) + mask_of(read_box("0.5 0 0.5 1")), torch.ones(1))
 
 
@@ -66,7 +62,3 @@ def test_box_and_mask():
     assert both[:, 15:].any() == both[15:].any() == False  # noqa: E712
     with pytest.raises(ValueError, match="do not overlap"):
         within(mask, read_box("0.8 0 0.2 1"))
-
-
-def test_schema():
-    assert schema()["properties"]["box"]["items"] == {"type": "number"}

@@ -149,10 +149,7 @@ def test_a_tiff_that_begins_with_a_thumbnail():
         np.testing.assert_array_equal(load_image(tiff(rgb_page(THUMBNAIL), whole, inside=inside)), LARGE)
     np.testing.assert_array_equal(load_image(tiff(whole, rgb_page(THUMBNAIL), inside=False)), LARGE)
     np.testing.assert_array_equal(load_image(tiff(rgb_page(THUMBNAIL))), THUMBNAIL)  # there is nothing else
-
-
-def test_of_several_pages_the_first():
-    frames = [Image.fromarray(LARGE), Image.fromarray(picture(900, 700))]
+    frames = [Image.fromarray(LARGE), Image.fromarray(picture(900, 700))]  # of several whole pages, the first
     data = encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(load_image(data), LARGE)
 

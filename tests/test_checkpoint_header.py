@@ -76,12 +76,9 @@ def test_families(tmp_path, kind, write):
     assert checkpoint_family(path) == family
 
 
-def test_a_folder_is_none(tmp_path):
-    (tmp_path / "x.safetensors").mkdir()
-    assert checkpoint_family(tmp_path / "x.safetensors") == ""
-
-
-def test_the_rest_of_a_large_file_is_not_read(tmp_path):
+def test_a_folder_is_none_and_the_rest_of_a_large_file_is_not_read(tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    assert checkpoint_family(tmp_path / "folder.safetensors") == ""
     path = safetensors(tmp_path / "x.safetensors", FLUX)
     with path.open("r+b") as file:
         file.truncate(20_000_000_000)  # a hole, no bytes on the disk

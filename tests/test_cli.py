@@ -87,11 +87,15 @@ def generate(run, tmp_path):
 # ---------------------------------------------------------------- help
 
 
+def leaves(status: int, *arguments: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([*arguments])
+    assert left.value.code == status
+
+
 @pytest.mark.parametrize("command", ["", "demo", "generate", "embed", "doctor", "models"])
 def test_help(capsys, command):
-    with pytest.raises(SystemExit) as left:
-        cli.main([*([command] if command else []), "--help"])
-    assert left.value.code == 0
+    leaves(0, *([command] if command else []), "--help")
     said = capsys.readouterr().out
     assert f"python -m lib_pulid {command}".rstrip() in said
     if not command:
@@ -99,14 +103,12 @@ def test_help(capsys, command):
 
 
 def test_version_and_no_command(capsys):
-    with pytest.raises(SystemExit) as left:
-        cli.main(["--version"])
-    assert left.value.code == 0
+    leaves(0, "--version")
     assert re.fullmatch(r"sd-webui-pulid \d+\.\d+\.\d+\n", capsys.readouterr().out)
     for wrong in ([], ["paint"], ["generate"], ["models", "remove"], ["generate", "--prompt", "x", "--fusion", "mean"]):
-        with pytest.raises(SystemExit) as left:
-            cli.main(wrong)
-        assert left.value.code == 2
+        leaves(2, *wrong)
+    for option in ("--face", "--mask", "--identity", "--pulid", "-o", "--models-dir"):  # an empty path is none
+        leaves(2, "generate", "--prompt", "x", option, "")
 
 
 # ---------------------------------------------------------------- generate
@@ -199,13 +201,6 @@ def test_a_saved_identity_in_the_place_of_the_photo(run, generate, tmp_path):
     assert Identity.load(path).short_hash != identity.short_hash
 
 
-def test_embed_needs_a_photo(run, tmp_path):
-    said = run("embed", "-o", tmp_path / "x.safetensors")
-    assert said.status == 1
-    assert "SettingError: Give at least one photo with --face." in said.err
-    assert not (tmp_path / "x.safetensors").exists()
-
-
 def test_which_face(run, tmp_path):
     """The group's faces, asked for one by one, are different ones, in the order that was asked for."""
     boxes = []
@@ -253,12 +248,13 @@ def test_a_pulid_file_of_the_other_family(generate, tmp_path):
     from tests.small_models import write_files
 
     files = write_files(tmp_path, [8], 64)
-    said, picture = generate("--face", GROUP, "--pulid", files.flux)
-    assert (said.status, picture) == (1, None)
-    assert "UnsupportedModelError: The PuLID file is for FLUX, but the checkpoint is SDXL." in said.err
-    said, picture = generate("--face", GROUP, "--pulid", files.sdxl)
-    assert (said.status, picture) == (1, None)
-    assert "The checkpoint has 70 layers for PuLID, but PuLID for SDXL needs 1." in said.err
+    for file, words in (
+        (files.flux, "UnsupportedModelError: The PuLID file is for FLUX, but the checkpoint is SDXL."),
+        (files.sdxl, "The checkpoint has 70 layers for PuLID, but PuLID for SDXL needs 1."),
+    ):
+        said, picture = generate("--face", GROUP, "--pulid", file)
+        assert (said.status, picture) == (1, None)
+        assert words in said.err
 
 
 NONSENSE = [
@@ -324,11 +320,9 @@ def test_where_an_identity_cannot_be_kept(run, monkeypatch, tmp_path, out):
     assert re.match(r"(Setting|Storage)Error: \S", said.err)
 
 
-@pytest.mark.parametrize("option", ["--face", "--mask", "--identity", "--pulid", "-o", "--models-dir"])
-def test_an_empty_path_is_none(option):
-    with pytest.raises(SystemExit) as left:
-        cli.main(["generate", "--prompt", "x", option, ""])
-    assert left.value.code == 2
+def test_embed_needs_a_photo(run):
+    said = run("embed", "-o", "x.safetensors")
+    assert (said.status, said.err) == (1, "SettingError: Give at least one photo with --face.\n")
 
 
 def test_a_picture_that_cannot_be_written_is_kept(generate, monkeypatch):
@@ -598,12 +592,18 @@ def test_doctor_sees_missing_packages(run, monkeypatch):
 # ---------------------------------------------------------------- demo
 
 
-def test_demo(run, tmp_path, monkeypatch):
+@pytest.fixture
+def shown(monkeypatch) -> list:
+    """The arguments of the contact sheets that are made."""
+    made: list = []
+    monkeypatch.setattr(demo, "contact_sheet", lambda *given: made.append(given) or contact_sheet(*given))
+    return made
+
+
+def test_demo(run, tmp_path, monkeypatch, shown):
     """Once end to end, with one person's drawing: the sheet is what was said of it."""
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # conftest.py has set it
     monkeypatch.setattr(miniature, "STEPS", 2)
-    shown = []
-    monkeypatch.setattr(demo, "contact_sheet", lambda *given: shown.append(given) or contact_sheet(*given))
     said = run("demo", "--face", PORTRAIT, "--out", tmp_path / "sheets", models=tmp_path / "m")
     assert (said.status, said.err.count("Error")) == (0, 0)
     assert re.search(r"face +photo 1: found at \(\d+, \d+\)", said.out)
@@ -633,12 +633,10 @@ def test_demo_of_a_photograph_in_miniature(run, tmp_path):
     assert not list((tmp_path / "sheets").glob("*.png"))
 
 
-def test_demo_with_real_weights(run, tmp_path, monkeypatch):
+def test_demo_with_real_weights(run, tmp_path, monkeypatch, shown):
     """They are used where all of them are there; here small ones are in their place."""
     monkeypatch.setattr(demo, "has_real_weights", lambda family, models_dir: family == "flux")
     monkeypatch.setattr(demo, "real_model", lambda family, models_dir: f"tiny-{family}")
-    shown = []
-    monkeypatch.setattr(demo, "contact_sheet", lambda *given: shown.append(given) or contact_sheet(*given))
     monkeypatch.setattr(demo, "open_workshop", open_small_workshop(standalone.open_workshop))
     said = run("demo", "--face", GROUP, "--out", tmp_path / "sheets", models=tmp_path / "m")
     assert said.status == 0

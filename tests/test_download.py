@@ -161,14 +161,13 @@ def test_a_rest_that_is_complete_is_only_checked(server, wanted):
     assert server.asked == []
 
 
-def test_wrong_bytes(server, wanted):
+def test_what_is_not_the_file_or_cannot_be_checked_is_not_taken(server, wanted):
     server.misbehave(other_bytes, other_bytes)
     fails(wanted, f"what was received is not the file.* instead of {SUM[:8]}")
-
-
-def test_nothing_that_cannot_be_checked_is_taken(server, wanted):
-    server.misbehave(chunked(1000))
-    fails(replace(wanted, size=0, sha256=""), "does not say how large")
+    for how, words in ((chunked(1000), "does not say how large"),
+                       (web_page, r"the server sends a web page \(a login or an error\?\)")):  # fmt: skip
+        server.misbehave(how)
+        fails(replace(wanted, size=0, sha256=""), words)
 
 
 def test_a_stall_is_noticed_and_overcome(server, wanted):
@@ -179,17 +178,11 @@ def test_a_stall_is_noticed_and_overcome(server, wanted):
     assert any("connection failed" in note and "next attempt in" in note for note in notes)
 
 
-def test_a_server_that_never_answers(wanted):
+def test_a_server_that_never_answers_and_none(wanted):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        address = f"http://127.0.0.1:{port}/a.bin"
-        fails(replace(wanted, url=address), "connection failed .*time", policy=replace(QUICK, timeout=0.4))
-
-
-def test_no_network(wanted):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    fails(replace(wanted, url=f"http://127.0.0.1:{port}/a.bin"), "connection failed .*(refused|connect)")
+        wanted = replace(wanted, url=f"http://127.0.0.1:{silent.getsockname()[1]}/a.bin")
+        fails(wanted, "connection failed .*time", policy=replace(QUICK, timeout=0.4))
+    fails(wanted, "connection failed .*(refused|connect)")
 
 
 @pytest.mark.parametrize(("how", "words"), [
@@ -267,22 +260,16 @@ def test_a_folder_that_cannot_be_written(server, wanted):
 
 
 def test_a_wrong_file_is_set_aside_not_lost(server, wanted):
-    wanted.target.parent.mkdir()
-    wanted.target.write_bytes(b"mine")
-    server.misbehave(other_bytes)
-    with pytest.raises(DownloadError):
-        get(wanted)
-    assert wanted.target.read_bytes() == b"mine"
-    get(wanted)
-    assert wanted.target.read_bytes() == DATA
-    assert wanted.target.with_name("a.bin.other").read_bytes() == b"mine"
-
-
-def test_no_file_that_was_set_aside_is_overwritten(wanted):
+    """Nor is one that was set aside before."""
     wanted.target.parent.mkdir()
     for mine in (b"1", b"22", b"333"):
         wanted.target.write_bytes(mine)
+        server.misbehave(other_bytes)
+        with pytest.raises(DownloadError):
+            get(wanted)
+        assert wanted.target.read_bytes() == mine
         get(wanted)
+        assert wanted.target.read_bytes() == DATA
     aside = [wanted.target.with_name(f"a.bin.other{number}").read_bytes() for number in ("", 2, 3)]
     assert aside == [b"1", b"22", b"333"]
 
@@ -295,11 +282,6 @@ def web_page(handler, content: bytes) -> None:
     handler.send_header("Content-Length", str(len(page)))
     handler.end_headers()
     handler.wfile.write(page)
-
-
-def test_a_web_page_is_not_taken_for_a_file_of_which_nothing_is_known(server, wanted):
-    server.misbehave(web_page)
-    fails(replace(wanted, size=0, sha256=""), r"the server sends a web page \(a login or an error\?\)")
 
 
 # ---------------------------------------------------------------- several at once, and killed
@@ -391,19 +373,16 @@ def test_a_mirror_of_the_hub_with_a_token(server, tmp_path, known):
     assert {asked.authorization for asked in server.of_files} == {""}  # another host
 
 
-def test_the_sum_that_the_hub_tells_counts_where_none_is_known(server, tmp_path):
+@pytest.mark.parametrize(("facts", "words"), [
+    ({}, "what was received is not the file"),
+    ({"size": len(DATA), "sha256": "0" * 64},
+     f"another file there, with the checksum {SUM[:8]}... instead of 00000000..."),
+], ids=["none is known", "another one"])  # fmt: skip
+def test_the_sum_that_the_hub_tells_counts(server, tmp_path, facts, words):
+    """Another file is not even begun."""
     server.misbehave(other_bytes, other_bytes)
-    done, said = from_hub(tmp_path, hub_file(), HF_ENDPOINT=server.hub)
-    assert done == 1
-    assert "what was received is not the file" in said
-    assert list((tmp_path / "pulid").iterdir()) == []
-
-
-def test_another_file_on_the_hub_is_not_even_begun(server, tmp_path):
-    file = hub_file(size=len(DATA), sha256="0" * 64)
-    done, said = from_hub(tmp_path, file, HF_ENDPOINT=server.hub)
-    assert done == 1
-    assert f"another file there, with the checksum {SUM[:8]}... instead of 00000000..." in said
+    done, said = from_hub(tmp_path, hub_file(**facts), HF_ENDPOINT=server.hub)
+    assert done == 1 and words in said
     assert len(server.of_files) == 1
     assert list((tmp_path / "pulid").iterdir()) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from lib_pulid.errors import NoFaceError, SettingError
+from lib_pulid.fields import FIELD
 from lib_pulid.units import PulidUnit
+from lib_pulid.webui import settings
 from lib_pulid.webui.draws import IN_TURN, RANDOM, Draws
+from lib_pulid.webui.infotext import PastedField
 from tests.fake_modules.models import same
 from tests.light_webui import PHOTOS, unit
 
@@ -96,8 +101,6 @@ def test_one_source_of_a_person():
 
 
 def test_the_setting_is_closed_to_the_api(host):
-    from lib_pulid.webui import settings
-
     settings.add_settings()
     assert host.ui.modules.shared.opts.added["pulid_photo_folder"].restrict_api
 
@@ -113,8 +116,6 @@ def allowed(host, folder, monkeypatch) -> Iterator[Any]:
 
 def drawn(host: Any, how: str, seeds: list[int], **unit_settings: Any) -> tuple[list[str], list[torch.Tensor]]:
     """Returns the photo in each image's parameters, and the latents."""
-    from PIL import Image
-
     p = host.processing(batches=len(seeds))
     p.all_seeds, p.n_iter = seeds, len(seeds)
     host.state.interrupted = host.state.skipped = False
@@ -155,10 +156,6 @@ def test_a_generation_inside_another_has_its_photo(allowed):
 
 def test_between_the_images_the_parameters_stay(allowed):
     """ADetailer runs `process` again, with a copy, after it has repainted an image and before its text is written."""
-    import copy
-
-    from PIL import Image
-
     seen: list[str] = []
     for first in (0, 2):  # a request may come with the number of the last batch of the one before
         p = allowed.processing(batches=3)
@@ -175,14 +172,10 @@ def test_between_the_images_the_parameters_stay(allowed):
 
 
 def test_pasted_it_is_the_same_person(allowed):
-    from lib_pulid.webui.infotext import PastedField
-
     p = allowed.processing()
     allowed.generate([{"draw": "random"}], p=p)
-    text = p.extra_generation_params["PuLID 1"]
-    from lib_pulid.fields import FIELD
-
-    parameters = {"PuLID 1": text}
+    parameters = dict(p.extra_generation_params)
+    text = parameters["PuLID 1"]
     assert "draw: random" in text
     pasted = {name: PastedField(1, FIELD[name], allowed.library)(parameters) for name in ("draw", "identity")}
     assert pasted["draw"] == "off"
@@ -192,6 +185,10 @@ def test_pasted_it_is_the_same_person(allowed):
 
 
 def test_errors_name_the_photo(allowed, folder):
+    (folder / "ben.png").write_bytes(base64.b64decode(PHOTOS["nobody"]))
+    with pytest.raises(NoFaceError, match=r"ben\.png"):  # in a later batch
+        allowed.generate([{"draw": "in turn"}], batches=2)
+    assert allowed.left_behind() == []
     for name in NAMES:
         (folder / name).write_bytes(base64.b64decode(PHOTOS["nobody"]))
     with pytest.raises(NoFaceError, match=PLACE + r"(anna|ben|cleo)\.png: photo 1: no face was found"):
@@ -202,13 +199,6 @@ def test_errors_name_the_photo(allowed, folder):
         allowed.generate([{"draw": "random"}])
 
 
-def test_a_later_batch_that_fails_ends_the_request(allowed, folder):
-    (folder / "ben.png").write_bytes(base64.b64decode(PHOTOS["nobody"]))
-    with pytest.raises(NoFaceError, match=r"ben\.png"):
-        allowed.generate([{"draw": "in turn"}], batches=2)
-    assert allowed.left_behind() == []
-
-
 def test_a_batch_has_one_person(allowed):
     p = allowed.processing()
     p.batch_size = 2
@@ -216,10 +206,7 @@ def test_a_batch_has_one_person(allowed):
         allowed.generate([{"draw": "random"}], p=p)
 
 
-def test_one_source_in_the_page(host):
-    from lib_pulid.webui.actions import Actions
-
-    actions = Actions(host.library, lambda name: "")
+def test_one_source_in_the_page(actions):
     images, identity, enabled = actions.draw_counts("random", "[...]", "Anna")
     assert (images, identity["value"], enabled["value"]) == ("", "None", True)
     assert all("value" not in update for update in actions.draw_counts("off", "[...]", "Anna"))

@@ -15,6 +15,7 @@ from PIL import Image
 from lib_pulid.errors import ImageError
 from lib_pulid.fields import FIELDS
 from lib_pulid.units import default_args
+from lib_pulid.webui import routes
 from tests.fake_modules.models import same
 from tests.light_webui import PHOTOS, Host
 
@@ -27,11 +28,6 @@ def files(tmp_path) -> dict[str, Path]:
     for name, path in paths.items():
         path.write_bytes(base64.b64decode(PHOTOS[name]))
     return paths
-
-
-@pytest.fixture
-def actions(host) -> Any:
-    return host.actions()
 
 
 def drop(actions: Any, box: str, *paths: Path) -> str:
@@ -111,8 +107,6 @@ def test_base64_in_the_field_still_works(host, actions, files):
 
 def test_a_hash_shows_nothing_to_the_api(host, actions, files):
     """Nobody gets at the photo of another user by it."""
-    from lib_pulid.webui import routes
-
     (key,) = json.loads(drop(actions, "", files["anna"]))
     with pytest.raises(ImageError, match="not base64 text"):
         routes.detect({"images": [key]}, host.library)

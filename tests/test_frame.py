@@ -96,6 +96,9 @@ def test_scripts_that_process_tiles_are_refused() -> None:
 def test_scripts_that_process_whole_images() -> None:
     for file, replaced in (("xyz_grid.py", False), ("loopback.py", True), ("ultimate-upscale.py", True)):
         assert frame_of(chosen(file, replaced=replaced), hires=False) == WHOLE
+    batch = chosen("sd_upscale.py", replaced=True)
+    batch.script_args = (0,)  # a batch of files without a script
+    assert frame_of(batch, hires=False) == WHOLE
 
 
 def test_loopback_goes_on_with_what_it_made() -> None:
@@ -116,17 +119,6 @@ def test_what_is_remembered_is_sent_and_copied_with_the_rest() -> None:
         frame_of(copy(p), hires=False)
 
 
-def test_batches_of_files_without_a_script() -> None:
-    p = chosen("sd_upscale.py", replaced=True)
-    p.script_args = (0,)
-    assert frame_of(p, hires=False) == WHOLE
-
-
-def test_the_whole_mask_is_itself() -> None:
-    mask = torch.rand(5, 7)
-    assert part_of_mask(mask, WHOLE) is mask
-
-
 @pytest.mark.parametrize("size", [(100, 200), (7, 3), (1, 1), (3000, 5)])
 @pytest.mark.parametrize("frame", [Frame(0.5, 0.2, 0.75, 0.7), Frame(0.1, 0.1, 0.11, 0.9), Frame(-0.5, 0, 1.5, 1)])
 def test_white_stays_white(size: tuple[int, int], frame: Frame) -> None:
@@ -136,6 +128,7 @@ def test_white_stays_white(size: tuple[int, int], frame: Frame) -> None:
 def test_left_half_in_a_crop_outside_and_across() -> None:
     mask = torch.zeros(50, 100)
     mask[:, :50] = 1
+    assert part_of_mask(mask, WHOLE) is mask
     assert part_of_mask(mask, Frame(0.5, 0, 1, 1)).max() == 0
     assert part_of_mask(mask, Frame(0, 0.3, 0.5, 0.6)).min() == 1
     across = part_of_mask(mask, Frame(0.25, 0.25, 0.75, 0.75))

@@ -47,13 +47,10 @@ def test_counter(name):
         assert cost.moved == pytest.approx(moved * SIZE * 64 * 2, rel=1e-3)
 
 
-def test_a_number_is_refused():
-    """Without a GPU there is none; with one, asking for it makes the host wait."""
+def test_a_number_is_refused_and_costs_can_be_reckoned_with():
+    """Without a GPU there is no number; with one, asking for it makes the host wait."""
     with pytest.raises(DataDependentOutputException):
         count(lambda: HALF(3).sum().item)
-
-
-def test_costs_can_be_reckoned_with():
     assert Cost(3, 1, 10) - Cost(1, 0, 4) + Cost(1, 1, 1) == Cost(3, 2, 7)
 
 
@@ -63,8 +60,12 @@ def counted() -> dict[str, dict]:
 
 
 def test_what_a_site_costs(counted):
-    """No site makes the host wait; SDXL at most 25 kernels and 5 floors of bytes, FLUX at most 3.5."""
+    """No site makes the host wait; SDXL at most 25 kernels and 5 floors of bytes, FLUX at most 3.5. Two persons cost
+    less than twice one."""
     for name, row in counted.items():
+        one = counted.get(name.removesuffix(", 2 persons"))
+        if one is not None and one is not row:
+            assert row["ours"]["moved"] < 2 * one["ours"]["moved"], name
         ours, official = row["ours"], row["official"]
         assert ours["stalls"] == 0, name
         if "persons" not in name:
@@ -72,13 +73,6 @@ def test_what_a_site_costs(counted):
             assert ours["kernels"] <= 25, name
             assert ours["floors"] < official["floors"] / 2, name
             assert ours["kernels"] < official["kernels"], name
-
-
-def test_two_persons_cost_less_than_twice_one(counted):
-    for name, row in counted.items():
-        one = counted.get(name.removesuffix(", 2 persons"))
-        if one is not None and one is not row:
-            assert row["ours"]["moved"] < 2 * one["ours"]["moved"], name
 
 
 @pytest.mark.parametrize("rows", [[True], [True, True], [False, True, True], [True, False]])
@@ -181,16 +175,12 @@ def changed(block: Stream) -> bool:
     return bool(block.made.any())
 
 
-def test_a_new_tensor_is_changed_in_place():
-    with torch.no_grad():
-        assert changed(Stream())
-
-
-def test_a_tensor_that_something_else_may_need_is_copied():
+def test_a_new_tensor_is_changed_in_place_unless_something_else_may_need_it():
     """Gradients; a block that hands its input on; a step cache, which wraps `forward`; another hook on the block."""
     with torch.enable_grad():
         assert not changed(Stream())
     with torch.no_grad():
+        assert changed(Stream())
         assert not changed(Stream(passes=True))
         wrapped, watched = Stream(), Stream()
         wrapped.forward = wrapped.forward

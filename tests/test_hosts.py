@@ -4,84 +4,43 @@ that nothing is left behind."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from lib_pulid import hosts
 from lib_pulid.errors import PulidError, SettingError, UnsupportedModelError
-from tests.fake_modules import a1111, forge, installed
-from tests.fake_modules.models import SD1_BLOCKS, UNet, count_hooks, same, small_unet, text
+from tests.fake_modules import installed
+from tests.fake_modules.kinds import A1111, Forge, Kind
+from tests.fake_modules.models import SD1_BLOCKS, UNet, count_hooks, same, small_unet
 from tests.fake_modules.plan import RandomPlan
-
-
-def sample_a1111(p: Any, **how: Any) -> list[Tensor]:
-    return a1111.sample(p, text(), text(seed=2), **how)
-
-
-def sample_forge(p: Any, **how: Any) -> list[Tensor]:
-    return forge.sample(p, [text()], [text(seed=2)], before_sampling=hosts.current().before_sampling, **how)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A host. processing: makes a StableDiffusionProcessing of a denoiser and a name."""
-
-    processing: Callable[..., Any]
-    sample: Callable[..., list[Tensor]]
-    denoiser: Callable[[Any], nn.Module]
-
-    def run(self, p: Any, plan: RandomPlan | None = None, **how: Any) -> list[Tensor]:
-        """A batch as the script drives it. Returns the denoiser's outputs."""
-        if plan is not None:
-            hosts.current().start(p, plan)
-        try:
-            return self.sample(p, **how)
-        finally:
-            hosts.current().stop()
-
-    def left(self, p: Any) -> int:
-        """Hooks, and runs, that are still there."""
-        return count_hooks(self.denoiser(p)) + len(hosts.current().running)
-
-
-KINDS = {
-    "a1111": (a1111.P, sample_a1111, lambda p: p.sd_model.model.diffusion_model),
-    "forge": (forge.P, sample_forge, lambda p: p.sd_model.forge_objects.unet.model.diffusion_model),
-}
 
 
 @pytest.fixture(params=[("a1111", True), ("a1111", False), ("forge", True)], ids=["a1111", "a1111 1.8", "forge"])
 def kind(request, small_sdxl) -> Iterator[Kind]:
     name, cached = request.param
     with installed(name, cached), torch.no_grad():
-        yield Kind(*KINDS[name])
+        yield {"a1111": A1111, "forge": Forge}[name]()
         hosts.current().stop()
 
 
 @pytest.fixture
 def p(kind) -> Any:
-    return kind.processing(small_unet(), "base")
+    return kind.P(small_unet(), "base")
 
 
-def test_a_face_changes_the_picture_and_leaves_nothing(kind, p):
-    before = kind.run(p)
-    after = kind.run(p, RandomPlan())
-    assert not torch.allclose(after[0], before[0])
-    assert kind.left(p) == 0
-    assert same(kind.run(p), before)
-    assert same(kind.run(p, RandomPlan(weight=0.0)), before)
-
-
-def test_start_and_end_follow_the_step(kind, p):
+def test_a_face_changes_its_steps_and_leaves_nothing(kind, p):
     before = kind.run(p, steps=4)
     after = kind.run(p, RandomPlan(start=0.25, end=0.75), steps=4)
     assert [not torch.equal(a, b) for a, b in zip(after, before)] == [False, True, True, False]
+    assert not torch.allclose(after[1], before[1])
+    assert kind.left(p) == 0
+    assert same(kind.run(p, steps=4), before)
+    assert same(kind.run(p, RandomPlan(weight=0.0), steps=4), before)
 
 
 def test_a_mask_where_only_a_crop_is_inpainted(kind, p):
@@ -92,7 +51,7 @@ def test_a_mask_where_only_a_crop_is_inpainted(kind, p):
     for left, part in {64: torch.zeros(8, 8), 0: torch.ones(8, 8), 32: half}.items():
         p.paste_to = (left, 0, 64, 64)
         found = kind.run(p, RandomPlan(mask=mask))
-        assert same(found, kind.run(kind.processing(kind.denoiser(p)), RandomPlan(mask=part))), left
+        assert same(found, kind.run(kind.P(kind.denoiser(p)), RandomPlan(mask=part))), left
 
 
 def test_masks_in_tiles_are_refused(kind, p):
@@ -151,33 +110,30 @@ def test_follows_a_refiner(kind, p):
 
 
 def test_sdxls_own_refiner_finishes_what_the_face_began(kind, p):
-    """It has no place for a face; its steps are those without one, on what the base model made of the face."""
-    plan, refiner = RandomPlan(), refiner_unet()
-    kind.run(p, plan, before_step=switch(p, refiner, "sd_xl_refiner"))
+    """It has no place for a face; its steps are those without one, on what the base model made of the face. At weight 0
+    the image is that without PuLID, to the bit."""
+    plan, refiner, first = RandomPlan(), refiner_unet(), kind.denoiser(p)
+    made = []
+    for one in (None, RandomPlan(weight=0.0), plan):
+        p.load(first, "base")
+        made.append(kind.run(p, one, before_step=switch(p, refiner, "sd_xl_refiner")))
+    assert same(made[0], made[1]) and not same(made[0], made[2])
     assert [name for name, *_ in plan.asked] == ["base"]
     assert count_hooks(refiner) == 0
 
 
-def test_sdxls_own_refiner_where_no_face_is_to_act(kind, p):
-    """Weight 0: the image is that without PuLID, to the bit."""
-    refiner, first = refiner_unet(), kind.denoiser(p)
-    before = kind.run(p, before_step=switch(p, refiner, "sd_xl_refiner"))
-    p.load(first)
-    assert same(kind.run(p, RandomPlan(weight=0.0), before_step=switch(p, refiner, "sd_xl_refiner")), before)
-
-
-def test_sdxls_own_refiner_before_the_face_is_refused_with_the_reason(kind, p):
+def test_a_switch_to_a_model_without_a_place_for_the_face_ends_the_generation(kind, p):
+    """Before the face began, or to an unsupported model."""
+    first = kind.denoiser(p)
     with pytest.raises(SettingError, match="Field start: SDXL's refiner takes over before PuLID starts"):
         kind.run(p, RandomPlan(start=0.5), before_step=switch(p, refiner_unet(), "sd_xl_refiner"))
-
-
-def test_a_switch_to_an_unsupported_model_ends_the_generation(kind, p):
+    p.load(first)
     with pytest.raises(UnsupportedModelError, match="old-model: this is a Stable Diffusion 1.x model"):
         kind.run(p, RandomPlan(), before_step=switch(p, UNet(768, SD1_BLOCKS), "old-model"))
 
 
 def test_the_plans_error_comes_out_of_the_denoiser_and_meets_nobody_else(kind, p):
-    other = kind.processing(kind.denoiser(p))
+    other = kind.P(kind.denoiser(p))
     hosts.current().start(p, RandomPlan(error=PulidError("unit 2: no")))
     with pytest.raises(PulidError, match="unit 2: no"):
         kind.sample(p)
@@ -194,4 +150,4 @@ def test_loaded_model(kind, p):
     with pytest.raises(UnsupportedModelError, match="No checkpoint is loaded"):
         hosts.current().loaded_model(SimpleNamespace(sd_model=None))
     with pytest.raises(UnsupportedModelError, match="SDXL or FLUX.1 checkpoint|an SDXL checkpoint"):
-        hosts.current().loaded_model(kind.processing(UNet(1280), "refiner"))
+        hosts.current().loaded_model(kind.P(UNet(1280), "refiner"))

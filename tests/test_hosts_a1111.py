@@ -106,10 +106,7 @@ def test_refuses_what_is_not_a_samplers_call(p):
 def test_unsupported_models_are_named(modules, model, message):
     with pytest.raises(UnsupportedModelError, match=message):
         host().loaded_model(P(model, "x.safetensors"))
-
-
-def test_a_small_unet_with_all_of_the_sites(modules):
-    """Whether its sizes fit is between it and the PuLID file."""
+    # Whether the sizes of one with all of the sites fit is between it and the PuLID file.
     assert host().loaded_model(P(UNet(64, SDXL_BLOCKS), "small.safetensors")).family == "sdxl"
 
 

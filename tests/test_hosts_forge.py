@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lib_pulid import hosts
 from lib_pulid.errors import UnsupportedModelError
-from tests.fake_modules import installed
+from tests.fake_modules import installed, kinds
 from tests.fake_modules.forge import P, sample
 from tests.fake_modules.models import Flux, pack_layers, same, small_unet, text
 from tests.fake_modules.plan import RandomPlan
@@ -42,29 +42,25 @@ def host():
     return hosts.current()
 
 
-def run(p: P, plan: RandomPlan | None, conds=None, unconds=None, **how) -> list[Tensor]:
-    """A batch as the script drives it."""
-    conds, unconds = conds or [text()], unconds if unconds is not None else [text(seed=2)]
-    if plan is not None:
-        host().start(p, plan)
-    try:
-        return sample(p, conds, unconds, before_sampling=host().before_sampling, **how)
-    finally:
-        host().stop()
+run = kinds.Forge().run
 
 
 def unet(p: P):
     return p.sd_model.forge_objects.unet
 
 
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
 @pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.parametrize("lengths", [(77, 77), (154, 77), (77, 154)])
 @pytest.mark.parametrize("guided", [True, False])
-def test_rows(p, pictures, lengths, guided):
+def test_rows(p, family, pictures, lengths, guided):
     """Only cond rows get the identity when there is no uncond identity. Calls are [uncond, cond], or two."""
-    conds = [text(lengths[0], 1, pictures), text(lengths[0], 3, pictures)]
-    unconds = [text(lengths[1], 2, pictures)] if guided else []
-    before, after = (run(p, plan, conds, unconds, steps=1) for plan in (None, RandomPlan(has_uncond=False)))
+    p, width = (p, 2048) if family == "sdxl" else (P(Flux(), "flux-dev"), 6)
+    conds = [text(lengths[0], seed, pictures, width) for seed in (1, 3)]
+    unconds = [text(lengths[1], 2, pictures, width)] if guided else []
+    before, after = (
+        run(p, plan, conds=conds, unconds=unconds, steps=1) for plan in (None, RandomPlan(has_uncond=False))
+    )
     changed = [not torch.allclose(x, y, atol=1e-3) for x, y in zip(torch.cat(after), torch.cat(before))]
     cond, uncond = [True] * 2 * pictures, [False] * pictures * len(unconds)
     assert changed == (uncond + cond if lengths[0] == lengths[1] else cond + uncond)
@@ -96,7 +92,9 @@ def flux_steps(plan: RandomPlan | None, steps: int = 4, calls: int = 1, **how) -
 @pytest.mark.parametrize("calls", [1, 2])
 def test_start_step(calls):
     """The random latents of these calls do not depend on one another, so each tells whether the face acted."""
-    plain, whole = flux_steps(None, calls=calls), flux_steps(RandomPlan(), calls=calls)
+    plan = RandomPlan()
+    plain, whole = flux_steps(None, calls=calls), flux_steps(plan, calls=calls)
+    assert plan.steps == [4]  # once a pass it is asked whether the face acts in so many steps
     for start in range(4):
         made = flux_steps(RandomPlan(start_step=start), calls=calls)
         for i in range(4 * calls):
@@ -165,27 +163,13 @@ def test_tells_whether_negative_rows_may_come(settings, guided):
     assert plan.guided == [guided]
 
 
-def test_asks_once_a_pass_whether_the_face_acts_in_so_many_steps():
-    plan = RandomPlan()
-    flux_steps(plan, calls=2)
-    assert plan.steps == [4]
-
-
-def test_several_pictures_of_flux_with_true_guidance():
-    p = P(Flux(), "flux-dev")
-    how = {"conds": [text(256, 1, 2, 6)], "unconds": [text(256, 2, 2, 6)], "steps": 1}
-    before, after = (run(p, plan, **how) for plan in (None, RandomPlan(has_uncond=False)))
-    changed = [not torch.allclose(x, y) for x, y in zip(after[0], before[0])]
-    assert changed == [False, False, True, True]
-
-
 @pytest.mark.parametrize("hw", [(8, 8), (6, 10)])
 def test_reference_tokens_of_kontext_get_no_identity(hw):
     p, seen = P(Flux(reference=5), "kontext"), []
     block = unet(p).model.diffusion_model.double_blocks[1]
     handle = block.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["img"]), with_kwargs=True)
     for plan in (None, RandomPlan()):
-        run(p, plan, [text(256, width=6)], [], steps=1, hw=hw)
+        run(p, plan, conds=[text(256, width=6)], unconds=[], steps=1, hw=hw)
     handle.remove()
     changed = (seen[1] != seen[0]).any(2)[0]
     assert changed.tolist() == [True] * (hw[0] * hw[1] // 4) + [False] * 5
@@ -193,15 +177,19 @@ def test_reference_tokens_of_kontext_get_no_identity(hw):
 
 @pytest.mark.parametrize("denoiser, width, family", [(small_unet, 2048, "sdxl"), (Flux, 6, "flux")])
 def test_packed_weights_are_not_taken_for_sizes(small_sdxl, denoiser, width, family):
-    """nf4: family and image are those of the same layers in 16 bits."""
+    """nf4: family and image are those of the same layers in 16 bits; those of GGUF lack in_features."""
     seen = []
     for packed in (False, True):
         p = P(denoiser(), "nf4")
         if packed:
             pack_layers(unet(p).model)
-        seen.append(run(p, RandomPlan(), [text(width=width)], [], steps=1))
+        seen.append(run(p, RandomPlan(), conds=[text(width=width)], unconds=[], steps=1))
         assert host().loaded_model(p).family == family
     assert same(*seen)
+    p = P(denoiser(), "gguf")
+    for layer in unet(p).model.modules():
+        vars(layer).pop("in_features", None)
+    assert host().loaded_model(p).family == family
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -301,7 +289,9 @@ def test_a_guidance_that_calls_with_the_negative_prompt_alone(p, modules):
 
 
 def test_patches_once_a_pass_and_tells_the_memory(p):
-    host().start(p, RandomPlan())
+    """Whoever kept the patched unet finds it without effect after `stop`, which lets go of the plan."""
+    plan, before = RandomPlan(), run(p, None)
+    host().start(p, plan)
     for _ in range(2):
         host().before_sampling(p)
     patched = unet(p)
@@ -310,28 +300,14 @@ def test_patches_once_a_pass_and_tells_the_memory(p):
     clone = patched.clone()
     assert clone.model_options[SLOT] is patched.model_options[SLOT]  # deep-copied, but not what it holds
     assert copy.deepcopy(patched.model_options)[SLOT] is patched.model_options[SLOT]
-
-
-def test_an_idle_patch_does_nothing(p):
-    """Whoever kept the patched unet finds it without effect after `stop`."""
-    before = run(p, None)
-    host().start(p, RandomPlan())
-    host().before_sampling(p)
-    kept = unet(p)
+    sample(p, [text()], [text(seed=2)], before_sampling=host().before_sampling)
+    kept, held = weakref.ref(plan), unet(p).clone()
     host().stop()
 
     def put_back(p):
-        p.sd_model.forge_objects.unet = kept
+        p.sd_model.forge_objects.unet = held
 
     assert same(sample(p, [text()], [text(seed=2)], before_sampling=put_back), before)
-
-
-def test_stop_lets_go_of_the_plan_that_a_kept_patch_holds(p):
-    plan = RandomPlan()
-    host().start(p, plan)
-    sample(p, [text()], [text(seed=2)], before_sampling=host().before_sampling)
-    held, kept = unet(p).clone(), weakref.ref(plan)  # somebody kept a patched unet
-    host().stop()
     del plan
     gc.collect()
     assert kept() is None and SLOT in held.model_options
@@ -345,10 +321,3 @@ def test_whether_the_page_tells_errors(p):
     assert not host().tells_errors(p)
     p.is_api = True
     assert host().tells_errors(p)
-
-
-def test_quantised_layers_have_no_sizes(p):
-    """Forge's GGUF and 4-bit layers lack in_features."""
-    for block in unet(p).model.diffusion_model.input_blocks:
-        del block.attn2.to_k.in_features
-    assert host().loaded_model(p).family == "sdxl"

@@ -98,10 +98,10 @@ def test_start_step_counts_steps(adapter):
 
 
 def test_start_step_and_shares_both_have_to_allow(adapter):
-    later = compile_injection(adapter, person(), start=0.5, end=0.8, start_step=2)
-    assert [later.is_active(DenoiseStep(i / 10, True, steps=10)) for i in range(10)] == [5 <= i < 8 for i in range(10)]
-    sooner = compile_injection(adapter, person(), start=0.1, end=0.8, start_step=4)
-    assert [sooner.is_active(DenoiseStep(i / 10, True, steps=10)) for i in range(10)] == [4 <= i < 8 for i in range(10)]
+    for first, start, start_step in ((5, 0.5, 2), (4, 0.1, 4)):
+        both = compile_injection(adapter, person(), start=start, end=0.8, start_step=start_step)
+        acts = [both.is_active(DenoiseStep(i / 10, True, steps=10)) for i in range(10)]
+        assert acts == [first <= i < 8 for i in range(10)]
     for wrong in (-1, 1.5):
         with pytest.raises(SettingError, match="start_step"):
             compile_injection(adapter, person(), start_step=wrong)
@@ -121,13 +121,9 @@ def test_no_hook_is_left(unet, adapter):
             assert failure is not None
         assert count_hooks(unet) == 0
         assert torch.equal(layouts.run_unet(unet), plain)
-
-
-def test_no_hook_is_left_when_a_layer_fails(unet, adapter):
-    broken = unet.up_blocks[0].attentions[1].transformer_blocks[3].ff
-    handle = broken.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(unet, [compile_injection(adapter, person())])
+    handle = unet.up_blocks[0].attentions[1].transformer_blocks[3].ff.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # in a layer
+        run(unet, [injection])
     handle.remove()
     assert count_hooks(unet) == 0
 
@@ -167,11 +163,6 @@ def test_without_uncond_the_other_rows_stay(unet, adapter, flux, flux_adapter):
     plain, changed = layouts.run_flux(flux), run_flux(flux, [injection], [False, True])
     assert torch.equal(changed[0], plain[0])
     assert effect(changed, plain)[1] > 1
-
-
-def test_wrong_number_of_rows_is_refused(unet, adapter):
-    with pytest.raises(ValueError, match="3 rows"):
-        run(unet, [compile_injection(adapter, person())], DenoiseStep(0.0, [True, False, True], (16, 16)))
 
 
 # ---------------------------------------------------------------- several persons, regions
@@ -221,9 +212,6 @@ def test_a_mask_of_ones_changes_nothing_and_of_zeros_removes_all(flux, flux_adap
 )
 def test_token_grid(tokens, latent, grid):
     assert token_grid(tokens, latent, "sdxl") == grid
-
-
-def test_token_grid_that_does_not_fit():
     with pytest.raises(ValueError, match="does not fit the"):
         token_grid(100, (64, 64), "sdxl")
 
@@ -298,12 +286,17 @@ def test_masks_of_any_kind(adapter, kind):
         compile_injection(adapter, person(), mask=torch.zeros(8, 8, dtype=kind))
 
 
-def test_masks_need_a_latent_size(unet, adapter):
-    with pytest.raises(ValueError, match="latent_hw"):
-        run(unet, [compile_injection(adapter, person(), mask=torch.ones(4, 4))], DenoiseStep(0.0, [False, True]))
-
-
 # ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(("settings", "step", "words"), [
+    ({}, DenoiseStep(0.0, [True, False, True], (16, 16)), "3 rows"),
+    ({"mask": torch.ones(4, 4)}, DenoiseStep(0.0, [False, True]), "latent_hw"),
+])  # fmt: skip
+def test_steps_that_do_not_fit(unet, adapter, settings, step, words):
+    """Another number of rows; a mask without the size of the latent image."""
+    with pytest.raises(ValueError, match=words):
+        run(unet, [compile_injection(adapter, person(), **settings)], step)
 
 
 def test_family_mismatch(unet, flux, adapter, flux_adapter):
@@ -363,17 +356,16 @@ def acting(k: Tensor, v: Tensor, **settings) -> SiteIdentity:
     return SiteIdentity(attention.CrossAttentionTensors.joined(k, v), list(range(len(k))), **settings)
 
 
-def fused_too(monkeypatch, fused: bool) -> None:
-    """The way of a GPU, on the CPU."""
-    if fused:
+@pytest.fixture(params=[False, True], ids=["", "fused"])
+def both_ways(request, monkeypatch) -> None:
+    """That of the CPU and that of a GPU, on the CPU."""
+    if request.param:
         monkeypatch.setattr(attention, "FUSED_ON", ("cpu",))
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("num_zero", [0, 7])
-def test_zero_tokens_have_a_closed_form(monkeypatch, num_zero, fused):
+def test_zero_tokens_have_a_closed_form(both_ways, num_zero):
     """Against the definition in float64, both ways; with scores so large that exp of them would overflow, too."""
-    fused_too(monkeypatch, fused)
     q, h, k, v = (cases.normal(i, 2, n, 64).double() for i, n in ((1, 30), (2, 30), (3, 9), (4, 9)))
     for size in (1, 30):
         for projection, definition in by_definition(size * q, h, k, v, num_zero).items():
@@ -382,11 +374,9 @@ def test_zero_tokens_have_a_closed_form(monkeypatch, num_zero, fused):
             assert ((ours - h - definition).norm() / definition.norm()).item() < 1e-6
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_is_no_less_exact_than_official(monkeypatch, dtype, fused):
+def test_16_bit_is_no_less_exact_than_official(both_ways, dtype):
     """Against float64, on small, usual and large scores, where channels of h and of the values have a mean."""
-    fused_too(monkeypatch, fused)
     for size in (0.3, 1, 2):
         shapes = ((1, 256, size), (2, 256, 1), (3, 32, size), (4, 32, 1))
         mean = {2: cases.normal(5, 2, 1, 128), 4: cases.normal(5, 2, 1, 128)}
@@ -399,10 +389,8 @@ def test_16_bit_is_no_less_exact_than_official(monkeypatch, dtype, fused):
         assert (ours - exact).norm() <= (official - exact).norm()
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_gradients_pass(monkeypatch, fused):
+def test_gradients_pass(both_ways):
     """Through q, h and the values, and without them the result is the same."""
-    fused_too(monkeypatch, fused)
     inputs = [cases.normal(i, 2, n, 64) for i, n in ((1, 32), (2, 32), (3, 9), (4, 9))]
     plain = add_cross_attention(*inputs[:2], [acting(*inputs[2:])], heads=2)
     with torch.enable_grad():
@@ -413,9 +401,8 @@ def test_gradients_pass(monkeypatch, fused):
     assert all(x.grad is not None and x.grad.abs().max() > 0 for x in (q, h, k, v))
 
 
-def test_large_values_do_not_overflow(monkeypatch):
-    """float16, the way of a GPU: sums over the sequence of products of 200 and 200."""
-    fused_too(monkeypatch, True)
+def test_large_values_do_not_overflow(both_ways):
+    """float16: sums over the sequence of products of 200 and 200."""
     h, v = torch.full((1, 4096, 16), 200.0).half(), torch.full((1, 9, 16), 200.0).half()
     ours = add_cross_attention(torch.ones_like(h), h, [acting(torch.ones_like(v), v, projection="ortho")], heads=2)
     assert torch.allclose(ours, h, rtol=2e-3)  # r is along h: nothing is left of it

@@ -7,7 +7,7 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from lib_pulid import likeness
 from lib_pulid.identity import Identity
 from lib_pulid.likeness import UNKNOWN, Person, Recognizer, SeenFace, best, cosine, mean_embedding, measure, text
+from lib_pulid.webui.pictures import decode
 from tests.light_webui import PHOTOS, Recogniser, unit
 
 SIZE = (100, 200)  # height, width
@@ -74,19 +75,18 @@ def test_a_region_decides():
     assert measure([face(150, 0, 1)], [anna, ben], SIZE) == (None, 0)  # nobody on the left
     small = LEFT[::10, ::10]
     assert measure(faces, [person(1, 0, region=small)], SIZE) == pytest.approx((1,))
+    two_sizes = [face(30, 0, 1, side=10), face(70, 1, 0, side=30)]  # the largest face of a region
+    assert measure(two_sizes, [person(1, 0, region=LEFT)], SIZE) == pytest.approx((1,))
 
 
-def test_the_largest_face_of_a_region():
-    faces = [face(30, 0, 1, side=10), face(70, 1, 0, side=30)]
-    assert measure(faces, [person(1, 0, region=LEFT)], SIZE) == pytest.approx((1,))
-
-
-def test_nobody_and_somebody_unknown():
+def test_words_for_nobody_somebody_unknown_and_how_alike():
     assert measure([], [person(1, 0), person(0, 1, region=LEFT)], SIZE) == (None, None)
     values = measure([face(50, 1, 0)], [Person(None), person(1, 0)], SIZE)
     assert math.isnan(values[0])
     assert text((0.714, None, UNKNOWN)) == "0.71, no face, unknown"
     assert text((UNKNOWN, UNKNOWN)) == ""
+    words = [likeness.INSIGHTFACE.verdict(value) for value in (0.2751, 0.2749, 0.1951, 0.1949)]
+    assert words == ["same person", "close", "close", "another person"]
 
 
 def test_a_person_of_several_photos_is_between_them():
@@ -94,13 +94,6 @@ def test_a_person_of_several_photos_is_between_them():
     assert cosine(mean, [1, 1]) == pytest.approx(1)
     assert cosine(mean_embedding([np.array([1.0, 0]), np.array([0, 1.0])], [3, 1]), [3, 1]) == pytest.approx(1)
     assert mean.dtype == np.float32
-
-
-def test_words():
-    scale = likeness.INSIGHTFACE
-    assert [scale.verdict(value) for value in (0.2751, 0.2749, 0.1951, 0.1949)] == [
-        "same person", "close", "close", "another person",
-    ]  # fmt: skip
 
 
 def test_the_best():
@@ -152,8 +145,6 @@ def test_a_damaged_embedding_is_left_out(tmp_path, wrong):
 
 
 def color(name: str) -> Image.Image:
-    from lib_pulid.webui.pictures import decode
-
     return Image.fromarray(decode(PHOTOS[name], name))
 
 
@@ -276,18 +267,24 @@ def buffalo(host, tmp_path) -> Iterator[Path]:
     path.unlink()
 
 
+def judge_file(monkeypatch, load: Callable[[], Any], buffalo: Path) -> list[Path]:
+    """What buffalo_l's file is loaded as. Returns the files that are loaded from now on."""
+    loaded: list[Path] = []
+
+    def load_recogniser(path: Path, device: str) -> Any:
+        loaded.append(path)
+        return load() if path == buffalo else Recogniser()
+
+    monkeypatch.setattr("lib_pulid.face_models.load_recogniser", load_recogniser)
+    return loaded
+
+
 def test_another_recognizer_is_the_judge(host, options, buffalo, monkeypatch):
     class Reversed(Recogniser):
         def embed(self, *args: Any) -> np.ndarray:
             return super().embed(*args)[::-1]
 
-    loaded: list[Path] = []
-
-    def load(path: Path, device: str) -> Any:
-        loaded.append(path)
-        return Reversed() if path == buffalo else Recogniser()
-
-    monkeypatch.setattr("lib_pulid.face_models.load_recogniser", load)
+    loaded = judge_file(monkeypatch, Reversed, buffalo)
     made = generate(host, [unit("anna")], [color("anna")])
     assert number(made.infotexts[0]) == "1.00"
     assert "Judged by w600k_r50, in " in made.comments
@@ -302,12 +299,7 @@ def test_another_recognizer_is_the_judge(host, options, buffalo, monkeypatch):
 
 
 def test_a_judge_that_is_broken_costs_its_number_only(host, options, buffalo, monkeypatch):
-    def load(path: Path, device: str) -> Any:
-        if path == buffalo:
-            raise RuntimeError("not a model")
-        return Recogniser()
-
-    monkeypatch.setattr("lib_pulid.face_models.load_recogniser", load)
+    judge_file(monkeypatch, fail, buffalo)
     made = generate(host, [unit("anna")], [color("anna")])
     assert number(made.infotexts[0]) == "1.00"
     assert "the adapter's own recognizer" in made.comments

@@ -12,22 +12,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from diffusers import StableDiffusionXLPipeline
+from insightface.utils.face_align import norm_crop
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lib_pulid import methods
+from lib_pulid.clip_vision import clip_input, load_clip_vision
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError, WrongWeightsError
 from lib_pulid.files.pickle_header import read_pickle_header
 from lib_pulid.hosts.diffusers import apply
-from lib_pulid.hosts.diffusers_control import identity_net
+from lib_pulid.hosts.diffusers_control import identity_net, load_identity_net
 from lib_pulid.identity import Identity, encode_identity
 from lib_pulid.identity_net import draw_points
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.lora import Lora
 from lib_pulid.photos import Encoders, IdentityCache, make_identity
 from lib_pulid.projectors import FaceProjection, ImageProjection, Resampler
-from lib_pulid.readings import FaceFeatures
+from lib_pulid.readings import FaceFeatures, read_features
 from lib_pulid.sites import find_sites
 from lib_pulid.weights import Adapter, load_adapter
 from tests import layouts
@@ -87,13 +91,10 @@ def test_a_pickle_is_told_without_loading_it(write, kind):
     assert methods.method_of(header, "file.bin") == KINDS[kind]
 
 
-def test_big_g_by_the_width_of_its_embedding(write):
+def test_big_g_by_the_width_of_its_embedding_plus_face_by_its_checksum(write, monkeypatch):
+    """Plus and Plus Face have the same tensors."""
     state = {"image_proj": ImageProjection(1280, TOKEN_WIDTH, 4).state_dict(), "ip_adapter": small.layers(WIDTHS)}
     assert load_adapter(write(state)).method == methods.IP_ADAPTER_BIGG
-
-
-def test_plus_face_by_its_checksum(write, monkeypatch):
-    """Plus and Plus Face have the same tensors."""
     path = write(FILES["plus"])
     assert load_adapter(path).method == methods.IP_ADAPTER_PLUS
     monkeypatch.setattr(methods, "_PLUS_FACE", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
@@ -219,11 +220,6 @@ def whole(tmp_path_factory, unet) -> dict[str, Adapter]:
     folder = tmp_path_factory.mktemp("whole")
     seeds = {"plus": 41, "face_id": 42, "instantid": 43}
     return {kind: whole_unet_adapter(folder / f"{kind}.bin", unet, kind, seed) for kind, seed in seeds.items()}
-
-
-@pytest.fixture
-def instantid(whole) -> Adapter:
-    return whole["instantid"]
 
 
 STEP = DenoiseStep(0.0, [False, True], (16, 16))  # the rows of `cases.unet_inputs`
@@ -386,8 +382,6 @@ def test_sgm_layout(unet, face_id):
 
 @pytest.fixture(scope="module")
 def clip_file(tmp_path_factory) -> Path:
-    from safetensors.torch import save_file
-
     path = tmp_path_factory.mktemp("clip") / "model.safetensors"
     save_file(small.clip_vision(), path)
     return path
@@ -395,8 +389,6 @@ def clip_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clip(clip_file):
-    from lib_pulid.clip_vision import load_clip_vision
-
     seed = torch.get_rng_state()
     made = load_clip_vision(clip_file)
     assert torch.equal(torch.get_rng_state(), seed)  # a host's random numbers are left alone
@@ -405,12 +397,8 @@ def clip(clip_file):
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (224, 224), (90, 61)])
 def test_clips_input(size):
-    from transformers import CLIPImageProcessorPil
-
-    from lib_pulid.clip_vision import clip_input
-
     image = np.random.RandomState(1).randint(0, 256, (size[1], size[0], 3), np.uint8)
-    wanted = CLIPImageProcessorPil()(images=Image.fromarray(image), return_tensors="pt").pixel_values
+    wanted = transformers.CLIPImageProcessorPil()(images=Image.fromarray(image), return_tensors="pt").pixel_values
     assert torch.allclose(clip_input(image), wanted, atol=1e-5)
 
 
@@ -425,9 +413,6 @@ def test_what_is_read_off_clip(clip):
 
 def test_uncond_of_plus_is_an_image_of_zeros_not_black(clip):
     """Zeros after the normalization, a mean gray; other programs take a black image."""
-    from lib_pulid.clip_vision import clip_input
-    from lib_pulid.readings import read_features
-
     photo = np.full((40, 60, 3), 200, np.uint8)
     features = read_features([photo], [], methods.IP_ADAPTER_PLUS, clip)[0]
     assert torch.equal(features.patches, clip(clip_input(photo), pooled=False))
@@ -437,8 +422,6 @@ def test_uncond_of_plus_is_an_image_of_zeros_not_black(clip):
 
 
 def test_uncond_of_ip_adapter_is_an_embedding_of_zeros(clip, adapters):
-    from lib_pulid.readings import read_features
-
     adapter = adapters["ip_adapter"]
     features = read_features([np.full((40, 60, 3), 200, np.uint8)], [], adapter.method, clip)
     identity = encode_identity(features, adapter)
@@ -450,9 +433,6 @@ def test_uncond_of_ip_adapter_is_an_embedding_of_zeros(clip, adapters):
 @pytest.mark.parametrize("in_model", [True, False])
 def test_position_ids_of_older_files_and_older_transformers(tmp_path, monkeypatch, in_file, in_model):
     """transformers 4.30, which A1111 pins, has them in the state."""
-    import transformers
-
-    from lib_pulid.clip_vision import load_clip_vision
 
     class Older(transformers.CLIPVisionModelWithProjection):
         def __init__(self, config):
@@ -471,8 +451,6 @@ def test_position_ids_of_older_files_and_older_transformers(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("what", ["text", "layer", "336"])
 def test_another_clip_is_named(tmp_path, what):
-    from lib_pulid.clip_vision import load_clip_vision
-
     state = small.clip_vision()
     if what == "text":
         state = {"text_model.final_layer_norm.weight": torch.zeros(4)}
@@ -507,10 +485,6 @@ def test_face_id_reads_the_normalized_embedding(adapters):
 
 def test_face_id_plus_sees_the_aligned_face(adapters, clip):
     """insightface's norm_crop at 224 pixels, with OpenCV's channels, as the official example hands it to CLIP."""
-    from insightface.utils.face_align import norm_crop
-
-    from lib_pulid.clip_vision import clip_input
-
     adapter = adapters["face_id_plus"]
     bgr = np.ascontiguousarray(COLOURS[:, :, ::-1])
     crop = norm_crop(bgr, Detector().detect(bgr)[0].landmarks, image_size=224)
@@ -530,8 +504,6 @@ def test_ip_adapter_needs_no_face(adapters, clip):
 
 
 def test_another_image_encoder_is_refused(tmp_path, adapters):
-    from lib_pulid.clip_vision import load_clip_vision
-
     torch.save(small.clip_vision(width=32, image=24), tmp_path / "clip.bin")
     for kind, width in (("plus", 32), ("ip_adapter", 24)):
         with pytest.raises(WrongWeightsError, match=f"CLIP image encoder gives {width} numbers.*another CLIP"):
@@ -582,17 +554,12 @@ def test_diffusers_own_ip_adapter(tmp_path, unet, kind):
 def test_points_to_the_pixel():
     ours = draw_points(np.array(official.CONTROL_POINTS), official.CONTROL_SIZE)
     assert np.array_equal(ours, REFERENCE["points"].numpy())
-
-
-def test_points_are_five():
     with pytest.raises(SettingError, match="five points"):
         draw_points(np.zeros((4, 2)), (8, 8))
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    from diffusers import StableDiffusionXLPipeline
-
     made = StableDiffusionXLPipeline(**official.parts(), add_watermarker=False)
     made.set_progress_bar_config(disable=True)
     return made
@@ -600,10 +567,6 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def net(pipeline, tmp_path_factory):
-    from safetensors.torch import save_file
-
-    from lib_pulid.hosts.diffusers_control import load_identity_net
-
     path = tmp_path_factory.mktemp("net") / "control.safetensors"
     save_file(official.identity_net(pipeline.unet).state_dict(), path)
     return load_identity_net(path, pipeline)
@@ -669,11 +632,10 @@ def test_identity_nets_settings(pipeline, net, instant):
 
 
 def test_another_file_as_identity_net(tmp_path, pipeline):
-    from lib_pulid.hosts.diffusers_control import load_identity_net
-
-    torch.save({"control_model.input_blocks.0.0.weight": torch.zeros(2)}, tmp_path / "x.pth")
-    with pytest.raises(WrongWeightsError, match=r"^x\.pth is a ControlNet\. Needed: InstantID's ControlNet"):
-        load_identity_net(tmp_path / "x.pth", pipeline)
-    torch.save({"controlnet_cond_embedding.conv_in.weight": torch.zeros(16, 3, 3, 3)}, tmp_path / "y.pth")
-    with pytest.raises(WrongWeightsError, match=r"^y\.pth is a ControlNet for another model"):
-        load_identity_net(tmp_path / "y.pth", pipeline)
+    for key, shape, words in (
+        ("control_model.input_blocks.0.0.weight", (2,), r"\. Needed: InstantID's ControlNet"),
+        ("controlnet_cond_embedding.conv_in.weight", (16, 3, 3, 3), " for another model"),
+    ):
+        torch.save({key: torch.zeros(shape)}, tmp_path / "x.pth")
+        with pytest.raises(WrongWeightsError, match=rf"^x\.pth is a ControlNet{words}"):
+            load_identity_net(tmp_path / "x.pth", pipeline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lib_pulid import methods
 from lib_pulid.errors import MissingWeightsError, SettingError, UnsupportedModelError
 from lib_pulid.files import catalog
 from lib_pulid.units import PulidUnit
+from lib_pulid.webui import infotext, routes
 from tests.fake_modules.models import SMALL_SITES, WIDTH, CrossAttention, count_hooks, same, small_unet
 from tests.light_webui import unit
 from tests.small_models import methods as small
@@ -25,7 +27,6 @@ FILES = {
     "plus": "ip-adapter-plus_sdxl_vit-h.safetensors",
     "face_id": "ip-adapter-faceid_sdxl.bin",
 }
-MODELS = ("w600k_r50.onnx",)
 CLIP = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
 TEXT_WIDTH = 2048
 
@@ -36,15 +37,14 @@ def files(light_models) -> Iterator[dict[str, Path]]:
     folder = light_models / "pulid"
     made = small.method_files([WIDTH] * SMALL_SITES, text_width=TEXT_WIDTH, gain=3.0, only=list(FILES))
     paths = {kind: small.write(folder / FILES[kind], state) for kind, state in made.items()}
-    extra = [catalog.named(name) for name in MODELS]
-    for file in extra:
-        (light_models / file.folder).mkdir(parents=True, exist_ok=True)
-        (light_models / file.folder / file.name).write_text(file.name)
+    recognizer = light_models / "insightface/models/buffalo_l/w600k_r50.onnx"
+    recognizer.parent.mkdir(parents=True, exist_ok=True)
+    recognizer.write_text(recognizer.name)
     clip = light_models / "clip_vision" / CLIP
     clip.parent.mkdir()
     save_file(small.clip_vision(), clip)
     yield paths
-    for path in (*paths.values(), clip, *(light_models / file.folder / file.name for file in extra)):
+    for path in (*paths.values(), clip, recognizer):
         path.unlink()
 
 
@@ -134,46 +134,40 @@ def test_auto_is_pulid_and_knows_who_made_an_identity(host, files):
     assert host.library.adapters.load("auto", "sdxl").method.name == "PuLID"
     saved = host.encode("anna", FILES["instantid"])
     host.library.identities.save("Anna", saved)
+    images = host.generate([{"identity": "Anna"}], "sdxl")
+    assert same(images, host.generate([unit("anna", model=FILES["instantid"])], "sdxl"))
+
+
+@contextmanager
+def away(*paths: Path) -> Iterator[None]:
+    """Inside, these files are not there."""
+    for path in paths:
+        path.rename(path.with_suffix(".away"))
     try:
-        images = host.generate([{"identity": "Anna"}], "sdxl")
-        assert same(images, host.generate([unit("anna", model=FILES["instantid"])], "sdxl"))
+        yield
     finally:
-        (host.library.identities.folder / "Anna.safetensors").unlink()
+        for path in paths:
+            path.with_suffix(".away").rename(path)
 
 
 def test_an_identity_whose_file_is_gone(host, files):
     host.library.identities.save("Gone", host.encode("anna", FILES["instantid"]))
-    away = files["instantid"].with_suffix(".away")
-    files["instantid"].rename(away)
-    try:
-        with pytest.raises(MissingWeightsError, match=": the identity was made with InstantID for SDXL"):
-            host.generate([{"identity": "Gone"}], "sdxl")
-    finally:
-        away.rename(files["instantid"])
-        (host.library.identities.folder / "Gone.safetensors").unlink()
+    refused = pytest.raises(MissingWeightsError, match=": the identity was made with InstantID for SDXL")
+    with away(files["instantid"]), refused:
+        host.generate([{"identity": "Gone"}], "sdxl")
 
 
 def test_only_its_own_files_are_needed(host, files):
     """InstantID needs antelopev2 alone; FaceID Portrait says which file it lacks."""
-    folder = host.folder / "pulid" / "EVA02_CLIP_L_336_psz14_s6B.pt"
-    folder.rename(folder.with_suffix(".away"))
-    buffalo = host.folder / "insightface/models/buffalo_l/w600k_r50.onnx"
-    buffalo.rename(buffalo.with_suffix(".away"))
-    try:
+    tower = host.folder / "pulid" / "EVA02_CLIP_L_336_psz14_s6B.pt"
+    with away(tower, host.folder / "insightface/models/buffalo_l/w600k_r50.onnx"):
         host.forget_photos()
         host.generate([unit("anna", model=FILES["instantid"])], "sdxl")
         with pytest.raises(MissingWeightsError, match=r"w600k_r50\.onnx \(face recognizer of FaceID"):
             host.generate([unit("anna", model=FILES["portrait_unnorm"])], "sdxl")
-    finally:
-        for path in (folder, buffalo):
-            path.with_suffix(".away").rename(path)
 
 
 # ---------------------------------------------------------------- the page, the API's lists, the parameters
-
-
-def shown(update: dict[str, Any]) -> bool:
-    return update["visible"]
 
 
 def test_the_page_follows_the_model(host, files):
@@ -187,21 +181,19 @@ def test_the_page_follows_the_model(host, files):
         return following.follow_model("sdxl", *(given[name] for name in FOLLOWING))
 
     weight, preset, fusion, sdxl, flux, lora, net = follow(FILES["instantid"])
-    assert [shown(one) for one in (preset, sdxl, flux, lora, net)] == [False] * 4 + [True]
+    assert [one["visible"] for one in (preset, sdxl, flux, lora, net)] == [False] * 4 + [True]
     assert "value" not in weight  # 0.8 is InstantID's default, too
     assert fusion["choices"] == ["official", "average"] and fusion["value"] == "official"
     weight, preset, _, sdxl, flux, lora, net = follow(FILES["face_id"])
-    assert [shown(one) for one in (preset, sdxl, flux, lora, net)] == [False, False, False, True, False]
+    assert [one["visible"] for one in (preset, sdxl, flux, lora, net)] == [False, False, False, True, False]
     assert weight["value"] == 1.0
     assert "value" not in follow(FILES["face_id"], weight=0.65)[0]  # set by hand
     weight, preset, fusion, sdxl, flux, lora, net = follow("auto", weight=1.0)
-    assert [shown(one) for one in (preset, sdxl, flux, lora, net)] == [True, True, False, False, False]
+    assert [one["visible"] for one in (preset, sdxl, flux, lora, net)] == [True, True, False, False, False]
     assert (weight["value"], preset["value"]) == (0.8, "v1.1")
 
 
 def test_models_lists_the_methods(host, files):
-    from lib_pulid.webui import routes
-
     listed = {one["name"]: one for one in routes.models(host.library)["models"]}
     assert listed[FILES["instantid"]]["method"] == "InstantID"
     assert listed[FILES["face_id"]]["method"] == "IP-Adapter FaceID"
@@ -211,8 +203,6 @@ def test_models_lists_the_methods(host, files):
 
 
 def test_parameters_have_the_methods_own_settings(host, files):
-    from lib_pulid.webui import infotext
-
     p = host.processing("sdxl")
     host.generate([unit("anna", model=FILES["instantid"])], p=p)
     entries = infotext.read(p.extra_generation_params["PuLID 1"])
@@ -225,15 +215,9 @@ def test_missing_files_are_pulids_all_the_same(host, files):
     """InstantID's file does not count as a PuLID file."""
     from lib_pulid.webui.missing import Missing
 
-    pulid = list(host.folder.glob("pulid/pulid_v1*"))
-    for path in pulid:
-        path.rename(path.with_suffix(".away"))
-    try:
+    with away(*host.folder.glob("pulid/pulid_v1*")):
         missing = Missing("txt2img", host.library, lambda: "sdxl")
         assert [file.name for file in missing.files()] == ["pulid_v1.1.safetensors"]
-    finally:
-        for path in pulid:
-            path.with_suffix(".away").rename(path)
 
 
 def test_every_method_can_be_had():

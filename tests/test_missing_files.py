@@ -14,6 +14,7 @@ import pytest
 from lib_pulid.errors import SettingError
 from lib_pulid.files import catalog
 from lib_pulid.files.catalog import WeightFile
+from lib_pulid.webui import routes
 from tests import small_models
 from tests.fake_modules.models import SMALL_SITES, WIDTH
 from tests.fake_webui import Widget, webui
@@ -193,14 +194,12 @@ def test_a_fault_of_ours_is_told_too(library, monkeypatch):
     assert problems == tuple(f"{file.name}: ZeroDivisionError: oh" for file in catalog.CATALOG[:2])
 
 
-def test_a_pulid_file_of_any_name_will_do(library, tmp_path):
-    small_models.write_files(tmp_path / "pulid", [WIDTH] * SMALL_SITES, 64)
-    assert [file.name for file in Panel(library).made.files()] == ["tower.pt", "faces.onnx"]
-    assert [file.name for file in Panel(library, "").made.files()] == ["tower.pt", "faces.onnx"]
-
-
-def test_a_pulid_file_elsewhere_can_be_chosen(library, tmp_path):
-    files = small_models.write_files(tmp_path / "made", [WIDTH] * SMALL_SITES, 64)
+def test_a_pulid_file_of_any_name_or_elsewhere_will_do(library, tmp_path):
+    files = small_models.write_files(tmp_path / "pulid", [WIDTH] * SMALL_SITES, 64)
+    for family in ("sdxl", ""):
+        assert [file.name for file in Panel(library, family).made.files()] == ["tower.pt", "faces.onnx"]
+    files.flux.unlink()
+    files.tower.unlink()
     (tmp_path / "ControlNet").mkdir()
     files.sdxl.rename(tmp_path / "ControlNet" / "pulid.safetensors")
     assert [(file.name, file.family) for file in library.adapters.listed()] == [("pulid.safetensors", "sdxl")]
@@ -210,8 +209,6 @@ def test_a_pulid_file_elsewhere_can_be_chosen(library, tmp_path):
 
 
 def test_models_tells_every_file(library, tmp_path):
-    from lib_pulid.webui import routes
-
     (tmp_path / "pulid").mkdir()
     (tmp_path / "pulid" / "tower.pt").write_bytes(DATA)
     (tmp_path / "pulid" / "flux.safetensors").write_bytes(b"1234")
@@ -231,8 +228,6 @@ def test_models_tells_every_file(library, tmp_path):
 
 @pytest.mark.parametrize("spelling", ["accept_license", "accept_licence"])
 def test_download_by_name(library, tmp_path, spelling):
-    from lib_pulid.webui import routes
-
     begun = json.loads(json.dumps(routes.download({"names": ["tower.pt"]}, library.downloads)))
     assert begun["running"] is True
     finished(library.downloads)
@@ -257,8 +252,6 @@ def test_download_by_name(library, tmp_path, spelling):
     ],
 )
 def test_download_takes_names_of_the_catalogue_only(library, server, tmp_path, body, words):
-    from lib_pulid.webui import routes
-
     with pytest.raises(SettingError, match=words):
         routes.download(body, library.downloads)
     assert not library.downloads.state.running

@@ -306,7 +306,8 @@ def test_a_folder_that_cannot_be_written_loses_nothing(make, tmp_path, folder_is
 
 
 def test_no_face_names_the_photo(make, tmp_path):
-    """Also if only one of several has none; nothing is remembered then."""
+    """Also if only one of several has none; nor is there an identity of no photo, or in an unknown fusion. Nothing is
+    remembered then."""
     cache = IdentityCache(tmp_path / "cache")
     nobody = png(tmp_path / "nobody.png", blank(200, 200))
     with pytest.raises(NoFaceError, match=r"^nobody\.png: no face was found"):
@@ -315,6 +316,9 @@ def test_no_face_names_the_photo(make, tmp_path):
         make([two_faces(), blank(200, 200)], cache)
     with pytest.raises(NoFaceError, match=r"^photo 1: face number 3 was requested, but only 2 faces were found"):
         make([two_faces()], cache, choice=FaceChoice("largest", 2))
+    for photos, changes in (([], {}), ([two_faces()], {"fusion": "mean"})):
+        with pytest.raises(SettingError):
+            make(photos, cache, **changes)
     assert not (tmp_path / "cache").exists()
 
 
@@ -327,13 +331,6 @@ def test_an_unreadable_photo_is_named_before_anything_is_loaded(make, tmp_path):
     for source, name in cases.items():
         with pytest.raises(ImageError, match=f"^{name}: "):
             make([two_faces(), source], IdentityCache(), encoders=fail)
-
-
-def test_no_photo_and_an_unknown_fusion(make, tmp_path):
-    for photos, changes in (([], {}), ([two_faces()], {"fusion": "mean"})):
-        with pytest.raises(SettingError):
-            make(photos, IdentityCache(tmp_path), **changes)
-    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- naming files

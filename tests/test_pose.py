@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from lib_pulid import hosts
@@ -35,12 +35,14 @@ from lib_pulid.identity_net import Pose, draw_points
 from lib_pulid.injection import DenoiseStep
 from lib_pulid.photos import fingerprint_files
 from lib_pulid.sites import find_sites
-from tests.fake_modules import a1111, forge, installed
+from tests.fake_modules import a1111, installed, kinds
 from tests.fake_modules.forge import ControlNetPatcher
+from tests.fake_modules.kinds import texts
 from tests.fake_modules.models import SMALL_SITES, WIDTH, SkipUNet, UNet, count_hooks, same, text
 from tests.fake_modules.plan import RandomPlan
 from tests.light_webui import unit
 from tests.small_models import methods as small
+from tests.small_models import normal
 
 INSTANTID, NET = "ip-adapter_instant_id_sdxl.bin", "control_instant_id_sdxl.safetensors"
 LANDMARKS = np.array([[400, 420], [620, 410], [510, 560], [430, 700], [600, 690]], np.float32)
@@ -56,12 +58,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 # ---------------------------------------------------------------- the drawing
 
 
-def test_an_image_of_the_official_size_is_the_official_drawing():
-    sheet = (1280, 1280)
-    assert np.array_equal(POSE.drawn(sheet), draw_points(LANDMARKS * 1.25, sheet))
-
-
-SHEETS = [((1000, 1500), (832, 1280)), ((640, 640), (1280, 1280)), ((1200, 400), (1280, 384))]
+SQUARE = (1280, 1280)
+SHEETS = [((1024, 1024), SQUARE), ((1000, 1500), (832, 1280)), ((640, 640), SQUARE), ((1200, 400), (1280, 384))]
 
 
 @pytest.mark.parametrize(("photo", "sheet"), SHEETS)
@@ -71,18 +69,14 @@ def test_the_size_at_which_the_official_code_draws(photo, sheet):
 
 
 def test_a_part_of_the_image_shows_its_part_of_the_face():
-    """A crop as of an inpainted region, and a margin, which is black."""
+    """A crop as of an inpainted region, a margin, which is black, and a wide image, which a square photo covers."""
     whole, size = POSE.drawn((1024, 1024)).astype(int), (512, 512)
     part = POSE.drawn(size, Frame(0.25, 0.25, 0.75, 0.75)).astype(int)
     assert np.abs(part - whole[256:768, 256:768]).mean() < 1
     wider = POSE.drawn((1024, 1024), Frame(-0.5, -0.5, 1.5, 1.5)).astype(int)
     assert not wider[:256].any() and not wider[:, :256].any()
     assert np.abs(wider[256:768, 256:768] - POSE.drawn(size)).mean() < 1
-
-
-def test_a_wide_image_is_covered_by_a_square_photo():
-    wide = POSE.drawn((1024, 512))
-    assert np.abs(wide.astype(int) - POSE.drawn((1024, 1024))[256:768].astype(int)).mean() < 1
+    assert np.abs(POSE.drawn((1024, 512)) - whole[256:768]).mean() < 1
 
 
 # ---------------------------------------------------------------- in both hosts
@@ -114,9 +108,7 @@ def file(net, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def identity() -> Identity:
-    draw = torch.Generator().manual_seed(4)
-    cond, uncond = (torch.randn(1, 16, TEXT_WIDTH, generator=draw) for _ in range(2))
-    return Identity(cond, uncond, pose=POSE)
+    return Identity(normal(4, 1, 16, TEXT_WIDTH), normal(5, 1, 16, TEXT_WIDTH), pose=POSE)
 
 
 @pytest.fixture
@@ -125,21 +117,16 @@ def extension() -> Iterator[Any]:
         yield made
 
 
-class A1111:
+class A1111(kinds.A1111):
     """With sd-webui-controlnet. Rows are [positive..., negative...]; each image has latents of its own."""
 
-    loader, P = "sd-webui-controlnet v1.1.455", a1111.P
+    loader = "sd-webui-controlnet v1.1.455"
 
     def rows(self, cond: Tensor, uncond: Tensor) -> Tensor:
         return torch.cat((cond, uncond))
 
     def latents(self, pictures: int, side: int) -> Tensor:
-        return normal(2 * pictures, side)
-
-    def sample(self, p: Any, prompts: Any = None, pictures: int = 1, **how: Any) -> list[Tensor]:
-        """The UNet's outputs of each step."""
-        p.prompts = [""] * pictures
-        return a1111.sample(p, *(prompts or texts(pictures)), pictures=pictures, **how)
+        return latents(2 * pictures, side)
 
     def reads_less(self, monkeypatch: Any, spoil: Any) -> None:
         module = sys.modules["scripts.controlnet_model_guess"]
@@ -147,20 +134,16 @@ class A1111:
         monkeypatch.setattr(module, "build_model_by_guess", lambda *args: spoil(load(*args), "model"))
 
 
-class Forge:
+class Forge(kinds.Forge):
     """Rows are [negative..., positive...], of the same latents."""
 
-    loader, P = "This WebUI", forge.P
+    loader = "This WebUI"
 
     def rows(self, cond: Tensor, uncond: Tensor) -> Tensor:
         return torch.cat((uncond, cond))
 
     def latents(self, pictures: int, side: int) -> Tensor:
-        return normal(pictures, side).repeat(2, 1, 1, 1)
-
-    def sample(self, p: Any, pictures: int = 1, **how: Any) -> list[Tensor]:
-        cond, uncond = texts(pictures)
-        return forge.sample(p, [cond], [uncond], before_sampling=hosts.current().before_sampling, **how)
+        return latents(pictures, side).repeat(2, 1, 1, 1)
 
     def reads_less(self, monkeypatch: Any, spoil: Any) -> None:
         load = ControlNetPatcher.try_build_from_state_dict
@@ -168,17 +151,13 @@ class Forge:
         monkeypatch.setattr(ControlNetPatcher, "try_build_from_state_dict", made)
 
 
-def texts(pictures: int = 1) -> tuple[Tensor, Tensor]:
-    return text(pictures=pictures), text(seed=2, pictures=pictures)
-
-
-def normal(rows: int, side: int, seed: int = 0) -> Tensor:
-    return torch.randn(rows, 4, side, side, generator=torch.Generator().manual_seed(seed))
+def latents(rows: int, side: int, seed: int = 0) -> Tensor:
+    return normal(seed, rows, 4, side, side)
 
 
 @contextmanager
 def inside(kind: type) -> Iterator[Any]:
-    with installed(kind.__name__.lower()), torch.no_grad():
+    with installed(kind.name), torch.no_grad():
         hosts.current().loader = Loader(hosts.current().loader._build)
         yield kind()
         hosts.current().stop()
@@ -204,13 +183,7 @@ def plan_of(file: Path, identity: Identity, weight: float = 0.0, **settings: Any
 
 
 def ran(kind: Any, plan: RandomPlan | None, unet: Any = None, p: Any = None, **how: Any) -> list[Tensor]:
-    p = p or kind.P(unet or SkipUNet())
-    if plan is not None:
-        hosts.current().start(p, plan)
-    try:
-        return kind.sample(p, **how)
-    finally:
-        hosts.current().stop()
+    return kind.run(p or kind.P(unet or SkipUNet()), plan, **how)
 
 
 def of_diffusers(
@@ -324,14 +297,10 @@ def test_a_version_that_reads_less_of_the_file(kind, file, identity, monkeypatch
         ran(kind, plan_of(file, identity))
 
 
-def test_range_of_steps(kind, file, identity):
-    plain = ran(kind, None, steps=4)
-    found = ran(kind, plan_of(file, identity, start=0.25, end=0.75), steps=4)
+def test_range_of_steps_and_rows(kind, file, identity):
+    """Steps outside of it get nothing; nor do rows of the image of two that has no person in its prompt."""
+    plain, found = (ran(kind, one, steps=4) for one in (None, plan_of(file, identity, start=0.25, end=0.75)))
     assert [torch.equal(one, other) for one, other in zip(plain, found)] == [True, False, False, True]
-
-
-def test_rows_of_other_images_get_nothing(kind, file, identity):
-    """Of two images, one has the person in its prompt."""
     plan = plan_of(file, identity)
     plan.images = frozenset({1})
     (plain,), (found,) = (ran(kind, one, pictures=2, steps=1) for one in (None, plan))
@@ -350,19 +319,15 @@ def test_a_mask(kind, net, file, identity):
     assert off_by(found, with_residuals(kind, residuals_of(kind, net, identity)), plain) > 1e-2
 
 
-def test_a_net_for_a_model_of_another_size(kind, file, identity):
-    unet = SkipUNet()
-    unet.model_channels = 320
+def test_what_is_refused(kind, file, identity):
+    """A model of another size than the net's, and a denoiser that is called with a part of the image."""
+    larger, tiled = SkipUNet(), SkipUNet()
+    larger.model_channels = 320
     with pytest.raises(UnsupportedModelError, match="its width is 32, the checkpoint's is 320"):
-        ran(kind, plan_of(file, identity), unet)
-
-
-def test_tiles_are_refused(kind, file, identity):
-    """Something calls the denoiser with a part of the image."""
-    unet = SkipUNet()
-    unet.register_forward_pre_hook(lambda module, args: (args[0][..., :4], *args[1:]))
+        ran(kind, plan_of(file, identity), larger)
+    tiled.register_forward_pre_hook(lambda module, args: (args[0][..., :4], *args[1:]))
     with pytest.raises(SettingError, match="Field identity_net: the points of a face do not work with tiled denoising"):
-        ran(kind, plan_of(file, identity), unet)
+        ran(kind, plan_of(file, identity), tiled)
 
 
 def test_beside_the_hosts_own_control_nets(kind, net, file, identity):
@@ -394,7 +359,7 @@ def test_beside_the_hosts_own_control_nets(kind, net, file, identity):
 def test_a_skipped_negative_prompt(on_a1111, net, file, identity):
     """NGMS leaves the negative rows out in odd steps."""
     found, plain = (ran(on_a1111, one, skip_uncond=True) for one in (plan_of(file, identity), None))
-    x = normal(2, 8, seed=1)[:1]
+    x = latents(2, 8, seed=1)[:1]
     residuals = of_diffusers(net, x, 7.3, identity.cond, 0.8)
     assert off_by(found[1], SkipUNet()(x, None, text(), added=residuals), plain[1]) < EXACT
 
@@ -406,7 +371,7 @@ def test_uneven_prompts(on_a1111, net, file, identity):
     residuals = residuals_of(on_a1111, net, identity)
     for row, context in enumerate(both):
         own = [one[row : row + 1] for one in residuals]
-        wanted = SkipUNet()(normal(2, 8)[row : row + 1], None, context, added=own)
+        wanted = SkipUNet()(latents(2, 8)[row : row + 1], None, context, added=own)
         assert off_by(found[row : row + 1], wanted, plain[row : row + 1]) < EXACT
 
 
@@ -584,16 +549,11 @@ def test_a1111_without_the_extension_says_what_is_missing(host, net_file):
 
 
 def test_pulids_face_in_instantids_pose(equipped, net_file):
-    """Two units: the adapter of one, the ControlNet of the other."""
+    """Two units: the adapter of one, the ControlNet of the other. A weight of 0 is off unless the net is asked for."""
     face, pose = unit("ben"), person(weight=0, identity_net=0.8)
     images = [equipped.generate(units, "sdxl") for units in ([], [face], [pose], [face, pose])]
     assert len({tuple(one[-1].flatten().tolist()) for one in images}) == 4
-
-
-def test_a_weight_of_0_is_off_unless_the_net_is_asked_for(equipped, net_file):
-    plain = equipped.generate([], "sdxl")
-    assert same(plain, equipped.generate([person(weight=0)], "sdxl"))
-    assert not same(plain, equipped.generate([person(weight=0, identity_net=0.8)], "sdxl"))
+    assert same(images[0], equipped.generate([person(weight=0)], "sdxl"))
 
 
 def test_without_the_file(equipped, adapter_file):
@@ -608,16 +568,14 @@ def test_without_the_file(equipped, adapter_file):
 
 
 def test_another_file_under_its_name(equipped, net_file):
-    save_file({"control_model.input_blocks.0.0.weight": torch.zeros(2)}, net_file)
-    with pytest.raises(WrongWeightsError, match=f"field identity_net: {NET} is a ControlNet, or not for SDXL"):
-        equipped.generate([person()], "sdxl")
-    net_file.write_bytes(b"nothing")
-    with pytest.raises(WrongWeightsError, match="damaged, or no safetensors file"):
-        equipped.generate([person()], "sdxl")
-    state = small.identity_net(text_width=32).state_dict()
-    save_file(state, net_file)
-    with pytest.raises(WrongWeightsError, match="reads tokens of width 32"):
-        equipped.generate([person()], "sdxl")
+    for content, words in (
+        (save({"control_model.input_blocks.0.0.weight": torch.zeros(2)}), "is a ControlNet, or not for SDXL"),
+        (b"nothing", ".*damaged, or no safetensors file"),
+        (save(small.identity_net(text_width=32).state_dict()), ".*reads tokens of width 32"),
+    ):
+        net_file.write_bytes(content)
+        with pytest.raises(WrongWeightsError, match=f"field identity_net: {NET} {words}"):
+            equipped.generate([person()], "sdxl")
 
 
 def test_one_person_sets_the_pose(equipped, net_file):

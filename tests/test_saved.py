@@ -228,23 +228,21 @@ def test_any_folder_may_be_closed(tmp_path, closed, files, place):
             library.identities.save("anna", person())
 
 
-def test_a_folder_that_cannot_be_written_is_named(library, tmp_path, monkeypatch):
+def test_a_folder_that_is_a_file_or_cannot_be_written(library, tmp_path, monkeypatch):
+    for what in ("pulid", "pulid/identities"):
+        path = tmp_path / what
+        path.write_text("no folder")
+        assert (library.adapters.listed(), library.identities.listed()) == ([], [])
+        with pytest.raises(StorageError):
+            library.identities.save("anna", person())
+        path.unlink()
+        path.mkdir()
+
     def refused(self, content):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "write_bytes", refused)
     with pytest.raises(StorageError, match=rf"{tmp_path}.*anna\.safetensors cannot be written \(Permission denied\)"):
-        library.identities.save("anna", person())
-
-
-@pytest.mark.parametrize("what", ["pulid", "pulid/identities"])
-def test_a_file_in_the_place_of_a_folder(tmp_path, what):
-    path = tmp_path / what
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("no folder")
-    library = Library(lambda: Settings(tmp_path))
-    assert (library.adapters.listed(), library.identities.listed()) == ([], [])
-    with pytest.raises(StorageError):
         library.identities.save("anna", person())
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from lib_pulid.errors import PulidError, SettingError
 from lib_pulid.units import default_args
+from lib_pulid.webui import xyz
 from tests.face_standins import photo
 from tests.fake_webui import Generation
 from tests.test_imports import ROOT, sources
@@ -117,13 +118,12 @@ class TestTheGridsPhotoFile:
 
     @pytest.fixture
     def axis(self, ui, library):
-        from lib_pulid.webui import xyz
-
         xyz.add_axes(1, library, ("sdxl",))
         options = ui.modules.scripts.scripts_data[0].module.axis_options
         return next(option for option in options if option.label == "[PuLID 1] Photo file")
 
-    def test_the_api_cannot_read_files_by_it(self, axis, tmp_path):
+    def test_the_api_cannot_read_files_by_it(self, ui, axis, tmp_path):
+        """Nor a page that is kept from folders."""
         path = tmp_path / "photo.png"
         Image.fromarray(photo((330, 210))).save(path)
         for file in (path, tmp_path / "gone.png"):  # nor learn whether there is one
@@ -135,8 +135,6 @@ class TestTheGridsPhotoFile:
                 axis.apply(SimpleNamespace(is_api=True), str(file), [])
         axis.confirm(SimpleNamespace(is_api=False), [str(path)])
         axis.apply(SimpleNamespace(is_api=False), str(path), [])
-
-    def test_nor_a_page_that_is_kept_from_folders(self, ui, axis, tmp_path):
         ui.modules.shared.cmd_opts.hide_ui_dir_config = True
         with pytest.raises(SettingError, match="works only in the page"):
             axis.confirm(SimpleNamespace(is_api=False), [str(tmp_path)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,10 @@ def test_what_a_checkpoint_says_of_its_schedule(marks, kind, spacing):
     assert scheduler["rescale_betas_zero_snr"] == ("ztsnr" in marks)
 
 
-def test_an_inpainting_checkpoint(tmp_path, path):
+def test_a_checkpoint_for_inpainting_and_one_that_is_cut_off(tmp_path, path):
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(WrongWeightsError, match=r"cut\.safetensors cannot be opened"):
+        load_base(tmp_path / "cut.safetensors")
     state = load_file(path)
     state["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(64, 9, 3, 3)
     save_file(state, tmp_path / "inpaint.safetensors")
@@ -183,12 +187,6 @@ def test_a_checkpoint_that_is_not_whole(tmp_path, path, prefix, said):
         load_base(tmp_path / "part.safetensors")
 
 
-def test_a_checkpoint_that_is_cut_off(tmp_path, path):
-    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(WrongWeightsError, match=r"cut\.safetensors cannot be opened"):
-        load_base(tmp_path / "cut.safetensors")
-
-
 def test_a_pickled_checkpoint(tmp_path, path, pipeline):
     torch.save({"state_dict": load_file(path)}, tmp_path / "model.ckpt")
     mine = load_base(tmp_path / "model.ckpt").pipeline.unet.state_dict()
@@ -196,8 +194,6 @@ def test_a_pickled_checkpoint(tmp_path, path, pipeline):
 
 
 def test_nothing_is_asked_of_the_network(path, monkeypatch):
-    import socket
-
     def refuse(*_, **__):
         raise AssertionError("the network was asked")
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lib_pulid import disk, hosts
+from lib_pulid.webui import routes
 from tests import light_webui
 from tests.fake_modules.models import same
 from tests.light_webui import FILES, PHOTOS, Host, unit
@@ -49,8 +50,6 @@ def at_once(*works: Callable[[], None]) -> None:
 
 
 def test_page_and_api_beside_generations(host, restless):
-    from lib_pulid.webui import routes
-
     hashes = {(name, file): host.encode(name, file).short_hash for name in PEOPLE for file in FILES[:2]}
     pictures = {name: host.generate([unit(name)]) for name in PEOPLE}
     aligned = {name: routes.detect({"images": [PHOTOS[name]]}, host.library)["photos"] for name in PEOPLE}

@@ -16,6 +16,8 @@ def test_the_defaults_are_those_of_the_table():
     assert {field.name: getattr(PulidUnit(), field.name) for field in FIELDS} == {f.name: f.default for f in FIELDS}
     assert parse_args(default_args(3)) == []
     assert parse_args([]) == []
+    shown = dict(zip(FIELD, PulidUnit().positions()))  # widgets begin as SDXL
+    assert (shown["weight"], shown["preset"]) == (0.8, "v1.1")
     on = [True, *default_args(3)[1:]]
     assert [unit.on("sdxl") for _, unit in parse_args(on)] == [PulidUnit().on("sdxl")]
 
@@ -42,14 +44,11 @@ def test_presets(name):
     assert PulidUnit.from_mapping({"preset": name, **moved}, 1).on(family).preset == CUSTOM
 
 
-def test_official_presets_of_flux():
-    """docs/pulid_for_flux.md: 4 for realistic images, 0 to 1 for stylized ones."""
+def test_presets_of_flux():
+    """docs/pulid_for_flux.md: 4 for realistic images, 0 to 1 for stylized ones. Scripts, images and grids of earlier
+    versions say "stylised"."""
     assert PRESETS["flux"]["realistic"] == {"start_step": 4}
     assert PRESETS["flux"]["stylized"]["start_step"] in (0, 1)
-
-
-def test_old_spelling_of_a_preset():
-    """Scripts, images and grids of earlier versions say "stylised"."""
     old, new = ({"preset": name, "start_step": 0} for name in ("stylised", "stylized"))
     assert PulidUnit.from_mapping(old, 1) == PulidUnit.from_mapping(new, 1)
     assert PulidUnit(start_step=4).changed({"preset": "stylised"}, 1).start_step == 0
@@ -74,11 +73,6 @@ def test_a_preset_in_the_widgets_only_names_what_they_say():
     assert unit.on("sdxl").preset == "v1.1"
     values[[field.name for field in FIELDS].index("preset")] = None  # a radio with nothing selected
     assert PulidUnit.from_positions(values, 1) == unit
-
-
-def test_widgets_begin_as_sdxl():
-    shown = dict(zip(FIELD, PulidUnit().positions()))
-    assert (shown["weight"], shown["preset"]) == (0.8, "v1.1")
 
 
 WRONG = [
@@ -124,13 +118,10 @@ def test_a_grid_changes_units():
 
 
 def test_a_saved_identity_goes_before_photos_in_the_widgets():
+    """ "None" in their list is no identity."""
     unit = PulidUnit(images=("a",), identity="Anna")
     assert PulidUnit.from_positions(unit.positions(), 1).on("sdxl") == PulidUnit(identity="Anna").on("sdxl")
-
-
-def test_none_in_a_list_is_no_identity():
-    assert check(FIELD["identity"], "None", 1) == ""
-    assert check(FIELD["model"], "", 1) == "auto"
+    assert (check(FIELD["identity"], "None", 1), check(FIELD["model"], "", 1)) == ("", "auto")
 
 
 def test_hires_passes():

@@ -18,6 +18,7 @@ from lib_pulid.sites import find_sites
 from lib_pulid.watch import Watch, uncompiled
 from tests.fake_modules.models import Flux, UNet, count_hooks
 from tests.fake_modules.plan import RandomPlan
+from tests.small_models import normal
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -34,12 +35,8 @@ def small_unet() -> UNet:
 
 
 def call(denoiser: nn.Module, seed: int = 1) -> Tensor:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-    if find_sites(denoiser).family == "sdxl":
-        return denoiser(normal(1, 4, 4, 4), torch.ones(1), normal(1, 7, 2048))
-    return denoiser(normal(1, 4, 4, 4), torch.ones(1), normal(1, 7, 6))
+    text_width = 2048 if find_sites(denoiser).family == "sdxl" else 6
+    return denoiser(normal(seed, 1, 4, 4, 4), torch.ones(1), normal(seed, 1, 7, text_width))
 
 
 def with_face(denoiser: nn.Module, injections: Sequence[Injection], seed: int = 1) -> Tensor:
@@ -125,9 +122,7 @@ class Pipeline:
 
     def __call__(self, steps: int = 2) -> Tensor:
         self.scheduler = SimpleNamespace(timesteps=torch.linspace(999, 1, steps))
-        x, text = (
-            torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((1, 4, 4, 4), (1, 7, 2048))
-        )
+        x, text = normal(1, 1, 4, 4, 4), normal(1, 1, 7, 2048)
         for t in self.scheduler.timesteps:
             x = x - self.unet(x, t, text)
         return x
@@ -149,23 +144,18 @@ def test_a_pipelines_compiled_denoiser(how: Callable[..., nn.Module]) -> None:
 
 
 def test_something_else_in_the_place_of_the_layers() -> None:
+    """Of one, whose weights are used while its modules are not called; then of all."""
     unet = small_unet()
-    one = face(unet)
+    one, layer = face(unet), unet.middle_block[0].attn2
+    layer.forward = lambda x, context: nn.functional.linear(x, layer.to_q.weight)
+    with pytest.raises(UnsupportedModelError, match=r"bypasses the layers PuLID needs: 2 of 3 ran"):
+        with_face(unet, [one])
     unet.forward = lambda x, *_: x
     with pytest.raises(UnsupportedModelError, match="TensorRT.*bypasses the layers"):
         with_face(unet, [one])
     assert count_hooks(unet) == 0
     with inject(unet, [face(small_unet(), start=0.5)], STEP):
         call(unet)  # nothing is to act
-
-
-def test_something_else_in_the_place_of_one_layer() -> None:
-    """Its weights are used, and its modules are not called."""
-    unet = small_unet()
-    one, layer = face(unet), unet.middle_block[0].attn2
-    layer.forward = lambda x, context: nn.functional.linear(x, layer.to_q.weight)
-    with pytest.raises(UnsupportedModelError, match=r"bypasses the layers PuLID needs: 2 of 3 ran"):
-        with_face(unet, [one])
 
 
 def test_a_pipeline_with_something_else_in_the_place_of_the_layers() -> None:

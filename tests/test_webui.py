@@ -23,6 +23,8 @@ from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, Pulid
 from lib_pulid.fields import FAMILIES, FIELDS, MOST_PHOTOS, PRESETS
 from lib_pulid.sites import Sites
 from lib_pulid.units import PulidUnit, default_args
+from lib_pulid.webui import infotext, settings, xyz
+from lib_pulid.webui.plan import UnitPlan
 from tests import small_models
 from tests.face_standins import packed, photo
 from tests.fake_modules.models import SD1_BLOCKS, SMALL_SITES, WIDTH, UNet, same, small_unet
@@ -177,16 +179,14 @@ class TestTheAccordion:
             raise KeyError
         assert (inspect.signature, inspect.getfullargspec, typing.get_type_hints) == originals
 
-    def test_units_by_setting(self, ui, script):
-        ui.modules.shared.opts.data["pulid_units"] = 5
-        assert len(script.ui(False)) == 1 + 5 * len(FIELDS)
-
-    def test_each_persons_settings_have_labels_of_their_own(self, script):
-        """The hosts keep them in ui-config.json by their labels."""
+    def test_each_persons_settings_have_labels_of_their_own(self, ui, script):
+        """The hosts keep them in ui-config.json by their labels. How many people there are, is a setting."""
         for tab in (False, True):
             labels = [one.label for one in script.ui(tab) if not getattr(one, "do_not_save_to_config", False)]
             assert len(labels) == len(set(labels)) > 30
             assert {"Weight", "Weight (person 2)", "Weight (person 3)"} <= set(labels)
+        ui.modules.shared.opts.data["pulid_units"] = 5
+        assert len(script.ui(False)) == 1 + 5 * len(FIELDS)
 
     def test_fields_are_pasted_into_and_sent_by_name(self, script):
         script.ui(False)
@@ -197,17 +197,13 @@ class TestTheAccordion:
 
 
 class TestFamilies:
-    def choices(self, script) -> list[str]:
-        return next(widget for widget in script.ui(False) if widget.elem_id == "pulid_txt2img_1_preset").kwargs[
-            "choices"
-        ]
-
-    def test_where_there_is_no_flux_nothing_of_it_is_shown(self, script):
-        assert self.choices(script) == ["v1.1", "fidelity", "style", "neutral", "custom"]
-
-    def test_before_forge_has_said_which_all_is_shown(self, weights):
-        with webui("forge", weights) as ui:
-            assert set(self.choices(ui.script())) == {*PRESETS["sdxl"], *PRESETS["flux"], "custom"}
+    @pytest.mark.parametrize("host", ["a1111", "forge"])
+    def test_where_there_is_no_flux_nothing_of_it_is_shown(self, weights, host):
+        """Forge shows all until it has said which."""
+        with webui(host, weights) as ui:
+            (preset,) = [one for one in ui.script().ui(False) if one.elem_id == "pulid_txt2img_1_preset"]
+        of_flux = PRESETS["flux"] if host == "forge" else ()
+        assert preset.kwargs["choices"] == ["v1.1", "fidelity", "style", "neutral", *of_flux, "custom"]
 
     def test_of_the_chosen_checkpoint(self, weights, tmp_path):
         """By its file, until it is loaded; by what is loaded then."""
@@ -243,8 +239,6 @@ class TestPlan:
         return hosts.LoadedModel(Sites("flux", ()), torch.nn.Identity(), torch.device("cpu"), torch.float32, "x")
 
     def plan(self, library, one, *units):
-        from lib_pulid.webui.plan import UnitPlan
-
         made = [PulidUnit.from_mapping({"images": [one], **values}, n) for n, values in enumerate(units, 1)]
         return UnitPlan(list(enumerate(made, 1)), library)
 
@@ -256,8 +250,6 @@ class TestPlan:
         assert [(i.weight, i.start_step) for i in plan.injections(sdxl, hires=False)] == [(0.8, 0), (0.3, 0)]
 
     def test_chroma_is_called_an_experiment(self, library, one, model):
-        from lib_pulid.webui import infotext
-
         plan, notes, chroma = self.plan(library, one, {}), [], torch.nn.Module()
         plan.warn, chroma.distilled_guidance_layer = notes.append, torch.nn.Identity()
         assert "experiment" not in plan.prepare(model)[1] and notes == []
@@ -303,10 +295,8 @@ class TestPlan:
 
 class TestInfotext:
     def pasted(self, library, parameters: dict) -> dict:
-        from lib_pulid.webui.infotext import PastedField
-
-        fields = [PastedField(number, field, library) for number in (1, 2) for field in FIELDS]
-        return {str(field): field(parameters) for field in [PastedField(1, None, library), *fields]}
+        fields = [infotext.PastedField(number, field, library) for number in (1, 2) for field in FIELDS]
+        return {str(field): field(parameters) for field in [infotext.PastedField(1, None, library), *fields]}
 
     def test_a_picture_without_it_switches_it_off_and_leaves_the_rest(self, library):
         pasted = self.pasted(library, {"Steps": "20"})
@@ -324,22 +314,16 @@ class TestInfotext:
         assert [from_cache[name] for name in ("PuLID on", "PuLID 1 enabled", "PuLID 2 enabled")] == [True, True, False]
         gone = self.pasted(library, {"PuLID 1": parameters["PuLID 1"].replace(short_hash, "0123456789")})
         assert (gone["PuLID 1 identity"], gone["PuLID 1 images"]) == ("None", None)  # whatever photos are there stay
-        saved = library.identities.save("Found again", library.identities.load(short_hash))
-        try:
-            assert self.pasted(library, parameters)["PuLID 1 identity"] == "Found again"
-            unet = small_unet()
-            by_name = ui.generate(script, Generation(unet), [{"identity": "Found again"}])
-            by_hash = ui.generate(script, Generation(unet), [{"identity": short_hash}])
-            assert same(by_name, by_hash)
-            assert same(by_name, ui.generate(script, Generation(unet), [{"images": [one]}]))
-        finally:
-            saved.path.unlink()
+        library.identities.save("Found again", library.identities.load(short_hash))
+        assert self.pasted(library, parameters)["PuLID 1 identity"] == "Found again"
+        unet = small_unet()
+        by_name = ui.generate(script, Generation(unet), [{"identity": "Found again"}])
+        for other in ({"identity": short_hash}, {"images": [one]}):
+            assert same(by_name, ui.generate(script, Generation(unet), [other]))
 
 
 class TestXYZ:
     def axes(self, ui, library) -> dict:
-        from lib_pulid.webui import xyz
-
         xyz.add_axes(2, library, FAMILIES)
         xyz.add_axes(2, library, FAMILIES)  # Reload UI
         options = ui.modules.scripts.scripts_data[0].module.axis_options
@@ -348,8 +332,6 @@ class TestXYZ:
         return {option.label: option for option in options}
 
     def test_only_what_the_host_can_load(self, library):
-        from lib_pulid.webui import xyz
-
         labels = {axis.label for axis in xyz.axes(AxisOption, 1, library, ("sdxl",))}
         assert "[PuLID 1] Projection" in labels
         assert "[PuLID 1] Start step" not in labels
@@ -364,8 +346,6 @@ class TestXYZ:
         assert "[PuLID 2] Weight" in second and "[PuLID 2] Start" not in second
 
     def test_cells(self, ui, script, library, one, tmp_path, monkeypatch):
-        from copy import copy
-
         axes, calls = self.axes(ui, library), []
         readers, read = library.encoders, library.encoders._encoders
         monkeypatch.setattr(readers, "_encoders", lambda *args: (calls.append(1), read(*args))[1])
@@ -395,12 +375,22 @@ class TestXYZ:
         assert axes["[PuLID 1] PuLID model"].choices()[0] == "auto"
 
 
+AS_IT_IS = {"__type__": "update"}  # a widget that stays
+
+
 class TestActions:
     @pytest.fixture
     def actions(self, library):
         from lib_pulid.webui.actions import Actions
 
         return Actions(library, lambda name: {"": "sdxl"}.get(name, name))
+
+    @pytest.fixture
+    def save(self, actions, one):
+        """Saves a photo, or what is chosen, under a name."""
+        return lambda name, chosen="": actions.save(
+            name, "" if chosen else json.dumps([one]), "auto", "largest", 0, "official", *[chosen] * bool(chosen)
+        )
 
     def test_photos_come_and_go(self, actions, tmp_path):
         paths = []
@@ -438,35 +428,28 @@ class TestActions:
         assert gallery["visible"] is False
         assert "No photo yet" in note
 
-    def test_save(self, actions, library, one):
-        listed, name, note = actions.save("  Anna ", json.dumps([one]), "auto", "largest", 0, "official")
-        try:
-            assert listed["value"] == "Anna"
-            assert "Anna" in listed["choices"]
-            assert name["value"] == ""
-            assert "for PuLID v1.1 for SDXL" in note
-            assert "already saved" in actions.save("Anna", json.dumps([one]), "auto", "largest", 0, "official")[2]
-            gallery, note = actions.preview("", "Anna", "largest", 0)
-            assert len(gallery["value"]) == 1
-        finally:
-            (library.identities.folder / "Anna.safetensors").unlink()
+    def test_save(self, actions, save):
+        listed, name, note = save("  Anna ")
+        assert listed["value"] == "Anna" and "Anna" in listed["choices"]
+        assert name["value"] == ""
+        assert "for PuLID v1.1 for SDXL" in note
+        assert "already saved" in save("Anna")[2]
+        gallery, note = actions.preview("", "Anna", "largest", 0)
+        assert len(gallery["value"]) == 1
+        assert "pulid-bad" in save("../x")[2]  # a name that cannot be
 
-    def test_photos_or_a_saved_identity_one_of_them_is_there(self, script):
+    def test_photos_or_a_saved_identity_one_of_them_is_there(self, actions):
         """Whichever came last counts, and the other is gone from the page."""
-        same = {"__type__": "update"}
-        from lib_pulid.webui.actions import Actions
-
-        actions = Actions(script.library, lambda name: "sdxl")
         chosen, note = actions.photos_count('["photo"]', "anna", "<p>before</p>")
         assert chosen["value"] == "None"
         assert "before" in note["value"] and "anna was deselected" in note["value"]
-        assert actions.photos_count('["photo"]', "None", "") == (same, same)
-        assert actions.photos_count("", "anna", "") == (same, same)
+        assert actions.photos_count('["photo"]', "None", "") == (AS_IT_IS, AS_IT_IS)
+        assert actions.photos_count("", "anna", "") == (AS_IT_IS, AS_IT_IS)
         assert actions.identity_counts("anna", '["photo"]') == ""
-        assert actions.identity_counts("None", '["photo"]') == same
+        assert actions.identity_counts("None", '["photo"]') == AS_IT_IS
 
-    def test_a_deleted_identity_is_chosen_no_longer(self, actions, library, one):
-        actions.save("Gone", json.dumps([one]), "auto", "largest", 0, "official")
+    def test_a_deleted_identity_is_chosen_no_longer(self, actions, library, save):
+        save("Gone")
         path = library.identities.folder / "Gone.safetensors"
         short_hash = library.identities.find("Gone") and library.identities.listed()[0].short_hash
         for chosen in ("Gone", "gone", short_hash, "None", "", None):
@@ -477,30 +460,19 @@ class TestActions:
 
     def test_a_preview_of_what_is_there_no_longer_goes(self, actions, one):
         asked = actions.asked(json.dumps([one]), "None", "largest", 0)
-        same = {"__type__": "update"}
-        assert actions.still_asked(json.dumps([one]), "None", "largest", 0.0, asked) == (same, same)
-        gone = ({"__type__": "update", "value": [], "visible": False}, "")
+        assert actions.still_asked(json.dumps([one]), "None", "largest", 0.0, asked) == (AS_IT_IS, AS_IT_IS)
+        gone = ({**AS_IT_IS, "value": [], "visible": False}, "")
         for now in (("", "None", "largest", 0), (json.dumps([one]), "anna", "largest", 0),
                     (json.dumps([one]), "None", "largest", 1)):  # fmt: skip
             assert actions.still_asked(*now, asked) == gone
         assert actions.no_preview() == gone
 
-    def test_save_what_is_chosen_under_another_name(self, actions, library, one):
-        saved = [library.identities.folder / f"{name}.safetensors" for name in ("First", "Second")]
-        try:
-            actions.save("First", json.dumps([one]), "auto", "largest", 0, "official")
-            listed, _, note = actions.save("Second", "", "auto", "largest", 0, "official", "First")
-            assert listed["value"] == "Second"
-            assert library.identities.load("Second").short_hash == library.identities.load("First").short_hash
-            note = actions.save("x.pulidembd", "", "auto", "largest", 0, "official", "First")[2]
-            assert "is for FLUX" in note
-            assert "No photo to save" in actions.save("Third", "", "auto", "largest", 0, "official", "None")[2]
-        finally:
-            for path in saved:
-                path.unlink(missing_ok=True)
-
-    def test_a_name_that_cannot_be(self, actions, one):
-        assert "pulid-bad" in actions.save("../x", json.dumps([one]), "auto", "largest", 0, "official")[2]
+    def test_save_what_is_chosen_under_another_name(self, library, save):
+        save("First")
+        assert save("Second", "First")[0]["value"] == "Second"
+        assert library.identities.load("Second").short_hash == library.identities.load("First").short_hash
+        assert "is for FLUX" in save("x.pulidembd", "First")[2]
+        assert "No photo to save" in save("Third", "None")[2]
 
     @pytest.fixture
     def following(self, library):
@@ -511,13 +483,13 @@ class TestActions:
     def test_presets_and_sliders(self, following):
         assert [update.get("value") for update in following.apply_preset("style")] == ["ortho", 16, None]
         assert [update.get("value") for update in following.apply_preset("realistic")] == [None, None, 4]
-        assert following.apply_preset("custom") == [{"__type__": "update"}] * 3
+        assert following.apply_preset("custom") == [AS_IT_IS] * 3
         for shown in ("", "sdxl"):
             assert following.name_preset("sdxl", shown, "ortho", 16.0, 0)["value"] == "style"
         assert following.name_preset("sdxl", "sdxl", "ortho", 17, 0)["value"] == "custom"
         assert following.name_preset("flux", "flux", "ortho", 17, 4.0)["value"] == "realistic"
         # The page shows the other family.
-        assert following.name_preset("sdxl", "flux", "ortho", 16, 4) == {"__type__": "update"}
+        assert following.name_preset("sdxl", "flux", "ortho", 16, 4) == AS_IT_IS
 
     def test_another_family(self, following):
         values = [0.8, "id_mix", "ortho", 16, 0, "auto", 0.5, "average", "none", 3, 4, "auto"]  # of two units
@@ -535,15 +507,11 @@ class TestActions:
         assert [update["visible"] for update in updates[3:5]] == [True, False]
 
     def test_the_same_family_or_none(self, following):
-        assert (
-            following.follow_checkpoint("flux", "flux", 0.8, "official", "ortho", 16, 0, "auto")
-            == [{"__type__": "update"}] * 8
-        )
+        values = ["official", "ortho", 16, 0, "auto"]
+        assert following.follow_checkpoint("flux", "flux", 0.8, *values) == [AS_IT_IS] * 8
         following.family = lambda name: ""
-        family, weight, preset, _, *lines = following.follow_checkpoint(
-            "flux", "", 1.0, "official", "ortho", 16, 0, "auto"
-        )
-        assert (family, weight) == ("", {"__type__": "update"})
+        family, weight, preset, _, *lines = following.follow_checkpoint("flux", "", 1.0, *values)
+        assert (family, weight) == ("", AS_IT_IS)
         assert preset["choices"] == [*PRESETS["sdxl"], *PRESETS["flux"], "custom"]
         assert preset["visible"] and "value" not in preset
         assert [line["visible"] for line in lines] == [True, True, False, False]
@@ -563,8 +531,6 @@ class TestActions:
 
 
 def test_settings_and_flags(ui, script, tmp_path):
-    from lib_pulid.webui import settings
-
     settings.add_settings()
     added = ui.modules.shared.opts.added
     assert {info.section for info in added.values()} == {("pulid", "PuLID")}
@@ -578,8 +544,6 @@ def test_settings_and_flags(ui, script, tmp_path):
 
 def test_the_folder_for_temporary_images_is_made(ui, tmp_path):
     """A fresh Forge Neo names one that is not there; a place where none can be made is no reason to fail."""
-    from lib_pulid.webui import settings
-
     settings.make_temp_folder()  # the host's default: none
     for folder in (tmp_path / "data" / "tmp", tmp_path / "data" / "tmp"):
         ui.modules.shared.opts.temp_dir = str(folder)

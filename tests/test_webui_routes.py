@@ -11,11 +11,10 @@ from lib_pulid.errors import MissingWeightsError, NoFaceError, OutOfMemoryError,
 from lib_pulid.fields import FIELDS
 from lib_pulid.files import pulidembd
 from lib_pulid.identity import Identity
+from lib_pulid.webui import routes
 
 
 def test_models_identities_and_schema(library):
-    from lib_pulid.webui import routes
-
     found = json.loads(json.dumps(routes.models(library)))
     assert {file["name"]: file["family"] for file in found["models"]} == {
         "standin_pulid_sdxl.safetensors": "sdxl",
@@ -30,8 +29,6 @@ def test_models_identities_and_schema(library):
 
 
 def test_detect(library, two):
-    from lib_pulid.webui import routes
-
     answer = json.loads(json.dumps(routes.detect({"images": [two], "face_order": "left-to-right"}, library)))
     found = answer["photos"][0]
     assert len(found["faces"]) == 2
@@ -49,8 +46,6 @@ def test_detect(library, two):
     ({"images": ["TWO"], "face_order": "x"}, SettingError, "field face_order"),
 ])  # fmt: skip
 def test_detect_says_what_is_wrong(library, two, body, kind, words):
-    from lib_pulid.webui import routes
-
     with pytest.raises(kind, match=words):
         routes.detect({**body, **({"images": [two]} if body.get("images") == ["TWO"] else {})}, library)
 

@@ -108,29 +108,18 @@ def test_nested_conversion(write):
         assert torch.equal(a.to_v, b.to_v)
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", "module"])
-def test_a_wrapped_table_is_opened(write, wrapper):
-    assert load_adapter(write("x.bin", pickled({wrapper: v11_state(), "step": 3}))).version == "v1.1"
-
-
-@pytest.mark.parametrize("layout", ["v1", "v1.1", "converted"])
-def test_sdxl_sites_in_numeric_order(write, layout):
-    sites = load_adapter(write("x", pickled(shuffled(STATES[layout]())))).sites
-    assert [site.to_k.shape for site in sites] == [(width, TOKEN) for width in WIDTHS]
-    for n, site in enumerate(sites):
-        assert isinstance(site, CrossAttentionWeights)
-        for ours, name in ((site.to_k, "k"), (site.to_v, "v")):
-            assert torch.equal(ours, v1_state()[LAYER.format(2 * n + 1, name)].to(ours.dtype))
-
-
-def test_flux_sites_in_numeric_order(write):
-    state = flux_state()
-    sites = load_adapter(write("x", as_safetensors(state))).sites
-    for n, site in enumerate(sites):
-        assert isinstance(site, ImageStreamWeights)
-        assert set(vars(site)) == set(STREAM)
-        for field, key in STREAM.items():
-            assert torch.equal(getattr(site, field), state[f"pulid_ca.{n}.{key}"])
+@pytest.mark.parametrize("layout", STATES)
+def test_sites_in_numeric_order(write, layout):
+    state, is_flux = STATES[layout](), layout == "flux"
+    names = STREAM if is_flux else {"to_k": "k", "to_v": "v"}
+    for n, site in enumerate(load_adapter(write("x", pickled(shuffled(state)))).sites):
+        assert isinstance(site, ImageStreamWeights if is_flux else CrossAttentionWeights)
+        assert set(vars(site)) == set(names)
+        assert is_flux or site.to_k.shape == (WIDTHS[n], TOKEN)
+        for field, name in names.items():
+            ours, stored = getattr(site, field), state if is_flux else v1_state()
+            key = f"pulid_ca.{n}.{name}" if is_flux else LAYER.format(2 * n + 1, name)
+            assert torch.equal(ours, stored[key].to(ours.dtype))
 
 
 @pytest.mark.parametrize("layout", STATES)
@@ -276,6 +265,12 @@ def without(state: dict[str, Tensor], *keys: str) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if key not in keys}
 
 
+def narrow_heads() -> dict[str, Tensor]:
+    """Of 100 instead of 128; such a file would load and fail later, in the midst of compiling."""
+    shapes = {"to_q": (100, STREAM_WIDTH), "to_kv": (200, TOKEN), "to_out": (STREAM_WIDTH, 100)}
+    return {f"pulid_ca.{n}.{name}.weight": torch.zeros(shape) for n in range(SITES) for name, shape in shapes.items()}
+
+
 LAYER = "id_adapter_attn_layers.{}.id_to_{}.weight"
 BROKEN = {
     "a layer": (without(v1_state(), LAYER.format(5, "k"), LAYER.format(5, "v")), "incomplete"),
@@ -300,6 +295,7 @@ BROKEN = {
     "flux foreign": ({**flux_state(), "other": torch.zeros(1)}, "tensor: 'other'"),
     "flux shape": ({**flux_state(), "pulid_ca.4.to_kv.weight": torch.zeros(256, 32)},
                    r"pulid_ca\.4\.to_kv has shape \(256, 32\), expected \(256, 64\)"),
+    "flux heads": ({**flux_state(), **narrow_heads()}, ""),
     "to_q of one dimension": ({**flux_state(), "pulid_ca.0.to_q.weight": torch.zeros(128)}, ""),
     "body of one dimension": ({**v1_state(), "id_adapter.body.0.weight": torch.zeros(256)}, ""),
     "proj_out of one dimension": ({**v11_state(), "id_adapter.proj_out": torch.zeros(64)}, ""),
@@ -314,17 +310,6 @@ BROKEN = {
 def test_incomplete_and_wrong_shapes(write, what):
     state, words = BROKEN[what]
     with pytest.raises(WrongWeightsError, match=rf"(?s)^broken\.bin.*{words}"):
-        load_adapter(write("broken.bin", pickled(state)))
-
-
-def test_flux_heads_have_to_be_128_wide(write):
-    """Else the file loads and fails later, in the midst of compiling."""
-    state = flux_state()
-    for n in range(SITES):
-        state[f"pulid_ca.{n}.to_q.weight"] = torch.zeros(100, STREAM_WIDTH)
-        state[f"pulid_ca.{n}.to_kv.weight"] = torch.zeros(200, TOKEN)
-        state[f"pulid_ca.{n}.to_out.weight"] = torch.zeros(STREAM_WIDTH, 100)
-    with pytest.raises(WrongWeightsError, match=r"broken\.bin"):
         load_adapter(write("broken.bin", pickled(state)))
 
 
@@ -343,28 +328,28 @@ def tower_state(**changed: Tensor) -> dict[str, Tensor]:
     return {**state, **{f"visual.{key}": value for key, value in changed.items()}}
 
 
-def test_another_eva_is_refused(write):
-    eva_224 = tower_state(pos_embed=torch.zeros(1, 257, 64))
-    eva_patch_16 = tower_state(**{"patch_embed.proj.weight": torch.zeros(64, 3, 16, 16)})
-    for state, words in ((eva_224, "224 x 224"), (eva_patch_16, "384 x 384 pixels in patches of 16")):
-        with pytest.raises(WrongWeightsError, match=rf"eva\.pt is not the vision tower .*{words}"):
-            load_vision_tower(write("eva.pt", pickled(state)))
+@pytest.mark.parametrize(("state", "words"), [
+    (tower_state(pos_embed=torch.zeros(1, 257, 64)), "is not the vision tower .*224 x 224"),
+    (tower_state(**{"patch_embed.proj.weight": torch.zeros(64, 3, 16, 16)}),
+     "is not the vision tower .*384 x 384 pixels in patches of 16"),
+    *((without(tower_state(), missing), "is not the vision tower")
+      for missing in ("visual.pos_embed", "visual.blocks.0.mlp.w1.weight", "visual.blocks.1.attn.q_bias")),
+    (without(tower_state(), "visual.head.weight"), "is a vision transformer .*Needed: EVA02"),
+], ids=["224", "patches of 16", "no positions", "no mlp", "no bias", "no projection"])  # fmt: skip
+def test_another_eva_or_an_incomplete_one_is_refused(write, state, words):
+    with pytest.raises(WrongWeightsError, match=rf"^eva\.pt {words}"):
+        load_vision_tower(write("eva.pt", pickled(state)))
 
 
-def test_an_incomplete_tower_is_refused(write):
-    for missing in ("visual.pos_embed", "visual.blocks.0.mlp.w1.weight", "visual.blocks.1.attn.q_bias"):
-        with pytest.raises(WrongWeightsError, match=r"^eva\.pt is not the vision tower"):
-            load_vision_tower(write("eva.pt", pickled(without(tower_state(), missing))))
-
-
-def test_a_tower_without_a_projection_and_a_missing_one(write, tmp_path):
-    with pytest.raises(WrongWeightsError, match=r"^eva\.pt is a vision transformer .*Needed: EVA02"):
-        load_vision_tower(write("eva.pt", pickled(without(tower_state(), "visual.head.weight"))))
+def test_a_missing_tower(tmp_path):
     with pytest.raises(MissingWeightsError, match="nothing.pt"):
         load_vision_tower(tmp_path / "nothing.pt")
 
 
 def test_read_state_dict_makes_nesting_flat(write):
+    """And opens wrapped tables."""
+    for wrapper in ("state_dict", "model", "module"):
+        assert load_adapter(write("x.bin", pickled({wrapper: v11_state(), "step": 3}))).version == "v1.1"
     inner = {"a": torch.ones(1), "note": "text"}
     content = pickled({"image_proj": inner, "state_dict": {"b": torch.ones(2)}, "c": torch.ones(3), "epoch": 4})
     assert {k: len(v) for k, v in read_state_dict(write("x", content)).items()} == {"image_proj.a": 1, "b": 2, "c": 3}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.fake_modules.forge import ControlModel
+from tests.small_models import normal
 
 
 class Cond(dict):
@@ -80,7 +81,7 @@ def sample(
         if before_step is not None:
             before_step(step)
         unet, count = p.sd_model.model.diffusion_model, len(conds) + pictures
-        x = torch.randn(count, 4, *hw, generator=torch.Generator().manual_seed(step))
+        x = normal(step, count, 4, *hw)
         params = SimpleNamespace(
             x=x, sigma=torch.full((pictures,), 14.6 / (step + 1)), text_cond=Cond(crossattn=conds),
             text_uncond=Cond(crossattn=unconds), denoiser=denoiser,

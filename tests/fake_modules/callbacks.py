@@ -64,8 +64,6 @@ def fill(module: ModuleType, cached: bool) -> None:
     module.add_callback = add_callback_from_1_9_on if cached else add_callback
     module.remove_callbacks_for_function = remove_callbacks_for_function
     module.clear_callbacks = clear_callbacks
-    if cached:
-        module.ordered_callbacks_map = ordered
     for event in EVENTS:
         setattr(module, f"on_{event}", on(event))
         setattr(module, f"{event}_callback", call(event))

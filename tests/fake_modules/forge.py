@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.small_models import normal
+
 
 class KModel(nn.Module):
     def __init__(self, denoiser: nn.Module) -> None:
@@ -146,7 +148,7 @@ def sample(
         if before_step is not None:
             before_step(step)
         pictures = len(conds[0])
-        x = torch.randn(pictures, channels, *hw, generator=torch.Generator().manual_seed(step))
+        x = normal(step, pictures, channels, *hw)
         sigma = torch.full((pictures,), 14.6 / (step + 1))
         texts = {"text_cond": conds[0], "text_uncond": unconds[0] if unconds else None}
         script_callbacks.cfg_denoiser_callback(SimpleNamespace(x=x, sigma=sigma, denoiser=denoiser, **texts))

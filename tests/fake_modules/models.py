@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.small_models import normal
+
 WIDTH, HEADS = 8, 2
 SDXL_BLOCKS = (24, 10, 36)  # input, middle, output: 70 in all
 SD1_BLOCKS = (6, 1, 9)
@@ -207,7 +209,7 @@ def pack_layers(module: nn.Module) -> None:
 
 def text(length: int = 77, seed: int = 1, pictures: int = 1, width: int = 2048) -> Tensor:
     """A prompt's embedding, [pictures, length, width]."""
-    return torch.randn(pictures, length, width, generator=torch.Generator().manual_seed(seed))
+    return normal(seed, pictures, length, width)
 
 
 def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

@@ -156,8 +156,8 @@ class Page:
 
 
 @contextlib.contextmanager
-def opened(host: Running, dark: bool = False) -> Iterator[Page]:
-    """The WebUI's page in a browser of its own."""
+def opened(host: Running, dark: bool = False, on: bool = False) -> Iterator[Page]:
+    """The WebUI's page in a browser of its own. on: with the accordion open."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -172,6 +172,8 @@ def opened(host: Running, dark: bool = False) -> Iterator[Page]:
             inner.set_default_timeout(PATIENCE)
             page = Page(host, inner)
             page.load(f"{host.api.url}/?__theme={'dark' if dark else 'light'}")
+            if on:
+                page.open()
             yield page
             expect(not page.problems, f"errors in the page: {page.problems[:3]}")
         finally:

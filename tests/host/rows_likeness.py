@@ -150,8 +150,7 @@ def blend(host: Running) -> str:
 @rows.row("Blend: on the page; a slider moved by keys sets both shares, and a wrong name loses nothing")
 def blend_on_the_page(host: Running) -> str:
     save_two(host)
-    with opened(host) as page:
-        page.open()
+    with opened(host, on=True) as page:
         page.part("blend_panel").locator(".label-wrap").first.click()
         page.inner.wait_for_timeout(2500)  # the list is read anew
         for name in ("blend-anna", "blend-ben"):

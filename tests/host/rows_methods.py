@@ -9,6 +9,7 @@ from tests.host.models.methods import FILES, NET
 from tests.host.rows_basics import person
 from tests.host.rows_batches import ONE_BY_ONE, WEIGHT, mirror
 from tests.host.rows_controlnet import controls
+from tests.host.rows_errors import refused
 from tests.host.rows_img2img import scene
 from tests.host.table import Rows, Skipped, differ, equal, expect
 from tests.host.webui import Running
@@ -68,10 +69,7 @@ def together(host: Running) -> str:
 
 @rows.row("A setting that a method does not have ends the request with a message")
 def settings(host: Running) -> str:
-    answer = host.api.try_txt2img(one(host, "instantid", projection="ortho"))
-    expect(answer.status >= 400, f"status {answer.status}")
-    expect("InstantID for SDXL has no such setting" in answer.text, answer.text[:300])
-    return answer.text[:200]
+    return refused(host, ["InstantID for SDXL has no such setting"], one(host, "instantid", projection="ortho"))
 
 
 @rows.row("FaceID in a batch, and with hires fix")
@@ -172,23 +170,17 @@ def identity_net_passes(host: Running) -> str:
 def identity_net_errors(host: Running) -> str:
     controls(host)
     path = host.data / "models" / "pulid" / NET
-    away, told = path.with_suffix(".away"), []
-
-    def refused(words: str, *units: dict[str, Any]) -> None:
-        answer = host.api.try_txt2img(*units)
-        expect(answer.status >= 400 and words in answer.text, f"{words!r} is not in: {answer.text[:300]}")
-        told.append(words)
-
-    refused("follow the pose of one person only", pose(host), pose(host, "ben"))
+    away = path.with_suffix(".away")
+    told = [refused(host, ["follow the pose of one person only"], pose(host), pose(host, "ben"))]
     adapter = host.api.txt2img(pose(host, strength=0)).image
     path.rename(away)
     try:
-        refused("(IdentityNet) is missing", pose(host))
+        told.append(refused(host, ["(IdentityNet) is missing"], pose(host)))
         left_out = host.api.txt2img(one(host, "instantid"))
         equal(adapter, left_out.image, "without the file, and the adapter half")
         expect("identity_net: 0" in left_out.parameters[0], left_out.parameters[0])
         path.write_bytes(b"not a weight file")
-        refused("damaged, or no safetensors file", pose(host))
+        told.append(refused(host, ["damaged, or no safetensors file"], pose(host)))
     finally:
         path.unlink(missing_ok=True)
         away.rename(path)

@@ -53,8 +53,7 @@ def accordion(host: Running) -> str:
 
 @rows.row("Page: open is on and closed is off; after a click on the checkbox the title opens and closes only")
 def title_and_checkbox(host: Running) -> None:
-    with opened(host) as page:
-        page.open()
+    with opened(host, on=True) as page:
         expect("closing it disables it" in page.find("#pulid_txt2img .pulid-hint").first.inner_text(), "no hint")
         title = page.part("").locator(".label-wrap").first
         title.click()
@@ -73,8 +72,7 @@ def title_and_checkbox(host: Running) -> None:
 
 @rows.row("Page: preview shows the faces, the chosen one, the crops, and warns")
 def preview(host: Running) -> str:
-    with opened(host) as page:
-        page.open()
+    with opened(host, on=True) as page:
         page.drop("two")
         page.part("1_preview").click()
         page.until("gradioApp().querySelector('#pulid_txt2img_1_seen').innerText.trim() !== ''", "a note")
@@ -106,8 +104,7 @@ def generate(host: Running) -> str:
 
 @rows.row("Page: a file dragged onto the photos; removing it")
 def drag(host: Running) -> None:
-    with opened(host) as page:
-        page.open()
+    with opened(host, on=True) as page:
         page.drag("ben")
         page.part("1_remove_all").click()
         page.part("1_photos").locator("img").first.wait_for(state="detached")
@@ -116,8 +113,7 @@ def drag(host: Running) -> None:
 
 @rows.row("Page: the ✕ on a photo removes that one")
 def cross(host: Running) -> str:
-    with opened(host) as page:
-        page.open()
+    with opened(host, on=True) as page:
         page.drop("anna", "ben", "two", "anna-2")
         page.keep(SCREENSHOTS, "photos", "#pulid_txt2img")
         kept = [one.get_attribute("src") for one in page.part("1_photos").locator("img").all()]
@@ -240,8 +236,7 @@ def png_info(host: Running) -> None:
 
 @rows.row("Page: an identity is saved and chosen; in a page opened anew it is in the list after a refresh")
 def identity(host: Running) -> str:
-    with opened(host) as page:
-        page.open()
+    with opened(host, on=True) as page:
         page.drop("ben")
         page.part("1_save_name").locator("input, textarea").first.fill("Ben from the page")
         page.part("1_save").click()
@@ -262,8 +257,7 @@ def identity(host: Running) -> str:
 def one_of_them(host: Running) -> str:
     shown = "gradioApp().querySelectorAll('#pulid_txt2img_1_{} img').length"
     chosen = "gradioApp().querySelector('#pulid_txt2img_1_identity input').value"
-    with opened(host) as page:
-        page.open()
+    with opened(host, on=True) as page:
         page.drop("anna")
         page.part("1_save_name").locator("input, textarea").first.fill("Anna then the next")
         page.part("1_save").click()
@@ -310,8 +304,7 @@ def out_of_memory(host: Running) -> str:
 
 @rows.row("Page: a preset moves the two settings behind it, a moved setting is called custom or by its name")
 def presets(host: Running) -> None:
-    with opened(host) as page:
-        page.open()
+    with opened(host, on=True) as page:
         page.part("1_preset").locator("label").filter(has_text="fidelity").first.click()
         page.part("1_advanced").locator(".label-wrap").first.click()
         page.until(value("1_num_zero", "8"), "8 zero tokens")

@@ -70,6 +70,10 @@ def pulid_files(widths: tuple[int, ...], stream_width: int, sites: int, seed: in
     return {"v1": sdxl_file(v1, layers), "v1.1": sdxl_file(v11, layers), "flux": flux}
 
 
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def random_weights(shapes: Mapping[str, Tensor | tuple[int, ...]], seed: int, gain: float = 1.0) -> dict[str, Tensor]:
     """`cases.scaled`, by torch's generator. gain: of matrices."""
     generator = torch.Generator().manual_seed(seed)
