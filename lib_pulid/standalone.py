@@ -14,7 +14,7 @@ import torch
 
 from lib_pulid import disk, miniature
 from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, NoFaceError, UnsupportedModelError
-from lib_pulid.face_models import FaceFiles, load_detector, load_face_models, load_recogniser
+from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector, load_face_models
 from lib_pulid.faces import LARGEST, Detector, FaceChoice
 from lib_pulid.files import catalog, control_nets
 from lib_pulid.hosts.diffusers import apply, denoiser_of
@@ -198,8 +198,8 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
         encoders_id=catalog.fingerprint(files, folder.fingerprint),
         cache=cache,
         recognizer=folder.fingerprint(files["recogniser"]) if "recogniser" in files else "",
-        judges=recognizers(files.get("recogniser"), folder, partial(load_recogniser, device=device)),
-        detector=(lambda: load_detector(files["detector"], device)) if "detector" in files else None,
+        judges=recognizers(files.get("recogniser"), folder, partial(ArcFaceRecogniser, device=device)),
+        detector=(lambda: InsightFaceDetector(files["detector"], device)) if "detector" in files else None,
         models_dir=models_dir,
         others=_others(folder, device),
     )
@@ -221,7 +221,7 @@ def _others(folder: ModelsFolder, device: str) -> Callable[[Method], Readers]:
 
 def _encoders(files: Mapping[str, Path], device: str) -> Encoders:
     """Loads the models that read photos, from their files by role."""
-    faces = load_face_models(FaceFiles.among(files), device) if "detector" in files else None
+    faces = load_face_models(files, device) if "detector" in files else None
     return Encoders(faces, load_image_encoder(files, device))
 
 

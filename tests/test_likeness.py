@@ -186,7 +186,7 @@ def number(infotext: dict[str, Any]) -> str | None:
 def test_off_is_off(host, monkeypatch):
     """No entry, no note, and nothing is loaded or run."""
 
-    for name in ("face_models.load_detector", "face_models.load_recogniser", "webui.likeness.measure"):
+    for name in ("face_models.InsightFaceDetector", "face_models.ArcFaceRecogniser", "webui.likeness.measure"):
         monkeypatch.setattr(f"lib_pulid.{name}", fail)
     monkeypatch.setattr(type(host.library.encoders), "see", fail)
     made = generate(host, [unit("anna")], [color("anna")])
@@ -287,7 +287,7 @@ def test_another_recognizer_is_the_judge(host, options, buffalo, monkeypatch):
         loaded.append(path)
         return Reversed() if path == buffalo else Recogniser()
 
-    monkeypatch.setattr("lib_pulid.face_models.load_recogniser", load)
+    monkeypatch.setattr("lib_pulid.face_models.ArcFaceRecogniser", load)
     made = generate(host, [unit("anna")], [color("anna")])
     assert number(made.infotexts[0]) == "1.00"
     assert "Judged by w600k_r50, in " in made.comments
@@ -307,7 +307,7 @@ def test_a_judge_that_is_broken_costs_its_number_only(host, options, buffalo, mo
             raise RuntimeError("not a model")
         return Recogniser()
 
-    monkeypatch.setattr("lib_pulid.face_models.load_recogniser", load)
+    monkeypatch.setattr("lib_pulid.face_models.ArcFaceRecogniser", load)
     made = generate(host, [unit("anna")], [color("anna")])
     assert number(made.infotexts[0]) == "1.00"
     assert "the adapter's own recognizer" in made.comments
@@ -353,7 +353,7 @@ def test_fewer_images_than_to_keep(host):
 
 
 def test_nothing_is_thrown_away_unmeasured(host, monkeypatch):
-    monkeypatch.setattr("lib_pulid.face_models.load_detector", fail)
+    monkeypatch.setattr("lib_pulid.face_models.InsightFaceDetector", fail)
     made = generate(host, [unit("anna", keep_best=1)], [color("nobody"), color("anna")])
     assert len(made.images) == 2
     assert [number(one) for one in made.infotexts] == [None, None]

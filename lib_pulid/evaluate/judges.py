@@ -11,7 +11,7 @@ import numpy as np
 
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
-from lib_pulid.face_models import ArcFaceRecogniser, onnx_providers
+from lib_pulid.face_models import ArcFaceRecogniser
 from lib_pulid.faces import Detection, Recogniser
 from lib_pulid.files.judges import BUFFALO, FACENET, find
 from lib_pulid.judge import Judge, Reading
@@ -124,4 +124,4 @@ def _open(name: str, own: Path | None, models_dir: Path, device: str) -> FaceJud
             f"--judge {path.name} is the adapter's own recognizer, which overestimates likeness and is always "
             f"measured. {HOW_TO_GET}"
         )
-    return RecogniserJudge(path.stem, ArcFaceRecogniser(path, onnx_providers(device)))
+    return RecogniserJudge(path.stem, ArcFaceRecogniser(path, device))

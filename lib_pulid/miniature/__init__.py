@@ -55,10 +55,9 @@ def adapter(family: str) -> Path:
 
 def face_models() -> FaceModels:
     """Loads detector, recognizer and parser, the last two trained on drawn faces."""
-    from lib_pulid.face_models import FaceFiles, load_face_models
+    from lib_pulid.face_models import load_face_models
 
-    detector, recogniser, parser = map(_path, ENCODERS[:3])
-    return load_face_models(FaceFiles(detector, recogniser, landmarker=None, parser=parser))
+    return load_face_models({name.partition(".")[0]: _path(name) for name in ENCODERS[:3]})
 
 
 def encoders() -> Encoders:

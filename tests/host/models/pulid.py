@@ -35,7 +35,7 @@ def write_models(models: Path) -> None:
     insightface = models / "insightface"
     files = write_face_files(insightface)
     (models / "facexlib").mkdir(exist_ok=True)
-    for file in (files.landmarker, files.parser):
+    for file in (files["landmarker"], files["parser"]):
         file.rename(models / "facexlib" / file.name)
     for path in (*folder.iterdir(), *(models / "facexlib").iterdir()):
         if path.suffix in (".pt", ".pth", ".bin"):
