@@ -1,6 +1,7 @@
 """Loads the face models for the protocols of faces.py from files; never downloads them.
 
-Here are insightface's SCRFD and ArcFace, and other ONNX files; facexlib's networks are in facexlib_models.py.
+Detector and recognizer are insightface's SCRFD and ArcFace, landmarker and parser facexlib's RetinaFace and BiSeNet;
+the parser may be an ONNX file, too.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
 from lib_pulid.faces import CROP_SIZE, Detection, FaceModels, Parser, normalise, to_tensor
-from lib_pulid.facexlib_models import PARSER_CLASSES, PARSER_MEAN, PARSER_STD, BiSeNetParser, RetinaFaceLandmarker
+
+if TYPE_CHECKING:
+    import torch
 
 CPU_ONLY = ("CPUExecutionProvider",)
 CUDA = "CUDAExecutionProvider"
@@ -32,6 +35,10 @@ _TOO_NEW = re.compile(r"unsupported model IR version|opset \d+ is under developm
 DETECTION_SIZES = (640, 576, 512, 448, 384, 320, 256)
 DETECTION_THRESHOLD = 0.5  # insightface's FaceAnalysis.prepare
 EMBEDDING_SIZE = 512
+LANDMARK_THRESHOLD = 0.97  # facexlib's FaceRestoreHelper.get_face_landmarks_5
+PARSER_CLASSES = 19
+PARSER_MEAN = (0.485, 0.456, 0.406)  # pulid/pipeline_v1_1.py, 1aa2fc7: ImageNet's
+PARSER_STD = (0.229, 0.224, 0.225)
 
 
 def load_face_models(files: Mapping[str, Path], device: str = "cpu") -> FaceModels:
@@ -159,6 +166,81 @@ class OnnxParser:
         """Labels a crop, uint8 RGB [512, 512, 3]: [512, 512] int64."""
         image = normalise(to_tensor(aligned_rgb), PARSER_MEAN, PARSER_STD).numpy()
         return self._session.run(None, {self._session.get_inputs()[0].name: image})[0][0].argmax(axis=0)
+
+
+# ---------------------------------------------------------------- facexlib's
+
+
+class RetinaFaceLandmarker:
+    """facexlib's RetinaFace-ResNet50, called at full size, as in FaceRestoreHelper.get_face_landmarks_5."""
+
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+        def build() -> torch.nn.Module:
+            from facexlib.detection.retinaface import RetinaFace
+
+            return RetinaFace(network_name="resnet50", device=device)
+
+        self._model = _load_facexlib(Path(path), build, "facexlib's RetinaFace-ResNet50", device)
+
+    def detect(self, image_bgr: np.ndarray) -> list[Detection]:
+        """Detects the faces of an image, uint8 BGR [H, W, 3]."""
+        import torch
+
+        with torch.no_grad():
+            rows = self._model.detect_faces(image_bgr, LANDMARK_THRESHOLD)  # type: ignore[operator]
+        return [Detection(row[:4], row[5:15].reshape(5, 2), float(row[4])) for row in rows]
+
+
+class BiSeNetParser:
+    """facexlib's BiSeNet, 19 classes."""
+
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+        def build() -> torch.nn.Module:
+            from facexlib.parsing.bisenet import BiSeNet
+
+            return BiSeNet(num_class=PARSER_CLASSES)
+
+        self._model = _load_facexlib(Path(path), build, "facexlib's BiSeNet", device)
+        self._device = device
+
+    def labels(self, aligned_rgb: np.ndarray) -> np.ndarray:
+        """Labels a crop, uint8 RGB [512, 512, 3]: [512, 512] int64."""
+        import torch
+
+        with torch.no_grad():
+            scores = self._model(normalise(to_tensor(aligned_rgb).to(self._device), PARSER_MEAN, PARSER_STD))[0]
+        return scores.argmax(dim=1)[0].cpu().numpy()
+
+
+def _load_facexlib(
+    path: Path, build: Callable[[], torch.nn.Module], what: str, device: str | torch.device
+) -> torch.nn.Module:
+    """Builds one of facexlib's networks and loads its weights strictly; facexlib's own loader would download."""
+    import torch
+
+    from lib_pulid.files.state_dict import check_numbers, read_state_dict
+
+    state = {key.removeprefix("module."): value for key, value in read_state_dict(path).items()}
+    try:
+        # The random initial values are overwritten; drawing them must not shift the seed of the current image.
+        with torch.random.fork_rng(devices=[]):
+            model = build()
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise NotImplementedError  # as RetinaFace does by itself
+    except ImportError as error:
+        raise PulidError(f"facexlib is needed to read faces, but cannot be imported ({error}).") from error
+    except NotImplementedError as error:
+        # A1111 loads a checkpoint in another thread; meanwhile, layers are created without memory for their weights.
+        raise PulidError("The WebUI is still loading a checkpoint. Try again when it is loaded.") from error
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}. ({str(error)[:300]})") from error
+    check_numbers({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, path)
+    return model.eval().to(device)
+
+
+# ---------------------------------------------------------------- ONNX files
 
 
 def _require_file(path: Path, what: str) -> None:

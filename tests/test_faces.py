@@ -161,7 +161,7 @@ def test_equal_to_the_official_flow_bit_for_bit(official, real_models):
     image = large_photo()
     found, embedding, crop, features, vision = official.read(resize_long_edge(image))
     face = read_face(image, real_models)
-    assert len(found) == face.faces_found == 1
+    assert len(found) == len(face.detections) == 1
     np.testing.assert_array_equal(face.detection.box, found[0].bbox)
     np.testing.assert_array_equal(face.detection.landmarks, found[0].kps)
     assert face.detection.score == pytest.approx(found[0].det_score)
@@ -182,7 +182,7 @@ def test_largest_face_equal_to_the_official_one_where_it_is_the_central_one(offi
     draw_face(image, (60, 60), 70, shade=5)
     found, embedding, crop, *_ = official.read(image)
     face = read_face(image, models)
-    assert len(found) == face.faces_found == 2
+    assert len(found) == len(face.detections) == 2
     for ours, theirs in zip(face.detections, found):
         np.testing.assert_array_equal(ours.box, theirs.bbox)
     np.testing.assert_array_equal(face.embedding, embedding)
@@ -198,7 +198,7 @@ def test_fallback_equal_to_the_official_one(official, models):
     np.testing.assert_array_equal(face.embedding, embedding)
     np.testing.assert_array_equal(face.aligned, crop[:, :, ::-1])
     assert "only RetinaFace found" in " ".join(face.notes)
-    assert face.faces_found == 1
+    assert len(face.detections) == 1
 
 
 @pytest.mark.parametrize(("choice", "who"), [
@@ -211,7 +211,7 @@ def test_the_same_person_in_both_detectors(models, choice, who):
     image = group()
     face = read_face(image, models, choice)
     assert np.hypot(*(centre(face.detection) - GROUP_CENTRES[who])) < 5
-    assert face.faces_found == 3 and "3 faces found" in face.notes[0]
+    assert len(face.detections) == 3 and "3 faces found" in face.notes[0]
     # Alone in the image this person gives the same crop: it was not made from another one's landmarks.
     alone = blank(384, 256)
     x0, y0, x1, y1 = face.detection.box.astype(int) + (-9, -9, 9, 9)
@@ -297,7 +297,7 @@ def test_the_choice_holds_where_only_retinaface_finds_faces(models):
     draw_face(image, (240, 120), 120, square=False)
     for choice, x in ((FaceChoice(), 240), (FaceChoice("left-to-right"), 80)):
         face = read_face(image, models, choice)
-        assert abs(centre(face.detection)[0] - x) < 16 and face.faces_found == 2
+        assert abs(centre(face.detection)[0] - x) < 16 and len(face.detections) == 2
         np.testing.assert_array_equal(face.aligned, faces.align(bgr(image), face.detection.landmarks)[:, :, ::-1])
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lib_pulid import disk
+from lib_pulid.disk import fingerprint
 from lib_pulid.errors import MissingWeightsError, StorageError, WrongWeightsError
 from lib_pulid.training import world
 from lib_pulid.training.dataset import HELD_OUT, Drawn
@@ -85,8 +86,9 @@ def recognizer() -> Recognizer:
     from lib_pulid.judge import JudgeRecogniser
     from lib_pulid.likeness import Recognizer
 
-    key = hashlib.sha256(_path("judge.onnx").read_bytes()).hexdigest()[:16]
-    return Recognizer(key, "the miniature's judge", False, lambda: JudgeRecogniser(judge()))
+    return Recognizer(
+        fingerprint(_path("judge.onnx")), "the miniature's judge", False, lambda: JudgeRecogniser(judge())
+    )
 
 
 def scene_judge() -> Judge:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from lib_pulid.errors import Interrupted, is_out_of_memory
-from lib_pulid.files import catalog, judges
+from lib_pulid.files import catalog, places
 from lib_pulid.likeness import Recognizer, SeenFace
 from lib_pulid.methods import IMAGE_ENCODERS
 from lib_pulid.stores.folder import ModelsFolder
@@ -246,7 +246,7 @@ class EncoderPool:
 def recognizers(own: Path | None, folder: ModelsFolder, load: Callable[[Path], Recogniser]) -> list[Recognizer]:
     """Returns what likeness can be measured with, the best first: buffalo_l's recognizer, if it is somewhere in the
     models folder, and the adapter's own. own: its file. load: loads one from its file."""
-    found = judges.find(judges.BUFFALO, folder.models_dir)
+    found = places.find_judge(places.JUDGE, folder.models_dir)
     keys = {folder.fingerprint(path): path for path in (found, own) if path is not None}
     return [Recognizer(key, path.stem, path == own, partial(load, path)) for key, path in keys.items()]
 

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from lib_pulid.control import Pose
 from lib_pulid.identity import Identity
-from lib_pulid.identity_net import Pose
 from tests import small_models
 from tests.face_standins import blank, draw_face, write_face_files
 from tests.host.models.checkpoints import FLUX_WIDTH, sdxl_layout
