@@ -61,6 +61,9 @@ class Identities:
         """Lists the saved identities by name; skips other files."""
         return sorted(self._in(self.folder, SUFFIXES), key=lambda saved: saved.name.lower())
 
+    def names(self) -> list[str]:
+        return [one.name for one in self.listed()]
+
     def find(self, name_or_hash: str) -> Path | None:
         """Returns an identity's path: saved, by name (in any spelling) or short hash; or cached, by hash.
 
@@ -176,7 +179,7 @@ class Identities:
         return [saved for saved in found if saved is not None]
 
     def _unknown(self, name: str) -> IdentityMismatchError:
-        known = [one.name for one in self.listed()]
+        known = self.names()
         near = names.nearest(name, known)
         hint = f"Did you mean {near}?" if near else f"Saved identities: {', '.join(known) or 'none'}."
         return IdentityMismatchError(f"{name} is not in {self.folder}. {hint}")
