@@ -27,6 +27,7 @@ from lib_pulid.injection import inject
 from lib_pulid.sites import Site, Sites
 
 if TYPE_CHECKING:
+    from lib_pulid.hosts.diffusers_bench import BenchCall
     from lib_pulid.photos import Encoders
     from lib_pulid.weights import Adapter
 
@@ -125,35 +126,35 @@ def steps(device: str, dtype: torch.dtype, runs: int, small: bool) -> list[Row]:
     """
     from lib_pulid.hosts.diffusers_bench import bench_call
 
-    rows = []
-    for family in ("sdxl", "flux"):
-        call = bench_call(family, device, dtype, small)
-        person = cases.person_for(call.sites, device, dtype)
-        spent: dict[str, float] = defaultdict(float)
+    calls = (bench_call(family, device, dtype, small) for family in ("sdxl", "flux"))
+    return [_timed_call(call, cases.person_for(call.sites, device, dtype), device, runs) for call in calls]
 
-        def ours(name: str, persons: int, call=call, person=person, spent=spent) -> None:
-            with inject(_clocked(call.sites, spent, name), [person.injection] * persons, call.step):
-                call.run()
 
-        def official(call=call, person=person, spent=spent) -> None:
-            with cases.official_at(_clocked(call.sites, spent, "official"), person):
-                call.run()
+def _timed_call(call: BenchCall, person: cases.Person, device: str, runs: int) -> Row:
+    spent: dict[str, float] = defaultdict(float)
 
-        works: dict[str, Callable[[], object]] = {
-            "without": call.run,
-            "one person": partial(ours, "one person", 1),
-            "two persons": partial(ours, "two persons", 2),
-            "official": official,
-        }
-        rows.append({"name": call.name, **medians(device, runs, works)})
-        if device.startswith("cuda"):
-            for name, work in works.items():
-                torch.cuda.reset_peak_memory_stats()
-                work()
-                rows[-1][f"peak {name}, bytes"] = torch.cuda.max_memory_allocated()
-        else:
-            rows[-1] |= {f"added by {name}": total / (runs + 1) for name, total in spent.items()}
-    return rows
+    def ours(name: str, persons: int) -> None:
+        with inject(_clocked(call.sites, spent, name), [person.injection] * persons, call.step):
+            call.run()
+
+    def official() -> None:
+        with cases.official_at(_clocked(call.sites, spent, "official"), person):
+            call.run()
+
+    works: dict[str, Callable[[], object]] = {
+        "without": call.run,
+        "one person": partial(ours, "one person", 1),
+        "two persons": partial(ours, "two persons", 2),
+        "official": official,
+    }
+    row: Row = {"name": call.name, **medians(device, runs, works)}
+    if not device.startswith("cuda"):
+        return row | {f"added by {name}": total / (runs + 1) for name, total in spent.items()}
+    for name, work in works.items():
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        row[f"peak {name}, bytes"] = torch.cuda.max_memory_allocated()
+    return row
 
 
 def _clocked(sites: Sites, spent: dict[str, float], name: str) -> Sites:

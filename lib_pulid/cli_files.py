@@ -8,10 +8,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from lib_pulid import disk
+from lib_pulid.disk import ProgressCallback, format_size
 from lib_pulid.errors import MissingWeightsError, SettingError
 from lib_pulid.files import catalog
 from lib_pulid.files.catalog import FAMILIES, Status, WeightFile
-from lib_pulid.files.download import ProgressCallback, format_size
 
 
 def run(action: str, names: Sequence[str], models_dir: Path, accept_license: bool = False) -> int:

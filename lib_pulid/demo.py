@@ -24,9 +24,9 @@ from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource, load_image
 from lib_pulid.injection import Injection, compile_injection
 from lib_pulid.judge import Judge
-from lib_pulid.photos import Encoders, IdentityCache
+from lib_pulid.photos import IdentityCache
 from lib_pulid.sites import find_sites
-from lib_pulid.standalone import Workshop, has_real_weights, open_workshop, real_model
+from lib_pulid.standalone import Workshop, has_real_weights, keeping, open_workshop, real_model
 from lib_pulid.training.world import Placement, Scene, describe
 
 SEED = 5
@@ -175,9 +175,8 @@ class _Show:
 
 
 def _drawings(workshop: Workshop, photo: Path | None) -> Image.Image:
-    encoders = workshop.encoders()  # once for all people
-    workshop = replace(workshop, encoders=lambda: Encoders(encoders.faces, encoders.tower))
-    show = _Show(workshop, encoders.faces.detector, miniature.judge())  # type: ignore[arg-type, union-attr]
+    workshop = keeping(workshop)  # for all people
+    show = _Show(workshop, workshop.encoders().faces.detector, miniature.judge())  # type: ignore[arg-type, union-attr]
     threads = torch.get_num_threads()
     torch.set_num_threads(min(2, threads))  # small models are slower on more
     sources: list[ImageSource] = [photo] if photo else [miniature.portrait(n) for n in PEOPLE]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from lib_pulid.errors import SettingError, StorageError
+from lib_pulid.errors import SettingError, StorageError, WrongWeightsError
 
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.EINVAL, errno.EACCES)
 
@@ -49,6 +50,48 @@ def size_of(path: str | Path) -> int:
         return os.stat(path).st_size
     except OSError:
         return -1
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Returns what changes with a file: its path, size and time."""
+    try:
+        stat = path.stat()
+    except OSError:  # deleted since it was listed, or not accessible: reading it reports that
+        return str(path), 0, 0
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
+ProgressCallback = Callable[[int, int, str], None]  # bytes so far, bytes in all (0: not known yet), a note
+
+
+def no_progress(done: int, total: int, note: str) -> None:
+    """Shows nothing."""
+
+
+def sha256_of(path: Path, progress: ProgressCallback = no_progress) -> str:
+    digest, done, size = hashlib.sha256(), 0, path.stat().st_size
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            done += len(block)
+            progress(done, size, "verifying")
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Returns the first sixteen digits of a file's sha256. Raises: WrongWeightsError: it cannot be read."""
+    try:
+        return sha256_of(path)[:16]
+    except OSError as error:
+        raise WrongWeightsError(f"{path.name} in {path.parent} cannot be read ({error.strerror}).") from error
+
+
+def format_size(count: int) -> str:
+    """Formats a number of bytes: 1142099520 -> "1.14 GB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:

@@ -1,23 +1,25 @@
 """Loads the face models for the protocols of faces.py from files; never downloads them.
 
-Here are insightface's SCRFD and ArcFace, and other ONNX files; facexlib's networks are in facexlib_models.py.
+Detector and recognizer are insightface's SCRFD and ArcFace, landmarker and parser facexlib's RetinaFace and BiSeNet;
+the parser may be an ONNX file, too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, PulidError, WrongWeightsError
-from lib_pulid.faces import CROP_SIZE, Detection, Detector, FaceModels, Parser, Recogniser, normalise, to_tensor
-from lib_pulid.facexlib_models import PARSER_CLASSES, PARSER_MEAN, PARSER_STD, BiSeNetParser, RetinaFaceLandmarker
+from lib_pulid.faces import CROP_SIZE, Detection, FaceModels, Parser, normalise, to_tensor
+
+if TYPE_CHECKING:
+    import torch
 
 CPU_ONLY = ("CPUExecutionProvider",)
 CUDA = "CUDAExecutionProvider"
@@ -33,52 +35,33 @@ _TOO_NEW = re.compile(r"unsupported model IR version|opset \d+ is under developm
 DETECTION_SIZES = (640, 576, 512, 448, 384, 320, 256)
 DETECTION_THRESHOLD = 0.5  # insightface's FaceAnalysis.prepare
 EMBEDDING_SIZE = 512
+LANDMARK_THRESHOLD = 0.97  # facexlib's FaceRestoreHelper.get_face_landmarks_5
+PARSER_CLASSES = 19
+PARSER_MEAN = (0.485, 0.456, 0.406)  # pulid/pipeline_v1_1.py, 1aa2fc7: ImageNet's
+PARSER_STD = (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
-class FaceFiles:
-    """Paths of the four files. Without a landmarker, crops are aligned by the detector's landmarks."""
+def load_face_models(files: Mapping[str, Path], device: str = "cpu") -> FaceModels:
+    """Loads the face models that are among files by role, see `catalog.require_encoders`.
 
-    detector: Path  # scrfd_10g_bnkps.onnx
-    recogniser: Path | None  # glintr100.onnx, or buffalo_l's w600k_r50.onnx for the methods that read that
-    landmarker: Path | None  # detection_Resnet50_Final.pth
-    parser: Path | None  # parsing_bisenet.pth
-
-    @classmethod
-    def among(cls, encoders: Mapping[str, Path]) -> FaceFiles:
-        """Picks them out of `catalog.require_encoders`."""
-        recogniser = encoders.get("recogniser") or encoders.get("recogniser_buffalo")
-        return cls(encoders["detector"], recogniser, encoders.get("landmarker"), encoders.get("parser"))
-
-
-def load_face_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
-    """Loads all four models. Raises: MissingWeightsError, WrongWeightsError: the message names the file."""
-    providers = onnx_providers(device)
-    detector = InsightFaceDetector(files.detector, providers)
+    Raises: MissingWeightsError, WrongWeightsError: the message names the file.
+    """
+    detector = InsightFaceDetector(files["detector"], device)
+    recogniser = files.get("recogniser") or files.get("recogniser_buffalo")
     return FaceModels(
         detector=detector,
-        recogniser=None if files.recogniser is None else ArcFaceRecogniser(files.recogniser, providers),
-        landmarker=None if files.landmarker is None else RetinaFaceLandmarker(files.landmarker, device),
-        parser=None if files.parser is None else _load_parser(Path(files.parser), device),
-        notes=() if set(providers) <= set(detector.providers) else (ON_THE_CPU,),
+        recogniser=None if recogniser is None else ArcFaceRecogniser(recogniser, device),
+        landmarker=RetinaFaceLandmarker(files["landmarker"], device) if "landmarker" in files else None,
+        parser=_load_parser(files["parser"], device) if "parser" in files else None,
+        notes=() if set(onnx_providers(device)) <= set(detector.providers) else (ON_THE_CPU,),
     )
-
-
-def load_detector(path: Path, device: str = "cpu") -> Detector:
-    """Loads the face detector alone, to measure likeness. Raises: MissingWeightsError, WrongWeightsError."""
-    return InsightFaceDetector(path, onnx_providers(device))
-
-
-def load_recogniser(path: Path, device: str = "cpu") -> Recogniser:
-    """Loads a face recognizer alone. Raises: MissingWeightsError, WrongWeightsError."""
-    return ArcFaceRecogniser(path, onnx_providers(device))
 
 
 def _load_parser(path: Path, device: str) -> Parser:
     _require_file(path, "a face parser")
     with path.open("rb") as file:  # an ONNX model starts with field 1, the version
         is_onnx = file.read(1) == b"\x08"
-    return OnnxParser(path, onnx_providers(device)) if is_onnx else BiSeNetParser(path, device)
+    return OnnxParser(path, device) if is_onnx else BiSeNetParser(path, device)
 
 
 def onnx_providers(device: str) -> tuple[str, ...]:
@@ -121,8 +104,8 @@ class InsightFaceDetector:
     FaceAnalysis itself would load every model of a folder, and requires its own folder layout.
     """
 
-    def __init__(self, path: str | Path, providers: Sequence[str] = CPU_ONLY) -> None:
-        self._model = _load_insightface(Path(path), "a face detector (SCRFD)", "detection", providers)
+    def __init__(self, path: str | Path, device: str = "cpu") -> None:
+        self._model = _load_insightface(Path(path), "a face detector (SCRFD)", "detection", device)
         if not self._model.use_kps:
             raise WrongWeightsError(
                 f"{Path(path).name} is a face detector without landmarks. Use scrfd_10g_bnkps.onnx."
@@ -150,8 +133,8 @@ class InsightFaceDetector:
 class ArcFaceRecogniser:
     """ArcFace (antelopev2's glintr100, buffalo_l's w600k_r50), with insightface's own alignment and preprocessing."""
 
-    def __init__(self, path: str | Path, providers: Sequence[str] = CPU_ONLY) -> None:
-        self._model = _load_insightface(Path(path), "a face recognizer (ArcFace)", "recognition", providers)
+    def __init__(self, path: str | Path, device: str = "cpu") -> None:
+        self._model = _load_insightface(Path(path), "a face recognizer (ArcFace)", "recognition", device)
         size = self._model.output_shape[-1]
         if isinstance(size, int) and size != EMBEDDING_SIZE:
             raise WrongWeightsError(
@@ -172,9 +155,9 @@ class ArcFaceRecogniser:
 class OnnxParser:
     """An ONNX parser instead of BiSeNet: [1, 3, 512, 512], ImageNet mean and std -> scores [1, 19, 512, 512]."""
 
-    def __init__(self, path: str | Path, providers: Sequence[str] = CPU_ONLY) -> None:
+    def __init__(self, path: str | Path, device: str = "cpu") -> None:
         path, what = Path(path), "a face parser (ONNX)"
-        self._session = onnx_session(path, what, providers)
+        self._session = onnx_session(path, what, device)
         shapes = [tuple(end[0].shape[1:]) for end in (self._session.get_inputs(), self._session.get_outputs())]
         if shapes != [(3, CROP_SIZE, CROP_SIZE), (PARSER_CLASSES, CROP_SIZE, CROP_SIZE)]:
             raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}.")
@@ -185,30 +168,105 @@ class OnnxParser:
         return self._session.run(None, {self._session.get_inputs()[0].name: image})[0][0].argmax(axis=0)
 
 
+# ---------------------------------------------------------------- facexlib's
+
+
+class RetinaFaceLandmarker:
+    """facexlib's RetinaFace-ResNet50, called at full size, as in FaceRestoreHelper.get_face_landmarks_5."""
+
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+        def build() -> torch.nn.Module:
+            from facexlib.detection.retinaface import RetinaFace
+
+            return RetinaFace(network_name="resnet50", device=device)
+
+        self._model = _load_facexlib(Path(path), build, "facexlib's RetinaFace-ResNet50", device)
+
+    def detect(self, image_bgr: np.ndarray) -> list[Detection]:
+        """Detects the faces of an image, uint8 BGR [H, W, 3]."""
+        import torch
+
+        with torch.no_grad():
+            rows = self._model.detect_faces(image_bgr, LANDMARK_THRESHOLD)  # type: ignore[operator]
+        return [Detection(row[:4], row[5:15].reshape(5, 2), float(row[4])) for row in rows]
+
+
+class BiSeNetParser:
+    """facexlib's BiSeNet, 19 classes."""
+
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+        def build() -> torch.nn.Module:
+            from facexlib.parsing.bisenet import BiSeNet
+
+            return BiSeNet(num_class=PARSER_CLASSES)
+
+        self._model = _load_facexlib(Path(path), build, "facexlib's BiSeNet", device)
+        self._device = device
+
+    def labels(self, aligned_rgb: np.ndarray) -> np.ndarray:
+        """Labels a crop, uint8 RGB [512, 512, 3]: [512, 512] int64."""
+        import torch
+
+        with torch.no_grad():
+            scores = self._model(normalise(to_tensor(aligned_rgb).to(self._device), PARSER_MEAN, PARSER_STD))[0]
+        return scores.argmax(dim=1)[0].cpu().numpy()
+
+
+def _load_facexlib(
+    path: Path, build: Callable[[], torch.nn.Module], what: str, device: str | torch.device
+) -> torch.nn.Module:
+    """Builds one of facexlib's networks and loads its weights strictly; facexlib's own loader would download."""
+    import torch
+
+    from lib_pulid.files.state_dict import check_numbers, read_state_dict
+
+    state = {key.removeprefix("module."): value for key, value in read_state_dict(path).items()}
+    try:
+        # The random initial values are overwritten; drawing them must not shift the seed of the current image.
+        with torch.random.fork_rng(devices=[]):
+            model = build()
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise NotImplementedError  # as RetinaFace does by itself
+    except ImportError as error:
+        raise PulidError(f"facexlib is needed to read faces, but cannot be imported ({error}).") from error
+    except NotImplementedError as error:
+        # A1111 loads a checkpoint in another thread; meanwhile, layers are created without memory for their weights.
+        raise PulidError("The WebUI is still loading a checkpoint. Try again when it is loaded.") from error
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}. ({str(error)[:300]})") from error
+    check_numbers({key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, path)
+    return model.eval().to(device)
+
+
+# ---------------------------------------------------------------- ONNX files
+
+
 def _require_file(path: Path, what: str) -> None:
     if not disk.is_file(path):
         raise MissingWeightsError(f"{path.name} ({what}) was not found in {path.parent}.")
 
 
-def onnx_session(path: Path, what: str, providers: Sequence[str] = CPU_ONLY) -> Any:
+def onnx_session(path: Path, what: str, device: str = "cpu") -> Any:
     """Opens an ONNX file. what: its kind, for messages. Raises: MissingWeightsError, WrongWeightsError, PulidError."""
 
     def load() -> Any:
         import onnxruntime
 
-        return onnxruntime.InferenceSession(str(path), providers=list(providers))
+        return onnxruntime.InferenceSession(str(path), providers=list(onnx_providers(device)))
 
     return _load_onnx(path, what, "onnxruntime", load)
 
 
-def _load_insightface(path: Path, what: str, task: str, providers: Sequence[str]) -> Any:
+def _load_insightface(path: Path, what: str, task: str, device: str) -> Any:
     """Loads an ONNX file with insightface, which sets `taskname` by the graph, so that a wrong file is noticed."""
 
     def load() -> Any:
         from insightface.model_zoo import get_model
 
         try:
-            return get_model(str(path), providers=list(providers))
+            return get_model(str(path), providers=list(onnx_providers(device)))
         except Exception:  # onnxruntime falls back to the CPU by itself, or raises
             return get_model(str(path), providers=list(CPU_ONLY))
 

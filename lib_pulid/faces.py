@@ -59,7 +59,6 @@ class Face:
     embedding: np.ndarray
     aligned: np.ndarray
     features: Tensor | None
-    faces_found: int
     detections: tuple[Detection, ...]
     notes: tuple[str, ...]
 
@@ -152,7 +151,6 @@ def read_face(
         embedding=np.asarray(embedding, dtype=np.float32).reshape(-1),
         aligned=aligned,
         features=None if models.parser is None else face_features(aligned, models.parser.labels(aligned)),
-        faces_found=len(candidates),
         detections=tuple(candidates),
         notes=tuple(notes),
     )

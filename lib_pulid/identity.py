@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from lib_pulid import __version__, disk
+from lib_pulid.control import Pose
 from lib_pulid.encoders import IDFormer
 from lib_pulid.errors import IdentityMismatchError, SettingError, WrongWeightsError
 from lib_pulid.files import pulidembd
 from lib_pulid.files.state_dict import read_safetensors
-from lib_pulid.identity_net import Pose
 from lib_pulid.readings import FaceFeatures, together
 from lib_pulid.weights import Adapter
 
@@ -71,6 +71,11 @@ class Identity:
                 raise SettingError(f"Identity.{name} is empty, {list(tokens.shape)}: nobody would be in the image")
         if self.uncond is not None and self.uncond.shape != self.cond.shape:
             raise SettingError("Identity.cond and Identity.uncond have different shapes")
+
+    @property
+    def rows(self) -> Tensor:
+        """[R, N, D]: the tokens for conditional rows and, if there are any, those for unconditional ones."""
+        return torch.cat([tokens for tokens in (self.cond, self.uncond) if tokens is not None])
 
     @property
     def family(self) -> str:
@@ -203,7 +208,6 @@ def encode_identity(
     adapter: Adapter,
     *,
     fusion: str = "official",
-    info: Mapping[str, str] | None = None,
     thumbnail: np.ndarray | None = None,
     embeddings: Mapping[str, np.ndarray] | None = None,
     pose: Pose | None = None,
@@ -216,7 +220,7 @@ def encode_identity(
             and FLUX encode all photos in one pass; FaceID Portrait keeps all tokens; other methods take one photo.
             "id_mix" (v1 only): all tokens of all photos, to blend two people. "average": the mean of each photo's own
             tokens, which is no method's official way.
-        info, thumbnail, embeddings, pose: stored with the identity.
+        thumbnail, embeddings, pose: stored with the identity.
     """
     check_fusion(fusion, adapter, len(photos))
     if not photos:
@@ -238,9 +242,8 @@ def encode_identity(
             "An encoder returned NaN or infinity, so its file is damaged: the vision tower, the face recognizer, or "
             f"{adapter.path.name}. Delete it and download it again."
         )
-    made = {"adapter": adapter.label, "encoder": adapter.fingerprint, "photos": str(len(photos)), "fusion": fusion}
-    made["made_by"] = f"sd-webui-pulid {__version__}"
-    info = {**made, **(info or {})}
+    info = {"adapter": adapter.label, "encoder": adapter.fingerprint, "photos": str(len(photos)), "fusion": fusion}
+    info["made_by"] = f"sd-webui-pulid {__version__}"
     return Identity(cond.cpu().float(), uncond.cpu().float(), info, thumbnail, embeddings or {}, pose)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,14 +99,6 @@ class Injection:
         others = [one.nbytes for one in (self.mask, self.lora, self.control) if one is not None]
         return sum(site.nbytes for site in self.sites) + sum(others)
 
-    def to(self, device: str | torch.device) -> Injection:
-        device = torch.device(device)
-        mask = None if self.mask is None else self.mask.to(device)
-        lora = None if self.lora is None else self.lora.to(device)
-        control = None if self.control is None else self.control.to(device)
-        sites = tuple(site.to(device) for site in self.sites)
-        return replace(self, sites=sites, mask=mask, lora=lora, control=control)
-
     @property
     def has_effect(self) -> bool:
         """Whether it changes anything in any step."""
@@ -126,10 +118,6 @@ class Injection:
             return False
         return _between(step.progress, self.start, self.end)
 
-    def identity_of(self, is_cond: bool) -> int | None:
-        """Returns the index of a row's identity in the compiled tensors."""
-        return 0 if is_cond else 1 if self.has_uncond else None
-
 
 def acts(index: int, steps: int, start: float, end: float, start_step: int) -> bool:
     """Whether an injection with these settings is active in step `index` of `steps`."""
@@ -148,8 +136,7 @@ def prepare_sites(adapter: Adapter, identity: Identity, device: str | torch.devi
         IdentityMismatchError: the identity belongs to another adapter.
     """
     _check_match(adapter, identity)
-    rows = [identity.cond] if identity.uncond is None else [identity.cond, identity.uncond]
-    tokens = torch.cat(rows).to(device, torch.float32)  # [R, N, D]
+    tokens = identity.rows.to(device, torch.float32)  # [R, N, D]
     for site in adapter.sites:
         yield prepare_site(site, tokens)
 
@@ -198,12 +185,11 @@ def compile_injection(
     method = adapter.method
     _check_has(method, projection=projection, num_zero=num_zero, lora_weight=lora_weight)
     lora_weight = 1.0 if lora_weight is None else lora_weight
-    if not 0 <= lora_weight <= MOST["lora_weight"]:
-        raise SettingError(f"lora_weight is {lora_weight}; it has to be in 0..{MOST['lora_weight']}")
     projection = method.projection if projection is None else projection
     num_zero = method.num_zero if num_zero is None else num_zero
-    _check_settings(weight, projection, num_zero, start, end, start_step, mask)
+    _check_settings(weight, projection, num_zero, start, end, start_step, lora_weight)
     device = torch.device(device)
+    area = None if mask is None else _read_mask(mask).to(device)
     prepared = prepare_sites(adapter, identity, device) if prepared is None else prepared
     return Injection(
         family=adapter.family,
@@ -214,7 +200,7 @@ def compile_injection(
         num_zero=int(num_zero),
         start=float(start),
         end=float(end),
-        mask=None if mask is None else _read_mask(mask).to(device),
+        mask=area,
         start_step=start_step,
         lora=None if adapter.lora is None else adapter.lora.to(device, dtype),
         lora_weight=0.0 if adapter.lora is None else float(lora_weight),
@@ -301,7 +287,7 @@ def _identities(
 
 def identity_rows(injection: Injection, step: DenoiseStep, batch: int) -> list[int | None]:
     """Returns each row's identity in the compiled tensors, or None for a row that gets none."""
-    rows = [injection.identity_of(cond) for cond in _rows(step, batch)]
+    rows = [0 if cond else 1 if injection.has_uncond else None for cond in _rows(step, batch)]
     if injection.images is None:
         return rows
     if step.images is None or len(step.images) != batch:
@@ -330,30 +316,25 @@ def _rows(step: DenoiseStep, batch: int) -> list[bool]:
 
 def _read_mask(mask: Tensor | ImageSource) -> Tensor:
     if isinstance(mask, Tensor):
+        if mask.ndim != 2 or not mask.numel():
+            raise SettingError(f"mask has shape {list(mask.shape)}; it has to be [H, W]")
         mask = (mask.detach().float() if mask.is_floating_point() else mask.detach()).cpu().numpy()
     return torch.from_numpy(load_mask(mask, "mask"))
 
 
 def _check_settings(
-    weight: float,
-    projection: str,
-    num_zero: int,
-    start: float,
-    end: float,
-    start_step: int,
-    mask: Tensor | ImageSource | None,
+    weight: float, projection: str, num_zero: int, start: float, end: float, start_step: int, lora_weight: float
 ) -> None:
-    if not 0 <= weight <= MOST["weight"]:  # False for NaN
-        raise SettingError(f"weight is {weight}; it has to be in 0..{MOST['weight']}")
+    for name, value in (("weight", weight), ("lora_weight", lora_weight)):
+        if not 0 <= value <= MOST[name]:  # False for NaN
+            raise SettingError(f"{name} is {value}; it has to be in 0..{MOST[name]}")
+    for name, count in (("num_zero", num_zero), ("start_step", start_step)):
+        if not (isinstance(count, int) and 0 <= count <= MOST[name]):
+            raise SettingError(f"{name} is {count!r}; it has to be a whole number in 0..{MOST[name]}")
     if projection not in PROJECTIONS:
         raise SettingError(f"projection is {projection!r}; it has to be one of {', '.join(PROJECTIONS)}")
-    for name, value in (("num_zero", num_zero), ("start_step", start_step)):
-        if not (isinstance(value, int) and 0 <= value <= MOST[name]):
-            raise SettingError(f"{name} is {value!r}; it has to be a whole number in 0..{MOST[name]}")
     if not 0 <= start < end <= 1:
         raise SettingError(f"start and end are {start} and {end}; both have to be in 0..1, and start below end")
-    if isinstance(mask, Tensor) and (mask.ndim != 2 or not mask.numel()):
-        raise SettingError(f"mask has shape {list(mask.shape)}; it has to be [H, W]")
 
 
 def _check_has(method: Method, **given: object) -> None:

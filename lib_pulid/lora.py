@@ -43,10 +43,9 @@ class Lora:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for pair in self.layers.values() for tensor in pair)
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Lora:
+    def to(self, device: torch.device, dtype: torch.dtype) -> Lora:
         """Returns it there; the same one for all who ask, since it takes some hundred megabytes."""
-        first = next(iter(self.layers.values()))[0]
-        key = (str(device), dtype or first.dtype)
+        key = (str(device), dtype)
         if (copy := self._copies.get(key)) is None:
             layers = {place: tuple(t.to(*key) for t in pair) for place, pair in self.layers.items()}
             copy = Lora(layers, self.name)  # type: ignore[arg-type]

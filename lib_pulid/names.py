@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from lib_pulid.errors import SettingError
@@ -35,6 +36,12 @@ def find(name: str, known: Mapping[str, Found]) -> Found | None:
         if alike:
             return known[alike[0]]
     return None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns the known names that are spelled like a name, at most three: "anna or hannah"; "" if none is."""
+    keys = {key(one): one for one in known}
+    return " or ".join(keys[near] for near in difflib.get_close_matches(key(name), keys, 3))
 
 
 def new(name: str) -> str:

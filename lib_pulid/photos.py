@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lib_pulid.control import Pose
 from lib_pulid.errors import IdentityMismatchError, WrongWeightsError
 from lib_pulid.faces import LARGEST, Face, FaceChoice, FaceModels, read_face
 from lib_pulid.identity import FILE_VERSION, Identity, check_fusion, encode_identity
-from lib_pulid.identity_net import Pose
-from lib_pulid.images import ImageSource, load_image, resize_long_edge, thumbnail
+from lib_pulid.images import ImageSource, load_image, thumbnail
 from lib_pulid.likeness import Recognizer, mean_embedding
 from lib_pulid.methods import IMAGE_ENCODERS
 from lib_pulid.readings import FaceFeatures, read_features
@@ -98,7 +98,7 @@ def make_identity(
     Args:
         photos: of one person, the main one first; anything `images.load_image` reads.
         encoders: returns the models; called only if the cache does not have the identity.
-        encoders_id: identifies their weights, see `fingerprint_files`.
+        encoders_id: identifies their weights.
         choice: which face of each photo. fusion: see `identity.encode_identity`.
         on_face: called with each photo's name and face as it is read.
         recognizer: the hash of the models' recognizer's file, under which its embedding is kept; "": not at all.
@@ -112,9 +112,8 @@ def make_identity(
     names = [Path(p).name if isinstance(p, (str, Path)) else f"photo {i}" for i, p in enumerate(photos, 1)]
     images = [load_image(photo, name) for photo, name in zip(photos, names)]
     key = identity_key(images, adapter, encoders_id=encoders_id, choice=choice, fusion=fusion)
-    known = cache.get(key)
-    has_pose = known is not None and (known.pose is not None or not adapter.method.control)
-    if known is not None and has_pose and (judge is None or judge.key in known.embeddings):
+    known, wants_pose = cache.get(key), bool(adapter.method.control)
+    if known is not None and (known.pose or not wants_pose) and (judge is None or judge.key in known.embeddings):
         return known
     models = encoders()
     faces: list[Face] = []
@@ -124,11 +123,8 @@ def make_identity(
             on_face(name, faces[-1])
     embeddings = {recognizer: mean_embedding([face.embedding for face in faces])} if recognizer and faces else {}
     if judge is not None and judge.key not in embeddings and faces:
-        embeddings |= _judged(images, faces, judge, adapter.method.longest)
-    pose = None
-    if faces and adapter.method.control:
-        height, width = faces[0].photo_bgr.shape[:2]
-        pose = Pose(np.asarray(faces[0].detection.landmarks, dtype=np.float32), (width, height))
+        embeddings |= _judged(faces, judge)
+    pose = _pose(faces[0]) if faces and wants_pose else None
     if known is not None:
         identity = replace(known, embeddings={**known.embeddings, **embeddings}, pose=pose)
     else:
@@ -144,14 +140,16 @@ def make_identity(
     return identity
 
 
-def _judged(
-    images: Sequence[np.ndarray], faces: Sequence[Face], judge: Recognizer, longest: int
-) -> dict[str, np.ndarray]:
+def _pose(face: Face) -> Pose:
+    height, width = face.photo_bgr.shape[:2]
+    return Pose(np.asarray(face.detection.landmarks, dtype=np.float32), (width, height))
+
+
+def _judged(faces: Sequence[Face], judge: Recognizer) -> dict[str, np.ndarray]:
     """Embeds the photos' faces with the judge. A judge that fails costs its number, and not the person."""
     try:
         recogniser = judge.load()
-        seen = [np.ascontiguousarray(resize_long_edge(image, longest)[:, :, ::-1]) for image in images]
-        return {judge.key: mean_embedding([recogniser.embed(bgr, face.detection) for bgr, face in zip(seen, faces)])}
+        return {judge.key: mean_embedding([recogniser.embed(face.photo_bgr, face.detection) for face in faces])}
     except Exception as error:  # a damaged file, a lack of memory, anything of onnxruntime
         logging.getLogger(__name__).warning("PuLID: %s cannot be used to measure likeness (%s)", judge.name, error)
         return {}
@@ -180,16 +178,3 @@ def identity_key(
         digest.update(repr(image.shape).encode())
         digest.update(image.tobytes())
     return digest.hexdigest()[:32]
-
-
-def fingerprint_files(paths: Sequence[Path]) -> str:
-    """Returns sixteen hex digits of the hash of several files. Raises: WrongWeightsError: one cannot be read."""
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-        except OSError as error:
-            raise WrongWeightsError(f"{path.name} in {path.parent} cannot be read ({error.strerror}).") from error
-    return digest.hexdigest()[:16]

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from lib_pulid import disk, miniature
+from lib_pulid.disk import fingerprint
 from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, NoFaceError, UnsupportedModelError
-from lib_pulid.face_models import FaceFiles, load_detector, load_face_models, load_recogniser
+from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector, load_face_models
 from lib_pulid.faces import LARGEST, Detector, FaceChoice
+from lib_pulid.fields import AUTO
 from lib_pulid.files import catalog, control_nets
 from lib_pulid.hosts.diffusers import apply, denoiser_of
 from lib_pulid.hosts.diffusers_base import Base, load_base, paint
@@ -34,9 +36,10 @@ from lib_pulid.likeness import (
     choose_judge,
     measure,
 )
-from lib_pulid.methods import IMAGE_ENCODERS, Method
-from lib_pulid.photos import Encoders, IdentityCache, fingerprint_files, load_image_encoder, make_identity
+from lib_pulid.methods import IMAGE_ENCODERS, Method, usual
+from lib_pulid.photos import Encoders, IdentityCache, load_image_encoder, make_identity
 from lib_pulid.sites import find_sites
+from lib_pulid.stores.adapters import Adapters
 from lib_pulid.stores.encoders import recognizers
 from lib_pulid.stores.folder import ModelsFolder, Settings
 from lib_pulid.watch import Watch
@@ -55,8 +58,7 @@ class Workshop:
     """A base model, its adapter, and the encoders of photos.
 
     Args:
-        encoders_id: identifies the encoders' weights, for the cache.
-        others: returns both for another method; None: the same encoders read for all.
+        readers: returns what reads photos for a method.
         limits: a sentence on what to do if no face is found.
         recognizer: the hash of the adapter's own recognizer. judges: what likeness can be measured with, the best
             first. detector: loads what finds the faces of images. scale: what the judges' cosines mean.
@@ -66,8 +68,7 @@ class Workshop:
 
     base: Base
     adapter: Adapter
-    encoders: Callable[[], Encoders]
-    encoders_id: str
+    readers: Callable[[Method], Readers]
     cache: IdentityCache
     limits: str = ""
     recognizer: str = ""
@@ -76,7 +77,6 @@ class Workshop:
     scale: Scale = INSIGHTFACE
     check_prompt: Callable[[str], Sequence[str]] = lambda prompt: ()
     models_dir: Path = Path("models")
-    others: Callable[[Method], Readers] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -90,12 +90,13 @@ class Workshop:
 
     def identity(self, photos: Sequence[ImageSource], choice: FaceChoice = LARGEST, **settings: Any) -> Identity:
         """See `photos.make_identity`. settings: fusion, on_face and judge."""
+        encoders, encoders_id = self.readers(self.adapter.method)
         try:
             return make_identity(
                 photos,
                 self.adapter,
-                encoders=self.encoders,
-                encoders_id=self.encoders_id,
+                encoders=encoders,
+                encoders_id=encoders_id,
                 cache=self.cache,
                 choice=choice,
                 recognizer=self.recognizer,
@@ -126,18 +127,9 @@ class Workshop:
             images = paint(self.base, prompts, seeds, **settings)  # type: ignore[arg-type]
         return images, len(watch.reached)
 
-    def readers_of(self, method: Method) -> Readers:
-        """Returns what reads photos for a method, loaded at the first call and kept, and what identifies its weights.
-
-        Raises:
-            MissingWeightsError, WrongWeightsError. UnsupportedModelError: there is nothing that could.
-        """
-        if self.others is not None:
-            return self.others(method)
-        if unknown := set(method.reads) - set(self.adapter.method.reads):
-            raise UnsupportedModelError(f"Nothing here reads photos for {method.label} ({', '.join(sorted(unknown))}).")
-        sees = any(role in IMAGE_ENCODERS for role in method.reads)
-        return (self.encoders if sees else lambda: replace(self.encoders(), tower=None)), self.encoders_id
+    def encoders(self) -> Encoders:
+        """Loads the models that read photos for the adapter."""
+        return self.readers(self.adapter.method)[0]()
 
     def controlled(
         self, identity: Identity, injection: Injection, size: int, strength: float
@@ -185,56 +177,74 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
     if model in miniature.MODELS:
         return _miniature(miniature.MODELS[model], pulid, cache, device)
     base = load_base(model, device)
-    path = pulid or catalog.find_adapter(base.family, models_dir)
-    if path is None:
-        raise catalog.no_adapter(base.family, models_dir / "pulid", models_dir)
-    adapter = _adapter(path, base)
-    files = catalog.require_encoders(models_dir, adapter.method.reads)
     folder = ModelsFolder(lambda: Settings(models_dir))
+    adapter = _fitting(load_adapter(pulid) if pulid else Adapters(folder).load(AUTO, base.family), base)
+    files = catalog.require_encoders(models_dir, adapter.method.reads)
+    readers = partial(_readers, folder, device)
+    readers(adapter.method)  # before a photo is asked for: a file may be damaged
     return Workshop(
         base=base,
         adapter=adapter,
-        encoders=lambda: _encoders(files, device),
-        encoders_id=catalog.fingerprint(files, folder.fingerprint),
+        readers=readers,
         cache=cache,
         recognizer=folder.fingerprint(files["recogniser"]) if "recogniser" in files else "",
-        judges=recognizers(files.get("recogniser"), folder, partial(load_recogniser, device=device)),
-        detector=(lambda: load_detector(files["detector"], device)) if "detector" in files else None,
+        judges=recognizers(files.get("recogniser"), folder, partial(ArcFaceRecogniser, device=device)),
+        detector=(lambda: InsightFaceDetector(files["detector"], device)) if "detector" in files else None,
         models_dir=models_dir,
-        others=_others(folder, device),
     )
 
 
-def _others(folder: ModelsFolder, device: str) -> Callable[[Method], Readers]:
-    """See `Workshop.readers_of`. Methods that read the same files share what is loaded."""
-    loaded: dict[tuple[str, ...], Readers] = {}
+def _readers(folder: ModelsFolder, device: str, method: Method) -> Readers:
+    """Returns what reads photos for a method, of the files in a models folder.
 
-    def others(method: Method) -> Readers:
-        if method.reads not in loaded:
-            files = catalog.require_encoders(folder.models_dir, method.reads)
-            once = lru_cache(1)(lambda: _encoders(files, device))
-            loaded[method.reads] = once, catalog.fingerprint(files, folder.fingerprint)
-        return loaded[method.reads]
+    Raises:
+        MissingWeightsError, WrongWeightsError.
+    """
+    files = catalog.require_encoders(folder.models_dir, method.reads)
+    return partial(_encoders, files, device), catalog.fingerprint(files, folder.fingerprint)
 
-    return others
+
+def fixed_readers(load: Callable[[], Encoders], encoders_id: str, method: Method) -> Readers:
+    """Returns what reads photos for a method, where there are PuLID's encoders only.
+
+    Raises:
+        UnsupportedModelError: they cannot read for it.
+    """
+    if unknown := set(method.reads) - set(usual(method.family).reads):
+        raise UnsupportedModelError(f"Nothing here reads photos for {method.label} ({', '.join(sorted(unknown))}).")
+    sees = any(role in IMAGE_ENCODERS for role in method.reads)
+    return (load if sees else lambda: replace(load(), tower=None)), encoders_id
+
+
+def keeping(workshop: Workshop) -> Workshop:
+    """Returns the workshop with encoders that are loaded once and kept, for many people. Methods that read the same
+    files share them."""
+    kept: dict[tuple[str, ...], Readers] = {}
+
+    def readers(method: Method) -> Readers:
+        if method.reads not in kept:
+            load, encoders_id = workshop.readers(method)
+            kept[method.reads] = lru_cache(1)(load), encoders_id
+        return kept[method.reads]
+
+    return replace(workshop, readers=readers)
 
 
 def _encoders(files: Mapping[str, Path], device: str) -> Encoders:
     """Loads the models that read photos, from their files by role."""
-    faces = load_face_models(FaceFiles.among(files), device) if "detector" in files else None
+    faces = load_face_models(files, device) if "detector" in files else None
     return Encoders(faces, load_image_encoder(files, device))
 
 
 def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: str) -> Workshop:
-    base = _miniature_base(family, device)
+    base, prints = _miniature_base(family, device), [*map(fingerprint, miniature.encoder_files())]
     return Workshop(
         base=base,
-        adapter=_adapter(pulid or miniature.adapter(family), base),
-        encoders=miniature.encoders,
-        encoders_id=fingerprint_files(miniature.encoder_files()),
+        adapter=_fitting(load_adapter(pulid or miniature.adapter(family)), base),
+        readers=partial(fixed_readers, miniature.encoders, "-".join(prints)),
         cache=cache,
         limits=miniature.LIMITS,
-        recognizer=fingerprint_files(miniature.encoder_files()[1:2]),
+        recognizer=prints[1],
         judges=[miniature.recognizer()],
         detector=lambda: miniature.face_models().detector,
         scale=MINIATURE,
@@ -254,9 +264,8 @@ def _miniature_base(family: str, device: str) -> Base:
     return replace(base, pipeline=pipeline, family=family, text=text, guidance_argument="true_cfg_scale")
 
 
-def _adapter(path: Path, base: Base) -> Adapter:
-    """Loads a PuLID file and checks, before a photo is read, that it fits the base model."""
-    adapter = load_adapter(path)
+def _fitting(adapter: Adapter, base: Base) -> Adapter:
+    """Checks, before a photo is read, that an adapter fits the base model."""
     nobody = Identity(torch.zeros(1, 1, adapter.encoder.output_dim))  # type: ignore[arg-type,call-overload]
     check_fit(find_sites(denoiser_of(base.pipeline)), compile_injection(adapter, nobody))
     return adapter

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from lib_pulid import methods
+from lib_pulid.disk import sha256_of
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import WrongWeightsError
-from lib_pulid.files.download import sha256_of
 from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 from lib_pulid.lora import PARTS, Lora
 from lib_pulid.methods import Method, Tensors, has
@@ -91,10 +91,6 @@ class Adapter:
     def family(self) -> str:
         """ "sdxl" or "flux"."""
         return self.method.family
-
-    @property
-    def version(self) -> str:
-        return self.method.version
 
     @property
     def label(self) -> str:

@@ -81,7 +81,7 @@ def weights(tmp_path_factory) -> Path:
     files.tower.rename(folder / "pulid" / "EVA02_CLIP_L_336_psz14_s6B.pt")
     faces = write_face_files(folder / "insightface")
     (folder / "facexlib").mkdir()
-    for path in (faces.landmarker, faces.parser):
+    for path in (faces["landmarker"], faces["parser"]):
         path.rename(folder / "facexlib" / path.name)
     return folder
 

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_pulid.face_models import FaceFiles, load_face_models
+from lib_pulid.face_models import load_face_models
 from lib_pulid.faces import FaceModels
 
 SMALLEST, LARGEST_RATIO, STEPS = 32.0, 16.0, 64  # nose colors: 64 steps from 32 to 512 pixels of face
@@ -87,29 +88,33 @@ class Remembering:
         return answer
 
 
-@functools.cache
-def remembering_models(files: FaceFiles, device: str = "cpu") -> FaceModels:
+def remembering_models(files: Mapping[str, Path], device: str = "cpu") -> FaceModels:
     """`load_face_models`, once for the same files."""
-    models = load_face_models(files, device)
+    return _remembering(tuple(files.items()), device)
+
+
+@functools.cache
+def _remembering(files: tuple[tuple[str, Path], ...], device: str) -> FaceModels:
+    models = load_face_models(dict(files), device)
     parts = {name: Remembering(getattr(models, name)) for name in ("detector", "recogniser", "landmarker", "parser")}
     return dataclasses.replace(models, **parts)
 
 
-def write_face_files(folder: Path, seed: int = 0) -> FaceFiles:
-    """All four files, under the real names, in the layout FaceAnalysis(name="antelopev2", root=folder) wants."""
+def write_face_files(folder: Path, seed: int = 0) -> dict[str, Path]:
+    """By role; all four, under the real names, in the layout FaceAnalysis(name="antelopev2", root=folder) wants."""
     folder = Path(folder)
     onnx_folder = folder / "models" / "antelopev2"
     onnx_folder.mkdir(parents=True, exist_ok=True)
-    files = FaceFiles(
-        detector=onnx_folder / "scrfd_10g_bnkps.onnx",
-        recogniser=onnx_folder / "glintr100.onnx",
-        landmarker=folder / "detection_Resnet50_Final.pth",
-        parser=folder / "parsing_bisenet.pth",
-    )
-    write_scrfd(files.detector)
-    write_arcface(files.recogniser, seed)
-    write_retinaface(files.landmarker)
-    write_bisenet(files.parser, seed)
+    files = {
+        "detector": onnx_folder / "scrfd_10g_bnkps.onnx",
+        "recogniser": onnx_folder / "glintr100.onnx",
+        "landmarker": folder / "detection_Resnet50_Final.pth",
+        "parser": folder / "parsing_bisenet.pth",
+    }
+    write_scrfd(files["detector"])
+    write_arcface(files["recogniser"], seed)
+    write_retinaface(files["landmarker"])
+    write_bisenet(files["parser"], seed)
     return files
 
 

@@ -214,8 +214,8 @@ class Light:
         self.kind, self.models = kind, models
         monkeypatch.setattr("lib_pulid.face_models.load_face_models", lambda files, device: face_models())
         monkeypatch.setattr("lib_pulid.vision.load_vision_tower", lambda path: Tower())
-        monkeypatch.setattr("lib_pulid.face_models.load_detector", lambda path, device: Detector())
-        monkeypatch.setattr("lib_pulid.face_models.load_recogniser", lambda path, device: Recogniser())
+        monkeypatch.setattr("lib_pulid.face_models.InsightFaceDetector", lambda path, device: Detector())
+        monkeypatch.setattr("lib_pulid.face_models.ArcFaceRecogniser", lambda path, device: Recogniser())
 
     @contextmanager
     def running(self) -> Iterator[Host]:

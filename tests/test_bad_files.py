@@ -20,12 +20,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lib_pulid.disk import fingerprint
 from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, SettingError, WrongWeightsError
 from lib_pulid.face_models import ArcFaceRecogniser, BiSeNetParser, InsightFaceDetector, RetinaFaceLandmarker
 from lib_pulid.files.checkpoint_header import checkpoint_family
 from lib_pulid.files.state_dict import HARMLESS, read_state_dict
 from lib_pulid.identity import FILE_FORMAT, LARGEST_FILE, FaceFeatures, Identity, encode_identity
-from lib_pulid.photos import fingerprint_files
 from lib_pulid.stores.folder import Settings
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.webui.library import Library
@@ -326,7 +326,7 @@ def test_a_refusal_to_open_is_told(tmp_path, monkeypatch):
     with pytest.raises(WrongWeightsError, match=r"pulid_v1\.bin in .* may not be read; change its permissions"):
         load_adapter(tmp_path / "pulid_v1.bin")
     with pytest.raises(WrongWeightsError, match=r"pulid_v1\.bin in .* cannot be read \(Permission denied\)"):
-        fingerprint_files([tmp_path / "pulid_v1.bin"])
+        fingerprint(tmp_path / "pulid_v1.bin")
 
 
 # ---------------------------------------------------------------- names

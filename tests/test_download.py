@@ -25,10 +25,11 @@ from typing import Any
 
 import pytest
 
+from lib_pulid.disk import ProgressCallback, no_progress
 from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
 from lib_pulid.files import catalog, download, places
 from lib_pulid.files.catalog import WeightFile
-from lib_pulid.files.download import Download, ProgressCallback, RetryPolicy, no_progress
+from lib_pulid.files.download import Download, RetryPolicy
 from tests import file_server
 from tests.file_server import FOREVER, chunked, cut, held, length, other_bytes, serving, slowly, status, until
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from math import cos, pi, radians
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lib_pulid import cli
 from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError, WrongWeightsError
 from lib_pulid.evaluate import command, measures, options, report, results
 from lib_pulid.evaluate.clip import clip_input, open_clip_model
-from lib_pulid.evaluate.judges import OWN, RecogniserJudge, open_judges
+from lib_pulid.evaluate.judges import OWN, by_recogniser, open_judges
 from lib_pulid.evaluate.plot import Axes, Point, draw_plot, ticks
 from lib_pulid.evaluate.subjects import Prompt, Subject, drawn_people, read_folder, read_prompts
 from lib_pulid.evaluate.trial import (
@@ -36,7 +37,7 @@ from lib_pulid.hosts.diffusers_checkpoint import merge_table, write_tokenizer
 from lib_pulid.judge import Reading
 from lib_pulid.photos import Encoders, IdentityCache
 from lib_pulid.sites import find_sites
-from lib_pulid.standalone import Workshop
+from lib_pulid.standalone import Workshop, fixed_readers
 from tests.face_standins import write_arcface
 from tests.small_models import methods as small
 from tests.small_models.bases import small_parts
@@ -279,7 +280,7 @@ STUDIO = Studio(
 @pytest.fixture(scope="module")
 def panel() -> Panel:
     seer = Seer()
-    return Panel(FaceModels(seer, seer, None, seer), (seer, RecogniserJudge(OWN, seer)), scene=seer)
+    return Panel(FaceModels(seer, seer, None, seer), (seer, by_recogniser(OWN, seer)), scene=seer)
 
 
 def subject(name: str = "anna", person: int = 0, *prompts: str) -> Subject:
@@ -600,7 +601,7 @@ def workshop():
     """A small SDXL with random weights, a PuLID file and a tower that fit it; faces are those of Seer."""
     base, adapter, tower = small_parts("sdxl")
     encoders = Encoders(FaceModels(Seer(), Seer(), None, Seer()), tower)
-    return Workshop(base, adapter, lambda: encoders, "small", IdentityCache())
+    return Workshop(base, adapter, partial(fixed_readers, lambda: encoders, "small"), IdentityCache())
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ def number(infotext: dict[str, Any]) -> str | None:
 def test_off_is_off(host, monkeypatch):
     """No entry, no note, and nothing is loaded or run."""
 
-    for name in ("face_models.load_detector", "face_models.load_recogniser", "webui.likeness.measure"):
+    for name in ("face_models.InsightFaceDetector", "face_models.ArcFaceRecogniser", "webui.likeness.measure"):
         monkeypatch.setattr(f"lib_pulid.{name}", fail)
     monkeypatch.setattr(type(host.library.encoders), "see", fail)
     made = generate(host, [unit("anna")], [color("anna")])
@@ -271,11 +271,11 @@ def judge_file(monkeypatch, load: Callable[[], Any], buffalo: Path) -> list[Path
     """What buffalo_l's file is loaded as. Returns the files that are loaded from now on."""
     loaded: list[Path] = []
 
-    def load_recogniser(path: Path, device: str) -> Any:
+    def open_file(path: Path, device: str) -> Any:
         loaded.append(path)
         return load() if path == buffalo else Recogniser()
 
-    monkeypatch.setattr("lib_pulid.face_models.load_recogniser", load_recogniser)
+    monkeypatch.setattr("lib_pulid.face_models.ArcFaceRecogniser", open_file)
     return loaded
 
 
@@ -345,7 +345,7 @@ def test_fewer_images_than_to_keep(host):
 
 
 def test_nothing_is_thrown_away_unmeasured(host, monkeypatch):
-    monkeypatch.setattr("lib_pulid.face_models.load_detector", fail)
+    monkeypatch.setattr("lib_pulid.face_models.InsightFaceDetector", fail)
     made = generate(host, [unit("anna", keep_best=1)], [color("nobody"), color("anna")])
     assert len(made.images) == 2
     assert [number(one) for one in made.infotexts] == [None, None]

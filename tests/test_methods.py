@@ -21,12 +21,12 @@ from torch import Tensor
 
 from lib_pulid import methods
 from lib_pulid.clip_vision import clip_input, load_clip_vision
+from lib_pulid.control import draw_points
 from lib_pulid.errors import IdentityMismatchError, SettingError, UnsupportedModelError, WrongWeightsError
 from lib_pulid.files.pickle_header import read_pickle_header
 from lib_pulid.hosts.diffusers import apply
 from lib_pulid.hosts.diffusers_control import identity_net, load_identity_net
 from lib_pulid.identity import Identity, encode_identity
-from lib_pulid.identity_net import draw_points
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.lora import Lora
 from lib_pulid.photos import Encoders, IdentityCache, make_identity

@@ -18,7 +18,8 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from lib_pulid import hosts
-from lib_pulid.control import Control, control_of
+from lib_pulid.control import Control, Pose, draw_points
+from lib_pulid.disk import fingerprint
 from lib_pulid.errors import (
     IdentityMismatchError,
     MissingWeightsError,
@@ -31,9 +32,7 @@ from lib_pulid.hosts import a1111_control
 from lib_pulid.hosts.control_base import Loader, check_whole
 from lib_pulid.hosts.frame import Frame
 from lib_pulid.identity import Identity
-from lib_pulid.identity_net import Pose, draw_points
 from lib_pulid.injection import DenoiseStep
-from lib_pulid.photos import fingerprint_files
 from lib_pulid.sites import find_sites
 from tests.fake_modules import a1111, installed, kinds
 from tests.fake_modules.forge import ControlNetPatcher
@@ -178,7 +177,7 @@ def on_a1111(small_sdxl, extension) -> Iterator[Any]:
 def plan_of(file: Path, identity: Identity, weight: float = 0.0, **settings: Any) -> Controlled:
     """weight: of the adapter half."""
     plan = Controlled(weight=weight, **settings)
-    plan.control = control_of(identity, POSE, file, 0.8, "cpu", torch.float32)
+    plan.control = Control(file, identity.rows, POSE, 0.8)
     return plan
 
 
@@ -641,15 +640,15 @@ def test_a_file_of_the_official_size_has_the_official_bytes(equipped, net_file, 
     right = hashlib.sha256(state).hexdigest()
     reads: list[Path] = []
 
-    def fingerprints(paths: list[Path]) -> str:
-        reads.extend(path for path in paths if path == net_file)
-        return fingerprint_files(paths)
+    def fingerprints(path: Path) -> str:
+        reads.extend([path] * (path == net_file))
+        return fingerprint(path)
 
     def is_known(size: int, sha256: str) -> None:
         known = replace(official, size=size, sha256=sha256)
         monkeypatch.setattr(catalog, "CATALOG", tuple(known if one == official else one for one in CATALOG))
 
-    monkeypatch.setattr("lib_pulid.photos.fingerprint_files", fingerprints)
+    monkeypatch.setattr("lib_pulid.stores.folder.fingerprint", fingerprints)
     is_known(len(state) + 1, "0" * 8)
     equipped.generate([person(identity_net=0.8)], "sdxl")
     assert reads == []

@@ -16,6 +16,7 @@ from lib_pulid.hosts.diffusers_base import load_base
 from lib_pulid.training import checkpoint
 from lib_pulid.training.autoencoder import build as build_autoencoder
 from lib_pulid.training.base import Base
+from lib_pulid.training.export import save_half
 from tests.host.models.parts import add_clip, add_open_clip, add_vae
 from tests.host.models.unet import Layout, UNetSpec, add_unet
 
@@ -37,7 +38,7 @@ def path(made, tmp_path_factory) -> Path:
     base, vae = made
     text = (base.text.first, base.text.second)
     file = tmp_path_factory.mktemp("made") / "sdxl.safetensors"
-    checkpoint.write(file, checkpoint.sdxl_checkpoint(base.unet, text, vae, checkpoint.world_tokens()))
+    save_half(file, checkpoint.sdxl_checkpoint(base.unet, text, vae, checkpoint.world_tokens()))
     return file
 
 

@@ -94,7 +94,7 @@ MISLEADING = {
 def test_layouts_are_told_apart_by_content(write, layout, index, container):
     path = write(MISLEADING[layout][index], container(shuffled(STATES[layout]())))
     adapter = load_adapter(path)
-    assert (adapter.family, adapter.version, type(adapter.encoder), adapter.label) == EXPECTED[layout]
+    assert (adapter.family, adapter.method.version, type(adapter.encoder), adapter.label) == EXPECTED[layout]
     assert adapter.path == path
     assert len(adapter.sites) == SITES
 
@@ -102,7 +102,7 @@ def test_layouts_are_told_apart_by_content(write, layout, index, container):
 def test_nested_conversion(write):
     flat = load_adapter(write("flat.safetensors", as_safetensors(converted_state())))
     deep = load_adapter(write("nested.bin", pickled(nested(converted_state()))))
-    assert (deep.family, deep.version, deep.fingerprint) == (flat.family, flat.version, flat.fingerprint)
+    assert (deep.family, deep.method.version, deep.fingerprint) == (flat.family, flat.method.version, flat.fingerprint)
     for a, b in zip(flat.sites, deep.sites):
         assert torch.equal(a.to_k, b.to_k)
         assert torch.equal(a.to_v, b.to_v)
@@ -349,7 +349,7 @@ def test_a_missing_tower(tmp_path):
 def test_read_state_dict_makes_nesting_flat(write):
     """And opens wrapped tables."""
     for wrapper in ("state_dict", "model", "module"):
-        assert load_adapter(write("x.bin", pickled({wrapper: v11_state(), "step": 3}))).version == "v1.1"
+        assert load_adapter(write("x.bin", pickled({wrapper: v11_state(), "step": 3}))).method.version == "v1.1"
     inner = {"a": torch.ones(1), "note": "text"}
     content = pickled({"image_proj": inner, "state_dict": {"b": torch.ones(2)}, "c": torch.ones(3), "epoch": 4})
     assert {k: len(v) for k, v in read_state_dict(write("x", content)).items()} == {"image_proj.a": 1, "b": 2, "c": 3}

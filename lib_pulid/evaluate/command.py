@@ -15,14 +15,14 @@ from lib_pulid import fields, miniature
 from lib_pulid.errors import SettingError, UnsupportedModelError
 from lib_pulid.evaluate import options, results
 from lib_pulid.evaluate.clip import open_clip_model
-from lib_pulid.evaluate.judges import HOW_TO_GET, OWN, DrawnJudge, FaceJudge, RecogniserJudge, open_judges
+from lib_pulid.evaluate.judges import HOW_TO_GET, OWN, FaceJudge, by_recogniser, open_judges
 from lib_pulid.evaluate.subjects import drawn_people, read_folder, read_prompts
 from lib_pulid.evaluate.trial import Method, Panel, Row, Studio, count_images, read_sitters, run_trial
 from lib_pulid.files import catalog
 from lib_pulid.injection import compile_injection
 from lib_pulid.methods import has, usual
 from lib_pulid.photos import IdentityCache, make_identity
-from lib_pulid.standalone import Workshop, open_workshop
+from lib_pulid.standalone import Workshop, keeping, open_workshop
 from lib_pulid.weights import load_adapter
 
 
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace, device: str) -> int:
     variants = [options.variant(text) for text in arguments.variant] or [("", {})]
     files = [options.named_file(text) for text in arguments.pulid]
     prompts = read_prompts(arguments.prompts) if arguments.prompts else []
-    workshop = open_workshop(arguments.model, arguments.models_dir, files[0][1] if files else None, device)
+    workshop = keeping(open_workshop(arguments.model, arguments.models_dir, files[0][1] if files else None, device))
     methods = _methods(workshop, files, variants)
     for note in dict.fromkeys(note for prompt in prompts for note in workshop.check_prompt(prompt.text)):
         print(f"note: {note}", file=sys.stderr)
@@ -71,7 +71,7 @@ def _methods(
                 raise SettingError(
                     f"--variant {name}: {adapter.label} has no {foreign[0]}. Leave it out, or compare it by itself."
                 )
-        workshop.readers_of(adapter.method)  # before the work: a file may be missing
+        workshop.readers(adapter.method)  # before the work: a file may be missing
     alone = len({name for name, _ in adapters}) == 1
     return [
         Method(variant if alone and variant else ", ".join(filter(None, (name, variant))), adapter, settings)
@@ -92,7 +92,7 @@ def _studio(workshop: Workshop, arguments: argparse.Namespace) -> Studio:
         return np.asarray(workshop.paint(injections, prompt, seed=seed, **settings)[0].convert("RGB"))
 
     def identity(adapter, photo: np.ndarray, name: str):
-        encoders, encoders_id = workshop.readers_of(adapter.method)
+        encoders, encoders_id = workshop.readers(adapter.method)
         return make_identity([photo], adapter, encoders=encoders, encoders_id=encoders_id, cache=cache)
 
     def inject(adapter, identity, weight: float, settings: Mapping[str, Any]):
@@ -105,16 +105,19 @@ def _studio(workshop: Workshop, arguments: argparse.Namespace) -> Studio:
 def _panel(arguments: argparse.Namespace, workshop: Workshop, device: str) -> Panel:
     drawn = arguments.model in miniature.MODELS
     own = None if drawn else catalog.require_encoders(arguments.models_dir)["recogniser"]
-    judges: list[FaceJudge] = [DrawnJudge(miniature.judge())] if drawn else []
+    judges: list[FaceJudge] = []
+    if drawn:
+        judge = miniature.judge()
+        judges.append(FaceJudge("miniature", lambda image, face: judge.read(image, face.landmarks)))
     if arguments.judge or not drawn:
         judges += open_judges(arguments.judge, own, arguments.models_dir, device)
     if not judges:
         print(f"note: the only judge is {OWN} recognizer, which overestimates likeness. {HOW_TO_GET}", file=sys.stderr)
-    models = workshop.readers_of(usual(workshop.base.family))[0]().faces
+    models = workshop.readers(usual(workshop.base.family))[0]().faces
     assert models is not None and models.recogniser is not None, "PuLID reads faces"
     return Panel(
         models=models,
-        judges=(*judges, RecogniserJudge(OWN, models.recogniser)),
+        judges=(*judges, by_recogniser(OWN, models.recogniser)),
         scene=miniature.scene_judge() if drawn else None,
         clip=open_clip_model(arguments.clip, device) if arguments.clip else None,
     )

@@ -2,87 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from lib_pulid import disk
+from lib_pulid.disk import fingerprint
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
-from lib_pulid.face_models import ArcFaceRecogniser, onnx_providers
+from lib_pulid.face_models import ArcFaceRecogniser
 from lib_pulid.faces import Detection, Recogniser
-from lib_pulid.files.judges import BUFFALO, FACENET, find
-from lib_pulid.judge import Judge, Reading
-from lib_pulid.photos import fingerprint_files
+from lib_pulid.files.places import FACENET, JUDGE, find_judge
+from lib_pulid.judge import Reading
 
 OWN = "the adapter's own"  # makes the identities; it overestimates, since the adapter was trained with it
 HOW_TO_GET = (
-    f"Give --judge with the path of {BUFFALO} (from insightface's buffalo_l), or --judge facenet=FILE with that of "
+    f"Give --judge with the path of {JUDGE} (from insightface's buffalo_l), or --judge facenet=FILE with that of "
     f"facenet-pytorch's {FACENET}."
 )
 
 
-class FaceJudge(Protocol):
-    """A recognizer with a name."""
+@dataclass(frozen=True)
+class FaceJudge:
+    """A recognizer with a name. read: reads a face of an image, uint8 RGB [H, W, 3]."""
 
     name: str
-
-    def read(self, image: np.ndarray, face: Detection) -> Reading:
-        """Reads a face of an image, uint8 RGB [H, W, 3]."""
-        ...
+    read: Callable[[np.ndarray, Detection], Reading]
 
 
-class RecogniserJudge:
-    """An ArcFace recognizer: the adapter's own, or another."""
+def by_recogniser(name: str, recogniser: Recogniser) -> FaceJudge:
+    """Returns an ArcFace recognizer as a judge: the adapter's own, or another."""
 
-    def __init__(self, name: str, recogniser: Recogniser) -> None:
-        self.name, self._recogniser = name, recogniser
+    def read(image: np.ndarray, face: Detection) -> Reading:
+        return Reading(np.asarray(recogniser.embed(np.ascontiguousarray(image[:, :, ::-1]), face), np.float32), {})
 
-    def read(self, image: np.ndarray, face: Detection) -> Reading:
-        """See FaceJudge."""
-        bgr = np.ascontiguousarray(image[:, :, ::-1])
-        return Reading(np.asarray(self._recogniser.embed(bgr, face), np.float32), {})
+    return FaceJudge(name, read)
 
 
-class DrawnJudge:
-    """The miniature's judge of faces, which also names traits."""
+def open_facenet(path: Path, device: str = "cpu") -> FaceJudge:
+    """Opens facenet-pytorch's InceptionResnetV1, which sees the face's box at 160 x 160, as its MTCNN crops it with
+    margin 0."""
+    from lib_pulid.files.state_dict import read_state_dict
 
-    def __init__(self, judge: Judge) -> None:
-        self.name, self._judge = "miniature", judge
+    try:
+        from facenet_pytorch import InceptionResnetV1
+    except ImportError as error:
+        raise PulidError(
+            f"--judge facenet needs facenet-pytorch, which cannot be imported ({error}): "
+            "pip install --no-deps facenet-pytorch"
+        ) from error
+    state = {key: value for key, value in read_state_dict(path).items() if not key.startswith("logits.")}
+    network = InceptionResnetV1(pretrained=None, classify=False)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise WrongWeightsError(f"{path.name} is not facenet-pytorch's InceptionResnetV1. ({error})"[:400]) from error
+    network = network.eval().to(device)
 
-    def read(self, image: np.ndarray, face: Detection) -> Reading:
-        """See FaceJudge."""
-        return self._judge.read(image, face.landmarks)
-
-
-class FacenetJudge:
-    """facenet-pytorch's InceptionResnetV1, on the face's box at 160 x 160, as its MTCNN crops it with margin 0."""
-
-    def __init__(self, path: Path, device: str = "cpu") -> None:
-        from lib_pulid.files.state_dict import read_state_dict
-
-        self.name, self._device = "facenet vggface2" if path.name == FACENET else path.stem, device
-        try:
-            from facenet_pytorch import InceptionResnetV1
-        except ImportError as error:
-            raise PulidError(
-                f"--judge facenet needs facenet-pytorch, which cannot be imported ({error}): "
-                "pip install --no-deps facenet-pytorch"
-            ) from error
-        state = {key: value for key, value in read_state_dict(path).items() if not key.startswith("logits.")}
-        network = InceptionResnetV1(pretrained=None, classify=False)
-        try:
-            network.load_state_dict(state)
-        except RuntimeError as error:
-            raise WrongWeightsError(
-                f"{path.name} is not facenet-pytorch's InceptionResnetV1. ({error})"[:400]
-            ) from error
-        self._network = network.eval().to(device)
-
-    def read(self, image: np.ndarray, face: Detection) -> Reading:
-        """See FaceJudge."""
+    def read(image: np.ndarray, face: Detection) -> Reading:
         import cv2
         import torch
 
@@ -91,9 +70,11 @@ class FacenetJudge:
         part = image[max(y0, 0) : min(y1, height), max(x0, 0) : min(x1, width)]
         part = part if part.size else image
         seen = cv2.resize(part, (160, 160), interpolation=cv2.INTER_AREA).astype(np.float32)
-        data = torch.from_numpy((seen.transpose(2, 0, 1)[None] - 127.5) / 128).to(self._device)
+        data = torch.from_numpy((seen.transpose(2, 0, 1)[None] - 127.5) / 128).to(device)
         with torch.no_grad():
-            return Reading(self._network(data)[0].float().cpu().numpy(), {})
+            return Reading(network(data)[0].float().cpu().numpy(), {})
+
+    return FaceJudge("facenet vggface2" if path.name == FACENET else path.stem, read)
 
 
 def open_judges(names: Sequence[str], own: Path | None, models_dir: Path, device: str) -> list[FaceJudge]:
@@ -103,7 +84,7 @@ def open_judges(names: Sequence[str], own: Path | None, models_dir: Path, device
         own: the file of the adapter's own recognizer, which is refused.
     """
     if not names:
-        buffalo, facenet = (find(name, models_dir) for name in (BUFFALO, FACENET))
+        buffalo, facenet = (find_judge(name, models_dir) for name in (JUDGE, FACENET))
         names = [str(buffalo)] * (buffalo is not None)
         names += [f"facenet={facenet}"] * (facenet is not None and find_spec("facenet_pytorch") is not None)
     return [_open(name, own, models_dir, device) for name in dict.fromkeys(names)]
@@ -112,16 +93,16 @@ def open_judges(names: Sequence[str], own: Path | None, models_dir: Path, device
 def _open(name: str, own: Path | None, models_dir: Path, device: str) -> FaceJudge:
     kind, _, file = name.partition("=")
     if kind == "facenet":
-        path = Path(file) if file else find(FACENET, models_dir)
+        path = Path(file) if file else find_judge(FACENET, models_dir)
         if path is None:
             raise MissingWeightsError(f"{FACENET} was not found in any of its usual folders. {HOW_TO_GET}")
-        return FacenetJudge(path, device)
+        return open_facenet(path, device)
     path = Path(name)
     if not disk.is_file(path):
         raise MissingWeightsError(f"No judge at {path}. {HOW_TO_GET}")
-    if own is not None and fingerprint_files([path]) == fingerprint_files([own]):
+    if own is not None and fingerprint(path) == fingerprint(own):
         raise SettingError(
             f"--judge {path.name} is the adapter's own recognizer, which overestimates likeness and is always "
             f"measured. {HOW_TO_GET}"
         )
-    return RecogniserJudge(path.stem, ArcFaceRecogniser(path, onnx_providers(device)))
+    return by_recogniser(path.stem, ArcFaceRecogniser(path, device))

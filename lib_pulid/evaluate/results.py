@@ -14,11 +14,11 @@ from typing import Any
 from PIL import Image
 
 from lib_pulid import __version__
+from lib_pulid.disk import fingerprint
 from lib_pulid.evaluate.judges import OWN
 from lib_pulid.evaluate.plot import Axes, Point, draw_plot
 from lib_pulid.evaluate.report import Line, equal_likeness, summarize, table, traits_table
 from lib_pulid.evaluate.trial import WITHOUT, Method, Panel, Row, Sitter, judge_range, traits_on_photos
-from lib_pulid.photos import fingerprint_files
 
 PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "insightface", "numpy", "pillow")
 
@@ -52,7 +52,7 @@ def collect(
 
 def _method(method: Method) -> dict[str, Any]:
     path = method.adapter.path
-    digits = fingerprint_files([path])
+    digits = fingerprint(path)
     return {"name": method.name, "file": path.name, "fingerprint": digits, "settings": dict(method.settings)}
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib_pulid import disk
+from lib_pulid.disk import ProgressCallback, format_size, no_progress
 from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
 from lib_pulid.files import download as downloads
-from lib_pulid.files.download import Download, ProgressCallback, RetryPolicy, format_size, no_progress
-from lib_pulid.files.places import ANTELOPE, places
+from lib_pulid.files.download import Download, RetryPolicy
+from lib_pulid.files.places import ANTELOPE, BUFFALO, JUDGE, places
 
 MODELS_DIR_VARIABLE = "PULID_MODELS_DIR"
 FAMILIES = ("sdxl", "flux")
@@ -151,8 +152,8 @@ CATALOG = (
     WeightFile("CLIP-ViT-bigG-14-laion2B-39B-b160k.safetensors", "clip_vision",
                "image encoder of IP-Adapter (ViT-bigG)", "h94/IP-Adapter", "methods",
                remote="sdxl_models/image_encoder/model.safetensors", role="clip_bigg"),
-    WeightFile("w600k_r50.onnx", "insightface/models/buffalo_l", "face recognizer of FaceID", "public-data/insightface",
-               "methods", _NON_COMMERCIAL, restricted=True, remote="models/buffalo_l/w600k_r50.onnx",
+    WeightFile(JUDGE, BUFFALO, "face recognizer of FaceID", "public-data/insightface", "methods",
+               _NON_COMMERCIAL, restricted=True, remote="models/buffalo_l/w600k_r50.onnx",
                role="recogniser_buffalo", size=174_383_860,
                others=((260_665_334, "antelopev2's glintr100.onnx"), (13_616_099, "w600k_mbf.onnx of buffalo_s"))),
 )  # fmt: skip
@@ -176,7 +177,7 @@ def status(file: WeightFile, models_dir: Path, verify: ProgressCallback | None =
     found = (Status(file, path, _problem(file, path)) for path in paths if disk.is_file(path))
     best = min(found, key=lambda one: (one.problem != "", not os.access(str(one.path), os.R_OK)), default=Status(file))
     if best.path and not best.problem and verify:
-        return Status(file, best.path, _damage(file, best.path, downloads.sha256_of(best.path, progress=verify)))
+        return Status(file, best.path, _damage(file, best.path, disk.sha256_of(best.path, verify)))
     return best
 
 

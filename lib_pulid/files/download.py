@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib_pulid.disk import size_of
+from lib_pulid.disk import ProgressCallback, format_size, no_progress, sha256_of, size_of
 from lib_pulid.errors import DownloadError
 
 if TYPE_CHECKING:
@@ -35,12 +34,6 @@ RETRIED = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses
 _NO_ACCESS = ": the file is gated or private, or the token is wrong; look at its page, then set HF_TOKEN"
 _NO_FILE = ": it has no such file"
 REFUSED = {401: _NO_ACCESS, 403: _NO_ACCESS, 404: _NO_FILE, 410: _NO_FILE}
-
-ProgressCallback = Callable[[int, int, str], None]  # bytes so far, bytes in all (0: not known yet), a note
-
-
-def no_progress(done: int, total: int, note: str) -> None:
-    """Shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -277,21 +270,3 @@ def _file_lock(download: Download, progress: ProgressCallback) -> Iterator[None]
 
 def _kept(download: Download, then: str = "") -> str:
     return f"; the {format_size(download.received)} received are kept{then}" if download.received else ""
-
-
-def sha256_of(path: Path, progress: ProgressCallback = no_progress) -> str:
-    digest, done, size = hashlib.sha256(), 0, path.stat().st_size
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            done += len(block)
-            progress(done, size, "verifying")
-    return digest.hexdigest()
-
-
-def format_size(count: int) -> str:
-    """Formats a number of bytes: 1142099520 -> "1.14 GB"."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"

@@ -9,20 +9,29 @@ from pathlib import Path
 
 from lib_pulid import disk
 
-ANTELOPE = "insightface/models/antelopev2"
+ANTELOPE, BUFFALO = "insightface/models/antelopev2", "insightface/models/buffalo_l"
+# Files of recognizers other than the adapter's own, to judge likeness with: buffalo_l's, and facenet-pytorch's.
+JUDGE, FACENET = "w600k_r50.onnx", "20180402-114759-vggface2.pt"
 
 # Folders below the models folder where other programs keep the files of a folder.
 _ELSEWHERE = {
     "pulid": ("clip", "clip_vision", "ControlNet", "ipadapter", "photomaker"),  # ComfyUI, sd-webui-controlnet
     "clip_vision": ("ControlNet",),
     ANTELOPE: ("insightface/antelopev2", "antelopev2", "antelopev2/antelopev2"),  # the official demo
+    BUFFALO: ("insightface",),
     "facexlib": ("facexlib/weights", "facexlib/detection", "facexlib/parsing", "GFPGAN", "Codeformer"),  # the WebUIs
 }
 
 
-def places(models_dir: Path, folder: str, name: str, source: str, path: str) -> Iterator[Path]:
+def find_judge(name: str, models_dir: Path) -> Path | None:
+    """Returns the path of JUDGE or FACENET; None if it is nowhere."""
+    return next(filter(disk.is_file, places(models_dir, BUFFALO, name)), None)
+
+
+def places(models_dir: Path, folder: str, name: str, source: str = "", path: str = "") -> Iterator[Path]:
     """Lists where a file may lie: in its folder, a folder too deep (a usual slip), where other programs keep it, and in
-    the caches of torch and huggingface_hub. source, path: the repository on the hub (or a URL), its path there."""
+    the caches of torch and huggingface_hub. source, path: the repository on the hub (or a URL, or ""), its path there.
+    """
     home = models_dir / folder
     folders = [home, home / home.name, models_dir, *(models_dir / other for other in _ELSEWHERE.get(folder, ()))]
     if folder == "pulid":
@@ -30,11 +39,13 @@ def places(models_dir: Path, folder: str, name: str, source: str, path: str) -> 
     elif folder == "facexlib":
         folders += _package("facexlib")
     elif folder.startswith("insightface"):
-        folders += [disk.user_path("~/.insightface/models") / home.name / deeper for deeper in ("", home.name)]
+        own = disk.user_path("~/.insightface")
+        folders += [own, *(own / "models" / home.name / deeper for deeper in ("", home.name))]
     cache = _folder_of("XDG_CACHE_HOME")
-    folders.append(_folder_of("TORCH_HOME", default=cache / "torch") / "hub" / "checkpoints")
+    torch_home = _folder_of("TORCH_HOME", default=cache / "torch")
+    folders += [torch_home / "hub" / "checkpoints", torch_home / "checkpoints"]
     yield from (one / name for one in folders)
-    if "://" not in source:  # as huggingface_hub.constants says, whose import takes a third of a second
+    if source and "://" not in source:  # as huggingface_hub.constants says, whose import takes a third of a second
         home = _folder_of("HF_HOME", default=cache / "huggingface")
         hub = _folder_of("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=home / "hub")
         snapshots = disk.listed(hub / f"models--{source.replace('/', '--')}" / "snapshots")

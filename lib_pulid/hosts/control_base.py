@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib_pulid import disk
 from lib_pulid.control import Control
 from lib_pulid.errors import UnsupportedModelError, WrongWeightsError
 
@@ -35,11 +36,10 @@ class Loader:
         Raises:
             WrongWeightsError, MissingWeightsError, UnsupportedModelError.
         """
-        stat = path.stat()
-        stamp = str(path), stat.st_size, stat.st_mtime_ns, dtype
-        if self._last is None or self._last[0] != stamp:
+        now = disk.stamp(path), dtype
+        if self._last is None or self._last[0] != now:
             self._last = None  # first, so that two are never in memory
-            self._last = stamp, self._build(path)
+            self._last = now, self._build(path)
         net = self._last[1]
         ours, theirs = (getattr(one, "model_channels", None) for one in (net.control_model, denoiser))
         if None not in (ours, theirs) and ours != theirs:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lib_pulid.control import MOST_WEIGHT, weighted
 from lib_pulid.errors import SettingError, UnsupportedModelError, WrongWeightsError
+from lib_pulid.files.control_nets import MARK
 from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 from lib_pulid.hosts.diffusers import UNetCalls, denoiser_of
 from lib_pulid.identity import Identity
@@ -45,7 +46,7 @@ def load_identity_net(path: str | Path, pipeline: Any) -> nn.Module:
 
     path, unet = Path(path), denoiser_of(pipeline)
     state = read_state_dict(path)
-    if "controlnet_cond_embedding.conv_in.weight" not in state:
+    if MARK not in state:
         raise WrongWeightsError(
             f"{path.name} is {describe(state)}. Needed: InstantID's ControlNet (control_instant_id_sdxl.safetensors, "
             "in diffusers' format)."
@@ -77,7 +78,7 @@ def identity_net(
 
     Args:
         net: see `load_identity_net`. identity: made with InstantID's adapter file.
-        picture: uint8 RGB [height, width, 3], of the size that is generated; see `identity_net.draw_points`.
+        picture: uint8 RGB [height, width, 3], of the size that is generated; see `control.draw_points`.
         weight: the official controlnet_conditioning_scale, 0-2; 0 changes nothing at all.
         start, end: fractions of the steps between which it acts.
         mask: [H, W], 0..1, the part of the image in which it acts; None: everywhere. Official: `control_mask`.
@@ -92,7 +93,7 @@ def identity_net(
         return
     unet, read_step = denoiser_of(pipeline), UNetCalls(pipeline)
     like = next(net.parameters())
-    tokens = torch.cat((identity.cond, identity.uncond)).to(like)  # type: ignore[arg-type]
+    tokens = identity.rows.to(like)
     shown = torch.from_numpy(picture.copy()).to(like).div(255).permute(2, 0, 1)[None]  # [1, 3, H, W]
 
     def enter(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lib_pulid import disk
+from lib_pulid.disk import fingerprint
 from lib_pulid.errors import MissingWeightsError, StorageError, WrongWeightsError
 from lib_pulid.training import world
 from lib_pulid.training.dataset import HELD_OUT, Drawn
@@ -55,10 +56,9 @@ def adapter(family: str) -> Path:
 
 def face_models() -> FaceModels:
     """Loads detector, recognizer and parser, the last two trained on drawn faces."""
-    from lib_pulid.face_models import FaceFiles, load_face_models
+    from lib_pulid.face_models import load_face_models
 
-    detector, recogniser, parser = map(_path, ENCODERS[:3])
-    return load_face_models(FaceFiles(detector, recogniser, landmarker=None, parser=parser))
+    return load_face_models({name.partition(".")[0]: _path(name) for name in ENCODERS[:3]})
 
 
 def encoders() -> Encoders:
@@ -86,8 +86,9 @@ def recognizer() -> Recognizer:
     from lib_pulid.judge import JudgeRecogniser
     from lib_pulid.likeness import Recognizer
 
-    key = hashlib.sha256(_path("judge.onnx").read_bytes()).hexdigest()[:16]
-    return Recognizer(key, "the miniature's judge", False, lambda: JudgeRecogniser(judge()))
+    return Recognizer(
+        fingerprint(_path("judge.onnx")), "the miniature's judge", False, lambda: JudgeRecogniser(judge())
+    )
 
 
 def scene_judge() -> Judge:

@@ -15,7 +15,7 @@ from lib_pulid.files import catalog
 from lib_pulid.files.checkpoint_header import read_tensors
 from lib_pulid.files.pickle_header import read_pickle_header
 from lib_pulid.methods import Header, Method, maker_of, method_of, usual
-from lib_pulid.stores.folder import ModelsFolder, stamp
+from lib_pulid.stores.folder import ModelsFolder
 
 if TYPE_CHECKING:
     from lib_pulid.weights import Adapter
@@ -128,7 +128,7 @@ class Adapters:
         raise MissingWeightsError(f"{name} is not in {self._folder.path}. PuLID files there: {known}.")
 
     def _load(self, path: Path) -> Adapter:
-        now = stamp(path)
+        now = disk.stamp(path)
         if self._loaded is None or self._loaded[0] != now:
             from lib_pulid.weights import load_adapter
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from lib_pulid.errors import Interrupted, is_out_of_memory
-from lib_pulid.files import catalog, judges
+from lib_pulid.files import catalog, places
 from lib_pulid.likeness import Recognizer, SeenFace
 from lib_pulid.methods import IMAGE_ENCODERS
 from lib_pulid.stores.folder import ModelsFolder
@@ -224,29 +224,29 @@ class EncoderPool:
         return Encoders(faces, self._kept("tower", wanted, load) if wanted else None)
 
     def _face_models(self, files: dict[str, Path]) -> FaceModels:
-        from lib_pulid.face_models import FaceFiles, load_face_models
+        from lib_pulid.face_models import load_face_models
 
-        wanted = FaceFiles.among(files)
+        wanted = {role: path for role, path in files.items() if role not in IMAGE_ENCODERS}
         return self._kept("faces", wanted, lambda: load_face_models(wanted, self._place()))
 
     def _detector(self) -> Detector:
-        from lib_pulid.face_models import load_detector
+        from lib_pulid.face_models import InsightFaceDetector
 
         if "faces" in self._models:
             return self._models["faces"][1].detector
         path = catalog.require_encoders(self._folder.models_dir)["detector"]
-        return self._kept("detector", path, lambda: load_detector(path, self._place()))
+        return self._kept("detector", path, lambda: InsightFaceDetector(path, self._place()))
 
     def _recogniser(self, path: Path) -> Recogniser:
-        from lib_pulid.face_models import load_recogniser
+        from lib_pulid.face_models import ArcFaceRecogniser
 
-        return self._kept(("judge", path), path, lambda: load_recogniser(path, self._place()))
+        return self._kept(("judge", path), path, lambda: ArcFaceRecogniser(path, self._place()))
 
 
 def recognizers(own: Path | None, folder: ModelsFolder, load: Callable[[Path], Recogniser]) -> list[Recognizer]:
     """Returns what likeness can be measured with, the best first: buffalo_l's recognizer, if it is somewhere in the
     models folder, and the adapter's own. own: its file. load: loads one from its file."""
-    found = judges.find(judges.BUFFALO, folder.models_dir)
+    found = places.find_judge(places.JUDGE, folder.models_dir)
     keys = {folder.fingerprint(path): path for path in (found, own) if path is not None}
     return [Recognizer(key, path.stem, path == own, partial(load, path)) for key, path in keys.items()]
 

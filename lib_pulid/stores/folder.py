@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_pulid import disk
+from lib_pulid.disk import fingerprint, stamp
 from lib_pulid.files import catalog
 
 
@@ -63,16 +64,5 @@ class ModelsFolder:
         return self._read[key]
 
     def fingerprint(self, path: Path) -> str:
-        """Returns a hash of a file's content, see `fingerprint_files`."""
-        from lib_pulid.photos import fingerprint_files
-
-        return self.remembered(path, lambda path: fingerprint_files([path]))
-
-
-def stamp(path: Path) -> tuple[str, int, int]:
-    """Returns what changes with a file: its path, size and time."""
-    try:
-        stat = path.stat()
-    except OSError:  # deleted since it was listed, or not accessible: reading it reports that
-        return str(path), 0, 0
-    return str(path), stat.st_size, stat.st_mtime_ns
+        """Returns a hash of a file's content, see `disk.fingerprint`."""
+        return self.remembered(path, fingerprint)

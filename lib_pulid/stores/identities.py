@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -61,6 +60,9 @@ class Identities:
     def listed(self) -> list[SavedIdentity]:
         """Lists the saved identities by name; skips other files."""
         return sorted(self._in(self.folder, SUFFIXES), key=lambda saved: saved.name.lower())
+
+    def names(self) -> list[str]:
+        return [one.name for one in self.listed()]
 
     def find(self, name_or_hash: str) -> Path | None:
         """Returns an identity's path: saved, by name (in any spelling) or short hash; or cached, by hash.
@@ -177,13 +179,9 @@ class Identities:
         return [saved for saved in found if saved is not None]
 
     def _unknown(self, name: str) -> IdentityMismatchError:
-        known = {names.key(one.name): one.name for one in self.listed()}
-        near = [known[key] for key in difflib.get_close_matches(names.key(name), known, 3)]
-        hint = (
-            f"Did you mean {' or '.join(near)}?"
-            if near
-            else f"Saved identities: {', '.join(known.values()) or 'none'}."
-        )
+        known = self.names()
+        near = names.nearest(name, known)
+        hint = f"Did you mean {near}?" if near else f"Saved identities: {', '.join(known) or 'none'}."
         return IdentityMismatchError(f"{name} is not in {self.folder}. {hint}")
 
     def _check_free(self, path: Path, own: Sequence[Path]) -> None:

@@ -25,14 +25,16 @@ from torch import Tensor
 from lib_pulid.encoders import SCALES
 from lib_pulid.sites import Sites, find_sites
 from lib_pulid.training import losses, world
-from lib_pulid.training.autoencoder import SCALE
-from lib_pulid.training.autoencoder import build as build_autoencoder
+from lib_pulid.training.autoencoder import FILE, SCALE
+from lib_pulid.training.autoencoder import load as load_autoencoder
 from lib_pulid.training.base import FILES, Base, latents_of
 from lib_pulid.training.base import build as build_base
+from lib_pulid.training.crops import ARCFACE_POINTS
 from lib_pulid.training.dataset import SIZE, Drawn
+from lib_pulid.training.export import save_half
 from lib_pulid.training.flux import FluxBase
 from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
-from lib_pulid.training.loop import Run
+from lib_pulid.training.loop import Run, arguments
 from lib_pulid.training.photos import Photos, photos_of
 from lib_pulid.weights import load_adapter
 
@@ -106,8 +108,7 @@ class Trainer:
     def _prompt(self, index: int, rng: np.random.Generator) -> str:
         if rng.random() < 0.1:
             return ""
-        keep = {name for name in world.SCENE_ATTRIBUTES if rng.random() < 0.5}
-        return world.describe(self.data.example(int(index))[1], None, keep)
+        return world.describe(self.data.example(int(index))[1], None, _some(rng))
 
     def _identities(self, who: np.ndarray, rng: np.random.Generator, half: int | None = None) -> RowIdentities:
         tokens = self.photos.tokens(who, self.adapter.encoder, rng)
@@ -141,7 +142,7 @@ class Trainer:
         """Computes the pair of losses at one step of a sampling without the identity."""
         with torch.no_grad():
             t = torch.full((len(noise),), int(rng.integers(200, 1000)))
-            clean = self._sample(noise, text, None, steps=4, gradient_steps=0)
+            clean = self._sample(noise, text, None, gradient_steps=0)
             noisy = self.base.schedule.noisy(clean, noise, t)
             with losses.listen(self.base.denoiser) as without:
                 self.base.predict(noisy, t, *text)
@@ -150,17 +151,17 @@ class Trainer:
         semantic, layout = losses.alignment_losses(seen, without)
         return {"semantic": semantic, "layout": layout}
 
-    def _sample(self, noise: Tensor, text: tuple, rows: list | None, steps: int, gradient_steps: int) -> Tensor:
+    def _sample(self, noise: Tensor, text: tuple, rows: list | None, gradient_steps: int) -> Tensor:
         def predict(x: Tensor, t: Tensor) -> Tensor:
             if rows is None:
                 return self.base.predict(x, t, *text)
             with inject_rows(self.sites, self.weights, rows):
                 return self.base.predict(x, t, *text)
 
-        return losses.sample_few_steps(predict, noise, self.base.schedule, steps, gradient_steps)
+        return losses.sample_few_steps(predict, noise, self.base.schedule, gradient_steps=gradient_steps)
 
     def _id(self, noise: Tensor, text: tuple, rows: list, who: np.ndarray) -> Tensor:
-        clean = self._sample(noise, text, rows, steps=4, gradient_steps=4)
+        clean = self._sample(noise, text, rows, gradient_steps=4)
         images = self.vae.decode(clean / SCALE).sample.clamp(-1, 1)
         pixels = ((images.detach() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         marks = [self.find_faces(image) for image in pixels]
@@ -168,15 +169,8 @@ class Trainer:
         if not seen:
             return torch.zeros(())
         landmarks = torch.from_numpy(np.stack([marks[row] for row in seen])).float()
-        faces = losses.align_faces(images[seen], landmarks, template(), 112)
+        faces = losses.align_faces(images[seen], landmarks, torch.from_numpy(ARCFACE_POINTS), 112)
         return losses.id_loss(self.recogniser(faces), self.photos.id_cond[who[seen], :512])
-
-
-def template() -> Tensor:
-    """Returns ArcFace's five landmarks in its 112 x 112 crop, [5, 2] (insightface `utils/face_align.py`)."""
-    from insightface.utils.face_align import arcface_dst
-
-    return torch.from_numpy(np.asarray(arcface_dst)).float()
 
 
 def _half(half: int) -> Tensor:
@@ -220,9 +214,8 @@ def load_trainer(folder: Path, family: str, people: int, photos: int, wanted: Se
     from lib_pulid.training.readers import load_recogniser
     from lib_pulid.vision import load_vision_tower
 
-    base, vae, made = build_base(family, folder), build_autoencoder(), folder / "miniature"
+    base, vae, made = build_base(family, folder), load_autoencoder(folder / FILE), folder / "miniature"
     base.load_state_dict(load_file(folder / f"{FILES[family]}.safetensors"))
-    vae.load_state_dict({k: v.float() for k, v in load_file(folder / "autoencoder.safetensors").items()})
     for module in (base, vae):
         module.eval().requires_grad_(False)
     data = Drawn(folder, people)
@@ -277,26 +270,16 @@ def _name(args: argparse.Namespace) -> str:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(".training"))
+    parser = arguments(__doc__, steps=3000, batch=24, rate=1e-3)
     parser.add_argument("--family", choices=FILES, default="sdxl")
     parser.add_argument("--losses", default="diffusion,id,alignment", help="some of " + ", ".join(LOSSES))
-    parser.add_argument("--people", type=int, default=3000, help="of the drawn data set")
     parser.add_argument("--photos", type=int, default=1500, help="number of people with a photo")
     parser.add_argument("--encoder", type=Path, help="a PuLID file of the miniature, whose encoder to begin with")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lightning-batch", type=int, default=6)
     parser.add_argument("--lightning-every", type=int, default=2, help="steps, after the first third")
-    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float)
     args = parser.parse_args()
-    trainer = train(args)
-    from safetensors.torch import save_file
-
-    state = {key: value.half().contiguous() for key, value in trainer.adapter.state().items()}
-    save_file(state, args.folder / f"pulid-{_name(args)}.safetensors")
+    save_half(args.folder / f"pulid-{_name(args)}.safetensors", train(args).adapter.state())
 
 
 if __name__ == "__main__":

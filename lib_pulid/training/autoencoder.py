@@ -19,8 +19,11 @@ from torch import Tensor
 
 from lib_pulid.training import world
 from lib_pulid.training.dataset import HELD_OUT, SCENES_EACH, SIZE, Drawn, batches
-from lib_pulid.training.loop import Run
+from lib_pulid.training.export import save_half
+from lib_pulid.training.layers import to_input
+from lib_pulid.training.loop import Run, arguments
 
+FILE = "autoencoder.safetensors"
 SCALE = 0.13025  # SDXL's: latents are multiplied by it before the UNet sees them
 KL_WEIGHT = 1e-6
 FACE_WEIGHT = 4.0
@@ -48,9 +51,13 @@ def build() -> Any:
     )
 
 
-def to_input(images: np.ndarray) -> Tensor:
-    """Converts uint8 [B, H, W, 3] to float32 [B, 3, H, W] in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def load(path: Path) -> Any:
+    """Builds it with the weights of a file."""
+    from safetensors.torch import load_file
+
+    vae = build()
+    vae.load_state_dict(load_file(path))
+    return vae
 
 
 def reconstruction_loss(made: Tensor, image: Tensor, weight: Tensor) -> Tensor:
@@ -113,11 +120,7 @@ def train(args: argparse.Namespace) -> tuple[Any, Drawn]:
     torch.manual_seed(0)
     data = Drawn(args.folder, args.people)
     images, weights = data.images(), face_weights(data)
-    vae = build()
-    if args.start is not None:
-        from safetensors.torch import load_file
-
-        vae.load_state_dict({key: value.float() for key, value in load_file(args.start).items()})
+    vae = build() if args.start is None else load(args.start)
     if args.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -144,27 +147,19 @@ def train(args: argparse.Namespace) -> tuple[Any, Drawn]:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(".training"))
-    parser.add_argument("--people", type=int, default=6000)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=8)
+    parser = arguments(__doc__, people=6000, steps=6000, batch=8)
     parser.add_argument("--side", type=int, default=64)
-    parser.add_argument("--minutes", type=float)
     parser.add_argument("--start", type=Path, help="weights to begin from, such as those that are shipped")
     parser.add_argument(
         "--decoder-only", action="store_true", help="leave the latents, and so the denoiser, as they are"
     )
     args = parser.parse_args()
     vae, data = train(args)
-    from safetensors.torch import save_file
-
     if not args.decoder_only:
         whiten(vae, np.asarray(data.images()[:: max(1, len(data) // 256)][:256]))
-    state = {key: value.half().contiguous() for key, value in vae.state_dict().items()}
-    vae.load_state_dict(state)
-    print(f"held-out images: {psnr(vae, Drawn(args.folder, 64, HELD_OUT).images()[::SCENES_EACH]):.2f} dB")
-    save_file(state, args.folder / "autoencoder.safetensors")
+    save_half(args.folder / FILE, vae.state_dict())
+    held_out = Drawn(args.folder, 64, HELD_OUT).images()[::SCENES_EACH]
+    print(f"held-out images: {psnr(load(args.folder / FILE), held_out):.2f} dB")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from lib_pulid.training import schedule, world
-from lib_pulid.training.autoencoder import NORM_GROUPS, SCALE, to_input
-from lib_pulid.training.autoencoder import build as build_autoencoder
+from lib_pulid.training.autoencoder import FILE, NORM_GROUPS, SCALE
+from lib_pulid.training.autoencoder import load as load_autoencoder
 from lib_pulid.training.dataset import SIZE, Drawn, batches
-from lib_pulid.training.loop import Run
+from lib_pulid.training.layers import to_input
+from lib_pulid.training.loop import Run, arguments
 from lib_pulid.training.losses import diffusion_loss
 
 if TYPE_CHECKING:
@@ -142,17 +143,13 @@ def sample_prompt(people: Sequence[world.Person], scene: world.Scene, rng: np.ra
 
 
 @torch.no_grad()
-def latents_of(folder: Path, data: Drawn, vae: Any | None = None) -> np.ndarray:
+def latents_of(folder: Path, data: Drawn) -> np.ndarray:
     """Encodes latents, float16 [N, 4, 16, 16], once, and keeps them beside the images; scaled for the UNet."""
     path = folder / f"latents-{data.seed}-{data.people}.npy"
     if not path.is_file():
-        from safetensors.torch import load_file
         from tqdm import tqdm
 
-        if vae is None:
-            vae = build_autoencoder()
-            vae.load_state_dict({k: v.float() for k, v in load_file(folder / "autoencoder.safetensors").items()})
-        images = data.images()
+        vae, images = load_autoencoder(folder / FILE), data.images()
         out = np.empty((len(images), 4, SIZE // 8, SIZE // 8), np.float16)
         for i in tqdm(range(0, len(images), 32), desc="encoding", mininterval=10):
             out[i : i + 32] = (vae.encode(to_input(images[i : i + 32])).latent_dist.mean * SCALE).numpy()
@@ -208,15 +205,9 @@ def train(args: argparse.Namespace) -> Base | FluxBase:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(".training"))
+    parser = arguments(__doc__, steps=10000, batch=32, rate=1e-3)
     parser.add_argument("--family", choices=FILES, default="sdxl")
-    parser.add_argument("--people", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--begin", type=Path, help="a trained base, whose denoiser to train further")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--minutes", type=float)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     base = train(args)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lib_pulid.training import world
+from lib_pulid.training.export import halved, save_half
 
 Rename = tuple[str, Callable[[re.Match[str]], str]]
 State = Mapping[str, Tensor]
@@ -90,7 +91,7 @@ def sdxl_checkpoint(unet: Any, text: tuple[Any, Any], vae: Any, words: Collectio
         known[sorted(words)] = 1
         state[name] = state[name] * known
     state["v_pred"] = torch.zeros(0)  # how a checkpoint says that it predicts v
-    return {name: _half(name, tensor) for name, tensor in state.items()}
+    return {name: halved(name, tensor) for name, tensor in state.items()}
 
 
 def _renamed(state: State, table: Sequence[Rename], resnet: Mapping[str, str]) -> dict[str, Tensor]:
@@ -133,30 +134,12 @@ def _no_attention(vae: Any) -> Iterator[tuple[str, Tensor]]:
         yield f"{root}.norm.bias", torch.zeros(width)
 
 
-def _half(name: str, tensor: Tensor) -> Tensor:
-    half = tensor.detach().cpu().half().contiguous()
-    if not half.isfinite().all():
-        raise ValueError(f"{name} does not fit 16 bits")
-    return half
-
-
 def world_tokens() -> set[int]:
     """Returns CLIP's tokens for all words of the drawn world's prompts, and for start, end and padding."""
     from open_clip.tokenizer import SimpleTokenizer
 
     words = " ".join([*sorted(world.vocabulary()), ","])
     return {*SimpleTokenizer().encode(words), 49406, 49407, 0}
-
-
-def write(path: Path, state: State) -> None:
-    """Writes a safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({name: _half(name, tensor) for name, tensor in state.items()}, part, metadata={"format": "pt"})
-    part.replace(path)
-    print(f"{path}: {len(state)} tensors, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def rounded(tensor: Tensor) -> Tensor:
@@ -193,15 +176,14 @@ def main() -> None:
         root = "transformer."
         whole = {name.removeprefix(root): tensor for name, tensor in state.items() if name.startswith(root)}
     else:
-        base, vae = Base(), autoencoder.build()
+        base, vae = Base(), autoencoder.load(args.folder / autoencoder.FILE)
         base.load_state_dict(state)
-        vae.load_state_dict(load_file(args.folder / "autoencoder.safetensors"))
         whole = sdxl_checkpoint(base.unet, (base.text.first, base.text.second), vae, world_tokens())
-    write(path, {name: rounded(tensor) for name, tensor in whole.items()})
+    save_half(path, {name: rounded(tensor) for name, tensor in whole.items()})
     if args.pack:
         pack(path)
     if args.pulid:
-        write(args.out / f"pulid_{args.family}.safetensors", load_file(args.pulid))
+        save_half(args.out / f"pulid_{args.family}.safetensors", load_file(args.pulid))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ Photos show no drawn face: images that installed packages have for their own tes
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +20,9 @@ from torch import Tensor, nn
 from lib_pulid.training import world
 from lib_pulid.training.crops import SHARP, SHARP_IMAGES, Faces, faces_of, spoiled
 from lib_pulid.training.dataset import HELD_OUT, SIZE, TRAIN, Drawn
-from lib_pulid.training.export import replace_file, save_onnx
+from lib_pulid.training.export import save_onnx
 from lib_pulid.training.layers import Block, conv, settle_norms
-from lib_pulid.training.loop import Run
+from lib_pulid.training.loop import Run, arguments, report
 
 INPUT = 192
 STRIDES = (8, 16, 32)
@@ -304,18 +302,10 @@ def figures(path: Path, folder: Path, people: int = 64) -> dict[str, float]:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(".training"))
-    parser.add_argument("--people", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--minutes", type=float)
+    parser = arguments(__doc__, steps=1200, batch=32, rate=3e-3)
     args = parser.parse_args()
     save(train(**vars(args)), args.folder / "miniature")
-    text = json.dumps(figures(args.folder / "miniature" / "detector.onnx", args.folder), indent=1)
-    print(text)
-    replace_file(args.folder / "detector" / "figures.json", text.encode())
+    report(args.folder / "detector", figures(args.folder / "miniature" / "detector.onnx", args.folder))
 
 
 if __name__ == "__main__":

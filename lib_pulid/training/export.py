@@ -1,4 +1,4 @@
-"""Exports small networks as ONNX files with 16-bit weights."""
+"""Writes networks with 16-bit weights: ONNX files, and safetensors."""
 
 from __future__ import annotations
 
@@ -64,6 +64,22 @@ def _halve(model) -> None:
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+def save_half(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes weights as a safetensors file in float16, whole or not at all. Raises: ValueError: one does not fit."""
+    from safetensors.torch import save
+
+    replace_file(path, save({name: halved(name, tensor) for name, tensor in state.items()}, metadata={"format": "pt"}))
+    print(f"{path}: {len(state)} tensors, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def halved(name: str, tensor: Tensor) -> Tensor:
+    """Converts a weight to float16. Raises: ValueError: it does not fit."""
+    made = tensor.detach().cpu().half().contiguous()
+    if not made.isfinite().all():
+        raise ValueError(f"{name} does not fit 16 bits")
+    return made
 
 
 def replace_file(path: Path, data: bytes) -> None:

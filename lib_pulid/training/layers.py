@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -46,13 +46,16 @@ def to_input(crops: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def settle_norms(module: nn.Module, inputs: Iterable[Tensor]) -> None:
-    """Measures the batch norms' statistics again, since averaged weights have others than those of training."""
+def settle_norms(module: nn.Module, inputs: Iterable[Tensor], call: Callable[[Tensor], object] | None = None) -> None:
+    """Measures the batch norms' statistics again, since averaged weights have others than those of training.
+
+    call: what was trained, if that is not the whole module.
+    """
     norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     for layer in norms:
         layer.reset_running_stats()
         layer.momentum = None  # a plain mean
     module.train()
     for images in inputs:
-        module(images.to(memory_format=torch.channels_last))
+        (call or module)(images.to(memory_format=torch.channels_last))
     module.eval()

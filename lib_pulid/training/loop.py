@@ -1,7 +1,8 @@
-"""Runs a training that can be interrupted: the loop, its checkpoints, its log."""
+"""Runs a training that can be interrupted: its arguments, the loop, its checkpoints, its log."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -14,7 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib_pulid.training.export import replace_file
 from lib_pulid.training.muon import optimizers
+
+
+def arguments(
+    doc: str, *, steps: int, batch: int, rate: float | None = None, people: int = 3000
+) -> argparse.ArgumentParser:
+    """Returns a parser of the arguments that all trainings have, with these defaults. doc: of the script."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path(".training"))
+    parser.add_argument("--people", type=int, default=people, help="of the drawn data set")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=batch)
+    if rate is not None:
+        parser.add_argument("--rate", type=float, default=rate)
+    parser.add_argument("--minutes", type=float, help="stop after so long, with a checkpoint to resume from")
+    return parser
+
+
+def report(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Prints the figures of a trained network, and keeps them in the folder of its run."""
+    text = json.dumps(figures, indent=1)
+    print(text)
+    replace_file(folder / "figures.json", text.encode())
 
 
 @dataclass

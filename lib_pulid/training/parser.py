@@ -7,8 +7,6 @@ The file takes and gives what an ONNX export of BiSeNet would; inside it works o
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import cv2
@@ -23,9 +21,9 @@ from lib_pulid.judge import similarity
 from lib_pulid.training import world
 from lib_pulid.training.crops import SHARP, SHARP_IMAGES, Faces, faces_of, spoiled
 from lib_pulid.training.dataset import HELD_OUT, SIZE, Drawn
-from lib_pulid.training.export import replace_file, save_onnx
+from lib_pulid.training.export import save_onnx
 from lib_pulid.training.layers import Block, conv, settle_norms
-from lib_pulid.training.loop import Run
+from lib_pulid.training.loop import Run, arguments, report
 
 CLASSES = 19
 INNER = 128
@@ -106,7 +104,7 @@ def train(folder: Path, people: int, steps: int, batch: int, rate: float, minute
     torch.manual_seed(40)
     net = ParserNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data = Labeled(Drawn(folder, people))
-    run = Run(folder / "parser", _Inner(net).train(), steps, rate, warmup=25, decay=0.97, minutes=minutes)
+    run = Run(folder / "parser", net.train(), steps, rate, warmup=25, decay=0.97, minutes=minutes)
 
     def pick(step: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([41, step])
@@ -119,19 +117,8 @@ def train(folder: Path, people: int, steps: int, batch: int, rate: float, minute
 
     run.train(loss_of)
     run.finish()
-    settle_norms(run.module, (pick(10**6 + i)[0] for i in range(20)))
+    settle_norms(net, (pick(10**6 + i)[0] for i in range(20)), net.inner)
     return net
-
-
-class _Inner(nn.Module):
-    """What is trained: without the first reduction and the last enlargement."""
-
-    def __init__(self, net: ParserNet) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net.inner(x)
 
 
 def figures(path: Path, folder: Path, people: int = 64) -> dict[str, float]:
@@ -151,20 +138,12 @@ def figures(path: Path, folder: Path, people: int = 64) -> dict[str, float]:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(".training"))
-    parser.add_argument("--people", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument("--minutes", type=float)
+    parser = arguments(__doc__, steps=400, batch=16, rate=4e-3)
     args = parser.parse_args()
     net = train(**vars(args)).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     path = args.folder / "miniature" / "parser.onnx"
     save_onnx(net, torch.zeros(1, 3, CROP_SIZE, CROP_SIZE), path, ["scores"])
-    text = json.dumps(figures(path, args.folder), indent=1)
-    print(text)
-    replace_file(args.folder / "parser" / "figures.json", text.encode())
+    report(args.folder / "parser", figures(path, args.folder))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ adapter sees; it also names traits. scene_judge: names the attributes of a scene
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from lib_pulid.training.crops import ARCFACE_POINTS, SHARP_IMAGES, WIDE_POINTS, 
 from lib_pulid.training.dataset import HELD_OUT, SIZE, Drawn, batches
 from lib_pulid.training.export import replace_file, save_onnx
 from lib_pulid.training.layers import Block, conv, settle_norms, to_input
-from lib_pulid.training.loop import Run
+from lib_pulid.training.loop import Run, arguments, report
 
 EMBEDDING = 512
 SETTLING = 30  # batches on which norms are measured at the end
@@ -275,14 +273,8 @@ def _kind(name: str) -> str:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, steps=2000, batch=64, rate=3e-3)
     parser.add_argument("name", type=_kind, choices=KINDS)
-    parser.add_argument("--folder", type=Path, default=Path(".training"))
-    parser.add_argument("--people", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--minutes", type=float)
     args = parser.parse_args()
     reader = train(**vars(args))
     save(args.name, reader, args.folder / "miniature")
@@ -292,9 +284,7 @@ def main() -> None:
     else:
         faces = faces_of(drawn)
         figures = {"clean": face_figures(reader, kind, faces), "spoiled": face_figures(reader, kind, faces, spoil=True)}
-    text = json.dumps(figures, indent=1)
-    print(text)
-    replace_file(args.folder / args.name / "figures.json", text.encode())
+    report(args.folder / args.name, figures)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ through a linear layer that is not kept, what each patch shows and who it is. Mo
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import cv2
@@ -22,8 +20,8 @@ from lib_pulid.faces import CLIP_MEAN, CLIP_STD, VISION_SIZE, WHITE_LABELS, norm
 from lib_pulid.training import world
 from lib_pulid.training.crops import pairs
 from lib_pulid.training.dataset import HELD_OUT, Drawn
-from lib_pulid.training.export import replace_file
-from lib_pulid.training.loop import Run
+from lib_pulid.training.export import save_half
+from lib_pulid.training.loop import Run, arguments, report
 from lib_pulid.training.parser import CLASSES, Labeled
 from lib_pulid.training.readers import contrastive_loss, heads_loss
 from lib_pulid.vision import BLOCKS, VisionTower, _build, load_vision_tower, tower_shapes
@@ -66,14 +64,14 @@ def build() -> VisionTower:
 
 
 def official(trunk: nn.Module) -> dict[str, Tensor]:
-    """Collects the trunk's weights under the official names of EVA02-CLIP's file, in 16 bit."""
+    """Collects the trunk's weights under the official names of EVA02-CLIP's file."""
     from timm.models.eva import checkpoint_filter_fn
 
     shapes = tower_shapes(WIDTH, OUTPUT, DEPTH, HIDDEN)
     numbered = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(shapes.items())}
     names, state = list(shapes), trunk.state_dict()
     renamed = checkpoint_filter_fn(numbered, trunk)
-    return {f"visual.{names[int(v.flatten()[0])]}": state[key].half().contiguous() for key, v in renamed.items()}
+    return {f"visual.{names[int(v.flatten()[0])]}": state[key] for key, v in renamed.items()}
 
 
 class Lesson(nn.Module):
@@ -155,13 +153,6 @@ def train(
     return lesson.tower
 
 
-def save(tower: VisionTower, path: Path) -> None:
-    """Writes the tower as safetensors."""
-    from safetensors.torch import save as to_bytes
-
-    replace_file(path, to_bytes(official(tower.trunk)))
-
-
 @torch.no_grad()
 def figures(path: Path, folder: Path, people: int = 64) -> dict[str, float]:
     """Evaluates a written tower on people not seen in training: top-1; traits by a linear fit to token and states."""
@@ -192,20 +183,12 @@ def figures(path: Path, folder: Path, people: int = 64) -> dict[str, float]:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(".training"))
-    parser.add_argument("--people", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--minutes", type=float)
+    parser = arguments(__doc__, steps=500, batch=24, rate=2e-3)
     parser.add_argument("--kept", type=int, default=90)
     args = parser.parse_args()
     path = args.folder / "miniature" / "tower.safetensors"
-    save(train(**vars(args)), path)
-    text = json.dumps(figures(path, args.folder), indent=1)
-    print(text)
-    replace_file(args.folder / "tower" / "figures.json", text.encode())
+    save_half(path, official(train(**vars(args)).trunk))
+    report(args.folder / "tower", figures(path, args.folder))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Actions:
     # ------------------------------------------------------------ lists
 
     def identity_choices(self) -> list[str]:
-        return [NONE, *(one.name for one in self._library.identities.listed())]
+        return [NONE, *self._library.identities.names()]
 
     def model_choices(self) -> list[str]:
         return [AUTO, *(file.name for file in self._library.adapters.listed())]

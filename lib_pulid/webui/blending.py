@@ -22,10 +22,11 @@ def build(tab: str, lists: Sequence[Any], library: Library) -> None:
     def elem(name: str) -> str:
         return f"pulid_{tab}_blend_{name}"
 
+    saved = library.identities.names
     with gr.Accordion("Blend saved people into a new one", open=False, elem_id=elem("panel")):
         with gr.Row(elem_classes=["pulid-line"]):
             label = "People to blend"
-            people = gr.Dropdown(choices=_people(library), multiselect=True, label=label, elem_id=elem("people"))
+            people = gr.Dropdown(choices=saved(), multiselect=True, label=label, elem_id=elem("people"))
             refresh = tool("\U0001f504", elem("refresh"), "Refresh identities and models")
         shares = gr.HTML(
             "<p>Choose two or more saved people; the sliders set how much of each. To save a person, add a photo above "
@@ -39,7 +40,7 @@ def build(tab: str, lists: Sequence[Any], library: Library) -> None:
         note = gr.HTML("", elem_id=elem("note"), elem_classes=["pulid-note"])
     for widget in (people, shares, name):
         silent(widget)
-    refresh.click(lambda: gr.update(choices=_people(library)), [], [people], **AT_ONCE)
+    refresh.click(lambda: gr.update(choices=saved()), [], [people], **AT_ONCE)
     people.change(None, [people], [], _js=f"(people) => Blend.choose('{tab}', people)")
     made, shown = partial(blend, library, len(lists)), [people, name, note, *lists]
     given = f"(people, shares, name) => [people, Blend.shares('{tab}'), name]"
@@ -59,12 +60,8 @@ def blend(library: Library, units: int, people: Any, shares: str, name: str) -> 
     except PulidError as error:
         return (gr.update(), gr.update(), bad([str(error)]), *[gr.update()] * units)
     note = good(f"Saved {made.name} ({made.short_hash}) for {made.adapter}. Select it as a saved identity.")
-    saved = _people(library)
+    saved = library.identities.names()
     return (gr.update(choices=saved), gr.update(value=""), note, *[gr.update(choices=[NONE, *saved])] * units)
-
-
-def _people(library: Library) -> list[str]:
-    return [one.name for one in library.identities.listed()]
 
 
 def _shares(text: str, people: Sequence[str]) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lib_pulid import hosts
-from lib_pulid.control import Control, control_of
+from lib_pulid.control import Control
 from lib_pulid.errors import (
     IdentityMismatchError,
     MissingWeightsError,
@@ -77,7 +77,7 @@ def _made(weight: float, method: Method, identity: Identity, model: LoadedModel,
         )
     folder, width = library.folder, identity.cond.shape[-1]
     path = control_nets.require(method.control, folder.path, folder.models_dir, width, folder.fingerprint)
-    return control_of(identity, identity.pose, path, weight, model.device, model.dtype)
+    return Control(path, identity.rows.to(model.device, model.dtype), identity.pose, weight)
 
 
 def left_out(

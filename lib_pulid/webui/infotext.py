@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, MutableMapping
 from typing import Any
+from urllib.parse import unquote
 
 from lib_pulid import names
 from lib_pulid.errors import SettingError
@@ -18,7 +19,7 @@ from lib_pulid.units import PulidUnit
 from lib_pulid.webui.library import Library
 
 PREFIX = "PuLID "
-_ESCAPES = {"%": "%25", ",": "%2C", ":": "%3A", '"': "%22", "\n": "%0A", "\\": "%5C"}
+_ESCAPES = str.maketrans({character: f"%{ord(character):02X}" for character in '%,:"\n\\'})
 
 
 def key(number: Number) -> str:
@@ -52,13 +53,13 @@ def write(unit: PulidUnit, family: str, facts: Mapping[str, str]) -> str:
         entries["photos"] = str(len(unit.images))
     if unit.mask:
         entries["region"] = hashlib.sha256(unit.mask.encode()).hexdigest()[:10]
-    return ", ".join(f"{name}: {_escape(value)}" for name, value in entries.items() if value != "")
+    return ", ".join(f"{name}: {value.translate(_ESCAPES)}" for name, value in entries.items() if value != "")
 
 
 def read(text: str) -> dict[str, str]:
     """Parses the text that `write` formats; skips anything else."""
     pairs = (entry.partition(": ") for entry in text.split(", "))
-    return {name.strip(): _unescape(value) for name, colon, value in pairs if colon}
+    return {name.strip(): unquote(value) for name, colon, value in pairs if colon}
 
 
 class PastedField(str):
@@ -115,13 +116,3 @@ def _find(entries: Mapping[str, str], library: Library) -> str:
 def _text(value: Any) -> str:
     """Formats with all digits, so that the value read back is the same to the bit."""
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
-
-
-def _escape(text: str) -> str:
-    return "".join(_ESCAPES.get(character, character) for character in text)
-
-
-def _unescape(text: str) -> str:
-    for character, escape in reversed(_ESCAPES.items()):  # "%" last, as it was escaped first
-        text = text.replace(escape, character)
-    return text

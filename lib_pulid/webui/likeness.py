@@ -19,7 +19,7 @@ import numpy as np
 from lib_pulid import disk
 from lib_pulid.errors import PulidError
 from lib_pulid.fields import Number
-from lib_pulid.files.judges import BUFFALO
+from lib_pulid.files.places import JUDGE
 from lib_pulid.hosts.frame import WHOLE, frame_of, part_of_mask
 from lib_pulid.likeness import (
     INSIGHTFACE,
@@ -167,7 +167,7 @@ class Meter:
         name = "the adapter's own recognizer, which overestimates" if judge.is_own else judge.name
         advice = ""
         if judge.is_own and len(self.judges) == 1:
-            advice = f" For an independent judge, put buffalo_l's {BUFFALO} into the models folder."
+            advice = f" For an independent judge, put buffalo_l's {JUDGE} into the models folder."
         seconds = sorted(self._seconds)[len(self._seconds) // 2]
         return [f"Judged by {name}, in {seconds:.1f} s per image.{advice}"]
 

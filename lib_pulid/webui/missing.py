@@ -9,10 +9,10 @@ from typing import Any
 import gradio as gr
 
 from lib_pulid import hosts
+from lib_pulid.disk import format_size
 from lib_pulid.fields import AUTO
 from lib_pulid.files import catalog, control_nets
 from lib_pulid.files.catalog import FAMILIES, WeightFile
-from lib_pulid.files.download import format_size
 from lib_pulid.methods import Method, usual
 from lib_pulid.webui.fetching import State
 from lib_pulid.webui.library import Library

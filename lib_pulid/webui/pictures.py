@@ -17,7 +17,7 @@ from lib_pulid.masks import load_mask
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lib_pulid.faces import Detection, Face
+    from lib_pulid.faces import Face
 
 NOT_OPENED = "Paths and URLs are never opened: send the image itself, as base64."
 LONGEST_PATH = 200  # bytes; a longer text is not a path that happens to be base64
@@ -113,7 +113,7 @@ def marked(face: Face) -> np.ndarray:
     thin = max(2, max(picture.size) // 300)
     for found in face.detections:
         chosen = found is face.detection
-        draw.rectangle(_corners(found), outline=DRAWN if chosen else OTHER, width=3 * thin if chosen else thin)
+        draw.rectangle(found.box.tolist(), outline=DRAWN if chosen else OTHER, width=3 * thin if chosen else thin)
     return resize_long_edge(np.asarray(picture))
 
 
@@ -132,7 +132,3 @@ def warnings(face: Face) -> list[str]:
     if cv2.Laplacian(grey, cv2.CV_64F).var() < BLURRED:
         notes.append("the face is blurry; a sharper photo gives a better likeness")
     return notes
-
-
-def _corners(found: Detection) -> list[float]:
-    return [float(x) for x in found.box]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib_pulid.boxes import read_box, within
+from lib_pulid.disk import stamp
 from lib_pulid.errors import SettingError
 from lib_pulid.fields import NOT_DRAWN, Number, place, spoken
 from lib_pulid.identity import check_fusion, with_uncond
@@ -16,7 +17,6 @@ from lib_pulid.injection import Injection
 from lib_pulid.methods import usual
 from lib_pulid.sites import is_chroma
 from lib_pulid.stores.encoders import Listener
-from lib_pulid.stores.folder import stamp
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.control import control_for, left_out
 from lib_pulid.webui.pictures import packed, region

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,9 +57,9 @@ class Presets:
         path = names.find(name, {path.stem: path for path in self._paths()})
         if path is not None:
             return path
-        known = {names.key(one): one for one in (*PRESET_FAMILY, CUSTOM, AUTO, *self.names())}
-        near = [known[key] for key in difflib.get_close_matches(names.key(name), known, 3)]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(known.values())}."
+        known = (*PRESET_FAMILY, CUSTOM, AUTO, *self.names())
+        near = names.nearest(name, known)
+        hint = f"did you mean {near}?" if near else f"use one of {', '.join(known)}."
         raise SettingError(place(number, "preset") + f"there is no preset {show(name)}; {hint}")
 
     def save(self, name: str, values: Mapping[str, Any]) -> str:

@@ -117,7 +117,7 @@ def _choices(field: Field, library: Library) -> Callable[[], list[str]] | None:
     if field.name == "model":
         return lambda: [AUTO, *(file.name for file in library.adapters.listed())]
     if field.name == "identity":
-        return lambda: [one.name for one in library.identities.listed()]
+        return library.identities.names
     if field.name == "preset":
         return lambda: [*field.choices, *library.presets.names()]
     return (lambda: list(field.choices)) if field.choices else None

@@ -65,7 +65,7 @@ def open_small_workshop(real: Callable[..., Workshop]) -> Callable[..., Workshop
             return Encoders(miniature.face_models(), tower)
 
         cache = IdentityCache(models_dir / "pulid" / "cache")
-        return Workshop(base, adapter, encoders, "small", cache, models_dir=models_dir)
+        return Workshop(base, adapter, lambda method: (encoders, "small"), cache, models_dir=models_dir)
 
     return open_workshop
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-from lib_pulid.standalone import Workshop, open_workshop
+from lib_pulid.standalone import Workshop, keeping, open_workshop
 
 
 def miniature_shop(model: str, models_dir: Path) -> Workshop:
     """model: a name in `miniature.MODELS`."""
-    made = open_workshop(model, models_dir)
+    made = keeping(open_workshop(model, models_dir))
     made.base.pipeline.set_progress_bar_config(disable=True)
-    encoders = made.encoders()
-    return replace(made, encoders=lambda: encoders)
+    return made

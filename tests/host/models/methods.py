@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import save_file
 
-from lib_pulid.identity_net import Pose
+from lib_pulid.control import Pose
 from tests import small_models
 from tests.face_standins import write_arcface
 from tests.host.models.checkpoints import CHANNELS, sdxl_layout

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from lib_pulid.control import Pose
 from lib_pulid.identity import Identity
-from lib_pulid.identity_net import Pose
 from tests import small_models
 from tests.face_standins import blank, draw_face, write_face_files
 from tests.host.models.checkpoints import FLUX_WIDTH, sdxl_layout
@@ -35,7 +35,7 @@ def write_models(models: Path) -> None:
     insightface = models / "insightface"
     files = write_face_files(insightface)
     (models / "facexlib").mkdir(exist_ok=True)
-    for file in (files.landmarker, files.parser):
+    for file in (files["landmarker"], files["parser"]):
         file.rename(models / "facexlib" / file.name)
     for path in (*folder.iterdir(), *(models / "facexlib").iterdir()):
         if path.suffix in (".pt", ".pth", ".bin"):
