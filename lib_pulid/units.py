@@ -118,9 +118,18 @@ class PulidUnit:
     def choice(self) -> FaceChoice:
         return FaceChoice(self.face_order, self.face_index)
 
+    @property
+    def is_off(self) -> bool:
+        """Whether it changes nothing, as its strength is 0."""
+        return self.weight == 0 and not self.identity_net
+
     def in_pass(self, hires: bool) -> bool:
         """Whether it is used in the first or the second (hires) pass."""
         return self.hires in ("both", "second" if hires else "first")
+
+    def in_the_only_pass(self) -> PulidUnit:
+        """Resolves it for a generation without hires fix: also a unit for the second pass is used."""
+        return replace(self, hires="both") if self.hires == "second" else self
 
     def on(self, family: str, method: Method | None = None) -> PulidUnit:
         """Resolves it for a checkpoint of this family, and a method (None: PuLID): fills in the weight, the strength of
@@ -158,8 +167,7 @@ class PulidUnit:
     def check_steps(self, family: str, steps: int, number: Number) -> None:
         """Raises: SettingError: with so many steps, the identity would never be used on a checkpoint of this family."""
         start_step = self.start_step if family == "flux" else 0
-        is_off = self.weight == 0 and not self.identity_net
-        if is_off or any(acts(i, steps, self.start, self.end, start_step) for i in range(steps)):
+        if self.is_off or any(acts(i, steps, self.start, self.end, start_step) for i in range(steps)):
             return
         name, why = "start", f"none of the {steps} steps is between start {self.start:g} and end {self.end:g}"
         if start_step >= steps:

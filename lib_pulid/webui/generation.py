@@ -124,8 +124,10 @@ class Generation(scripts.Script):
         if not asked.units:
             self._measure(p, None)
             return
-        stop = ending.is_interrupted
-        plan = UnitPlan(asked.units, self.library, ending.tell, p.comment, stop, asked.images, asked.places)
+        # Without hires fix there is one pass, and a face that is for the second would be missing.
+        has_second, stop = getattr(p, "enable_hr", False), ending.is_interrupted
+        units = asked.units if has_second else [(number, unit.in_the_only_pass()) for number, unit in asked.units]
+        plan = UnitPlan(units, self.library, ending.tell, p.comment, stop, asked.images, asked.places)
         # ADetailer calls `process` in the middle of a request, before an image's parameters are written.
         self._draw(p, plan, getattr(p, "iteration", 0))
         self._measure(p, plan)
