@@ -280,11 +280,11 @@ def _from_dicts(args: Sequence[Any], dicts: Sequence[Mapping[str, Any]]) -> list
     defaults = default_args(1 + len(args) // len(FIELDS))
     for i in range(isinstance(args[0], bool) + len(dicts), len(args)):
         if args[i] != defaults[i] and not (args[i] in _EMPTY and defaults[i] in _EMPTY):
-            raise _not_a_unit(i, args[i])
+            raise _not_a_unit(i, args[i], " Remove PuLID's entries from the request's infotext, if it has one.")
     return [PulidUnit.from_mapping(values, number) for number, values in enumerate(dicts, 1)]
 
 
-def _not_a_unit(index: int, value: Any) -> SettingError:
+def _not_a_unit(index: int, value: Any, more: str = "") -> SettingError:
     return SettingError(
-        f"PuLID, args[{index}]: {show(value)} is not a unit; args must be a list of dicts, one per person."
+        f"PuLID, args[{index}]: {show(value)} is not a unit; args must be a list of dicts, one per person.{more}"
     )
