@@ -221,6 +221,20 @@ class TestHires:
                 saved.generate([{"identity": "anna"}], p=p)
         assert saved.left_behind(p) == [] and count_hooks(other) == 0
 
+    @pytest.mark.parametrize("asked", [{"weight": 0}, {"hires": "first"}, {}], ids=str)
+    def test_an_image_to_enlarge_with_any_model(self, saved, asked):
+        """The hosts' button below a finished image: hires fix without a first pass, beside a model loaded for it."""
+        p = saved.processing("sd15")
+        p.enable_hr, p.firstpass_image, first = True, object(), p._pass
+        p._pass = lambda *args: first(*args) if p.is_hr_pass else []
+        if asked:
+            assert saved.generate([{"identity": "anna", "keep_best": 1, **asked}], p=p)
+            assert p.extra_generation_params == {}
+        else:
+            with pytest.raises(UnsupportedModelError, match=r"sd15: this is a Stable Diffusion 1\.x model"):
+                saved.generate([{"identity": "anna"}], p=p)
+        assert saved.left_behind(p) == [] and saved.ui.swallowed == []
+
 
 class TestParameters:
     def test_the_hash_is_beside_the_tag_and_no_unit_is_pasted(self, saved):

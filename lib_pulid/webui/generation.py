@@ -11,7 +11,7 @@ from typing import Any
 from modules import extra_networks, scripts
 
 from lib_pulid import hosts
-from lib_pulid.errors import SettingError
+from lib_pulid.errors import SettingError, UnsupportedModelError
 from lib_pulid.fields import Number
 from lib_pulid.hosts.frame import remember_images
 from lib_pulid.tags import NAMES
@@ -131,7 +131,13 @@ class Generation(scripts.Script):
         # ADetailer calls `process` in the middle of a request, before an image's parameters are written.
         self._draw(p, plan, getattr(p, "iteration", 0))
         self._measure(p, plan)
-        prepare(p, plan)
+        try:
+            prepare(p, plan)
+        except UnsupportedModelError:
+            if any(plan.has_face(hires=hires) for hires in _passes(p)):
+                raise
+            self._measure(p, None)
+            return  # no face is to be added, so the model may be any
         setattr(p, PLAN, plan)
 
     def _measure(self, p: Any, plan: UnitPlan | None) -> None:
@@ -160,6 +166,13 @@ class Generation(scripts.Script):
             return draws.last(number) if inner else draws.draw(number, rank, how, seed, batch)
 
         return plan.draw(choose)
+
+
+def _passes(p: Any) -> tuple[bool, ...]:
+    """Lists the passes of a generation: whether each is that of hires fix, which may start from a finished image."""
+    if not getattr(p, "enable_hr", False):
+        return (False,)
+    return (False, True) if getattr(p, "firstpass_image", None) is None else (True,)
 
 
 def prepare(p: Any, plan: UnitPlan) -> None:
