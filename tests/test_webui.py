@@ -580,6 +580,9 @@ def test_settings_and_flags(ui, script, tmp_path):
     added = ui.modules.shared.opts.added
     assert {info.section for info in added.values()} == {("pulid", "PuLID")}
     assert settings.units() == 3
+    for value, count in (("five", 3), (None, 3), (0, 3), (float("nan"), 3), (2.0, 2), (float("inf"), 10)):
+        ui.modules.shared.opts.data["pulid_units"] = value
+        assert settings.units() == count
     ui.modules.shared.cmd_opts.pulid_models_dir = None
     ui.modules.shared.opts.data["pulid_models_dir"] = str(tmp_path)
     assert settings.models_dir() == tmp_path

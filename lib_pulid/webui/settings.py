@@ -63,7 +63,8 @@ def add_settings() -> None:
 
 
 def units() -> int:
-    return max(1, min(MOST_UNITS, int(_option(UNITS, 3) or 3)))
+    wanted = _option(UNITS, 3)  # the API sets any value
+    return int(min(MOST_UNITS, wanted)) if isinstance(wanted, (int, float)) and wanted >= 1 else 3
 
 
 def models_dir() -> Path:
@@ -71,7 +72,7 @@ def models_dir() -> Path:
     from modules import paths
     from modules.shared import cmd_opts
 
-    chosen = (getattr(cmd_opts, "pulid_models_dir", None) or _option(FOLDER, "") or "").strip()
+    chosen = str(getattr(cmd_opts, "pulid_models_dir", None) or _option(FOLDER, "") or "").strip()
     return user_path(chosen or getattr(paths, "models_path", "models")).absolute()
 
 
