@@ -320,8 +320,8 @@ def _rows(step: DenoiseStep, batch: int) -> list[bool]:
     if len(rows) != batch:
         raise SettingError(
             f"is_cond has {len(rows)} rows, but a layer got {batch}. If something splits or repeats the batch in "
-            "between (Forge Couple, Regional Prompter, FasterCache, tiles), PuLID cannot tell which rows are the prompt's: "
-            "disable it or PuLID. PuLID has regions of its own for several people."
+            "between (Forge Couple, Regional Prompter, FasterCache, tiles), PuLID cannot tell which rows are the "
+            "prompt's: disable it or PuLID. PuLID has regions of its own for several people."
         )
     return rows
 
