@@ -80,9 +80,11 @@ class Pulid {
         const photos = this.element(`${n}_photos`).querySelectorAll("img").length;
         const chosen = this.element(`${n}_identity`).querySelector("input")?.value ?? "";
         const saved = chosen === "None" ? "" : chosen;
-        const who = saved || (photos ? `${photos} photo${photos > 1 ? "s" : ""}` : "no photo");
+        const draws = (this.element(`${n}_draw`)?.querySelector("input")?.value || "off") !== "off";
+        const given = photos ? `${photos} photo${photos > 1 ? "s" : ""}` : draws ? "a drawn photo" : "";
+        const who = saved || given || "no photo";
         const weight = this.element(`${n}_weight`).querySelector("input[type=number]")?.value ?? "";
-        return {ready: Boolean(saved || photos), text: `${n}: ${who}, ${weight}`};
+        return {ready: Boolean(saved || given), text: `${n}: ${who}, ${weight}`};
     }
 
     isUsed(n) {

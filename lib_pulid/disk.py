@@ -9,12 +9,14 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lib_pulid.errors import SettingError, StorageError, WrongWeightsError
 
+_SURROGATE = re.compile("[\ud800-\udfff]")  # how Python reads bytes of a name that are not UTF-8
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.EINVAL, errno.EACCES)
 
 
@@ -32,7 +34,8 @@ def listed(folder: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
     """Lists a folder, sorted; empty if it cannot be read.
 
     suffixes: lists only the files with them, and no hidden ones: macOS puts a ._x.jpg, which is not an image, beside an
-        x.jpg on other systems' disks.
+        x.jpg on other systems' disks. Nor those whose names are not valid text, as of an archive in another encoding:
+        the WebUIs cannot send such a name to the page, which then is not shown at all.
     """
     try:
         paths = sorted(Path(folder).iterdir())
@@ -41,7 +44,7 @@ def listed(folder: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
     if not suffixes:
         return paths
     shown = (path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith("."))
-    return [path for path in shown if is_file(path)]
+    return [path for path in shown if is_file(path) and not _SURROGATE.search(path.name)]
 
 
 def size_of(path: str | Path) -> int:

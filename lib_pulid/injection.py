@@ -305,8 +305,9 @@ def _rows(step: DenoiseStep, batch: int) -> list[bool]:
     rows = [bool(cond) for cond in step.is_cond]
     if len(rows) != batch:
         raise SettingError(
-            f"is_cond has {len(rows)} rows, but the denoiser was called with {batch}. If something splits or repeats "
-            "the batch in between (FasterCache, tiles), disable it or PuLID."
+            f"is_cond has {len(rows)} rows, but a layer got {batch}. If something splits or repeats the batch in "
+            "between (Forge Couple, Regional Prompter, FasterCache, tiles), PuLID cannot tell which rows are the "
+            "prompt's: disable it or PuLID. PuLID has regions of its own for several people."
         )
     return rows
 

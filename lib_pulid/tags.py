@@ -19,7 +19,7 @@ NAMES = ("pulid", "PuLID", "Pulid", "PULID")  # the hosts tell upper from lower 
 EXAMPLE = "<pulid:anna:0.8>"
 LONGEST_TAG = 2000  # characters
 _TAG = re.compile(r"<pulid:([^>]*)>", re.IGNORECASE)
-_OPENED = re.compile(r"<\s*pulid\b", re.IGNORECASE)
+_OPENED = re.compile(r"[<＜〈《‹«]\s*pulid\b", re.IGNORECASE)  # also as keyboards for Chinese and Japanese write it
 _REFUSED = {
     "identity": "the name comes first in a tag.",
     "images": "a tag takes a saved identity, not photos.",

@@ -118,9 +118,18 @@ class PulidUnit:
     def choice(self) -> FaceChoice:
         return FaceChoice(self.face_order, self.face_index)
 
+    @property
+    def is_off(self) -> bool:
+        """Whether it changes nothing, as its strength is 0."""
+        return self.weight == 0 and not self.identity_net
+
     def in_pass(self, hires: bool) -> bool:
         """Whether it is used in the first or the second (hires) pass."""
         return self.hires in ("both", "second" if hires else "first")
+
+    def in_the_only_pass(self) -> PulidUnit:
+        """Resolves it for a generation without hires fix: also a unit for the second pass is used."""
+        return replace(self, hires="both") if self.hires == "second" else self
 
     def on(self, family: str, method: Method | None = None) -> PulidUnit:
         """Resolves it for a checkpoint of this family, and a method (None: PuLID): fills in the weight, the strength of
@@ -158,8 +167,7 @@ class PulidUnit:
     def check_steps(self, family: str, steps: int, number: Number) -> None:
         """Raises: SettingError: with so many steps, the identity would never be used on a checkpoint of this family."""
         start_step = self.start_step if family == "flux" else 0
-        is_off = self.weight == 0 and not self.identity_net
-        if is_off or any(acts(i, steps, self.start, self.end, start_step) for i in range(steps)):
+        if self.is_off or any(acts(i, steps, self.start, self.end, start_step) for i in range(steps)):
             return
         name, why = "start", f"none of the {steps} steps is between start {self.start:g} and end {self.end:g}"
         if start_step >= steps:
@@ -272,11 +280,11 @@ def _from_dicts(args: Sequence[Any], dicts: Sequence[Mapping[str, Any]]) -> list
     defaults = default_args(1 + len(args) // len(FIELDS))
     for i in range(isinstance(args[0], bool) + len(dicts), len(args)):
         if args[i] != defaults[i] and not (args[i] in _EMPTY and defaults[i] in _EMPTY):
-            raise _not_a_unit(i, args[i])
+            raise _not_a_unit(i, args[i], " Remove PuLID's entries from the request's infotext, if it has one.")
     return [PulidUnit.from_mapping(values, number) for number, values in enumerate(dicts, 1)]
 
 
-def _not_a_unit(index: int, value: Any) -> SettingError:
+def _not_a_unit(index: int, value: Any, more: str = "") -> SettingError:
     return SettingError(
-        f"PuLID, args[{index}]: {show(value)} is not a unit; args must be a list of dicts, one per person."
+        f"PuLID, args[{index}]: {show(value)} is not a unit; args must be a list of dicts, one per person.{more}"
     )

@@ -121,6 +121,14 @@ def test_a_first_argument_that_is_no_unit_is_called_so(first):
         parse_args([first, {"images": ["a"]}])
 
 
+def test_what_a_requests_infotext_leaves_beside_the_units_is_explained():
+    """The hosts write its values into the positions; the dicts cover only the first of them."""
+    left = default_args(1)
+    left[1 + [field.name for field in FIELDS].index("weight")] = 0.6
+    with pytest.raises(SettingError, match=r"args\[5\]: 0.6 is not a unit.*request's infotext"):
+        parse_args([{"images": ["a"]}, *left[1:]])
+
+
 def test_positional_lists_that_are_too_short_or_too_long():
     full = PulidUnit(images=("a",), weight=0.5).positions()
     for length in range(2, len(full) + 1):

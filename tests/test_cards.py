@@ -47,6 +47,21 @@ class TestCards:
             saved.generate([], p=p)
             assert f"identity: {name}" in p.extra_generation_params["PuLID tag 1"]
 
+    @pytest.mark.parametrize("name", ["Anna>b", "Anna:b"])
+    def test_a_name_that_a_tag_cannot_hold_is_written_as_its_hash(self, saved, page, name):
+        """Of a file that was renamed by hand. In a tag it would be another person's name: Anna's."""
+        folder = saved.library.identities.folder
+        try:
+            (folder / "ben's 2.0.safetensors").rename(folder / f"{name}.safetensors")
+        except OSError:
+            pytest.skip("this file system has no such names")
+        item = page.create_html()[name]
+        assert written(item) == f"<pulid:{item['shorthash']}:0.8>"
+        p = saved.processing()
+        p.prompt = written(item)
+        saved.generate([], p=p)
+        assert f"hash: {item['shorthash']}" in p.extra_generation_params["PuLID tag 1"]
+
     def test_the_image_is_the_identitys_own_or_the_one_beside_it(self, saved, page):
         assert page.create_html()["Anna"]["preview"].startswith("data:image/jpeg;base64,")
         (saved.library.identities.folder / "Anna.png").write_bytes(b"")

@@ -100,9 +100,14 @@ def test_one_source_of_a_person():
     assert PulidUnit(identity="Anna").changed({"draw": "off"}, 1).identity == "Anna"
 
 
-def test_the_setting_is_closed_to_the_api(host):
+@pytest.mark.parametrize("name", ["pulid_photo_folder", "pulid_models_dir"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_folders_are_the_owners_choice(host, monkeypatch, name, hidden):
+    """Not that of an API caller, nor, with --hide-ui-dir-config, of whoever sees the page."""
+    monkeypatch.setattr(host.ui.modules.shared.cmd_opts, "hide_ui_dir_config", hidden, raising=False)
     settings.add_settings()
-    assert host.ui.modules.shared.opts.added["pulid_photo_folder"].restrict_api
+    added = host.ui.modules.shared.opts.added[name]
+    assert added.restrict_api and added.component_args == {"visible": not hidden}
 
 
 # ---------------------------------------------------------------- in a WebUI

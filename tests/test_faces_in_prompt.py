@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError
+from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError, UnsupportedModelError
 from lib_pulid.faces import LARGEST
 from lib_pulid.hosts.a1111 import _Window
 from lib_pulid.injection import DenoiseStep, identity_rows
 from lib_pulid.units import default_args
 from lib_pulid.webui import pictures
-from tests.fake_modules.models import count_hooks, same
+from tests.fake_modules.models import UNet, count_hooks, same
 from tests.light_webui import PHOTOS, unit
 
 OFF = default_args(3)
@@ -94,6 +94,7 @@ class TestNeverAStranger:
         ("<pulid:ana>", r"tag 1, field identity: ana is not in .*Did you mean anna\?"),
         ("<pulid:zzzzz>", "zzzzz is not in .*Saved identities: anna, ben"),
         ("<pulid:anna><pulid:ben:9>", "tag 2, field weight: 9.0 is out of range"), ("<pulid:anna", "not complete"),
+        ("《pulid:anna》", "not complete"), ("＜PuLID：anna＞", "not complete"),
         ("<pulid:anna:start=0.5:end=0.4>", "tag 1, field start"),
         ("<pulid:anna:start=0.9>", "tag 1, field start: PuLID would never be active"),
         ("<pulid:anna:preset=realistic>", "tag 1, field preset: realistic is for FLUX"),
@@ -116,6 +117,8 @@ class TestNeverAStranger:
     def test_in_the_negative_prompt_it_is_told(self, saved):
         plain = saved.generate(OFF)
         assert same(plain, with_prompt(saved, "", negative_prompt="<pulid:anna>"))
+        assert "negative prompt" in saved.last.comments[0]
+        with_prompt(saved, "", all_hr_negative_prompts=["<pulid:anna>"])
         assert "negative prompt" in saved.last.comments[0]
 
 
@@ -189,6 +192,48 @@ class TestHires:
         assert same(tagged, with_prompt(saved, "", [{"identity": "anna", "hires": "second"}], enable_hr=True))
         with pytest.raises(SettingError, match="tag 1, field hires: the tag says second"):
             with_prompt(saved, "<pulid:anna:hires=second>", hr_prompt="larger", enable_hr=True)
+
+    def test_for_the_second_pass_without_hires_fix(self, saved):
+        """The only pass has the face: an image of a stranger, with PuLID in its parameters, would be wrong."""
+        wanted = saved.generate([{"identity": "anna"}])
+        assert same(with_prompt(saved, "", [{"identity": "anna", "hires": "second"}]), wanted)
+        assert "hires: both" in saved.last.extra_generation_params["PuLID 1"]
+        assert same(with_prompt(saved, "<pulid:anna:hires=second>"), wanted)
+
+    @pytest.mark.parametrize("asked", [{"hires": "first"}, {"weight": 0}, {}], ids=str)
+    def test_a_pass_that_needs_no_face_may_have_any_model(self, saved, asked):
+        """Another checkpoint for the second pass, one that PuLID is not for."""
+        p = saved.processing()
+        p.enable_hr, first, other = True, p._pass, UNet(2048, (1, 0, 1))
+
+        def load_for_second(*args):
+            if p.is_hr_pass and saved.kind == "forge":
+                p.load(other, "short")
+            elif p.is_hr_pass:
+                p.sd_model.model.diffusion_model = other
+            return first(*args)
+
+        p._pass = load_for_second
+        if asked:
+            assert saved.generate([{"identity": "anna", **asked}], p=p)
+        else:
+            with pytest.raises(UnsupportedModelError, match="shortened SDXL"):
+                saved.generate([{"identity": "anna"}], p=p)
+        assert saved.left_behind(p) == [] and count_hooks(other) == 0
+
+    @pytest.mark.parametrize("asked", [{"weight": 0}, {"hires": "first"}, {}], ids=str)
+    def test_an_image_to_enlarge_with_any_model(self, saved, asked):
+        """The hosts' button below a finished image: hires fix without a first pass, beside a model loaded for it."""
+        p = saved.processing("sd15")
+        p.enable_hr, p.firstpass_image, first = True, object(), p._pass
+        p._pass = lambda *args: first(*args) if p.is_hr_pass else []
+        if asked:
+            assert saved.generate([{"identity": "anna", "keep_best": 1, **asked}], p=p)
+            assert p.extra_generation_params == {}
+        else:
+            with pytest.raises(UnsupportedModelError, match=r"sd15: this is a Stable Diffusion 1\.x model"):
+                saved.generate([{"identity": "anna"}], p=p)
+        assert saved.left_behind(p) == [] and saved.ui.swallowed == []
 
 
 class TestParameters:

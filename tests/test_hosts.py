@@ -64,6 +64,18 @@ def test_masks_in_tiles_are_refused(kind, p):
     assert not same(kind.run(p, RandomPlan(mask=torch.ones(4, 4))), kind.run(p))
 
 
+@pytest.mark.parametrize("change", [lambda x: x.repeat(2, 1, 1), lambda x: x[:1]], ids=["couple", "regional"])
+def test_prompts_by_region_that_change_the_rows_of_a_layer_are_refused(kind, p, change):
+    """Forge Couple repeats the prompt's rows inside a layer, Regional Prompter calls it with half of them."""
+    layer = kind.denoiser(p).middle_block[0].attn2
+    forward = type(layer).forward
+    layer.forward = lambda x, context: forward(layer, change(x), change(context))[:1].expand(len(x), -1, -1)
+    assert kind.run(p)
+    with pytest.raises(SettingError, match="Forge Couple, Regional Prompter.*regions of its own"):
+        kind.run(p, RandomPlan())
+    assert kind.left(p) == 0
+
+
 def test_the_layers_are_gone_through_once_for_a_model(kind, p, monkeypatch):
     """Not in each step: that takes milliseconds. To the first cross-attention is not far."""
     unet, walks, named_modules = kind.denoiser(p), [], nn.Module.named_modules

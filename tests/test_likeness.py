@@ -365,3 +365,5 @@ def test_masks_follow_their_image(host):
     assert made.images == [images[1], masks[1]]
     assert (made.infotexts, made.info, made.seed) == (["b"], "b", 6)
     assert not web._remove(made, images, out)  # somebody has exchanged an image
+    made = SimpleNamespace(images=[*images], infotexts=[], all_seeds=[], index_of_first_image=0)
+    assert web._remove(made, images, out) and made.images == [images[1]]

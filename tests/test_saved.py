@@ -123,6 +123,20 @@ def test_two_that_differ_in_spelling_only_are_not_mixed_up(library):
         library.identities.load("ANNA")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_name_that_is_not_text_is_not_listed(library):
+    """Of an archive in another encoding. The page could not be sent with it, and would not be shown at all."""
+    library.identities.save("anna", person(1))
+    for folder, suffix in ((library.identities.folder, ".safetensors"), (library.presets.folder(), ".json")):
+        folder.mkdir(exist_ok=True)
+        try:
+            Path(os.fsdecode(os.fsencode(folder / "M") + b"\xfcller" + suffix.encode())).write_bytes(b"{}")
+        except OSError:
+            pytest.skip("this file system has no such names")
+    listed = [path.name for path in disk.listed(library.identities.folder, (".safetensors",))]
+    assert (listed, library.presets.names()) == (["anna.safetensors"], [])
+
+
 def test_a_file_name_is_not_another_persons_name(library):
     """`anna.safetensors` is how many would write the file of anna."""
     library.identities.save("anna", person(1))

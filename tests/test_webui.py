@@ -299,9 +299,16 @@ class TestInfotext:
         return {str(field): field(parameters) for field in [infotext.PastedField(1, None, library), *fields]}
 
     def test_a_picture_without_it_switches_it_off_and_leaves_the_rest(self, library):
-        pasted = self.pasted(library, {"Steps": "20"})
+        pasted = self.pasted(library, {"Steps": "20", "PuLID weight": "0.8"})  # another program's
         assert pasted.pop("PuLID on") is False
         assert set(pasted.values()) == {None}
+
+    def test_another_programs_entry_stays(self):
+        from lib_pulid.webui.infotext import clear
+
+        entries = dict.fromkeys(("PuLID 1", "PuLID tag 1", "PuLID hires tag 2", "PuLID likeness", "PuLID weight"), "x")
+        clear(entries)
+        assert list(entries) == ["PuLID weight"]
 
     def test_an_identity_is_found_by_its_hash(self, ui, script, one, library):
         p = Generation()
@@ -367,10 +374,13 @@ class TestXYZ:
 
     def test_slips_show_before_the_grid_begins(self, ui, library):
         axes = self.axes(ui, library)
-        for label, value in (("Weight", 9.0), ("Preset", "best"), ("Photo file", "/nowhere.png")):
+        wrong = {"Weight": 9.0, "Preset": "best", "Photo file": "/nowhere.png", "Saved identity": "ana"}
+        for label, value in {**wrong, "PuLID model": "x"}.items():
             with pytest.raises(PulidError):
                 axes[f"[PuLID 1] {label}"].confirm(None, [value])
         axes["[PuLID 1] Use this person"].confirm(None, ["yes", "no"])
+        axes["[PuLID 1] Saved identity"].confirm(None, ["", "None"])
+        axes["[PuLID 1] PuLID model"].confirm(None, ["auto", library.adapters.listed()[0].path.stem])
         assert axes["[PuLID 1] Saved identity"].choices() == []
         assert axes["[PuLID 1] PuLID model"].choices()[0] == "auto"
 
@@ -427,6 +437,7 @@ class TestActions:
         gallery, note = actions.preview("", "None", "largest", 0)
         assert gallery["visible"] is False
         assert "No photo yet" in note
+        assert actions.asked("", "None", "largest", None) and actions.preview("", "None", "largest", None)
 
     def test_save(self, actions, save):
         listed, name, note = save("  Anna ")
@@ -535,6 +546,9 @@ def test_settings_and_flags(ui, script, tmp_path):
     added = ui.modules.shared.opts.added
     assert {info.section for info in added.values()} == {("pulid", "PuLID")}
     assert settings.units() == 3
+    for value, count in (("five", 3), (None, 3), (0, 3), (float("nan"), 3), (2.0, 2), (float("inf"), 10)):
+        ui.modules.shared.opts.data["pulid_units"] = value
+        assert settings.units() == count
     ui.modules.shared.cmd_opts.pulid_models_dir = None
     ui.modules.shared.opts.data["pulid_models_dir"] = str(tmp_path)
     assert settings.models_dir() == tmp_path

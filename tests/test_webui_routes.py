@@ -61,6 +61,28 @@ def test_an_error_that_ends_a_request(client, error, status):
     assert answer.json()["error"] == type(error).__name__
 
 
+BAD = "\ud800" * 300  # no text, and too long
+
+
+@pytest.mark.parametrize(("path", "body", "words"), [
+    ("download", {"names": [BAD], "accept_license": True}, "is not in the catalog"),
+    ("download", {"names": ["x"], "accept_license": None, "accept_licence": None}, "x is not in the catalog"),
+    ("download", {"names": ["x"], "accept_license": "false"}, "true or false"),
+    ("blend", {"people": {BAD: 1, "b": 1}, "name": "c"}, "too long for a name"),
+    ("blend", {"people": {"\ud800": 1, "b": 1}, "name": "c"}, "control characters"),
+    ("blend", {"people": {"a": 1, "b": 1}, "name": "\ud800"}, "contains"),
+])  # fmt: skip
+def test_names_that_are_not_text(client, path, body, words):
+    answer = client().post(f"/pulid/{path}", content=json.dumps(body))
+    assert answer.status_code == 422 and words in answer.json()["detail"]
+    assert len(answer.content) < 1000
+
+
+def test_a_message_that_is_not_text(client):
+    answer = client(error=SettingError("\ud800")).get("/fails")
+    assert (answer.status_code, answer.json()["detail"]) == (422, "\\ud800")
+
+
 def test_a_saved_identity_as_a_file(client, library):
     values = torch.arange(32 * 64, dtype=torch.float32).reshape(1, 32, 64) / 16
     folder = library.identities.folder

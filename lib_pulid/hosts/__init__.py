@@ -52,6 +52,10 @@ class LoadedModel:
 class Plan(Protocol):
     """Tells what a generation injects."""
 
+    def has_face(self, *, hires: bool) -> bool:
+        """Whether a face is to be added in this pass. If not, the pass may have any model."""
+        ...
+
     def injections(self, model: LoadedModel, *, hires: bool) -> Sequence[Injection]:
         """Returns the injections, compiled for the model's family, device and dtype, and keeps them.
 

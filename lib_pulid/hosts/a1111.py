@@ -92,7 +92,7 @@ class _Run(Run):
         unet = _unet(self.p)
         self._window = _Window(params)
         self._follow(unet)  # the refiner's, too, so that its call raises an error
-        if self._injector.leaves_the_rest_to(unet):
+        if self._injector.leaves_alone(unet, self.p):
             self._window = None
             self._nets.end()  # their memory is the refiner's
             return

@@ -88,7 +88,7 @@ class _Run(Run):
             return
         denoiser = unet.model.diffusion_model
         try:
-            if self._injector.leaves_the_rest_to(denoiser):
+            if self._injector.leaves_alone(denoiser, p):
                 return
             self._refusal = None
         except SettingError as error:

@@ -46,12 +46,15 @@ class Injector:
         """The injections of the current pass with a ControlNet."""
         return [injection for injection in self._injections if injection.control is not None]
 
-    def leaves_the_rest_to(self, denoiser: nn.Module | None) -> bool:
-        """Whether this is SDXL's refiner, which may finish what the base model started with the face.
+    def leaves_alone(self, denoiser: nn.Module | None, p: Any) -> bool:
+        """Whether the denoiser may run as it is: no face is to be added in the current pass of `p`; or this is SDXL's
+        refiner, which may finish what the base model started with the face.
 
         Raises:
-            SettingError: it starts before the face was used.
+            SettingError: the refiner starts before the face was used.
         """
+        if self._plan is not None and not self._plan.has_face(hires=bool(getattr(p, "is_hr_pass", False))):
+            return True
         if not self._was_ready or not is_refiner(denoiser):
             return False
         if self._has_acted or self._watch.reached or not self.has_face:

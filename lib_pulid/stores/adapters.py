@@ -74,7 +74,7 @@ class Adapters:
         with self._lock:
             if name == AUTO:
                 return self._any(family, encoder, made_for)
-            adapter = self._load(self._named(name))
+            adapter = self._load(self.path(name))
         if adapter.family != family:
             raise UnsupportedModelError(
                 f"{adapter.path.name} is {adapter.label}, but the checkpoint is {family.upper()}. "
@@ -115,8 +115,12 @@ class Adapters:
             if (adapter.method.name, adapter.family) == wanted:
                 yield adapter
 
-    def _named(self, name: str) -> Path:
-        """Returns the path of a file by name, even if it is not a PuLID file: loading it says what it is."""
+    def path(self, name: str) -> Path:
+        """Returns the path of a file by name, even if it is not a PuLID file: loading it says what it is.
+
+        Raises:
+            MissingWeightsError. SettingError: the name fits several.
+        """
         paths = [*(file.path for file in self.listed()), *disk.listed(self._folder.path, SUFFIXES)]
         for spelled in (lambda path: path.name, lambda path: path.stem):
             by_name: dict[str, Path] = {}

@@ -118,7 +118,7 @@ class Actions:
 
     def asked(self, images: str, identity: str, order: str, index: float) -> str:
         """Returns a hash of what a preview shows."""
-        return hashlib.sha256(json.dumps([images, identity, order, int(index)]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([images, identity, order, int(index or 0)]).encode()).hexdigest()
 
     def still_asked(self, images: str, identity: str, order: str, index: float, asked: str) -> tuple[Any, Any]:
         """Hides a finished preview if something else has been selected meanwhile."""
@@ -138,7 +138,7 @@ class Actions:
             elif not images:
                 lines = [bad(["No photo yet: drop one above."])]
             else:
-                self._preview_photos(_images(images), FaceChoice(order, int(index)), shown, lines)
+                self._preview_photos(_images(images), _choice(order, index), shown, lines)
         except PulidError as error:
             lines.append(bad([str(error)]))
         finally:
@@ -188,7 +188,7 @@ class Actions:
                 raise SettingError("Enter a name for the identity first.")
             made = self._library.identities.load(identity) if _saved(identity) and not images else None
             saved = self._library.identities.save(
-                name, made or self._encoded(images, model, FaceChoice(order, int(index)), fusion, told)
+                name, made or self._encoded(images, model, _choice(order, index), fusion, told)
             )
         except PulidError as error:
             return gr.update(), gr.update(), bad([str(error)])
@@ -235,6 +235,11 @@ class Actions:
                 raise SettingError("Select a PuLID model first: an identity is saved either for SDXL or for FLUX.")
             family = families.pop()
         return family
+
+
+def _choice(order: str, index: float | None) -> FaceChoice:
+    """index: None where the slider's number was deleted."""
+    return FaceChoice(order, int(index or 0))
 
 
 def _saved(identity: str) -> str:

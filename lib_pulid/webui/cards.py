@@ -60,7 +60,8 @@ class FacesPage(ui_extra_networks.ExtraNetworksPage):
         }
         self.read_user_metadata(item)
         weight = preferred_weight(item["user_metadata"]) or default_weight(info)
-        item["prompt"] = ui_extra_networks.quote_js(f"<{NAMES[0]}:{saved.name}:{weight:g}>")
+        name = saved.short_hash if set(saved.name) & set(":>") else saved.name  # these would end it in the tag
+        item["prompt"] = ui_extra_networks.quote_js(f"<{NAMES[0]}:{name}:{weight:g}>")
         return item
 
     def create_user_metadata_editor(self, ui: Any, tabname: str) -> Any:

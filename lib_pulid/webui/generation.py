@@ -11,7 +11,7 @@ from typing import Any
 from modules import extra_networks, scripts
 
 from lib_pulid import hosts
-from lib_pulid.errors import SettingError
+from lib_pulid.errors import SettingError, UnsupportedModelError
 from lib_pulid.fields import Number
 from lib_pulid.hosts.frame import remember_images
 from lib_pulid.tags import NAMES
@@ -124,12 +124,20 @@ class Generation(scripts.Script):
         if not asked.units:
             self._measure(p, None)
             return
-        stop = ending.is_interrupted
-        plan = UnitPlan(asked.units, self.library, ending.tell, p.comment, stop, asked.images, asked.places)
+        # Without hires fix there is one pass, and a face that is for the second would be missing.
+        has_second, stop = getattr(p, "enable_hr", False), ending.is_interrupted
+        units = asked.units if has_second else [(number, unit.in_the_only_pass()) for number, unit in asked.units]
+        plan = UnitPlan(units, self.library, ending.tell, p.comment, stop, asked.images, asked.places)
         # ADetailer calls `process` in the middle of a request, before an image's parameters are written.
         self._draw(p, plan, getattr(p, "iteration", 0))
         self._measure(p, plan)
-        prepare(p, plan)
+        try:
+            prepare(p, plan)
+        except UnsupportedModelError:
+            if any(plan.has_face(hires=hires) for hires in _passes(p)):
+                raise
+            self._measure(p, None)
+            return  # no face is to be added, so the model may be any
         setattr(p, PLAN, plan)
 
     def _measure(self, p: Any, plan: UnitPlan | None) -> None:
@@ -158,6 +166,13 @@ class Generation(scripts.Script):
             return draws.last(number) if inner else draws.draw(number, rank, how, seed, batch)
 
         return plan.draw(choose)
+
+
+def _passes(p: Any) -> tuple[bool, ...]:
+    """Lists the passes of a generation: whether each is that of hires fix, which may start from a finished image."""
+    if not getattr(p, "enable_hr", False):
+        return (False,)
+    return (False, True) if getattr(p, "firstpass_image", None) is None else (True,)
 
 
 def prepare(p: Any, plan: UnitPlan) -> None:

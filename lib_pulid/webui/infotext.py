@@ -7,6 +7,7 @@ there only as a hash; it is found again if the identity is saved, or still in th
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 from urllib.parse import unquote
@@ -19,6 +20,8 @@ from lib_pulid.units import PulidUnit
 from lib_pulid.webui.library import Library
 
 PREFIX = "PuLID "
+# Names of our entries; another program's may begin with "PuLID ", too.
+_OURS = re.compile(r"PuLID (?:(?P<unit>[0-9]+)|(?:hires )?tag [0-9]+|likeness|errors elsewhere)")
 _ESCAPES = str.maketrans({character: f"%{ord(character):02X}" for character in '%,:"\n\\'})
 
 
@@ -28,7 +31,7 @@ def key(number: Number) -> str:
 
 def clear(parameters: MutableMapping[str, Any]) -> None:
     """Removes our entries: the cells of a grid share one dict."""
-    for name in [name for name in parameters if name.startswith(PREFIX)]:
+    for name in [name for name in parameters if _OURS.fullmatch(name)]:
         del parameters[name]
 
 
@@ -78,8 +81,8 @@ class PastedField(str):
     def __call__(self, parameters: Mapping[str, Any]) -> Any:
         number, field, library = self._place
         if field is None:
-            return any(name.startswith(PREFIX) and name[len(PREFIX) :].isdigit() for name in parameters)
-        if not any(name.startswith(PREFIX) for name in parameters):
+            return any(found["unit"] for found in map(_OURS.fullmatch, parameters) if found)
+        if not any(map(_OURS.fullmatch, parameters)):
             return None  # an image without PuLID disables it and leaves the rest as it is
         text = parameters.get(key(number))
         if field.name == "enabled":

@@ -242,7 +242,8 @@ def _remove(processed: Any, images: Sequence[Any], out: Sequence[Measured]) -> b
         listed = getattr(processed, name, None)
         if isinstance(listed, list) and len(listed) > max(numbers):
             setattr(processed, name, [value for i, value in enumerate(listed) if i not in numbers])
-    processed.info, processed.seed = processed.infotexts[0], processed.all_seeds[0]
+    if processed.infotexts and processed.all_seeds:  # another script may have emptied them
+        processed.info, processed.seed = processed.infotexts[0], processed.all_seeds[0]
     return True
 
 

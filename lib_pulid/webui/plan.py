@@ -76,6 +76,10 @@ class UnitPlan:
             found.append(replace(injection, control=None) if number in self._without_net else injection)
         return found
 
+    def has_face(self, *, hires: bool) -> bool:
+        """See `lib_pulid.hosts.Plan`."""
+        return any(unit.in_pass(hires) and not unit.is_off for _, unit in self.units)
+
     def of_image(self, index: int) -> tuple[Number, ...]:
         """Returns the units of one image of the batch."""
         return tuple(number for number, _ in self.units if index in self.images.get(number, (index,)))

@@ -229,8 +229,8 @@ def check_rest(p: Any, request: Request, library: Library) -> None:
 
 def warn_of_negative(p: Any) -> None:
     """Says below the image that a tag in the negative prompt does nothing: the hosts read none there."""
-    prompts = getattr(p, "all_negative_prompts", None) or ()
-    if any("<pulid:" in text.lower() for text in prompts):
+    prompts = [getattr(p, name, None) or () for name in ("all_negative_prompts", "all_hr_negative_prompts")]
+    if any("<pulid:" in text.lower() for some in prompts for text in some):
         p.comment("PuLID: a <pulid:...> tag in the negative prompt does nothing. Put it into the prompt.")
 
 

@@ -70,7 +70,8 @@ def add_error_handler(app: Any) -> None:
 
     def answer(request: Any, error: Exception) -> Any:
         ours = isinstance(error, (MissingWeightsError, WrongWeightsError, OutOfMemoryError))
-        content = {"error": type(error).__name__, "detail": str(error), "body": "", "errors": str(error)}
+        told = str(error).encode(errors="backslashreplace").decode()  # a name in the request may be no valid text
+        content = {"error": type(error).__name__, "detail": told, "body": "", "errors": told}
         return JSONResponse(status_code=500 if ours else 422, content=content)
 
     app.add_exception_handler(PulidError, answer)
@@ -133,14 +134,15 @@ def download(body: Mapping[str, Any], downloads: Downloads) -> dict[str, Any]:
     Raises:
         SettingError: a name is not in the catalog, or a license is not accepted.
     """
-    names, accepted = body.get("names"), body.get("accept_license", body.get("accept_licence", False))
+    names, answers = body.get("names"), [body.get(field) for field in DOWNLOAD_FIELDS[1:]]
+    accepted = next((answer for answer in answers if answer is not None), False)
     if not isinstance(names, list) or not names or not isinstance(accepted, bool) or set(body) - set(DOWNLOAD_FIELDS):
         raise SettingError("PuLID: download takes names (a list of file names) and accept_license (true or false).")
     files = []
     for name in names:
         file = catalog.named(name) if isinstance(name, str) else None
         if file is None:
-            raise SettingError(f"PuLID, field names: {str(name)[:60]} is not in the catalog; see /pulid/models.")
+            raise SettingError(f"PuLID, field names: {spelled(name)} is not in the catalog; see /pulid/models.")
         if file.restricted and not accepted:
             raise SettingError(
                 f"PuLID, field accept_license: {file.name} has a restricted license ({file.licence}). "
@@ -172,7 +174,8 @@ def blend(body: Mapping[str, Any], library: Library) -> dict[str, Any]:
             'PuLID: blend takes people (as in {"anna": 0.7, "ben": 0.3}) and name (of the new identity).'
         )
     for one, share in people.items():
-        check_share(share, spelled(one))
+        check(FIELD["identity"], one, 0)
+        check_share(share, one)
     made = library.identities.blend(list(people.items()), name)
     return {"name": made.name, "hash": made.short_hash, "made_for": made.adapter}
 

@@ -21,13 +21,19 @@ ROOM = 8e9  # bytes to leave free for a checkpoint, a VAE and the system
 def add_settings() -> None:
     """Adds the settings; to be called from on_ui_settings."""
     import gradio as gr
-    from modules.shared import OptionInfo, opts
+    from modules.shared import OptionInfo, cmd_opts, opts
 
+    # Whoever sends requests must not choose what is read from this machine; nor whoever sees the page, with the flag.
+    owner = {
+        "component": gr.Textbox,
+        "component_args": {"visible": not getattr(cmd_opts, "hide_ui_dir_config", False)},
+        "restrict_api": True,
+    }
     infos = {
         UNITS: OptionInfo(3, "People in one image", gr.Slider, {"minimum": 1, "maximum": MOST_UNITS, "step": 1})
         .info("the number of tabs")
         .needs_reload_ui(),
-        FOLDER: OptionInfo("", "Models folder").info(
+        FOLDER: OptionInfo("", "Models folder", **owner).info(
             "empty: the WebUI's own models folder, with pulid, insightface/models/antelopev2 and facexlib in it"
         ),
         DEVICE: OptionInfo("CPU", "Read photos on", gr.Radio, {"choices": ["CPU", "GPU"]}).info(
@@ -41,8 +47,7 @@ def add_settings() -> None:
             "compares the faces in each image with the person's photo; the number is shown below the image and in its "
             "parameters. The time it takes is shown, too"
         ),
-        # restrict_api: whoever sends requests must not choose what is read from this machine.
-        PHOTOS: OptionInfo("", "Folder of photos to draw from", restrict_api=True).info(
+        PHOTOS: OptionInfo("", "Folder of photos to draw from", **owner).info(
             "for Draw the photo: one person per photo, which whoever uses this WebUI may draw. empty: none"
         ),
         PORTRAITS: OptionInfo(True, "Keep a small image of the face in saved identities").info(
@@ -58,7 +63,8 @@ def add_settings() -> None:
 
 
 def units() -> int:
-    return max(1, min(MOST_UNITS, int(_option(UNITS, 3) or 3)))
+    wanted = _option(UNITS, 3)  # the API sets any value
+    return int(min(MOST_UNITS, wanted)) if isinstance(wanted, (int, float)) and wanted >= 1 else 3
 
 
 def models_dir() -> Path:
@@ -66,7 +72,7 @@ def models_dir() -> Path:
     from modules import paths
     from modules.shared import cmd_opts
 
-    chosen = (getattr(cmd_opts, "pulid_models_dir", None) or _option(FOLDER, "") or "").strip()
+    chosen = str(getattr(cmd_opts, "pulid_models_dir", None) or _option(FOLDER, "") or "").strip()
     return user_path(chosen or getattr(paths, "models_path", "models")).absolute()
 
 

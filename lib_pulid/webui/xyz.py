@@ -13,6 +13,7 @@ from lib_pulid.disk import user_path
 from lib_pulid.errors import SettingError
 from lib_pulid.fields import AUTO, BOOLS, FIELD, FIELDS, Field, check, place
 from lib_pulid.images import load_image
+from lib_pulid.units import at_unit
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.pictures import packed
 
@@ -100,7 +101,11 @@ def _confirm(number: int, field: Field, library: Library) -> Callable[[Any, list
     def confirm(p: Any, values: list[Any]) -> None:
         for value in values:
             for name, plain in library.presets.expand({field.name: _plain(field, value)}, number).items():
-                check(FIELD[name], plain, number)
+                checked = check(FIELD[name], plain, number)
+                find = {"identity": library.identities.path, "model": library.adapters.path}.get(name)
+                if find is not None and checked != FIELD[name].default:
+                    with at_unit(number, name):
+                        find(checked)
 
     return confirm
 

@@ -30,6 +30,9 @@ class RandomPlan:
     steps: list[int] = field(default_factory=list)
     asked: list[tuple[str, str, bool]] = field(default_factory=list)
 
+    def has_face(self, *, hires: bool) -> bool:
+        return self.weight != 0
+
     def injections(self, model: LoadedModel, *, hires: bool) -> Sequence[Injection]:
         self.asked.append((model.name, model.family, hires))
         self.guided.append(model.guided)
