@@ -340,6 +340,15 @@ def test_the_loras_strength(unet, face_id):
     assert not effect(unet, [nobody]).any()
 
 
+def test_a_lora_on_another_device_than_the_denoiser(face_id):
+    """As PuLID's own tensors, which go where the layer is; an injection is compiled for the CPU by default."""
+    sizes = {part: (down.shape[1], len(up)) for (n, part), (down, up) in face_id.lora.layers.items() if n == 0}
+    parts = {part: torch.nn.Linear(*size, device="meta") for part, size in sizes.items()}
+    assert len(list(face_id.lora.attach(0, parts, 1.0))) == 4
+    for layer in parts.values():
+        assert layer(torch.zeros(1, layer.in_features, device="meta")).is_meta
+
+
 def test_two_people_with_one_file_have_one_lora(unet, face_id):
     """The stronger one."""
     first, second = person(face_id, lora_weight=0.5), person(face_id, 401)
@@ -467,6 +476,17 @@ def test_position_ids_of_older_files_and_older_transformers(tmp_path, monkeypatc
     ids = {"vision_model.embeddings.position_ids": torch.arange(257)[None]} if in_file else {}
     torch.save({**small.clip_vision(), **ids}, tmp_path / "pytorch_model.bin")
     assert load_clip_vision(tmp_path / "pytorch_model.bin").model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_vision_half_of_a_whole_clip(tmp_path, clip, prefix):
+    """laion's file of ViT-H has the text encoder, too."""
+    from lib_pulid.clip_vision import load_clip_vision
+
+    state = {**small.clip_vision(), "text_model.final_layer_norm.weight": torch.zeros(4), "logit_scale": torch.ones(())}
+    torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "clip.bin")
+    found = load_clip_vision(tmp_path / "clip.bin").state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in clip.state_dict().items())
 
 
 @pytest.mark.parametrize("what", ["text", "layer", "336"])

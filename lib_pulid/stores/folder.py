@@ -36,7 +36,7 @@ class ModelsFolder:
 
     def __init__(self, ask: Callable[[], Settings]) -> None:
         self._ask = ask
-        self._read: dict[Any, Any] = {}  # by the reader, and the file's path, size and time
+        self._read: dict[Any, Any] = {}  # by the reader, and the file's stamp
 
     @property
     def settings(self) -> Settings:
@@ -69,10 +69,11 @@ class ModelsFolder:
         return self.remembered(path, lambda path: fingerprint_files([path]))
 
 
-def stamp(path: Path) -> tuple[str, int, int]:
-    """Returns what changes with a file: its path, size and time."""
+def stamp(path: Path) -> tuple[str, int, int, int, int]:
+    """Returns what changes with a file: its path, size, times and number. Copying may preserve the time of writing, and
+    all files of a PuLID version are equally large."""
     try:
         stat = path.stat()
     except OSError:  # deleted since it was listed, or not accessible: reading it reports that
-        return str(path), 0, 0
-    return str(path), stat.st_size, stat.st_mtime_ns
+        return str(path), 0, 0, 0, 0
+    return str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
