@@ -24,7 +24,7 @@ from lib_pulid.hosts.diffusers_control import identity_net
 from lib_pulid.identity import Identity, encode_identity
 from lib_pulid.identity_net import draw_points
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
-from lib_pulid.lora import Lora
+from lib_pulid.lora import PARTS, Lora
 from lib_pulid.photos import Encoders, IdentityCache, make_identity
 from lib_pulid.projectors import FaceProjection, ImageProjection, Resampler
 from lib_pulid.readings import FaceFeatures
@@ -345,7 +345,7 @@ def test_a_lora_on_another_device_than_the_denoiser(face_id):
     sizes = {part: (down.shape[1], len(up)) for (n, part), (down, up) in face_id.lora.layers.items() if n == 0}
     parts = {part: torch.nn.Linear(*size, device="meta") for part, size in sizes.items()}
     assert len(list(face_id.lora.attach(0, parts, 1.0))) == 4
-    for layer in parts.values():
+    for layer in (parts[part] for part in PARTS):
         assert layer(torch.zeros(1, layer.in_features, device="meta")).is_meta
 
 
