@@ -340,13 +340,22 @@ def test_the_loras_strength(unet, face_id):
     assert not effect(unet, [nobody]).any()
 
 
-def test_a_lora_on_another_device_than_the_denoiser(face_id):
+class Elsewhere:
+    """A tensor on a device that this machine does not have."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype, self.to = tensor.dtype, tensor.to
+
+
+def test_a_lora_on_another_device_than_the_denoiser():
     """As PuLID's own tensors, which go where the layer is; an injection is compiled for the CPU by default."""
-    sizes = {part: (down.shape[1], len(up)) for (n, part), (down, up) in face_id.lora.layers.items() if n == 0}
-    parts = {part: torch.nn.Linear(*size, device="meta") for part, size in sizes.items()}
-    assert len(list(face_id.lora.attach(0, parts, 1.0))) == 4
-    for layer in (parts[part] for part in PARTS):
-        assert layer(torch.zeros(1, layer.in_features, device="meta")).is_meta
+    down, up, x = torch.rand(2, 4), torch.rand(4, 2), torch.rand(1, 4)
+    lora = Lora({(0, part): (Elsewhere(down), Elsewhere(up)) for part in PARTS}, "x")
+    parts = {part: torch.nn.Linear(4, 4) for part in PARTS}
+    plain = {part: layer(x) for part, layer in parts.items()}
+    assert len(list(lora.attach(0, parts, 1.0))) == len(PARTS)
+    for part, layer in parts.items():
+        assert torch.allclose(layer(x), plain[part] + x @ down.T @ up.T)
 
 
 def test_two_people_with_one_file_have_one_lora(unet, face_id):
