@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from lib_pulid.errors import PulidError, WrongWeightsError
 from lib_pulid.faces import CLIP_MEAN, CLIP_STD, normalise, to_tensor
+from lib_pulid.files.checkpoint_header import unwrapped
 from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 
 SIDE = 224
 HEADS = 16  # of both; no shape in a file tells it
+_VISION_HALF = ("vision_model.", "visual_projection.")  # of a file of the whole CLIP
 _POSITIONS = "vision_model.embeddings.position_ids"  # 0, 1, 2, ...; in older files and older transformers
 
 
@@ -65,10 +67,11 @@ def load_clip_vision(path: str | Path, device: str = "cpu") -> ClipVision:
         MissingWeightsError, WrongWeightsError: the message says what the file is.
     """
     path = Path(path)
-    state = read_state_dict(path)
+    stored = read_state_dict(path)
+    state = {key: value for key, value in unwrapped(stored).items() if key.startswith(_VISION_HALF)}
     if "vision_model.post_layernorm.weight" not in state or "visual_projection.weight" not in state:
         raise WrongWeightsError(
-            f"{path.name} is {describe(state)}. Needed: a CLIP image encoder with its projection, in transformers' "
+            f"{path.name} is {describe(stored)}. Needed: a CLIP image encoder with its projection, in transformers' "
             "format, as in h94/IP-Adapter."
         )
     state.pop(_POSITIONS, None)

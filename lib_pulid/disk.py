@@ -55,13 +55,14 @@ def size_of(path: str | Path) -> int:
         return -1
 
 
-def stamp(path: Path) -> tuple[str, int, int]:
-    """Returns what changes with a file: its path, size and time."""
+def stamp(path: Path) -> tuple[str, int, int, int, int]:
+    """Returns what changes with a file: its path, size, times and number. Copying may preserve the time of writing, and
+    all files of a PuLID version are equally large."""
     try:
         stat = path.stat()
     except OSError:  # deleted since it was listed, or not accessible: reading it reports that
-        return str(path), 0, 0
-    return str(path), stat.st_size, stat.st_mtime_ns
+        return str(path), 0, 0, 0, 0
+    return str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 ProgressCallback = Callable[[int, int, str], None]  # bytes so far, bytes in all (0: not known yet), a note

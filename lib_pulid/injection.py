@@ -42,6 +42,7 @@ from lib_pulid.weights import Adapter
 
 # Maximum of each; the minimum is 0.
 MOST = {"weight": 5, "num_zero": 80, "start_step": 10, "lora_weight": 2, "identity_net": MOST_WEIGHT}
+_COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SLACK = 1e-6  # for comparing i / n with a fraction that a user typed
 
 
@@ -171,7 +172,8 @@ def compile_injection(
         lora_weight: strength of the LoRA in the file, 0-2; FaceID only, where None means 1, the official value. It acts
             on the whole image, whatever the mask, and once for all injections of a file.
         mask: part of the image that gets the identity, in any resolution: [H, W], or an image; see `load_mask`.
-        device, dtype: of the denoiser's computation. The products are computed in float32 and rounded once.
+        device, dtype: of the denoiser's computation. The products are computed in float32 and rounded once. Dtypes that
+            only store weights (8 bits, integers of quantized models) count as float32.
         prepared: the result of `prepare_sites` for this adapter and identity, where it is known already.
 
     Returns:
@@ -190,6 +192,7 @@ def compile_injection(
     _check_settings(weight, projection, num_zero, start, end, start_step, lora_weight)
     device = torch.device(device)
     area = None if mask is None else _read_mask(mask).to(device)
+    dtype = dtype if dtype in _COMPUTED_IN else torch.float32
     prepared = prepare_sites(adapter, identity, device) if prepared is None else prepared
     return Injection(
         family=adapter.family,

@@ -82,8 +82,8 @@ class Lora:
                 )
             if part == "out":
                 ran.clear()
-            x = args[0].to(down.dtype)
-            return torch.add(output, F.linear(F.linear(x, down), up).to(output.dtype), alpha=strength)
+            x, (a, b) = args[0].to(down.dtype), (t.to(args[0].device) for t in (down, up))
+            return torch.add(output, F.linear(F.linear(x, a), b).to(output.dtype), alpha=strength)
 
         return add
 

@@ -28,6 +28,14 @@ FLUX_BLOCKS = (19, 38)  # double and single, in FLUX.1; near counts have as many
 _CHROMA = "distilled_guidance_layer"
 _KOLORS = ("encoder_hid_proj", "text_encoder_hid_proj")  # for its text encoder; an IP-Adapter moves it
 _RELATIVES = {_CHROMA: "Chroma", "double_stream_modulation_img": "FLUX.2"}
+_UNET_LAYOUTS = ("input_blocks", "output_blocks", "middle_block"), ("down_blocks", "up_blocks", "mid_block")
+REFINER_WIDTH = 1280
+# Width of the text embedding that a UNet's cross-attention reads -> the model, if it is not SDXL's base.
+_TEXT_WIDTHS = {
+    768: "a Stable Diffusion 1.x model",
+    1024: "a Stable Diffusion 2.x model",
+    REFINER_WIDTH: "the SDXL refiner, which has no layers for PuLID",
+}
 _is_compiling = getattr(torch.compiler, "is_compiling", bool)  # torch 2.1 of A1111 does not have it
 
 
@@ -97,10 +105,9 @@ def find_sites(denoiser: nn.Module, *, chroma: bool = False) -> Sites:
             raise UnsupportedModelError(f"{name} has FLUX.1's layout, but PuLID was not trained for it.")
     if any(isinstance(getattr(denoiser, name, None), nn.Linear) for name in _KOLORS):
         raise UnsupportedModelError("Kolors has SDXL's layout, but PuLID was not trained for it.")
-    if hasattr(denoiser, "input_blocks") and hasattr(denoiser, "output_blocks"):
-        return _unet_sites(denoiser, ("input_blocks", "output_blocks", "middle_block"))
-    if hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks"):
-        return _unet_sites(denoiser, ("down_blocks", "up_blocks", "mid_block"))
+    for parts in _UNET_LAYOUTS:
+        if all(hasattr(denoiser, part) for part in parts):
+            return _unet_sites(denoiser, parts)
     if hasattr(denoiser, "double_blocks") and hasattr(denoiser, "single_blocks"):
         return _transformer_sites(denoiser, "double_blocks", "single_blocks", image_first=True)
     if hasattr(denoiser, "transformer_blocks") and hasattr(denoiser, "single_transformer_blocks"):
@@ -116,12 +123,25 @@ def find_sites(denoiser: nn.Module, *, chroma: bool = False) -> Sites:
 
 
 def _unet_sites(unet: nn.Module, parts: Sequence[str]) -> Sites:
+    if (width := text_width(unet)) in _TEXT_WIDTHS:
+        raise UnsupportedModelError(f"this is {_TEXT_WIDTHS[width]}.")
     # The adapter counts attention processors of the diffusers UNet, whose order is down, up, mid.
     return Sites("sdxl", tuple(site for part in parts for site in _cross_attentions(unet, part)))
 
 
+def text_width(unet: nn.Module) -> int:
+    """Returns the width of the text embedding that a UNet's cross-attention reads; 0 if it has none."""
+    layers = (getattr(getattr(module, "attn2", None), "to_k", None) for module in unet.modules())
+    to_k: Any = next((layer for layer in layers if layer is not None), None)
+    # Forge's quantized layers have no in_features, and their weight may be packed.
+    weight = getattr(to_k, "weight", None)
+    shape = getattr(getattr(weight, "quant_state", None) or weight, "shape", (0,))
+    return getattr(to_k, "in_features", None) or shape[-1]
+
+
 def _cross_attentions(unet: nn.Module, part: str) -> Iterator[Site]:
-    for name, module in getattr(unet, part).named_modules(prefix=part):
+    whole = getattr(unet, part) or nn.Module()  # pruned UNets have no middle
+    for name, module in whole.named_modules(prefix=part):
         attention = getattr(module, "attn2", None)
         if attention is not None and hasattr(attention, "to_q"):
             yield replace(cross_attention_site(f"{name}.attn2", attention), attentions=_attentions(module))
@@ -149,8 +169,9 @@ def cross_attention_site(name: str, attention: Any) -> Site:
         yield attention.to_q.register_forward_hook(in_this_thread(keep_query))
         yield attention.to_out[0].register_forward_pre_hook(in_this_thread(add_residual))
 
-    # Forge's quantised layers do not tell their width.
-    width = getattr(attention.to_q, "out_features", None) or attention.heads * attention.dim_head
+    # Some quantized layers (Forge's) do not tell their width; diffusers' attention tells it, sgm's that of a head.
+    widths = (getattr(attention.to_q, "out_features", None), getattr(attention, "inner_dim", None))
+    width = next(filter(None, widths), None) or attention.heads * attention.dim_head
     return Site(name, width, attention.heads, attach)
 
 

@@ -63,7 +63,7 @@ def load_vision_tower(path: str | Path) -> VisionTower:
     """
     path = Path(path)
     state = read_state_dict(path)
-    visual = {key.removeprefix("visual."): value.float() for key, value in state.items() if key.startswith("visual.")}
+    visual = {key.partition("visual.")[2]: value.float() for key, value in state.items() if "visual." in key}
     if "patch_embed.proj.weight" not in visual or "head.weight" not in visual:
         raise WrongWeightsError(f"{path.name} is {describe(state)}. Needed: EVA02_CLIP_L_336_psz14_s6B.pt.")
     from timm.models.eva import checkpoint_filter_fn

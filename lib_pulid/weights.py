@@ -26,6 +26,7 @@ from lib_pulid import methods
 from lib_pulid.disk import sha256_of
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import WrongWeightsError
+from lib_pulid.files.checkpoint_header import unwrapped
 from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 from lib_pulid.lora import PARTS, Lora
 from lib_pulid.methods import Method, Tensors, has
@@ -135,12 +136,13 @@ def load_adapter(path: str | Path) -> Adapter:
         WrongWeightsError: it is something else, incomplete or unreadable; the message says what it is.
     """
     path = Path(path)
-    state = read_state_dict(path)
+    stored = read_state_dict(path)
+    state = unwrapped(stored)
     header = {key: Tensors(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in state.items()}
     method = methods.method_of(header, path.name, lambda: sha256_of(path))
     if method is None:
         raise WrongWeightsError(
-            f"{path.name} is {describe(state)}. Needed: a PuLID file, for SDXL (pulid_v1.bin, pulid_v1.1.safetensors, "
+            f"{path.name} is {describe(stored)}. Needed: a PuLID file, for SDXL (pulid_v1.bin, pulid_v1.1.safetensors, "
             "ip-adapter_pulid_sdxl_fp16.safetensors) or for FLUX (pulid_flux_v0.9.x.safetensors)."
         )
     adapter = (_image_streams if method.family == "flux" else _cross_attentions)(state, method, path)

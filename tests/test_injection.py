@@ -236,6 +236,9 @@ def test_quantised_layers_do_not_tell_their_width():
     layer = nn.Module()
     layer.to_q, layer.to_out, layer.heads, layer.dim_head = nn.Identity(), nn.ModuleList([nn.Identity()]), 10, 64
     assert cross_attention_site("layer", layer).width == 640
+    del layer.dim_head  # diffusers' attention
+    layer.inner_dim = 320
+    assert cross_attention_site("layer", layer).width == 320
 
 
 def test_flux_sites(flux):
@@ -307,6 +310,28 @@ def test_family_mismatch(unet, flux, adapter, flux_adapter):
         inject(flux, [compile_injection(adapter, person())], BOTH),
     ):
         pass
+
+
+@pytest.mark.parametrize(("width", "name"), [(768, "Diffusion 1.x"), (1024, "Diffusion 2.x"), (1280, "SDXL refiner")])
+@pytest.mark.parametrize("middle", ["UNetMidBlock2DCrossAttn", None])
+def test_older_models_are_named(width, name, middle):
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(cross_attention_dim=width, mid_block_type=middle)
+    with pytest.raises(UnsupportedModelError, match=name):
+        find_sites(unet)
+
+
+def test_unets_without_a_middle(adapter):
+    with torch.device("meta"):
+        pruned = diffusers.UNet2DConditionModel(**{**cases.UNET, "mid_block_type": None})
+        other = diffusers.StableCascadeUNet()
+    with (
+        pytest.raises(UnsupportedModelError, match="layers for PuLID"),
+        inject(pruned, [compile_injection(adapter, person())], BOTH),
+    ):
+        pass
+    with pytest.raises(UnsupportedModelError, match="StableCascadeUNet is neither"):
+        find_sites(other)
 
 
 def test_other_models_are_refused(unet, adapter):
@@ -413,6 +438,16 @@ def test_more_tokens_than_a_chunk(monkeypatch, flux, flux_adapter):
     whole = run_flux(flux, [injection], [True, False])
     monkeypatch.setattr(attention, "CHUNK", 5)
     assert torch.allclose(run_flux(flux, [injection], [True, False]), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_dtypes_that_only_store_weights(adapter, flux_adapter, dtype):
+    """`next(model.parameters()).dtype` of a quantized model. As integers the face would be noise."""
+    for one, width in ((adapter, TOKENS), (flux_adapter, 64)):
+        found, exact = (compile_injection(one, person(width=width), dtype=kind) for kind in (dtype, torch.float32))
+        for ours, right in zip(found.sites, exact.sites):
+            for name, value in vars(right).items():
+                assert value == getattr(ours, name) if isinstance(value, int) else torch.equal(value, vars(ours)[name])
 
 
 def test_half_precision(unet, adapter):

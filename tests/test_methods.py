@@ -28,7 +28,7 @@ from lib_pulid.hosts.diffusers import apply
 from lib_pulid.hosts.diffusers_control import identity_net, load_identity_net
 from lib_pulid.identity import Identity, encode_identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
-from lib_pulid.lora import Lora
+from lib_pulid.lora import PARTS, Lora
 from lib_pulid.photos import Encoders, IdentityCache, make_identity
 from lib_pulid.projectors import FaceProjection, ImageProjection, Resampler
 from lib_pulid.readings import FaceFeatures, read_features
@@ -336,6 +336,24 @@ def test_the_loras_strength(unet, face_id):
     assert not effect(unet, [nobody]).any()
 
 
+class Elsewhere:
+    """A tensor on a device that this machine does not have."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype, self.to = tensor.dtype, tensor.to
+
+
+def test_a_lora_on_another_device_than_the_denoiser():
+    """As PuLID's own tensors, which go where the layer is; an injection is compiled for the CPU by default."""
+    down, up, x = torch.rand(2, 4), torch.rand(4, 2), torch.rand(1, 4)
+    lora = Lora({(0, part): (Elsewhere(down), Elsewhere(up)) for part in PARTS}, "x")
+    parts = {part: torch.nn.Linear(4, 4) for part in PARTS}
+    plain = {part: layer(x) for part, layer in parts.items()}
+    assert len(list(lora.attach(0, parts, 1.0))) == len(PARTS)
+    for part, layer in parts.items():
+        assert torch.allclose(layer(x), plain[part] + x @ down.T @ up.T)
+
+
 def test_two_people_with_one_file_have_one_lora(unet, face_id):
     """The stronger one."""
     first, second = person(face_id, lora_weight=0.5), person(face_id, 401)
@@ -447,6 +465,17 @@ def test_position_ids_of_older_files_and_older_transformers(tmp_path, monkeypatc
     ids = {"vision_model.embeddings.position_ids": torch.arange(257)[None]} if in_file else {}
     torch.save({**small.clip_vision(), **ids}, tmp_path / "pytorch_model.bin")
     assert load_clip_vision(tmp_path / "pytorch_model.bin").model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_vision_half_of_a_whole_clip(tmp_path, clip, prefix):
+    """laion's file of ViT-H has the text encoder, too."""
+    from lib_pulid.clip_vision import load_clip_vision
+
+    state = {**small.clip_vision(), "text_model.final_layer_norm.weight": torch.zeros(4), "logit_scale": torch.ones(())}
+    torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "clip.bin")
+    found = load_clip_vision(tmp_path / "clip.bin").state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in clip.state_dict().items())
 
 
 @pytest.mark.parametrize("what", ["text", "layer", "336"])

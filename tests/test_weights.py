@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,9 @@ from torch import Tensor
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
 from lib_pulid.files.state_dict import read_state_dict
+from lib_pulid.methods import PULID_FLUX, PULID_V1, Method
+from lib_pulid.stores.adapters import Adapters
+from lib_pulid.stores.folder import ModelsFolder, Settings
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.weights import CrossAttentionWeights, ImageStreamWeights, load_adapter
 from tests.small_models import STREAM, flux_file, id_encoder, pulid_files, random_weights, tower_shapes
@@ -120,6 +124,74 @@ def test_sites_in_numeric_order(write, layout):
             ours, stored = getattr(site, field), state if is_flux else v1_state()
             key = f"pulid_ca.{n}.{name}" if is_flux else LAYER.format(2 * n + 1, name)
             assert torch.equal(ours, stored[key].to(ours.dtype))
+
+
+PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "model.diffusion_model.", "a.converters.own.")
+
+
+@pytest.mark.parametrize("container", [as_safetensors, pickled])
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("layout", STATES)
+def test_names_behind_a_prefix(write, layout, prefix, container):
+    """As DistributedDataParallel, torch.compile and converters write them."""
+    plain, state = load_adapter(write("plain", as_safetensors(STATES[layout]()))), STATES[layout]()
+    path = write("x.bin", container({prefix + key: value for key, value in state.items()}))
+    assert load_adapter(path).fingerprint == plain.fingerprint
+    assert listed_method(path) == plain.method
+
+
+def listed_method(path: Path) -> Method | None:
+    """What the list of adapters says of a file, by its header."""
+    folder = ModelsFolder(lambda: Settings(path.parent))
+    (path.parent / "pulid").mkdir(exist_ok=True)
+    path.rename(path.parent / "pulid" / path.name)
+    return next(file.method for file in Adapters(folder).listed() if file.name == path.name)
+
+
+@pytest.mark.parametrize("tables", [
+    {"state_dict": nested(converted_state()), "step": 3}, {"state_dict": {"module": converted_state()}},
+    {"model": {"state_dict": nested(converted_state())}}, {"params_ema": converted_state()},
+])  # fmt: skip
+def test_a_table_in_several_wrappers(write, tables):
+    path = write("x.ckpt", pickled(tables))
+    assert load_adapter(path).method.version == "v1"
+    assert listed_method(path) == PULID_V1
+
+
+def test_wrappers_without_end(write):
+    tables: dict = v1_state()
+    for _ in range(60):
+        tables = {"model": tables, "module": tables}
+    with pytest.raises(WrongWeightsError, match="holds no weights"):
+        load_adapter(write("x.ckpt", pickled(tables)))
+
+
+@pytest.mark.parametrize("name", ["x.sft", "x.bin", "x.SAFETENSORS"])
+def test_safetensors_under_other_names_are_listed(write, name):
+    assert listed_method(write(name, as_safetensors(flux_state()))) == PULID_FLUX
+
+
+@pytest.mark.parametrize("layout", STATES)
+def test_a_file_that_is_written_to_after_loading(write, layout):
+    """As by a download over it. The weights stay; those of a truncated file must not end the process either."""
+    path = write("x.safetensors", as_safetensors(STATES[layout]()))
+    adapter = load_adapter(path)
+    weights = [*adapter.encoder.state_dict().values(), *(t for site in adapter.sites for t in vars(site).values())]
+    before, size = [tensor.clone() for tensor in weights], path.stat().st_size
+    with path.open("r+b") as file:
+        file.write(bytes(size))
+    assert all(torch.equal(one, other) for one, other in zip(weights, before))
+
+
+def test_a_file_replaced_by_one_of_the_same_size_and_time(write, tmp_path):
+    """PuLID 0.9.0 and 0.9.1 are equally large, and copying may preserve the time."""
+    (tmp_path / "pulid").mkdir()
+    path, other = (write(f"pulid/{name}", as_safetensors(flux_state(seed=i))) for i, name in enumerate(("x.sft", ".y")))
+    adapters = Adapters(ModelsFolder(lambda: Settings(tmp_path)))
+    first = adapters.load("x", "flux").fingerprint
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+    assert adapters.load("x", "flux").fingerprint != first
 
 
 @pytest.mark.parametrize("layout", STATES)

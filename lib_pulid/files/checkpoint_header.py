@@ -6,6 +6,7 @@ No weights are loaded: a header is some hundred kilobytes of a file of many giga
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,10 +54,10 @@ def read_tensors(path: Path) -> Header:
     """Reads the dtypes, too; "" in a GGUF file."""
     try:
         with path.open("rb") as file:
-            if path.suffix.lower() == ".gguf":
+            is_gguf = file.read(4) == b"GGUF"
+            file.seek(0)
+            if is_gguf:
                 return {name: Tensors(tensor.shape, "") for name, tensor in read_gguf(file)[1].items()}
-            if path.suffix.lower() not in (".safetensors", ".sft"):
-                return {}
             entries = read_safetensors_header(file)
         entries.pop("__metadata__", None)
         return {
@@ -67,21 +68,34 @@ def read_tensors(path: Path) -> Header:
         return {}
 
 
-def flat(tables: Mapping[Any, Any], kind: type[Kind]) -> dict[str, Kind]:
-    """Makes one level of nesting flat ({"image_proj": {...}}, {"state_dict": {...}}), and keeps values of this kind."""
+def flat(tables: Mapping[Any, Any], kind: type[Kind], deeper: int = 2) -> dict[str, Kind]:
+    """Makes one level of nesting flat ({"image_proj": {...}}), below a few wrappers ({"state_dict": {...}}) too, and
+    keeps values of this kind. deeper: number of those; a pickle can be nested without end."""
     found: dict[str, Kind] = {}
     for key, value in tables.items():
         if isinstance(value, kind):
             found[str(key)] = value
+        elif isinstance(value, Mapping) and deeper and key in ("state_dict", "model", "module"):
+            found |= flat(value, kind, deeper - 1)
         elif isinstance(value, Mapping):
-            prefix = "" if key in ("state_dict", "model", "module") else f"{key}."
-            found |= {f"{prefix}{name}": inner for name, inner in value.items() if isinstance(inner, kind)}
+            found |= {f"{key}.{name}": inner for name, inner in value.items() if isinstance(inner, kind)}
     return found
+
+
+def unwrapped(table: Mapping[str, Kind]) -> dict[str, Kind]:
+    """Removes what all names begin with: a wrapper's "module." or "_orig_mod.", a converter's "diffusion_model."."""
+    start = os.path.commonprefix(list(table)).rpartition(".")[0]
+    # Some files have one table only, whose name tells what they are.
+    start = f"{start}.".partition("image_proj.")[0].removeprefix(".")
+    return {name[len(start) :]: value for name, value in table.items()}
 
 
 def read_safetensors_header(file: BinaryIO) -> dict[str, Any]:
     """Reads the JSON at the start of a safetensors file. Raises ValueError where there is none."""
-    return json.loads(file.read(min(int.from_bytes(file.read(8), "little"), LARGEST_HEADER)))
+    size, start = int.from_bytes(file.read(8), "little"), file.read(1)
+    if start != b"{" or size > LARGEST_HEADER:
+        raise ValueError("not a safetensors file")
+    return json.loads(start + file.read(size - 1))
 
 
 def read_gguf(file: BinaryIO) -> tuple[dict[str, Any], dict[str, GgufTensor]]:

@@ -35,7 +35,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Reads a safetensors file or a torch pickle, whichever its first bytes say it is.
 
     Returns:
-        name -> tensor on the CPU; one level of nesting ({"image_proj": {...}}, {"state_dict": {...}}) is made flat.
+        name -> tensor on the CPU; nesting ({"image_proj": {...}}, {"state_dict": {...}}) is made flat, see `flat`.
 
     Raises:
         MissingWeightsError, WrongWeightsError.
@@ -63,12 +63,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads tensors and metadata of a safetensors file, also of one whose metadata has more than text in it, which the
-    library refuses though the tensors are right. Raises what the library raises."""
+    library refuses though the tensors are right. Raises what the library raises.
+
+    The tensors are copies. Those of the library are the file's own bytes: if another program wrote to it later, the
+    weights would change, and truncating it would end this process.
+    """
     from safetensors import safe_open
 
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except Exception:
         with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return _with_text_metadata(path)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from lib_pulid.errors import UnsupportedModelError
-from lib_pulid.sites import Sites, find_sites, is_chroma
+from lib_pulid.sites import REFINER_WIDTH, Sites, find_sites, is_chroma, text_width
 
 CHROMA = "pulid_chroma"  # name of the setting
 SDXL_SITES = 70
-SDXL_TEXT_WIDTH, REFINER_WIDTH = 2048, 1280
-# Width of the text embedding that a UNet's cross-attention reads -> the model, if it is not SDXL's base.
-TEXT_WIDTHS = {
-    768: "a Stable Diffusion 1.x model",
-    1024: "a Stable Diffusion 2.x model",
-    REFINER_WIDTH: "the SDXL refiner, which has no layers for PuLID",
-}
+SDXL_TEXT_WIDTH = 2048
 
 
 def sites_of(denoiser: nn.Module | None, name: str, wanted: str = "an SDXL checkpoint") -> Sites:
@@ -49,7 +42,7 @@ def tries_chroma() -> bool:
 def is_refiner(denoiser: nn.Module | None) -> bool:
     """Whether this is SDXL's refiner. It has no layers for PuLID, so it may only finish an image that the base model
     started."""
-    return denoiser is not None and hasattr(denoiser, "input_blocks") and _text_width(denoiser) == REFINER_WIDTH
+    return denoiser is not None and hasattr(denoiser, "input_blocks") and text_width(denoiser) == REFINER_WIDTH
 
 
 def _known_sites(denoiser: nn.Module | None) -> Sites:
@@ -58,26 +51,12 @@ def _known_sites(denoiser: nn.Module | None) -> Sites:
     sites = find_sites(denoiser, chroma=is_chroma(denoiser) and tries_chroma())
     if sites.family == "flux":
         return sites
-    width = _text_width(denoiser)
-    if width in TEXT_WIDTHS:
-        raise UnsupportedModelError(f"this is {TEXT_WIDTHS[width]}")
     if len(sites.sites) == SDXL_SITES:
         return sites  # `check_fit` compares its sizes with the PuLID file's
-    if width == SDXL_TEXT_WIDTH:
+    if (width := text_width(denoiser)) == SDXL_TEXT_WIDTH:
         count = f"{len(sites.sites)} of {SDXL_SITES}"
         raise UnsupportedModelError(f"this is a shortened SDXL with {count} cross-attention layers")
     raise UnsupportedModelError(f"this is an unknown UNet, with text embeddings of width {width}")
-
-
-def _text_width(unet: nn.Module) -> int:
-    attentions: Iterator[Any] = (module.attn2 for module in unet.modules() if hasattr(module, "attn2"))
-    for attention in attentions:
-        to_k = attention.to_k
-        # Forge's quantised layers have no in_features, and their weight may be packed.
-        return (
-            getattr(to_k, "in_features", None) or (getattr(to_k.weight, "quant_state", None) or to_k.weight).shape[-1]
-        )
-    return 0
 
 
 def chosen_checkpoint(name: str = "") -> Any:

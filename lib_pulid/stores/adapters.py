@@ -12,7 +12,7 @@ from lib_pulid import disk, names
 from lib_pulid.errors import MissingWeightsError, UnsupportedModelError, WrongWeightsError
 from lib_pulid.fields import AUTO
 from lib_pulid.files import catalog
-from lib_pulid.files.checkpoint_header import read_tensors
+from lib_pulid.files.checkpoint_header import read_tensors, unwrapped
 from lib_pulid.files.pickle_header import read_pickle_header
 from lib_pulid.methods import Header, Method, maker_of, method_of, usual
 from lib_pulid.stores.folder import ModelsFolder
@@ -20,7 +20,7 @@ from lib_pulid.stores.folder import ModelsFolder
 if TYPE_CHECKING:
     from lib_pulid.weights import Adapter
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ class Adapters:
 
 def _adapter_file(path: Path) -> AdapterFile | None:
     """Tells an adapter's method by the names, shapes and dtypes of its tensors; None for another kind of file."""
-    is_pickle = path.suffix.lower() != ".safetensors"
-    header: Header = read_pickle_header(path) if is_pickle else read_tensors(path)
+    is_pickle = path.suffix.lower() not in (".safetensors", ".sft")
+    header: Header = unwrapped(read_tensors(path) or read_pickle_header(path))
     if not header and is_pickle:
         file = catalog.named(path.name)  # written by an older torch
         return AdapterFile(path, usual(file.group) if file is not None and file.group in catalog.FAMILIES else None)

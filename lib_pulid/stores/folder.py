@@ -37,7 +37,7 @@ class ModelsFolder:
 
     def __init__(self, ask: Callable[[], Settings]) -> None:
         self._ask = ask
-        self._read: dict[Any, Any] = {}  # by the reader, and the file's path, size and time
+        self._read: dict[Any, Any] = {}  # by the reader, and the file's stamp
 
     @property
     def settings(self) -> Settings:
