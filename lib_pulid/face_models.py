@@ -218,9 +218,10 @@ def _load_facexlib(
     """Builds one of facexlib's networks and loads its weights strictly; facexlib's own loader would download."""
     import torch
 
+    from lib_pulid.files.checkpoint_header import unwrapped
     from lib_pulid.files.state_dict import check_numbers, read_state_dict
 
-    state = {key.removeprefix("module."): value for key, value in read_state_dict(path).items()}
+    state = unwrapped(read_state_dict(path))
     try:
         # The random initial values are overwritten; drawing them must not shift the seed of the current image.
         with torch.random.fork_rng(devices=[]):

@@ -87,6 +87,9 @@ class Controlled(RandomPlan):
     control: Control | None = None
     images: frozenset[int] | None = None
 
+    def has_face(self, *, hires: bool) -> bool:
+        return self.control is not None or super().has_face(hires=hires)
+
     def injections(self, model: hosts.LoadedModel, *, hires: bool) -> list[Any]:
         return [
             replace(one, control=self.control, images=self.images) for one in super().injections(model, hires=hires)
