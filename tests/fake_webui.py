@@ -321,16 +321,25 @@ def webui(host: str, models_dir: Path, gradio_version: str = "3.41.2") -> Iterat
 
     with installed(host) as modules, pytest.MonkeyPatch.context() as patch:
         patch.setattr("lib_pulid.hosts.families.SDXL_SITES", SMALL_SITES)
-        before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("lib_pulid.webui.")}
+        before = _unloaded(package)
         sys.modules["gradio"] = gradio(gradio_version)
         try:
             _fill(modules, models_dir)
             yield WebUI(modules)
         finally:
-            for name in [name for name in sys.modules if name.startswith("lib_pulid.webui.")] + ["gradio"]:
-                sys.modules.pop(name, None)
-                vars(package).pop(name.rpartition(".")[2], None)
+            _unloaded(package)
+            sys.modules.pop("gradio", None)
             sys.modules.update(before)
+            vars(package).update({name.rpartition(".")[2]: module for name, module in before.items()})
+
+
+def _unloaded(package: ModuleType) -> dict[str, ModuleType]:
+    """Forgets a package's modules, so that they are imported anew; returns them."""
+    names = [name for name in sys.modules if name.startswith(f"{package.__name__}.")]
+    found = {name: sys.modules.pop(name) for name in names}
+    for name in names:
+        vars(package).pop(name.rpartition(".")[2], None)
+    return found
 
 
 def _fill(modules: ModuleType, models_dir: Path) -> None:
