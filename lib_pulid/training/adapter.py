@@ -40,7 +40,7 @@ from lib_pulid.weights import load_adapter
 
 ID_DROPOUT = 0.1
 ID_WEIGHT = 1.0
-SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 25.0, 5.0  # of losses relative to the activations' power, see docs/training.md
+SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 40.0, 8.0  # of losses relative to the activations' power, see docs/training.md
 LOSSES = ("diffusion", "id", "alignment")
 
 
