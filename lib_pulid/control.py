@@ -1,6 +1,6 @@
 """Defines Control: what a method's ControlNet is given of one face, and how its residuals are weighted.
 
-The ControlNet (InstantID's IdentityNet) reads the face's tokens in the place of the text, and the face's five points as
+The ControlNet (InstantID's IdentityNet) reads the face's tokens instead of the text, and the face's five points as
 its image. Official: `__call__` and `draw_kps` in `pipeline_stable_diffusion_xl_instantid.py`, and `resize_img` in
 `infer.py` (instantX-research/InstantID, 2145b67f).
 """
