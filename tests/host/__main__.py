@@ -117,7 +117,7 @@ def generate(folder: Path, checkout: Checkout) -> Path:
 def write_detector(generated: Path, checkout: Checkout, extensions: list[Path]) -> None:
     """Where ADetailer is among the extensions; ultralytics' files cannot be read by each of its versions."""
     target = generated / "models" / "adetailer" / detector.NAME
-    if any((extension / "adetailer").is_dir() for extension in extensions):
+    if any((extension / name).is_dir() for extension in extensions for name in ("adetailer", "lib_adetailer")):
         subprocess.run([str(checkout.python), detector.__file__, str(target)], stdout=subprocess.DEVNULL, check=True)
 
 
