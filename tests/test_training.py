@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lib_pulid import miniature
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.sites import find_sites
-from lib_pulid.training import checkpoint, flux, losses, schedule
+from lib_pulid.training import adapter as adapters
+from lib_pulid.training import base, checkpoint, flux, losses, readers, sampled_faces, schedule, shipped
+from lib_pulid.training.dataset import Drawn
 from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run
 from lib_pulid.weights import load_adapter
@@ -242,6 +245,50 @@ class TestFaces:
         a = cases.normal(1, 3, 512)
         assert losses.id_loss(a, 3 * a).item() == pytest.approx(0, abs=1e-6)
         assert losses.id_loss(a, -a).item() == pytest.approx(2, abs=1e-6)
+
+
+class TestFromWhatIsShipped:
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("training")
+        shipped.write(folder)
+        return folder
+
+    def test_the_recognizer_is_the_one_of_the_onnx_file(self, folder):
+        from lib_pulid.face_models import onnx_session
+
+        faces = cases.normal(1, 2, 3, 112, 112).clamp(-1, 1)
+        (wanted,) = onnx_session(folder / "miniature" / "recogniser.onnx", "").run(None, {"input": faces.numpy()})
+        made = readers.load_recogniser(folder / "miniature" / "recogniser.safetensors").embed(faces)
+        assert np.abs(made.numpy() - wanted).max() < 0.005 < np.abs(wanted).max()
+
+    @pytest.mark.parametrize("family", ["sdxl", "flux"])
+    def test_a_base_learns_to_draw_people_described_in_words(self, folder, family):
+        """The ID loss reaches its weights; one whose text is exchanged draws other people than those asked for."""
+        from safetensors.torch import load_file
+
+        model = base.build(family, folder).eval().requires_grad_(False)
+        model.load_state_dict(load_file(folder / f"{base.FILES[family]}.safetensors"))
+        people = sampled_faces.PeopleInWords(Drawn(folder, 4), sampled_faces.load(folder))
+        first = next(model.denoiser.parameters()).requires_grad_()
+        loss = people.loss(model, 4, step=1)
+        loss.backward()
+        assert first.grad is not None and first.grad.abs().sum() > 0
+        text, model.text = model.text, None
+        model.__dict__["text"] = lambda prompts: text(prompts[1:] + prompts[:1])
+        assert people.loss(model, 4, step=1).item() > loss.item()
+
+    def test_an_adapter_begins_with_the_encoder_and_the_sites_of_its_family(self, folder):
+        from safetensors.torch import load_file
+
+        model = base.build("sdxl", folder)
+        model.load_state_dict(load_file(folder / "base.safetensors"))
+        for family, has_sites in (("sdxl", True), ("flux", False)):
+            fresh, given = adapters.fresh_adapter(model, 64, seed=0), load_adapter(miniature.adapter(family))
+            before = fresh.weights()[5].to_k.clone()
+            assert adapters.begin_from(fresh, miniature.adapter(family)) == has_sites
+            assert torch.equal(fresh.encoder.proj_out, given.encoder.proj_out)
+            assert torch.equal(fresh.weights()[5].to_k, given.sites[5].to_k if has_sites else before)
 
 
 def test_a_run_goes_on_where_it_broke_off(tmp_path):

@@ -3,10 +3,11 @@
     python -m lib_pulid.training.adapter --folder .training --losses diffusion            the base of the ablation
     python -m lib_pulid.training.adapter --folder .training --losses diffusion,id
     python -m lib_pulid.training.adapter --folder .training --losses diffusion,id,alignment
-    python -m lib_pulid.training.adapter --folder .training --family flux --encoder PULID_FILE_FOR_SDXL
+    python -m lib_pulid.training.adapter --folder .training --family flux --begin PULID_FILE_FOR_SDXL
 
 Each step shows one photo of a person to the encoders and asks for another image of the same person, whose prompt says
-nothing of the looks and only half of the scene. Identity and alignment losses come in after the first third.
+nothing of the looks and only half of the scene. Identity and alignment losses come in after the first third, or at once
+where the adapter begins with a trained one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,15 @@ from torch import Tensor
 from lib_pulid.encoders import SCALES
 from lib_pulid.sites import Sites, find_sites
 from lib_pulid.training import losses, world
-from lib_pulid.training.autoencoder import FILE, SCALE
-from lib_pulid.training.autoencoder import load as load_autoencoder
 from lib_pulid.training.base import FILES, Base, latents_of
 from lib_pulid.training.base import build as build_base
-from lib_pulid.training.crops import ARCFACE_POINTS
 from lib_pulid.training.dataset import SIZE, Drawn
 from lib_pulid.training.export import save_half
 from lib_pulid.training.flux import FluxBase
 from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run, arguments
 from lib_pulid.training.photos import Photos, photos_of
+from lib_pulid.training.sampled_faces import SampledFaces
 from lib_pulid.weights import load_adapter
 
 ID_DROPOUT = 0.1
@@ -46,21 +45,14 @@ LOSSES = ("diffusion", "id", "alignment")
 
 @dataclass(frozen=True)
 class Trainer:
-    """All that a step works with.
-
-    Args:
-        recogniser: differentiable, aligned faces [B, 3, 112, 112] in -1..1 -> [B, 512].
-        find_faces: images uint8 [B, H, W, 3] -> landmarks of each one's largest face [5, 2], or None.
-    """
+    """All that a step works with."""
 
     base: Base | FluxBase
-    vae: Any
     adapter: SDXLAdapter | FluxAdapter
     photos: Photos
     data: Drawn
     latents: np.ndarray
-    recogniser: Any
-    find_faces: Any
+    reader: SampledFaces
     losses: Sequence[str]
 
     @cached_property
@@ -135,42 +127,27 @@ class Trainer:
         if "alignment" in self.losses:
             found |= self._alignment(noise, text, rows, rng)
         if "id" in self.losses:
-            found["id"] = self._id(noise, text, rows, who)
+            predict, wanted = partial(self._predict, text, rows), self.photos.id_cond[who, :512]
+            found["id"] = self.reader.loss(predict, noise, self.base.schedule, wanted)
         return found
 
     def _alignment(self, noise: Tensor, text: tuple, rows: list, rng: np.random.Generator) -> dict[str, Tensor]:
         """Computes the pair of losses at one step of a sampling without the identity."""
         with torch.no_grad():
             t = torch.full((len(noise),), int(rng.integers(200, 1000)))
-            clean = self._sample(noise, text, None, gradient_steps=0)
+            plain = partial(self.base.predict, context=text[0], pooled=text[1])
+            clean = losses.sample_few_steps(plain, noise, self.base.schedule)
             noisy = self.base.schedule.noisy(clean, noise, t)
             with losses.listen(self.base.denoiser) as without:
                 self.base.predict(noisy, t, *text)
-        with losses.listen(self.base.denoiser) as seen, inject_rows(self.sites, self.weights, rows):
-            self.base.predict(noisy, t, *text)
+        with losses.listen(self.base.denoiser) as seen:
+            self._predict(text, rows, noisy, t)
         semantic, layout = losses.alignment_losses(seen, without)
         return {"semantic": semantic, "layout": layout}
 
-    def _sample(self, noise: Tensor, text: tuple, rows: list | None, gradient_steps: int) -> Tensor:
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            if rows is None:
-                return self.base.predict(x, t, *text)
-            with inject_rows(self.sites, self.weights, rows):
-                return self.base.predict(x, t, *text)
-
-        return losses.sample_few_steps(predict, noise, self.base.schedule, gradient_steps=gradient_steps)
-
-    def _id(self, noise: Tensor, text: tuple, rows: list, who: np.ndarray) -> Tensor:
-        clean = self._sample(noise, text, rows, gradient_steps=4)
-        images = self.vae.decode(clean / SCALE).sample.clamp(-1, 1)
-        pixels = ((images.detach() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        marks = [self.find_faces(image) for image in pixels]
-        seen = [row for row, mark in enumerate(marks) if mark is not None]
-        if not seen:
-            return torch.zeros(())
-        landmarks = torch.from_numpy(np.stack([marks[row] for row in seen])).float()
-        faces = losses.align_faces(images[seen], landmarks, torch.from_numpy(ARCFACE_POINTS), 112)
-        return losses.id_loss(self.recogniser(faces), self.photos.id_cond[who[seen], :512])
+    def _predict(self, text: tuple, rows: list, x: Tensor, t: Tensor) -> Tensor:
+        with inject_rows(self.sites, self.weights, rows):
+            return self.base.predict(x, t, *text)
 
 
 def _half(half: int) -> Tensor:
@@ -209,19 +186,17 @@ def load_trainer(folder: Path, family: str, people: int, photos: int, wanted: Se
     """Loads everything that training needs from the files of the earlier steps."""
     from safetensors.torch import load_file
 
-    from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector, OnnxParser
+    from lib_pulid.face_models import ArcFaceRecogniser, OnnxParser
     from lib_pulid.faces import FaceModels
-    from lib_pulid.training.readers import load_recogniser
+    from lib_pulid.training import sampled_faces
     from lib_pulid.vision import load_vision_tower
 
-    base, vae, made = build_base(family, folder), load_autoencoder(folder / FILE), folder / "miniature"
+    base, made, reader = build_base(family, folder), folder / "miniature", sampled_faces.load(folder)
     base.load_state_dict(load_file(folder / f"{FILES[family]}.safetensors"))
-    for module in (base, vae):
-        module.eval().requires_grad_(False)
+    base.eval().requires_grad_(False)
     data = Drawn(folder, people)
-    detector = InsightFaceDetector(made / "detector.onnx")
     models = FaceModels(
-        detector=detector,
+        detector=reader.detector,
         recogniser=ArcFaceRecogniser(made / "recogniser.onnx"),
         landmarker=None,
         parser=OnnxParser(made / "parser.onnx"),
@@ -229,13 +204,21 @@ def load_trainer(folder: Path, family: str, people: int, photos: int, wanted: Se
     tower = load_vision_tower(next(made.glob("tower.*")))
     adapter = fresh_adapter(base, tower.trunk.embed_dim, seed)  # type: ignore[arg-type]
 
-    def find_face(image: np.ndarray) -> np.ndarray | None:
-        found = detector.detect(np.ascontiguousarray(image[:, :, ::-1]))
-        return max(found, key=lambda face: float(np.prod(face.box[2:] - face.box[:2]))).landmarks if found else None
-
-    recogniser = load_recogniser(made / "recogniser.safetensors").embed
     seen = photos_of(folder, data, models, tower, photos)
-    return Trainer(base, vae, adapter, seen, data, latents_of(folder, data), recogniser, find_face, wanted)
+    return Trainer(base, adapter, seen, data, latents_of(folder, data), reader, wanted)
+
+
+def begin_from(adapter: SDXLAdapter | FluxAdapter, path: Path) -> bool:
+    """Copies a PuLID file's encoder into an adapter, and its sites if they are of the same family; says whether."""
+    begun = load_adapter(path)
+    adapter.encoder.load_state_dict(begun.encoder.state_dict())
+    own = adapter.weights()
+    if type(own[0]) is type(begun.sites[0]):
+        for site, given in zip(own, begun.sites, strict=True):
+            for name, weight in vars(site).items():
+                weight.data.copy_(getattr(given, name))
+        return True
+    return False
 
 
 def train(args: argparse.Namespace) -> Trainer:
@@ -245,8 +228,8 @@ def train(args: argparse.Namespace) -> Trainer:
         raise SystemExit(f"unknown losses: {', '.join(sorted(unknown))}; there are {', '.join(LOSSES)}")
     torch.manual_seed(args.seed)
     trainer = load_trainer(args.folder, args.family, args.people, args.photos, wanted, args.seed)
-    if args.encoder:
-        trainer.adapter.encoder.load_state_dict(load_adapter(args.encoder).encoder.state_dict())
+    has_sites = args.begin is not None and begin_from(trainer.adapter, args.begin)
+    first = 0 if has_sites else args.steps // 3 + 1  # step with the losses of a sampled image
     run = Run(
         args.folder / f"adapter-{_name(args)}", trainer.adapter.train(), args.steps, args.rate, minutes=args.minutes
     )
@@ -254,7 +237,7 @@ def train(args: argparse.Namespace) -> Trainer:
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([7, args.seed, step])
         found = {"diffusion": trainer.diffusion(step, args.batch, rng)}
-        if len(wanted) > 1 and step > args.steps // 3 and step % args.lightning_every == 0:
+        if len(wanted) > 1 and step >= first and step % args.lightning_every == 0:
             found |= trainer.lightning(step, args.lightning_batch, rng)
         return total(found), {key: value.item() for key, value in found.items()}
 
@@ -274,9 +257,9 @@ def main() -> None:
     parser.add_argument("--family", choices=FILES, default="sdxl")
     parser.add_argument("--losses", default="diffusion,id,alignment", help="some of " + ", ".join(LOSSES))
     parser.add_argument("--photos", type=int, default=1500, help="number of people with a photo")
-    parser.add_argument("--encoder", type=Path, help="a PuLID file of the miniature, whose encoder to begin with")
+    parser.add_argument("--begin", type=Path, help="a PuLID file of the miniature; of the other family: its encoder")
     parser.add_argument("--lightning-batch", type=int, default=6)
-    parser.add_argument("--lightning-every", type=int, default=2, help="steps, after the first third")
+    parser.add_argument("--lightning-every", type=int, default=2, help="steps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     save_half(args.folder / f"pulid-{_name(args)}.safetensors", train(args).adapter.state())

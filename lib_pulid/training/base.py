@@ -1,10 +1,12 @@
 """Trains the miniature's base models: SDXL's UNet with all 70 cross-attentions, and its two text encoders with it.
 
     python -m lib_pulid.training.base --folder .training [--minutes 60]
-    python -m lib_pulid.training.base --folder .training --begin .training/base.safetensors   go on with its UNet alone
+    python -m lib_pulid.training.base --folder .training --begin .training/base.safetensors   its UNet alone, further
+    python -m lib_pulid.training.base --folder .training --begin .training/base.safetensors --id-batch 6    with L_id
     python -m lib_pulid.training.base --folder .training --family flux      then: FLUX's transformer, on the same text
 
-Latents come from the trained autoencoder. Prompts are left out in a tenth of the images, for guidance.
+Latents come from the trained autoencoder. Prompts are left out in a tenth of the images, for guidance. With --id-batch,
+each step also samples so many images of people described in words, whose faces the recognizer has to recognize.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib_pulid.training import schedule, world
+from lib_pulid.training import sampled_faces, schedule, world
 from lib_pulid.training.autoencoder import FILE, NORM_GROUPS, SCALE
 from lib_pulid.training.autoencoder import load as load_autoencoder
 from lib_pulid.training.dataset import SIZE, Drawn, batches
@@ -34,6 +36,7 @@ TEXT_LAYERS = 3
 TOKENS = 77
 TIME_WIDTH = 256  # of each of the six size embeddings
 PROMPT_DROPOUT = 0.1
+ID_WEIGHT = 0.3
 FILES = {"sdxl": "base", "flux": "base-flux"}
 
 
@@ -186,6 +189,7 @@ def train(args: argparse.Namespace) -> Base | FluxBase:
         name += "-further"
     run = Run(args.folder / name, base.train(), args.steps, rate=args.rate, minutes=args.minutes)
     stream = batches(len(latents), batch, seed=5, start=run.step)
+    people = sampled_faces.PeopleInWords(data, sampled_faces.load(args.folder)) if args.id_batch else None
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([6, step])
@@ -197,7 +201,11 @@ def train(args: argparse.Namespace) -> Base | FluxBase:
         sizes = torch.from_numpy(rng.integers(0, 2 * SIZE, (batch, 6))).to(device)
         context, pooled = base.text(prompts)
         v = base.predict(base.schedule.noisy(clean, noise, t), t, context, pooled, sizes)
-        return diffusion_loss(v, base.schedule.target(clean, noise, t)), {}
+        loss = diffusion_loss(v, base.schedule.target(clean, noise, t))
+        if people is None:
+            return loss, {}
+        likeness = people.loss(base, args.id_batch, step)
+        return loss + ID_WEIGHT * likeness, {"diffusion": loss.item(), "id": likeness.item()}
 
     run.train(loss_of)
     return run.finish()  # type: ignore[return-value]
@@ -208,6 +216,7 @@ def main() -> None:
     parser = arguments(__doc__, steps=10000, batch=32, rate=1e-3)
     parser.add_argument("--family", choices=FILES, default="sdxl")
     parser.add_argument("--begin", type=Path, help="a trained base, whose denoiser to train further")
+    parser.add_argument("--id-batch", type=int, default=0, help="images with an ID loss, on the CPU; 0: none")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     base = train(args)

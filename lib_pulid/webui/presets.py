@@ -23,12 +23,14 @@ SAVED = tuple(
     for field in FIELDS
     if field.kind not in ("images", "image", "box") and field.name not in ("enabled", "identity", "draw", "preset")
 )
-_OFFICIAL = {names.key(name): name for name in (*PRESET_FAMILY, *OLD_CHOICES, AUTO, CUSTOM, names.NOBODY)}
+# Comes with PuLID; docs/evaluate.md has the measurement. A user's file of that name counts more.
+SHIPPED: Mapping[str, Mapping[str, Any]] = {"natural": {"start": 0.2}}
+_OFFICIAL = {names.key(name): name for name in (*PRESET_FAMILY, *OLD_CHOICES, *SHIPPED, AUTO, CUSTOM, names.NOBODY)}
 
 
 @dataclass(frozen=True)
 class Presets:
-    """The saved presets."""
+    """The saved presets, and those that come with PuLID."""
 
     models: ModelsFolder
 
@@ -36,7 +38,7 @@ class Presets:
         return self.models.path / "presets"
 
     def names(self) -> list[str]:
-        return sorted((path.stem for path in self._paths()), key=str.lower)
+        return sorted({*SHIPPED, *self._files()}, key=str.lower)
 
     def load(self, name: str, number: Number = 0) -> dict[str, Any]:
         """Returns a preset's settings, in their fields' types. number: of the unit, for messages.
@@ -44,6 +46,8 @@ class Presets:
         Raises:
             SettingError: there is no such preset, or its file is damaged or has a setting that is unknown or wrong.
         """
+        if (shipped := names.find(name, SHIPPED)) is not None and names.find(name, self._files()) is None:
+            return dict(shipped)
         path = self.named(name, number)
         try:
             return _checked(_read(path))
@@ -54,9 +58,11 @@ class Presets:
 
     def named(self, name: str, number: Number = 0) -> Path:
         """Returns a preset's file. Raises: SettingError: there is none; the message has the nearest names."""
-        path = names.find(name, {path.stem: path for path in self._paths()})
+        path = names.find(name, self._files())
         if path is not None:
             return path
+        if names.find(name, SHIPPED) is not None:
+            raise SettingError(f"The preset {name} comes with PuLID, so it cannot be deleted.")
         known = (*PRESET_FAMILY, CUSTOM, AUTO, *self.names())
         near = names.nearest(name, known)
         hint = f"did you mean {near}?" if near else f"use one of {', '.join(known)}."
@@ -96,8 +102,8 @@ class Presets:
         numbers = iter(range(1, len(args) + 1))
         return [self.expand(one, next(numbers)) if isinstance(one, Mapping) else one for one in args]
 
-    def _paths(self) -> list[Path]:
-        return disk.listed(self.folder(), (SUFFIX,))
+    def _files(self) -> dict[str, Path]:
+        return {path.stem: path for path in disk.listed(self.folder(), (SUFFIX,))}
 
 
 def _read(path: Path) -> Mapping[str, Any]:

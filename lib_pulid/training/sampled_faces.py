@@ -1,0 +1,113 @@
+"""Computes L_id (arXiv 2404.16022, section 3.4): images are sampled in a few steps, with gradients, and the recognizer
+compares the faces in them with those that were wanted.
+
+An adapter is trained with it on people in photos. A base model is trained with it on people described in words, so that
+it learns to draw a face exactly, which the diffusion loss alone teaches slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib_pulid.training import losses, world
+from lib_pulid.training.autoencoder import FILE, SCALE
+from lib_pulid.training.autoencoder import load as load_autoencoder
+from lib_pulid.training.crops import ARCFACE_POINTS, Faces, faces_of
+from lib_pulid.training.dataset import SIZE, Drawn
+from lib_pulid.training.layers import to_input
+from lib_pulid.training.readers import load_recogniser
+from lib_pulid.training.schedule import Schedule
+
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class SampledFaces:
+    """What reads the sampled images.
+
+    Args:
+        vae: the autoencoder. recogniser: differentiable, aligned faces [B, 3, 112, 112] in -1..1 -> [B, 512].
+        detector: `faces.Detector`.
+    """
+
+    vae: Any
+    recogniser: Callable[[Tensor], Tensor]
+    detector: Any
+
+    def loss(
+        self, predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, schedule: Schedule, wanted: Tensor
+    ) -> Tensor:
+        """Computes the mean of 1 - cosine over the images in which a face is found; 0 if there is none.
+
+        Args:
+            predict: (noisy latents [B, C, h, w], steps t [B]) -> v. wanted: embeddings [B, 512].
+        """
+        clean = losses.sample_few_steps(predict, noise, schedule, STEPS, gradient_steps=STEPS)
+        images = self.vae.decode(clean / SCALE).sample.clamp(-1, 1)
+        pixels = ((images.detach() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        marks = [self._landmarks(image) for image in pixels]
+        seen = [row for row, mark in enumerate(marks) if mark is not None]
+        if not seen:
+            return torch.zeros(())
+        landmarks = torch.from_numpy(np.stack([marks[row] for row in seen])).float()
+        return losses.id_loss(self.embed(images[seen], landmarks), wanted[seen])
+
+    def embed(self, images: Tensor, landmarks: Tensor) -> Tensor:
+        """Embeds the faces of images [B, 3, H, W] in -1..1 with landmarks [B, 5, 2] in pixels: [B, 512]."""
+        faces = losses.align_faces(images, landmarks, torch.from_numpy(ARCFACE_POINTS), 112)
+        return self.recogniser(faces)
+
+    def _landmarks(self, image: np.ndarray) -> np.ndarray | None:
+        """Finds the largest face of an image, uint8 RGB [H, W, 3]."""
+        found = self.detector.detect(np.ascontiguousarray(image[:, :, ::-1]))
+        return max(found, key=lambda face: float(np.prod(face.box[2:] - face.box[:2]))).landmarks if found else None
+
+
+def load(folder: Path) -> SampledFaces:
+    """Loads autoencoder, recognizer and detector from a training folder, with frozen weights."""
+    from lib_pulid.face_models import InsightFaceDetector
+
+    made = folder / "miniature"
+    vae = load_autoencoder(folder / FILE).eval().requires_grad_(False)
+    recogniser = load_recogniser(made / "recogniser.safetensors").embed
+    return SampledFaces(vae, recogniser, InsightFaceDetector(made / "detector.onnx"))
+
+
+@dataclass(frozen=True)
+class PeopleInWords:
+    """Asks for people of a data set by describing them."""
+
+    data: Drawn
+    reader: SampledFaces
+
+    def loss(self, base: Any, batch: int, step: int) -> Tensor:
+        """Computes L_id of a step's images. base: `base.Base` or `flux.FluxBase`."""
+        prompts, wanted = self.sample(batch, np.random.default_rng([26, step]))
+        text = base.text(prompts)
+        noise = torch.randn(batch, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(10**7 + step))
+        return self.reader.loss(lambda x, t: base.predict(x, t, *text), noise, base.schedule, wanted)
+
+    @cached_property
+    def _faces(self) -> Faces:
+        return faces_of(self.data)
+
+    def sample(self, batch: int, rng: np.random.Generator) -> tuple[list[str], Tensor]:
+        """Samples prompts [B], half of which say all of the scene, and embeddings [B, 512] of a drawn face of each."""
+        who = rng.choice(self.data.people, batch, replace=False)
+        prompts = []
+        for number in who:
+            kept = {name for name in world.SCENE_ATTRIBUTES if rng.random() < 0.6}
+            scene, keep = world.sample_scene(rng), kept if rng.random() < 0.5 else set(world.SCENE_ATTRIBUTES)
+            prompts.append(world.describe(scene, [self.data.person(int(number))], keep))
+        rows = [int(rng.choice(np.flatnonzero(self._faces.identity == number))) for number in who]
+        images = to_input(self._faces.images[self._faces.image[rows]])
+        with torch.no_grad():
+            return prompts, self.reader.embed(images, torch.from_numpy(self._faces.landmarks[rows]).float())
