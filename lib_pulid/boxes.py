@@ -13,6 +13,7 @@ from torch import Tensor
 LEAST = 0.02  # width and height of a box; a smaller one is a slip of the mouse
 SOFT = 0.15  # fraction of the shorter side over which the edge fades
 SIDE = 256  # pixels of a box's mask
+_ROUNDED = 1e-3  # so near may an edge of a box that was written as text be to the image's
 
 
 class Box(NamedTuple):
@@ -84,6 +85,6 @@ def within(mask: Tensor | None, box: Box) -> Tensor:
 def _ramp(at: Tensor, start: float, length: float, fade: float) -> Tensor:
     """Rises from 0 to 1 around the start, and falls around the end; [side]."""
     end = start + length
-    rise = torch.ones_like(at) if start <= 0 else ((at - start) / fade + 0.5).clamp(0, 1)
-    fall = torch.ones_like(at) if end >= 1 else ((end - at) / fade + 0.5).clamp(0, 1)
+    rise = torch.ones_like(at) if start < _ROUNDED else ((at - start) / fade + 0.5).clamp(0, 1)
+    fall = torch.ones_like(at) if end > 1 - _ROUNDED else ((end - at) / fade + 0.5).clamp(0, 1)
     return rise * fall

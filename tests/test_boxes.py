@@ -58,6 +58,8 @@ def test_edges_of_the_image_do_not_fade_and_two_halves_add_up():
     mask = mask_of(read_box(LEFT), 100)
     assert (mask[:, :40] == 1).all()
     assert (mask[:, 60:] == 0).all()
+    rounded = read_box(str(read_box([0.07798955, 0, 1 - 0.07798955, 1])))  # to 0.07799 and 0.922
+    assert (mask_of(rounded, 100)[:, 60:] == 1).all()
     assert torch.allclose(mask_of(read_box(LEFT)) + mask_of(read_box("0.5 0 0.5 1")), torch.ones(1))
 
 
