@@ -265,8 +265,10 @@ class _Unit:
         identity.change(lambda: "", [], [self.doomed], **AT_ONCE)
         self.presets.wire(follow, w, self.note, self.refresh)
         moved = [w[name] for name in PRESET_FIELDS]
-        values = [w[name] for name in FOLLOWING]
-        w["model"].change(follow.follow_model, [self._shown, *values], self.following, **AT_ONCE)
+        weight, *values = (w[name] for name in FOLLOWING)
+        w["model"].change(follow.follow_model, [self._shown, *values], self.following[1:], **AT_ONCE)
+        # Only when a person selects the model: a preset or pasted parameters bring their own weight.
+        w["model"].input(follow.usual_weight, [self._shown, weight, w["model"]], [weight], **AT_ONCE)
         w["preset"].change(follow.apply_preset, [w["preset"]], moved, **AT_ONCE)
         for name in PRESET_FIELDS:
             name_preset = partial(follow.name_preset, FIELD[name].family)
