@@ -73,6 +73,8 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
                 elem_classes=["pulid-hint"],
             )
     missing.wire(units, actions.refresh)
+    for unit in units:
+        unit.presets.wire_others(following, [other.presets for other in units])
     controls, fields = [on], [(on, PastedField(1, None, library))]
     for number, widgets in enumerate((unit.widgets for unit in units), 1):
         controls += [widgets[field.name] for field in FIELDS]

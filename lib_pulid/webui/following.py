@@ -55,6 +55,11 @@ class Following:
         """Lists the user's presets, none of them selected."""
         return gr.update(choices=[NONE, *self._library.presets.names()], value=NONE)
 
+    def lists_of_presets(self, count: int) -> Any:
+        """Returns so many lists; gradio wants a single one without a list around it."""
+        listed = self.saved_presets()
+        return listed if count == 1 else [listed] * count
+
     def load_preset(self, name: str) -> list[Any]:
         """Returns the widgets of a preset's fields, the list with nothing selected, its name in the name field, and a
         note."""
