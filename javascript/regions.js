@@ -6,6 +6,8 @@ class Regions {
     static LEAST = 0.04; // of the image's width and height; anything smaller was a click
     static STEP = 0.02; // of an arrow key
     static FIRST = [0.25, 0.25, 0.5, 0.5]; // the box that the key Enter adds
+    // The hosts' places for input images, one per tab of img2img.
+    static INPUTS = ["#img2img_image", "#img2img_sketch", "#img2maskimg", "#inpaint_sketch", "#img_inpaint_base"];
 
     constructor(tab) {
         this.tab = tab;
@@ -55,14 +57,17 @@ class Regions {
         const frame = this.frame;
         if (!frame || frame.offsetParent === null) return;
         if (!frame.dataset.pulid) this.connect(frame);
-        const [width, height] = pulid.pictureSize(this.tab);
+        const input = this.input();
+        // A box is a part of the input image, whatever size is made of it.
+        const [width, height] = input ? [input.naturalWidth, input.naturalHeight] : pulid.pictureSize(this.tab);
+        const background = (input ?? this.result())?.src ?? "";
         const shown = this.boxes();
-        const state = JSON.stringify([width, height, this.background(), this.selected(), shown]);
+        const state = JSON.stringify([width, height, background, this.selected(), shown]);
         if (frame.pulidState === state || this.drag) return;
         frame.pulidState = state;
         frame.style.aspectRatio = `${width} / ${height}`;
         frame.style.maxWidth = `${Math.round(360 * width / height)}px`;
-        frame.style.backgroundImage = this.background() ? `url("${this.background()}")` : "";
+        frame.style.backgroundImage = background ? `url("${background}")` : "";
         const focused = frame.contains(document.activeElement) && document.activeElement.dataset.person;
         frame.replaceChildren(...shown.map((shape) => this.boxElement(...shape)));
         if (focused) frame.querySelector(`[data-person="${focused}"]`)?.focus();
@@ -104,14 +109,21 @@ class Regions {
         });
     }
 
-    /** Returns what is behind the boxes: the input image, or the last result. */
-    background() {
-        const places = this.tab === "img2img" ? ["#img2img_image img", "#img2img_gallery img"] : ["#txt2img_gallery img"];
-        for (const place of places) {
-            const image = [...gradioApp().querySelectorAll(place)].find((one) => one.src && one.naturalWidth > 32);
-            if (image) return image.src;
-        }
-        return "";
+    /** Returns the image in the open tab of img2img, if there is one. */
+    input() {
+        if (this.tab !== "img2img") return undefined;
+        return Regions.images(Regions.INPUTS.map((place) => `${place} img`)).find((one) => one.offsetParent !== null);
+    }
+
+    /** Returns the last result, if there is one. */
+    result() {
+        return Regions.images([`#${this.tab}_gallery img`])[0];
+    }
+
+    /** Returns the images in some places, without icons and what is not loaded. */
+    static images(places) {
+        const images = [...gradioApp().querySelectorAll(places.join(", "))];
+        return images.filter((one) => one.src && one.naturalWidth > 32);
     }
 
     // ---------------------------------------------------------------- mouse, pen, finger
@@ -168,9 +180,10 @@ class Regions {
         if (!this.drag) return;
         const {n, now, kind} = this.drag;
         this.cancel();
-        const large = now && Math.min(now[2], now[3]) >= Regions.LEAST;
-        if (large) this.write(n, now);
-        if (kind === "draw" && large) this.frame.querySelector(`[data-person="${n}"]`)?.focus();
+        const isClick = kind === "draw" && now && Math.min(now[2], now[3]) < Regions.LEAST;
+        if (!now || isClick) return;
+        this.write(n, now);
+        if (kind === "draw") this.frame.querySelector(`[data-person="${n}"]`)?.focus();
     }
 
     cancel() {
