@@ -85,6 +85,14 @@ class TestFiles:
         with pytest.raises(SettingError, match=f"unit 3, field preset: mine.json in .*(?:{words})"):
             written(text).load("mine", 3)
 
+    @pytest.mark.parametrize("name", ["style", "Style", "stylised", "None"])
+    def test_a_file_with_an_official_name_is_told(self, written, name):
+        """From elsewhere: in a tag or in the API the name would mean the official preset."""
+        presets = written("{}")
+        presets.named("mine").rename(presets.folder() / f"{name}.json")
+        with pytest.raises(SettingError, match=f"{name}.json in .* is the name of an official preset. Choose another"):
+            presets.load(name)
+
     def test_an_unknown_name_is_answered_with_the_nearest(self, presets):
         presets.save("Soft", SOFT)
         for name, near in (("sooft", "Soft"), ("fidelty", "fidelity")):
