@@ -6,8 +6,6 @@ class Regions {
     static LEAST = 0.04; // of the image's width and height; anything smaller was a click
     static STEP = 0.02; // of an arrow key
     static FIRST = [0.25, 0.25, 0.5, 0.5]; // the box that the key Enter adds
-    // The hosts' places for input images, one per tab of img2img.
-    static INPUTS = ["#img2img_image", "#img2img_sketch", "#img2maskimg", "#inpaint_sketch", "#img_inpaint_base"];
 
     constructor(tab) {
         this.tab = tab;
@@ -57,10 +55,8 @@ class Regions {
         const frame = this.frame;
         if (!frame || frame.offsetParent === null) return;
         if (!frame.dataset.pulid) this.connect(frame);
-        const input = this.input();
-        // A box is a part of the input image, whatever size is made of it.
-        const [width, height] = input ? [input.naturalWidth, input.naturalHeight] : pulid.pictureSize(this.tab);
-        const background = (input ?? this.result())?.src ?? "";
+        const [width, height] = pulid.pictureSize(this.tab);
+        const background = this.background();
         const shown = this.boxes();
         const state = JSON.stringify([width, height, background, this.selected(), shown]);
         if (frame.pulidState === state || this.drag) return;
@@ -109,21 +105,9 @@ class Regions {
         });
     }
 
-    /** Returns the image in the open tab of img2img, if there is one. */
-    input() {
-        if (this.tab !== "img2img") return undefined;
-        return Regions.images(Regions.INPUTS.map((place) => `${place} img`)).find((one) => one.offsetParent !== null);
-    }
-
-    /** Returns the last result, if there is one. */
-    result() {
-        return Regions.images([`#${this.tab}_gallery img`])[0];
-    }
-
-    /** Returns the images in some places, without icons and what is not loaded. */
-    static images(places) {
-        const images = [...gradioApp().querySelectorAll(places.join(", "))];
-        return images.filter((one) => one.src && one.naturalWidth > 32);
+    /** Returns what is behind the boxes: the input image, or the last result. */
+    background() {
+        return (Pulid.input(this.tab) ?? Pulid.images([`#${this.tab}_gallery img`])[0])?.src ?? "";
     }
 
     // ---------------------------------------------------------------- mouse, pen, finger

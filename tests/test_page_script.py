@@ -45,23 +45,24 @@ INPAINTED = """
 page["#img2img_image img"] = [image("other", 400, 300, false)];
 page["#img2maskimg img"] = [image("icon", 16, 16), image("input", 1536, 1024)];
 page["#img2img_gallery img"] = page["#txt2img_gallery img"] = [image("result", 512, 512)];
-page["#img2img_width input[type=number]"] = page["#img2img_height input[type=number]"] = [{value: "512"}];
-const shown = (tab) => { const regions = new Regions(tab); return [regions.input()?.src ?? null, regions.result().src]; };
+for (const tab of ["txt2img", "img2img"]) {
+    page[`#${tab}_width input[type=number]`] = page[`#${tab}_height input[type=number]`] = [{value: "512"}];
+}
 """
 
 
-@pytest.mark.parametrize(("tab", "change", "found"), [
-    ("img2img", "", ["input", "result"]),
-    ("img2img", 'page["#img2maskimg img"] = [];', [None, "result"]),
-    ("txt2img", "", [None, "result"]),
+@pytest.mark.parametrize(("tab", "gone", "found"), [
+    ("img2img", False, ["input", [1024, 683]]), ("img2img", True, ["result", [512, 512]]),
+    ("txt2img", False, ["result", [512, 512]]),
 ])  # fmt: skip
-def test_the_frame_shows_the_image_of_the_open_tab(run, tab, change, found):
-    """In img2img's tabs for inpainting, too, and not another tab's image."""
-    assert run(f"{INPAINTED} {change} return shown('{tab}');") == found
+def test_boxes_and_masks_are_parts_of_the_image_in_the_open_tab(run, tab, gone, found):
+    """In img2img's tabs for inpainting, too, and not of another tab's image; a blank mask has its shape."""
+    change = 'page["#img2maskimg img"] = [];' if gone else ""
+    code = f'return [new Regions("{tab}").background(), pulid.pictureSize("{tab}")];'
+    assert run(f"{INPAINTED} {change} {code}") == found
 
 
-@pytest.mark.parametrize(("input_image", "ratio"), [(True, "1536 / 1024"), (False, "512 / 512")])
-def test_the_frame_has_the_shape_of_the_image_that_the_boxes_are_parts_of(run, input_image, ratio):
+def test_the_frame_has_the_shape_of_the_input(run):
     code = """
         const regions = new Regions("img2img"), style = {};
         const frame = {dataset: {pulid: "connected"}, style, contains: () => false, replaceChildren: () => {}};
@@ -69,10 +70,9 @@ def test_the_frame_has_the_shape_of_the_image_that_the_boxes_are_parts_of(run, i
         regions.boxes = () => [];
         regions.selected = () => 1;
         regions.draw();
-        return style.aspectRatio;
+        return [style.aspectRatio, style.backgroundImage];
     """
-    gone = "" if input_image else 'page["#img2maskimg img"] = [];'
-    assert run(f"{INPAINTED} {gone} {code}") == ratio
+    assert run(f"{INPAINTED} {code}") == ["1024 / 683", 'url("input")']
 
 
 @pytest.mark.parametrize(("kind", "now", "written"), [
