@@ -42,8 +42,8 @@ class Presets:
         """Returns a preset's settings, in their fields' types. number: of the unit, for messages.
 
         Raises:
-            SettingError: there is no such preset, or its file is damaged, has a setting that is unknown or wrong, or has
-                an official preset's name, which means that one everywhere else.
+            SettingError: there is no such preset, or its file is damaged, has an unknown or wrong setting, or has an
+                official preset's name, which means that one everywhere else.
         """
         path = self.named(name, number)
         try:
