@@ -235,8 +235,29 @@ class Pulid {
         return tabs;
     }
 
-    /** Returns the width and height of the image to generate, for a blank mask. */
+    // The hosts' places for input images, one per tab of img2img.
+    static INPUTS = ["#img2img_image", "#img2img_sketch", "#img2maskimg", "#inpaint_sketch", "#img_inpaint_base"];
+
+    /** Returns the image in the open tab of img2img, if there is one. */
+    static input(tab) {
+        if (tab !== "img2img") return undefined;
+        return Pulid.images(Pulid.INPUTS.map((place) => `${place} img`)).find((one) => one.offsetParent !== null);
+    }
+
+    /** Returns the images in some places, without icons and what is not loaded. */
+    static images(places) {
+        const images = [...gradioApp().querySelectorAll(places.join(", "))];
+        return images.filter((one) => one.src && one.naturalWidth > 32);
+    }
+
+    /** Returns the width and height of what masks and boxes are parts of: the input image, at most 1024 wide and high,
+        or else the image to generate. */
     pictureSize(tab) {
+        const input = Pulid.input(tab);
+        if (input) {
+            const size = [input.naturalWidth, input.naturalHeight];
+            return size.map((side) => Math.max(1, Math.round(side * Math.min(1, 1024 / Math.max(...size)))));
+        }
         const value = (side) => Number(gradioApp().querySelector(`#${tab}_${side} input[type=number]`)?.value) || 512;
         return [value("width"), value("height")];
     }

@@ -56,13 +56,14 @@ class Regions {
         if (!frame || frame.offsetParent === null) return;
         if (!frame.dataset.pulid) this.connect(frame);
         const [width, height] = pulid.pictureSize(this.tab);
+        const background = this.background();
         const shown = this.boxes();
-        const state = JSON.stringify([width, height, this.background(), this.selected(), shown]);
+        const state = JSON.stringify([width, height, background, this.selected(), shown]);
         if (frame.pulidState === state || this.drag) return;
         frame.pulidState = state;
         frame.style.aspectRatio = `${width} / ${height}`;
         frame.style.maxWidth = `${Math.round(360 * width / height)}px`;
-        frame.style.backgroundImage = this.background() ? `url("${this.background()}")` : "";
+        frame.style.backgroundImage = background ? `url("${background}")` : "";
         const focused = frame.contains(document.activeElement) && document.activeElement.dataset.person;
         frame.replaceChildren(...shown.map((shape) => this.boxElement(...shape)));
         if (focused) frame.querySelector(`[data-person="${focused}"]`)?.focus();
@@ -106,12 +107,7 @@ class Regions {
 
     /** Returns what is behind the boxes: the input image, or the last result. */
     background() {
-        const places = this.tab === "img2img" ? ["#img2img_image img", "#img2img_gallery img"] : ["#txt2img_gallery img"];
-        for (const place of places) {
-            const image = [...gradioApp().querySelectorAll(place)].find((one) => one.src && one.naturalWidth > 32);
-            if (image) return image.src;
-        }
-        return "";
+        return (Pulid.input(this.tab) ?? Pulid.images([`#${this.tab}_gallery img`])[0])?.src ?? "";
     }
 
     // ---------------------------------------------------------------- mouse, pen, finger
@@ -168,9 +164,10 @@ class Regions {
         if (!this.drag) return;
         const {n, now, kind} = this.drag;
         this.cancel();
-        const large = now && Math.min(now[2], now[3]) >= Regions.LEAST;
-        if (large) this.write(n, now);
-        if (kind === "draw" && large) this.frame.querySelector(`[data-person="${n}"]`)?.focus();
+        const isClick = kind === "draw" && now && Math.min(now[2], now[3]) < Regions.LEAST;
+        if (!now || isClick) return;
+        this.write(n, now);
+        if (kind === "draw") this.frame.querySelector(`[data-person="${n}"]`)?.focus();
     }
 
     cancel() {

@@ -13,6 +13,7 @@ from torch import Tensor
 LEAST = 0.02  # width and height of a box; a smaller one is a slip of the mouse
 SOFT = 0.15  # fraction of the shorter side over which the edge fades
 SIDE = 256  # pixels of a box's mask
+_ROUNDED = 1e-3  # so near may an edge of a box that was written as text be to the image's
 
 
 class Box(NamedTuple):
@@ -41,7 +42,7 @@ def read_box(value: str | Sequence[float]) -> Box:
             "a box has four numbers: x, y, width and height, as fractions of the image (0 to 1)."
         ) from None
     left, top = max(0.0, x), max(0.0, y)
-    box = Box(left, top, min(1.0, x + width) - left, min(1.0, y + height) - top)
+    box = Box(left, top, min(width - (left - x), 1 - left), min(height - (top - y), 1 - top))
     if min(box.width, box.height) < LEAST:
         raise ValueError(f"the box is outside the image, or smaller than {LEAST:.0%} of it.")
     return box
@@ -70,19 +71,20 @@ def within(mask: Tensor | None, box: Box) -> Tensor:
     """Cuts a mask [H, W] down to a box; without a mask, the box is the mask.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: nothing is left but the box's soft edge, in which no face would be visible.
     """
     if mask is None:
         return mask_of(box)
-    cut = mask * F.interpolate(mask_of(box)[None, None], mask.shape, mode="bilinear", antialias=True)[0, 0]
-    if not cut.any():
+    inside = F.interpolate(mask_of(box)[None, None], mask.shape, mode="bilinear", antialias=True)[0, 0]
+    both = (mask >= mask.max() / 16) & (inside >= 0.5)
+    if both.float().mean() < LEAST**2 / 2:
         raise ValueError("the box and the mask do not overlap. Remove one of them.")
-    return cut
+    return mask * inside
 
 
 def _ramp(at: Tensor, start: float, length: float, fade: float) -> Tensor:
     """Rises from 0 to 1 around the start, and falls around the end; [side]."""
     end = start + length
-    rise = torch.ones_like(at) if start <= 0 else ((at - start) / fade + 0.5).clamp(0, 1)
-    fall = torch.ones_like(at) if end >= 1 else ((end - at) / fade + 0.5).clamp(0, 1)
+    rise = torch.ones_like(at) if start < _ROUNDED else ((at - start) / fade + 0.5).clamp(0, 1)
+    fall = torch.ones_like(at) if end > 1 - _ROUNDED else ((end - at) / fade + 0.5).clamp(0, 1)
     return rise * fall

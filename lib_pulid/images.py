@@ -149,6 +149,14 @@ def readable_formats() -> list[str]:
     return [kind for kind in FORMATS if kind in Image.OPEN]
 
 
+def readable_suffixes() -> tuple[str, ...]:
+    """Returns how the names of images in these formats end: ".jpg", ".jfif", ..."""
+    from PIL import Image
+
+    formats = readable_formats()
+    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats)
+
+
 def _without_end_mark(file: Path | io.BytesIO) -> Image.Image | None:
     """Reads a JPEG that lacks nothing but its end marker."""
     from PIL import Image

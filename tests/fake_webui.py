@@ -54,7 +54,7 @@ class Widget:
         return wire
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("click", "change", "upload", "select", "edit"):
+        if name in ("click", "change", "input", "upload", "select", "edit"):
             return self._on(name)
         raise AttributeError(name)
 

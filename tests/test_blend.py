@@ -215,12 +215,15 @@ def test_the_page(ui, script, tmp_path):
 
 
 def test_the_page_has_it(ui, script, monkeypatch):
-    from gradio import Button
+    from tests.fake_webui import Widget
 
-    built, make = [], Button.__init__
-    monkeypatch.setattr(Button, "__init__", lambda self, *args, **how: built.append(self) or make(self, *args, **how))
+    built, make = [], Widget.__init__
+    monkeypatch.setattr(Widget, "__init__", lambda self, *args, **how: make(self, *args, **how) or built.append(self))
     script.ui(False)
-    (save,) = [button for button in built if button.elem_id == "pulid_txt2img_blend_save"]
+    named = {widget.elem_id: widget for widget in built}
+    people, save, refresh = (named[f"pulid_txt2img_blend_{name}"] for name in ("people", "save", "refresh"))
+    for button in (save, refresh):  # afterwards the people are chosen anew, by name
+        assert button.events["click.then"] == (None, [people], [people])
     fn, inputs, outputs = save.events["click"]
     assert [widget.elem_id for widget in inputs] == [
         f"pulid_txt2img_blend_{name}" for name in ("people", "shares", "name")

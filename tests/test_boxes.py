@@ -36,6 +36,14 @@ def test_whatever_is_accepted_lies_in_the_image_and_reads_back(numbers):
     assert read_box(str(box)) == pytest.approx(box, abs=1e-3)
 
 
+@given(st.integers(0, 960), st.sampled_from([20, 40, 100]))
+def test_a_box_inside_the_image_keeps_its_numbers(start, length):
+    """Also the smallest: a place must not make it smaller."""
+    start, length = min(start, 1000 - length) / 1000, length / 1000
+    assert read_box([start, 0, length, 1]) == pytest.approx((start, 0, length, 1), abs=1e-12)
+    assert str(read_box([0, start, 1, length])) == f"0 {start:g} 1 {length:g}"
+
+
 def test_a_mask_is_one_inside_and_fades_at_the_edge():
     mask = mask_of(Box(0.25, 0.25, 0.5, 0.5), 200)
     assert mask[100, 100] == 1
@@ -50,6 +58,8 @@ def test_edges_of_the_image_do_not_fade_and_two_halves_add_up():
     mask = mask_of(read_box(LEFT), 100)
     assert (mask[:, :40] == 1).all()
     assert (mask[:, 60:] == 0).all()
+    rounded = read_box(str(read_box([0.07798955, 0, 1 - 0.07798955, 1])))  # to 0.07799 and 0.922
+    assert (mask_of(rounded, 100)[:, 60:] == 1).all()
     assert torch.allclose(mask_of(read_box(LEFT)) + mask_of(read_box("0.5 0 0.5 1")), torch.ones(1))
 
 
@@ -60,5 +70,8 @@ def test_box_and_mask():
     assert both.shape == mask.shape
     assert both[2, 2] == pytest.approx(1)
     assert both[:, 15:].any() == both[15:].any() == False  # noqa: E712
-    with pytest.raises(ValueError, match="do not overlap"):
-        within(mask, read_box("0.8 0 0.2 1"))
+    for beside in ("0.8 0 0.2 1", "0.5 0 0.5 1", "0.53 0 0.47 1"):  # the last two overlap with their soft edge only
+        with pytest.raises(ValueError, match="do not overlap"):
+            within(mask, read_box(beside))
+    assert within(mask, read_box("0.45 0 0.5 1")).any()
+    assert within(torch.full((1000, 1000), 0.1), read_box("0.5 0.5 0.02 0.02")).any()

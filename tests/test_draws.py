@@ -70,6 +70,12 @@ def test_in_turn(draws):
     assert draws.last(1).name == NAMES[1]
 
 
+@pytest.mark.parametrize("suffix", [".jfif", ".JPG", ".gif", ".jp2", ".TIF"])
+def test_whatever_can_be_read_can_be_drawn(tmp_path, suffix):
+    (tmp_path / f"anna{suffix}").write_bytes(base64.b64decode(PHOTOS["anna"]))
+    assert Draws(lambda: tmp_path).draw(1, 0, RANDOM, 0, 0).name == f"anna{suffix}"
+
+
 def test_what_cannot_be_drawn(draws, tmp_path):
     with pytest.raises(SettingError, match=r"no folder of photos to draw from is allowed. Name one in Settings"):
         Draws(lambda: None).draw(1, 0, RANDOM, 0, 0)

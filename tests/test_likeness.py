@@ -359,6 +359,10 @@ def test_masks_follow_their_image(host):
     images = [color("nobody"), color("anna")]
     masks = [Image.new("L", (4, 4)) for _ in images]
     out = [web.Measured(images[0], 0, (None,), (1,))]
+    last, pose = web.Measured(images[1], 1, (None,), (1,)), Image.new("RGB", (4, 4))  # the pose: ControlNet adds it
+    made = SimpleNamespace(images=[*images, pose], infotexts=["a", "b"], all_seeds=[5, 6], index_of_first_image=0)
+    assert web._remove(made, images, [last])
+    assert made.images == [images[0], pose]
     made = SimpleNamespace(images=[images[0], masks[0], images[1], masks[1]], infotexts=["a", "b"], all_seeds=[5, 6])
     made.index_of_first_image = 0
     assert web._remove(made, images, out)

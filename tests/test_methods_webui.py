@@ -178,7 +178,8 @@ def test_the_page_follows_the_model(host, files):
 
     def follow(model: str, **changed: Any) -> list[Any]:
         given = {**values, "model": model, **changed}
-        return following.follow_model("sdxl", *(given[name] for name in FOLLOWING))
+        weight, *others = (given[name] for name in FOLLOWING)
+        return [following.usual_weight("sdxl", weight, model), *following.follow_model("sdxl", *others)]
 
     weight, preset, fusion, sdxl, flux, lora, net = follow(FILES["instantid"])
     assert [one["visible"] for one in (preset, sdxl, flux, lora, net)] == [False] * 4 + [True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -83,6 +84,14 @@ class TestFiles:
     def test_a_wrong_file_is_told(self, written, text, words):
         with pytest.raises(SettingError, match=f"unit 3, field preset: mine.json in .*(?:{words})"):
             written(text).load("mine", 3)
+
+    @pytest.mark.parametrize("name", ["style", "Style", "stylised", "None"])
+    def test_a_file_with_an_official_name_is_told(self, written, name):
+        """From elsewhere: in a tag or in the API the name would mean the official preset."""
+        presets = written("{}")
+        presets.named("mine").rename(presets.folder() / f"{name}.json")
+        with pytest.raises(SettingError, match=f"{name}.json in .* is the name of an official preset. Choose another"):
+            presets.load(name)
 
     def test_an_unknown_name_is_answered_with_the_nearest(self, presets):
         presets.save("Soft", SOFT)
@@ -178,6 +187,21 @@ class TestThePage:
         assert not path.exists() and "Deleted" in note and "Soft" not in listed["choices"] and asked == ""
         assert "there is no preset" in following.delete_preset("soft", "Soft")[2]
 
-    def test_the_widgets_are_wired(self, soft):
+    @pytest.mark.parametrize("people", [1, 2, 3])
+    def test_the_widgets_are_wired(self, soft, people, monkeypatch):
+        """Saved or deleted in one tab, a preset comes or goes in the lists of all."""
+        from tests.fake_webui import Widget
+
+        built, make = {}, Widget.__init__
+        keep = lambda self, *args, **how: make(self, *args, **how) or built.update({self.elem_id: self})  # noqa: E731
+        monkeypatch.setattr(Widget, "__init__", keep)
+        monkeypatch.setitem(soft.ui.modules.shared.opts.data, "pulid_units", people)
         soft.script.ui(False)  # nothing is missing in the table
+        lists = [built[f"pulid_txt2img_{n}_presets"] for n in range(1, people + 1)]
+        for n, name in itertools.product(range(1, people + 1), ("save_preset", "delete_preset")):
+            button = built[f"pulid_txt2img_{n}_{name}"]
+            fn, _, others = button.events.get("click.then", (list, [], []))
+            listed = fn() if len(others) != 1 else [fn()]
+            assert {id(one) for one in [*button.events["click"][2][:1], *others]} == set(map(id, lists))
+            assert [one["choices"] for one in listed] == [["None", "Soft"]] * len(others)
         assert set(SAVED) == set(FIELD) - {"enabled", "images", "identity", "draw", "preset", "mask", "box"}

@@ -517,6 +517,14 @@ class TestActions:
         assert (updates[0]["value"], updates[1]["value"], updates[2]["value"]) == (0.8, "style", "id_mix")
         assert [update["visible"] for update in updates[3:5]] == [True, False]
 
+    def test_a_weight_that_came_with_a_model_stays(self, script):
+        """A preset or pasted parameters set both; only who selects a model gets the weight of its method."""
+        fields = [field.name for field in FIELDS]
+        made = script.ui(False)
+        weight, model = (made[1 + fields.index(name)] for name in ("weight", "model"))
+        _, inputs, outputs = model.events["input"]
+        assert inputs[1:] == [weight, model] and outputs == [weight]
+
     def test_the_same_family_or_none(self, following):
         values = ["official", "ortho", 16, 0, "auto"]
         assert following.follow_checkpoint("flux", "flux", 0.8, *values) == [AS_IT_IS] * 8

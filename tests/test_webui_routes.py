@@ -94,6 +94,11 @@ def test_a_saved_identity_as_a_file(client, library):
     assert own.content == paths[0].read_bytes()
     assert "filename*=UTF-8''Zo%C3%AB%20file.safetensors" in own.headers["content-disposition"]
     assert torch.equal(torch.from_numpy(pulidembd.unpack(embedding.content))[None], values)
-    for name, words in (("nobody", "is not in"), ("Sdxl file.pulidembd", "is for FLUX"), ("..%2F..%2Fx", "")):
+    read = Identity(values + 1, info={"adapter": "PuLID for FLUX"})
+    cached = read.save(library.folder.path / "cache" / "read.safetensors")
+    assert library.identities.find(read.short_hash) is not None
+    nobodys = [(f"{read.short_hash}{ending}", "is not in") for ending in ("", ".pulidembd")]  # only read, not saved
+    for name, words in (*nobodys, ("nobody", "is not in"), ("Sdxl file.pulidembd", "is for FLUX"), ("..%2F..%2Fx", "")):
         answer = client().get(f"/pulid/identities/{name}")
         assert answer.status_code in (404, 422) and words in answer.text
+    cached.unlink()

@@ -73,6 +73,8 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
                 elem_classes=["pulid-hint"],
             )
     missing.wire(units, actions.refresh)
+    for unit in units:
+        unit.presets.wire_others(following, [other.presets for other in units])
     controls, fields = [on], [(on, PastedField(1, None, library))]
     for number, widgets in enumerate((unit.widgets for unit in units), 1):
         controls += [widgets[field.name] for field in FIELDS]
@@ -265,8 +267,10 @@ class _Unit:
         identity.change(lambda: "", [], [self.doomed], **AT_ONCE)
         self.presets.wire(follow, w, self.note, self.refresh)
         moved = [w[name] for name in PRESET_FIELDS]
-        values = [w[name] for name in FOLLOWING]
-        w["model"].change(follow.follow_model, [self._shown, *values], self.following, **AT_ONCE)
+        weight, *values = (w[name] for name in FOLLOWING)
+        w["model"].change(follow.follow_model, [self._shown, *values], self.following[1:], **AT_ONCE)
+        # Only when a person selects the model: a preset or pasted parameters bring their own weight.
+        w["model"].input(follow.usual_weight, [self._shown, weight, w["model"]], [weight], **AT_ONCE)
         w["preset"].change(follow.apply_preset, [w["preset"]], moved, **AT_ONCE)
         for name in PRESET_FIELDS:
             name_preset = partial(follow.name_preset, FIELD[name].family)

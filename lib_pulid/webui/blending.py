@@ -40,11 +40,15 @@ def build(tab: str, lists: Sequence[Any], library: Library) -> None:
         note = gr.HTML("", elem_id=elem("note"), elem_classes=["pulid-note"])
     for widget in (people, shares, name):
         silent(widget)
-    refresh.click(lambda: gr.update(choices=saved()), [], [people], **AT_ONCE)
+    listed = refresh.click(lambda: gr.update(choices=saved()), [], [people], **AT_ONCE)
     people.change(None, [people], [], _js=f"(people) => Blend.choose('{tab}', people)")
     made, shown = partial(blend, library, len(lists)), [people, name, note, *lists]
     given = f"(people, shares, name) => [people, Blend.shares('{tab}'), name]"
-    save.click(made, [people, shares, name], shown, _js=given, queue=False)
+    stored = save.click(made, [people, shares, name], shown, _js=given, queue=False)
+    for event in (listed, stored):
+        # gradio 4 keeps the selected places in the list, where others may be now. The page's own names, since somebody
+        # may have been chosen while the server answered.
+        event.then(None, [people], [people], _js="(people) => [people]", **AT_ONCE)
 
 
 def blend(library: Library, units: int, people: Any, shares: str, name: str) -> tuple[Any, ...]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from lib_pulid import disk
 from lib_pulid.errors import SettingError
 from lib_pulid.fields import DRAWS, Number
+from lib_pulid.images import readable_suffixes
 
 _, RANDOM, IN_TURN = DRAWS
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 
 
 class Draws:
@@ -68,7 +68,7 @@ class Draws:
                 "no folder of photos to draw from is allowed. Name one in Settings, PuLID, Folder of photos to draw "
                 "from."
             )
-        photos = disk.listed(folder, SUFFIXES)
+        photos = disk.listed(folder, readable_suffixes())
         if not photos:
             raise SettingError(f"there is no photo in {folder}, the folder of photos to draw from.")
         return photos

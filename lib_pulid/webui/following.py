@@ -55,6 +55,11 @@ class Following:
         """Lists the user's presets, none of them selected."""
         return gr.update(choices=[NONE, *self._library.presets.names()], value=NONE)
 
+    def lists_of_presets(self, count: int) -> Any:
+        """Returns so many lists; gradio wants a single one without a list around it."""
+        listed = self.saved_presets()
+        return listed if count == 1 else [listed] * count
+
     def load_preset(self, name: str) -> list[Any]:
         """Returns the widgets of a preset's fields, the list with nothing selected, its name in the name field, and a
         note."""
@@ -109,26 +114,37 @@ class Following:
         units = [values[i : i + count] for i in range(0, len(values), count)]
         if family == shown:
             return [gr.update()] * (1 + (3 + len(ROWS)) * len(units))
-        return [family, *(update for unit in units for update in self.follow_model(family, *unit))]
+        shown_anew = [family]
+        for weight, *others, model in units:
+            shown_anew += [self.usual_weight(family, weight, model), *self.follow_model(family, *others, model)]
+        return shown_anew
+
+    def usual_weight(self, family: str, weight: float, model: str) -> Any:
+        """Replaces a weight that is a default by that of the selected model's method; any other was set by hand."""
+        method = self._method(family, model)
+        is_default = method is not None and weight != method.weight and weight in WEIGHTS.values()
+        return gr.update(value=method.weight) if method is not None and is_default else gr.update()
 
     def follow_model(self, family: str, *values: Any) -> list[Any]:
-        """Shows the settings of a family and of the selected model's method in one unit. values: of FOLLOWING.
+        """Shows the settings of a family and of the selected model's method in one unit. values: of FOLLOWING but the
+        weight.
 
-        Returns weight, preset, fusion, and ROWS.
+        Returns preset, fusion, and ROWS.
         """
         *others, model = values
-        method = self._library.adapters.method_of(model) or (usual(family) if family else None)
-        return _for_method(family, method, *others)
+        return _for_method(family, self._method(family, model), *others)
+
+    def _method(self, family: str, model: str) -> Method | None:
+        """Returns the method of a model; None if neither the checkpoint's family nor the model is known."""
+        return self._library.adapters.method_of(model) or (usual(family) if family else None)
 
 
-def _for_method(family: str, method: Method | None, weight: float, fusion: str, *values: Any) -> list[Any]:
-    """method: None if neither the checkpoint's family nor the model is known."""
+def _for_method(family: str, method: Method | None, fusion: str, *values: Any) -> list[Any]:
+    """method: see `Following._method`."""
     fusions = [one for one in FIELD["fusion"].choices if one != "id_mix" or method is None or _may_mix(method)]
     has_preset = method is None or has(method, "preset")
     preset = {"value": _preset_name(family, values), "info": PRESET_TIPS[family]} if family and has_preset else {}
-    is_default = method is not None and weight != method.weight and weight in WEIGHTS.values()
     return [
-        gr.update(value=method.weight) if method is not None and is_default else gr.update(),
         gr.update(choices=preset_choices(family), visible=has_preset, **preset),
         gr.update(choices=fusions, value=fusion if fusion in fusions else FIELD["fusion"].default),
         *(gr.update(visible=_is_shown(name, family, method)) for name in ROWS),

@@ -230,12 +230,12 @@ def _remove(processed: Any, images: Sequence[Any], out: Sequence[Measured]) -> b
     if not set(positions) <= {id(image) for image in processed.images}:
         return False
     gone = {id(one.image) for one in out}
-    first, left, is_kept = processed.index_of_first_image, [], True
-    for image in processed.images:
-        is_kept = id(image) not in gone if id(image) in positions else is_kept
-        left += [image] * is_kept
+    found = [i for i, image in enumerate(processed.images) if id(image) in positions]
+    each = found[1] - found[0]  # an image and its masks; what other extensions add comes after the last one's
+    left_out = {i + k for i in found if id(processed.images[i]) in gone for k in range(each)}
+    first = processed.index_of_first_image
+    processed.images = [image for i, image in enumerate(processed.images) if i not in left_out]
     samples = {positions[key] + first for key in gone}
-    processed.images = left
     processed.infotexts = [words for i, words in enumerate(processed.infotexts) if i not in samples]
     numbers = {one.number for one in out}
     for name in ("all_prompts", "all_negative_prompts", "all_seeds", "all_subseeds"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -35,6 +36,13 @@ class PresetRow:
         """widgets: of the person, by field. note: shows what happened. refresh: the button that lists all anew."""
         settings, listed, name, doomed = [widgets[field] for field in SAVED], self.listed, self._name, self._doomed
         listed.change(follow.load_preset, [listed], [*settings, listed, name, note], **AT_ONCE)
-        self._save.click(follow.save_preset, [name, *settings], [listed, name, note], **AT_ONCE)
-        self._delete.click(follow.delete_preset, [name, doomed], [listed, doomed, note], **AT_ONCE)
+        saved = self._save.click(follow.save_preset, [name, *settings], [listed, name, note], **AT_ONCE)
+        deleted = self._delete.click(follow.delete_preset, [name, doomed], [listed, doomed, note], **AT_ONCE)
+        self._stored = [saved, deleted]
         refresh.click(follow.saved_presets, [], [listed], **AT_ONCE)
+
+    def wire_others(self, follow: Following, rows: Sequence[PresetRow]) -> None:
+        """Lists the presets of other people's rows anew after one was saved or deleted in this row."""
+        lists = [row.listed for row in rows if row is not self]
+        for event in self._stored if lists else ():
+            event.then(partial(follow.lists_of_presets, len(lists)), [], lists, **AT_ONCE)

@@ -44,12 +44,14 @@ class Presets:
         """Returns a preset's settings, in their fields' types. number: of the unit, for messages.
 
         Raises:
-            SettingError: there is no such preset, or its file is damaged or has a setting that is unknown or wrong.
+            SettingError: there is no such preset, or its file is damaged, has an unknown or wrong setting, or has an
+                official preset's name, which means that one everywhere else.
         """
         if (shipped := names.find(name, SHIPPED)) is not None and names.find(name, self._files()) is None:
             return dict(shipped)
         path = self.named(name, number)
         try:
+            _check_not_official(path.stem)
             return _checked(_read(path))
         except SettingError as error:
             raise SettingError(
@@ -75,8 +77,7 @@ class Presets:
             SettingError: the name is taken, in any spelling, or is not a valid name; or a value is wrong. StorageError.
         """
         name = names.new(name)
-        if official := _OFFICIAL.get(names.key(name)):
-            raise SettingError(f"{official} is the name of an official preset. Choose another name.")
+        _check_not_official(name)
         for other in self.names():
             if names.key(other) == names.key(name):
                 raise SettingError(f"The preset {other} is already saved. Choose another name, or delete it first.")
@@ -104,6 +105,11 @@ class Presets:
 
     def _files(self) -> dict[str, Path]:
         return {path.stem: path for path in disk.listed(self.folder(), (SUFFIX,))}
+
+
+def _check_not_official(name: str) -> None:
+    if official := _OFFICIAL.get(names.key(name)):
+        raise SettingError(f"{official} is the name of an official preset. Choose another name.")
 
 
 def _read(path: Path) -> Mapping[str, Any]:

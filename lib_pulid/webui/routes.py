@@ -199,7 +199,7 @@ def identity_file(name: str, library: Library) -> tuple[str, bytes]:
     """
     path = library.identities.find(name)
     if path is None and name.lower().endswith(PULIDEMBD):
-        identity = library.identities.load(name[: -len(PULIDEMBD)])
+        identity = library.identities.load(library.identities.named(name[: -len(PULIDEMBD)]).path.name)
         with tempfile.TemporaryDirectory() as folder:
             return name, identity.save(Path(folder) / f"identity{PULIDEMBD}").read_bytes()
     if path is None or path.parent != library.identities.folder:

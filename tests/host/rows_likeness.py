@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -151,13 +152,19 @@ def blend(host: Running) -> str:
 def blend_on_the_page(host: Running) -> str:
     save_two(host)
     with opened(host, on=True) as page:
-        page.part("blend_panel").locator(".label-wrap").first.click()
-        page.inner.wait_for_timeout(2500)  # the list is read anew
+        page.part("blend_panel").locator(".label-wrap").first.click()  # the list is read anew
         for name in ("blend-anna", "blend-ben"):
             page.part("blend_people").locator("input").first.click()
             page.find(".options li, ul[role=listbox] li").filter(has_text=name).first.click()
             page.inner.wait_for_timeout(500)
         page.inner.keyboard.press("Escape")
+        before = host.identities / "a person before them.safetensors"
+        shutil.copy(host.identities / "blend-anna.safetensors", before)
+        page.part("blend_refresh").click()
+        page.inner.wait_for_timeout(2500)
+        before.unlink()
+        shown = page.part("blend_people").locator(".token").all_inner_texts()
+        expect([text.strip() for text in shown] == ["blend-anna", "blend-ben"], f"chosen: {shown}")
         sliders = page.part("blend_shares").locator("input[type=range]")
         sliders.nth(1).wait_for(state="visible")
         sliders.first.focus()
