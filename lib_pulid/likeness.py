@@ -174,7 +174,7 @@ def format_cosine(value: float) -> str:
 
 
 def best(images: Sequence[Sequence[float | None] | None], count: int) -> list[int]:
-    """Returns the indices of the `count` best images, in their order; an image that was not measured is always kept.
+    """Returns the indices of the `count` best images, the best first; an image that was not measured is kept, as last.
 
     An image is as good as its least alike person; a person without a face is the worst.
     """
@@ -183,5 +183,5 @@ def best(images: Sequence[Sequence[float | None] | None], count: int) -> list[in
         known = [-2.0 if value is None else value for value in values or () if value is None or not math.isnan(value)]
         if known:
             ranks[i] = min(known)
-    kept = set(sorted(ranks, key=lambda i: (-ranks[i], i))[:count])
-    return [i for i in range(len(images)) if i in kept or i not in ranks]
+    kept = sorted(ranks, key=lambda i: (-ranks[i], i))[:count]
+    return kept + [i for i in range(len(images)) if i not in ranks]

@@ -98,9 +98,9 @@ def test_a_person_of_several_photos_is_between_them():
 
 def test_the_best():
     images = [(0.3,), (0.9, 0.1), None, (0.5, 0.4), (None, 0.9), (UNKNOWN,)]
-    assert best(images, 1) == [2, 3, 5]  # what was not measured is kept
-    assert best(images, 2) == [0, 2, 3, 5]
-    assert best(images, 9) == list(range(6))
+    assert best(images, 1) == [3, 2, 5]  # what was not measured is kept
+    assert best(images, 2) == [3, 0, 2, 5]
+    assert best(images, 9) == [3, 0, 1, 4, 2, 5]
 
 
 def test_judges_know_people():
@@ -338,10 +338,12 @@ def test_names_that_are_taken(host, tmp_path):
     assert {path.name for path in (tmp_path / "not kept").glob("*.png")} == {"nobody.png", "nobody-1.png"}
 
 
-def test_fewer_images_than_to_keep(host):
-    made = generate(host, [unit("anna", keep_best=2)], [color("nobody"), color("anna")])
-    assert len(made.images) == 2
-    assert "kept" not in made.comments
+def test_fewer_images_than_to_keep_are_sorted(host):
+    images = [color("nobody"), color("anna")]
+    made = generate(host, [unit("anna", keep_best=2)], images)
+    assert made.images == images[::-1] and [number(one) for one in made.infotexts] == ["1.00", "no face"]
+    assert made.all_seeds == [1, 0]
+    assert "PuLID sorted the images by likeness, the best first." in made.comments and "kept" not in made.comments
 
 
 def test_nothing_is_thrown_away_unmeasured(host, monkeypatch):
@@ -356,18 +358,25 @@ def test_nothing_is_thrown_away_unmeasured(host, monkeypatch):
 def test_masks_follow_their_image(host):
     from lib_pulid.webui import likeness as web
 
-    images = [color("nobody"), color("anna")]
+    images = [color(name) for name in ("nobody", "anna", "ben")]
     masks = [Image.new("L", (4, 4)) for _ in images]
-    out = [web.Measured(images[0], 0, (None,), (1,))]
-    last, pose = web.Measured(images[1], 1, (None,), (1,)), Image.new("RGB", (4, 4))  # the pose: ControlNet adds it
-    made = SimpleNamespace(images=[*images, pose], infotexts=["a", "b"], all_seeds=[5, 6], index_of_first_image=0)
-    assert web._remove(made, images, [last])
-    assert made.images == [images[0], pose]
-    made = SimpleNamespace(images=[images[0], masks[0], images[1], masks[1]], infotexts=["a", "b"], all_seeds=[5, 6])
-    made.index_of_first_image = 0
-    assert web._remove(made, images, out)
-    assert made.images == [images[1], masks[1]]
-    assert (made.infotexts, made.info, made.seed) == (["b"], "b", 6)
-    assert not web._remove(made, images, out)  # somebody has exchanged an image
-    made = SimpleNamespace(images=[*images], infotexts=[], all_seeds=[], index_of_first_image=0)
-    assert web._remove(made, images, out) and made.images == [images[1]]
+    grid, pose = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4))  # the pose: ControlNet adds it
+    measured = [web.Measured(image, i, (None,), (1,)) for i, image in enumerate(images)]
+
+    def made(shown, **more):
+        usual = {"infotexts": ["a", "b", "c"], "all_seeds": [5, 6, 7], "index_of_first_image": 0}
+        return SimpleNamespace(images=shown, **{**usual, **more})
+
+    result = made([*images, pose])
+    assert web._arrange(result, measured, [0, 1])
+    assert result.images == [*images[:2], pose] and result.infotexts == ["a", "b"]
+    result = made([image for pair in zip(images, masks) for image in pair])
+    assert web._arrange(result, measured, [2, 1])
+    assert result.images == [images[2], masks[2], images[1], masks[1]]
+    assert (result.infotexts, result.all_seeds, result.info, result.seed) == (["c", "b"], [7, 6], "c", 7)
+    assert not web._arrange(result, measured, [0])  # somebody has exchanged an image
+    result = made([grid, *images], infotexts=["grid", "a", "b", "c"], index_of_first_image=1)
+    assert web._arrange(result, measured, [2, 0])
+    assert result.images == [grid, images[2], images[0]] and result.infotexts == ["grid", "c", "a"]
+    result = made([*images], infotexts=[], all_seeds=[])
+    assert web._arrange(result, measured, [1]) and result.images == [images[1]]

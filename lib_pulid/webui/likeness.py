@@ -150,7 +150,7 @@ class Meter:
         lines += self._judged() if lines else []
         lines += self._unknown()
         lines += [f"PuLID likeness: not measured. {reason}" for reason in self._reasons]
-        if self.keep and len(self.images) > self.keep:
+        if self.keep and len(self.images) > 1:
             lines.append(self._keep(processed))
         processed.comments = "".join([processed.comments or "", *(f"{line}\n" for line in lines)])
 
@@ -189,15 +189,17 @@ class Meter:
         return lines
 
     def _keep(self, processed: Any) -> str:
-        """Leaves the best images in the host's result, moves the files of the others. Returns a note."""
-        kept = {id(self.images[i]) for i in best([one.values for one in self.images], self.keep)}
-        out = [one for one in self.images if id(one) not in kept]
-        if not out:
+        """Leaves the best images in the host's result, the best first, moves the files of the others. Returns a note."""
+        order = best([one.values for one in self.images], self.keep)
+        out = [one for i, one in enumerate(self.images) if i not in order]
+        if not any(one.values for one in self.images):
             return f"PuLID kept all {len(self.images)} images, since there is nothing to compare them by."
-        if not _remove(processed, [one.image for one in self.images], out):
+        if not _arrange(processed, self.images, order):
             return "PuLID kept all images: another extension replaced them after they were measured."
+        if not out:
+            return "PuLID sorted the images by likeness, the best first."
         listed = ", ".join(f"image {one.number + 1} ({text(one.values or ())})" for one in out)
-        return f"PuLID kept {len(kept)} of {len(self.images)} images. Not kept: {listed}. {_move(out)}"
+        return f"PuLID kept {len(order)} of {len(self.images)} images. Not kept: {listed}. {_move(out)}"
 
 
 def _person(plan: UnitPlan, number: Number, judge: Recognizer, p: Any) -> Person:
@@ -220,31 +222,43 @@ def _words(value: float | None) -> str:
     return format_cosine(value) + verdict
 
 
-def _remove(processed: Any, images: Sequence[Any], out: Sequence[Measured]) -> bool:
-    """Removes images, and the masks that follow them, from the host's result. images: all that were measured.
+def _arrange(processed: Any, images: Sequence[Measured], order: Sequence[int]) -> bool:
+    """Leaves some images in the host's result, in this order, each with the masks that follow it.
+
+    Args:
+        images: all that were measured. order: indices of those to keep.
 
     Returns:
         False, and changes nothing, if one of them is not there.
     """
-    positions = {id(image): i for i, image in enumerate(images)}
-    if not set(positions) <= {id(image) for image in processed.images}:
+    shown, places = processed.images, {id(image): i for i, image in enumerate(processed.images)}
+    if not all(id(one.image) in places for one in images):
         return False
-    gone = {id(one.image) for one in out}
-    found = [i for i, image in enumerate(processed.images) if id(image) in positions]
+    found = [places[id(one.image)] for one in images]
     each = found[1] - found[0]  # an image and its masks; what other extensions add comes after the last one's
-    left_out = {i + k for i in found if id(processed.images[i]) in gone for k in range(each)}
+    groups = [shown[i : i + each] for i in found]
+    processed.images = shown[: found[0]] + sum((groups[i] for i in order), []) + shown[found[-1] + each :]
     first = processed.index_of_first_image
-    processed.images = [image for i, image in enumerate(processed.images) if i not in left_out]
-    samples = {positions[key] + first for key in gone}
-    processed.infotexts = [words for i, words in enumerate(processed.infotexts) if i not in samples]
-    numbers = {one.number for one in out}
+    processed.infotexts = _reordered(processed.infotexts, range(first, first + len(images)), order)
+    numbers = [one.number for one in images]
     for name in ("all_prompts", "all_negative_prompts", "all_seeds", "all_subseeds"):
         listed = getattr(processed, name, None)
         if isinstance(listed, list) and len(listed) > max(numbers):
-            setattr(processed, name, [value for i, value in enumerate(listed) if i not in numbers])
+            setattr(processed, name, _reordered(listed, numbers, order))
     if processed.infotexts and processed.all_seeds:  # another script may have emptied them
         processed.info, processed.seed = processed.infotexts[0], processed.all_seeds[0]
     return True
+
+
+def _reordered(values: list, positions: Sequence[int], order: Sequence[int]) -> list:
+    """Leaves the values at some of the positions, in an order; those elsewhere stay before and behind them."""
+    if len(values) <= max(positions):
+        return values
+    return [
+        *values[: positions[0]],
+        *(values[positions[i]] for i in order),
+        *(value for i, value in enumerate(values) if i > positions[0] and i not in positions),
+    ]
 
 
 def _move(out: Sequence[Measured]) -> str:
