@@ -430,7 +430,9 @@ def put(path: Path, data: bytes = b"1234") -> Path:
 
 @pytest.mark.parametrize(("name", "place"), [
     ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/pulid"), ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/pulid/pulid"),
-    ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/clip"), ("EVA02_CLIP_L_336_psz14_s6B.pt", "models"),
+    ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/pulid/models--QuanSun--EVA-CLIP/snapshots/11afd202"),
+    ("pulid_v1.1.safetensors", "models/pulid/für SDXL/🙂"), ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/clip"),
+    ("EVA02_CLIP_L_336_psz14_s6B.pt", "models"),
     ("EVA02_CLIP_L_336_psz14_s6B.pt", "home/models--QuanSun--EVA-CLIP/snapshots/11afd202"),
     ("EVA02_CLIP_L_336_psz14_s6B.pt", "home/hub/checkpoints"),
     ("glintr100.onnx", "models/insightface/models/antelopev2"),
