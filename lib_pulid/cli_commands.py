@@ -121,6 +121,9 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
     if unknown := set(arguments.parts) - set(bench.PARTS):
         raise SettingError(f"Unknown parts: {', '.join(sorted(unknown))}. bench has {', '.join(bench.PARTS)}.")
+    if arguments.runs < 1 or arguments.threads < 0:
+        raise SettingError(f"--runs is {arguments.runs}, --threads {arguments.threads}; use 1 or more, 0 or more.")
+    _device(arguments.device)
     return bench.run(arguments)
 
 

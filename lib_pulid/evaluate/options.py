@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +47,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> list[float]:
-    """Checks the arguments. Returns the weights in order."""
-    from lib_pulid import fields
+    """Checks the arguments. Returns the weights in order. Raises: SettingError, StorageError."""
+    from lib_pulid import cli_checks, fields
 
-    for name in ("people", "each", "seeds", "steps"):
+    for name in ("people", "each", "seeds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise SettingError(f"--{name} is {value}; it has to be 1 or more.")
-    if arguments.size is not None and (arguments.size < 64 or arguments.size % 16):
-        raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16, 64 or more.")
+    cli_checks.check_sampling(arguments)
     if disk.is_file(arguments.out):
         raise SettingError(f"--out is {arguments.out}, which is a file; give a folder.")
+    disk.check_writable(arguments.out / "table.md", replace=True)
     try:
         weights = [float(text) for text in arguments.weights.split(",")]
     except ValueError:
         raise SettingError(
             f"--weights is {arguments.weights}; it has to be numbers separated by commas, like 0.4,0.8,1."
         ) from None
-    return sorted({fields.check(fields.FIELD["weight"], weight, 0) for weight in weights})
+    checked = (partial(fields.check, fields.FIELD["weight"], weight, 0) for weight in weights)
+    return sorted({cli_checks.in_words(check, "weights") for check in checked})
 
 
 def named_file(text: str) -> tuple[str, Path]:
