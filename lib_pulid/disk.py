@@ -109,7 +109,13 @@ def fingerprint(path: Path) -> str:
     try:
         return sha256_of(path)[:16]
     except OSError as error:
-        raise WrongWeightsError(f"{path.name} in {path.parent} cannot be read ({error.strerror}).") from error
+        raise WrongWeightsError(why_unreadable(path, error)) from error
+
+
+def why_unreadable(path: Path, error: OSError) -> str:
+    """Says why the system refuses to read a file, which does not mean that it is damaged."""
+    todo = "Change its permissions." if isinstance(error, PermissionError) else "Check the drive, and try again."
+    return f"{path.name} in {path.parent} cannot be read ({error.strerror or error}). {todo}"
 
 
 def format_size(count: int) -> str:

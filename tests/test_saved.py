@@ -221,6 +221,24 @@ def test_a_place_that_may_not_be_looked_into_has_nothing(tmp_path, closed, monke
     assert {file.name for file in expected} >= {"glintr100.onnx", "pulid_v1.1.safetensors"}
 
 
+def test_an_identity_is_back_with_its_drive(library, monkeypatch):
+    """A network drive that did not answer for a moment: nothing about the file shows that it can be read again."""
+    saved = library.identities.save("anna", person(1, note="x"))
+    library.identities.save("ben", person(2))
+    real = Path.open
+
+    def stale(path, *args, **how):
+        if path.name == "anna.safetensors":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", stale)
+        assert (library.identities.names(), library.identities.card(saved)) == (["ben"], ({}, None))
+    assert library.identities.names() == ["anna", "ben"]
+    assert library.identities.card(saved)[0]["note"] == "x"
+
+
 PLACES = ["", "pulid", "pulid/identities", "pulid/cache", "clip", "clip_vision", "ControlNet", "antelopev2", "facexlib",
           "insightface", "insightface/models/antelopev2", "GFPGAN"]  # fmt: skip
 
