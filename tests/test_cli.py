@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -607,15 +608,41 @@ def test_doctor_sees_a_truncated_file(run, hub, tmp_path):
 
 
 def test_doctor_sees_missing_packages(run, monkeypatch):
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "timm" else real(name))
+    bringing, is_there = doctor._bringing, doctor._is_there
+    monkeypatch.setattr(doctor, "_bringing", lambda module, *rest: [] if module == "timm" else bringing(module, *rest))
+    monkeypatch.setattr(doctor, "_is_there", lambda module: module != "timm" and is_there(module))
     said = run("doctor")
     assert re.search(r"MISSING +timm", said.out)
     assert "to do: pip install timm" in said.out
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "opencv-python" else "1.0")
+
+
+@pytest.mark.parametrize(
+    ("packages", "words"),
+    [
+        (["onnxruntime-directml 1.20"], ""), (["onnxruntime_openvino 1.20", "onnxruntime-extensions 0.13"], ""),
+        (["opencv-contrib-python-headless 4.10"], ""), (["opencv-python 4.9", "opencv-python-headless 4.9"], ""),
+        (["onnxruntime 1.20", "onnxruntime-directml 1.21"], "onnxruntime 1.20 and onnxruntime-directml 1.21 hide each"),
+    ],
+)  # fmt: skip
+def test_doctor_knows_who_brings_a_module(run, monkeypatch, tmp_path, packages, words):
+    """To install onnxruntime beside onnxruntime-directml would hide that one."""
+    for name, version in (package.split() for package in packages):
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        module = "cv2" if "cv" in name else name.replace("-", "_") if "ext" in name else "onnxruntime"
+        (tmp_path / module).mkdir(exist_ok=True)
+        (tmp_path / module / "__init__.py").write_text("")
+        (folder / "RECORD").write_text(f"{module}/__init__.py,,\n{folder.name}/RECORD,,\n")
+    found = list(metadata.distributions(path=[str(tmp_path)]))
+    brought = packages[0].startswith("opencv")
+    others = [one for one in metadata.distributions() if one.name.startswith("onnxruntime" if brought else "opencv")]
+    monkeypatch.setattr(metadata, "distributions", lambda: [*found, *others])
     said = run("doctor")
-    assert "pip install opencv" not in said.out  # the headless one does as well
-    assert "onnxruntime and onnxruntime-gpu hide each other" in said.out
+    shown = re.search(rf"there +{' '.join(packages[:1])}.* {'images' if brought else 'runs'}", said.out)
+    assert shown and "extensions" not in said.out
+    assert (words in said.out) if words else "hide each other" not in said.out
+    assert not re.search(r"pip install (onnxruntime|opencv)", said.out)
 
 
 # ---------------------------------------------------------------- demo
