@@ -99,8 +99,10 @@ def run_blend(arguments: argparse.Namespace) -> int:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
+    from lib_pulid import cli_checks
     from lib_pulid.evaluate import command
 
+    cli_checks.check_sampling(arguments)
     return command.run(arguments, _device(arguments.device))
 
 

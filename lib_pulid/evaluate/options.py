@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> list[float]:
     """Checks the arguments. Returns the weights in order. Raises: SettingError, StorageError."""
-    from lib_pulid import cli_checks, fields
+    from lib_pulid import fields
 
     for name in ("people", "each", "seeds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise SettingError(f"--{name} is {value}; it has to be 1 or more.")
-    cli_checks.check_sampling(arguments)
     if disk.is_file(arguments.out):
         raise SettingError(f"--out is {arguments.out}, which is a file; give a folder.")
     disk.check_writable(arguments.out / "table.md", replace=True)
@@ -64,8 +62,10 @@ def check(arguments: argparse.Namespace) -> list[float]:
         raise SettingError(
             f"--weights is {arguments.weights}; it has to be numbers separated by commas, like 0.4,0.8,1."
         ) from None
-    checked = (partial(fields.check, fields.FIELD["weight"], weight, 0) for weight in weights)
-    return sorted({cli_checks.in_words(check, "weights") for check in checked})
+    try:
+        return sorted({fields.check(fields.FIELD["weight"], weight, 0) for weight in weights})
+    except SettingError as error:
+        raise SettingError(str(error).replace("PuLID, field weight", "--weights")) from error
 
 
 def named_file(text: str) -> tuple[str, Path]:
