@@ -46,8 +46,8 @@ def importable(module: str) -> bool:
     """A folder without __init__.py, which an uninstall can leave, is not a package."""
     try:
         spec = find_spec(module)
-    except ImportError:  # of the package around it
-        return False
+    except Exception:  # of the package around it; or a .pth file has put the module into sys.modules without a spec
+        return module in sys.modules
     return spec is not None and spec.origin is not None
 
 
@@ -57,11 +57,11 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def timm_version() -> str:
     """Reads timm's version from its own file; "" where there is none."""
-    spec = find_spec("timm")
     try:
+        spec = find_spec("timm")
         with open(os.path.join(os.path.dirname(spec.origin), "version.py"), encoding="utf-8") as file:
             return re.search(r"[\"'](\d[^\"']*)[\"']", file.read())[1]
-    except (AttributeError, OSError, TypeError):
+    except (AttributeError, OSError, TypeError, ValueError):
         return ""
 
 

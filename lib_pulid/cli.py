@@ -26,10 +26,16 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Returns the exit status: 0 for success, 1 for an error (shown on stderr)."""
-    arguments = _parser().parse_args(argv)
     _be_quiet()
+    arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 141
     except (PulidError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

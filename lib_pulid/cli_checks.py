@@ -31,18 +31,23 @@ def checked(arguments: argparse.Namespace) -> PulidUnit:
         SettingError, ImageError, MissingWeightsError.
     """
     unit = check_faces(arguments)
-    if not 1 <= steps_of(arguments) <= MOST_STEPS:
-        raise SettingError(f"--steps is {arguments.steps}; it has to be in 1..{MOST_STEPS}.")
-    if arguments.size is not None and (not 64 <= arguments.size <= LARGEST_SIZE or arguments.size % 16):
-        raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16 in 64..{LARGEST_SIZE}.")
+    check_sampling(arguments)
     if not 0 <= arguments.seed < 2**64:
         raise SettingError(f"--seed is {arguments.seed}; it has to be in 0..{2**64 - 1}.")
-    if arguments.guidance is not None and not 0 <= arguments.guidance <= MOST_GUIDANCE:  # NaN is not, either
-        raise SettingError(f"--guidance is {arguments.guidance}; it has to be in 0..{MOST_GUIDANCE}.")
     in_words(lambda: unit.check_steps(family_of(arguments.model), steps_of(arguments), 0))
     check_kept(arguments.out, *arguments.face, arguments.mask)
     write_picture(Image.new("RGB", (size_of(arguments),) * 2), arguments.out, really=False)
     return unit
+
+
+def check_sampling(arguments: argparse.Namespace) -> None:
+    """Checks steps, size and guidance. Raises: SettingError."""
+    if not 1 <= steps_of(arguments) <= MOST_STEPS:
+        raise SettingError(f"--steps is {arguments.steps}; it has to be in 1..{MOST_STEPS}.")
+    if arguments.size is not None and (not 64 <= arguments.size <= LARGEST_SIZE or arguments.size % 16):
+        raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16 in 64..{LARGEST_SIZE}.")
+    if arguments.guidance is not None and not 0 <= arguments.guidance <= MOST_GUIDANCE:  # NaN is not, either
+        raise SettingError(f"--guidance is {arguments.guidance}; it has to be in 0..{MOST_GUIDANCE}.")
 
 
 def check_faces(arguments: argparse.Namespace) -> PulidUnit:

@@ -99,8 +99,10 @@ def run_blend(arguments: argparse.Namespace) -> int:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
+    from lib_pulid import cli_checks
     from lib_pulid.evaluate import command
 
+    cli_checks.check_sampling(arguments)
     return command.run(arguments, _device(arguments.device))
 
 
@@ -121,6 +123,9 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
     if unknown := set(arguments.parts) - set(bench.PARTS):
         raise SettingError(f"Unknown parts: {', '.join(sorted(unknown))}. bench has {', '.join(bench.PARTS)}.")
+    if arguments.runs < 1 or arguments.threads < 0:
+        raise SettingError(f"--runs is {arguments.runs}, --threads {arguments.threads}; use 1 or more, 0 or more.")
+    _device(arguments.device)
     return bench.run(arguments)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from lib_pulid import disk
@@ -90,9 +90,12 @@ def _chosen(names: Sequence[str], models_dir: Path) -> list[WeightFile]:
 
 def _ask_license(file: WeightFile) -> None:
     question = f"{file.name} ({file.purpose}) may be used under this license: {file.licence}. Accept? [y/N] "
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise MissingWeightsError(f"{file.name} needs its license accepted ({file.licence}): --accept-license.")
-    if input(question).strip().lower() not in ("y", "yes"):
+    answer = ""
+    with suppress(EOFError):  # Ctrl+D
+        answer = input(question)
+    if answer.strip().lower() not in ("y", "yes"):
         raise MissingWeightsError(f"{file.name} was not downloaded: its license was not accepted.")
 
 

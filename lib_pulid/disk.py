@@ -47,6 +47,28 @@ def listed(folder: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:
     return [path for path in shown if is_file(path) and not _SURROGATE.search(path.name)]
 
 
+def folders(top: str | Path, left_out: Sequence[str] = ()) -> list[Path]:
+    """Lists a folder and those below it, the upper ones first, each once, wherever links lead.
+
+    left_out: names of folders that are not entered; hidden ones are not, either.
+    """
+    found: dict[str, Path] = {}
+    todo = [Path(top)]
+    for folder in todo:  # grows
+        if (place := os.path.realpath(folder)) not in found:
+            found[place] = folder
+            names = (path for path in listed(folder) if not path.name.startswith(".") and path.name not in left_out)
+            todo += filter(is_folder, names)
+    return list(found.values())
+
+
+def dead_link(path: Path) -> str:
+    """Says where a link leads if nothing is there, such as a drive that is not mounted; else ""."""
+    if not os.path.islink(path) or os.path.exists(path):
+        return ""
+    return f"   (there is a link to {os.readlink(path)}, which cannot be found)"
+
+
 def size_of(path: str | Path) -> int:
     """Returns a file's size in bytes, or -1 if it is gone or not accessible."""
     try:
@@ -87,7 +109,13 @@ def fingerprint(path: Path) -> str:
     try:
         return sha256_of(path)[:16]
     except OSError as error:
-        raise WrongWeightsError(f"{path.name} in {path.parent} cannot be read ({error.strerror}).") from error
+        raise WrongWeightsError(why_unreadable(path, error)) from error
+
+
+def why_unreadable(path: Path, error: OSError) -> str:
+    """Says why the system refuses to read a file, which does not mean that it is damaged."""
+    todo = "Change its permissions." if isinstance(error, PermissionError) else "Check the drive, and try again."
+    return f"{path.name} in {path.parent} cannot be read ({error.strerror or error}). {todo}"
 
 
 def format_size(count: int) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from lib_pulid import cli_files
@@ -16,12 +18,12 @@ PACKAGES = {
     "timm": "vision tower",
     "facexlib": "face landmarks and parser",
     "insightface": "face detector and recognizer",
-    "onnxruntime": "runs insightface's models (onnxruntime-gpu will do as well)",
+    "onnxruntime": "runs insightface's models (onnxruntime-gpu and the like will do as well)",
     "opencv-python": "images",
     "safetensors": "weight files",
     "diffusers": "demo and generate; the WebUI does not need it",
 }
-_INSTEAD = {"onnxruntime": ("onnxruntime-gpu",), "opencv-python": ("opencv-python-headless", "opencv-contrib-python")}
+_MODULES = {"opencv-python": "cv2"}  # where a package brings one of another name
 
 
 def report(models_dir: Path) -> int:
@@ -69,27 +71,38 @@ def _of_methods(models_dir: Path) -> list[str]:
 
 
 def _packages() -> list[str]:
-    problems = []
+    problems, installed = [], list(metadata.distributions())
     for name, purpose in PACKAGES.items():
-        versions = [(alias, _version(alias)) for alias in (name, *_INSTEAD.get(name, ()))]
-        found = [f"{alias} {version}" for alias, version in versions if version]
+        module = _MODULES.get(name, name)
+        found = _bringing(module, name.partition("-")[0], installed) or [module] * _is_there(module)
         print(f"{'there' if found else 'MISSING':10} {', '.join(found) or name:40} {purpose}")
         if not found:
             problems.append(f"pip install {name}")
         if name == "onnxruntime" and len(found) > 1:
-            problems.append("onnxruntime and onnxruntime-gpu hide each other: pip uninstall onnxruntime")
+            problems.append(f"{' and '.join(found)} hide each other: pip uninstall all but the one for your GPU")
     return problems
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def _bringing(module: str, prefix: str, installed: Iterable[metadata.Distribution]) -> list[str]:
+    """Lists the packages, with versions, that bring a module: onnxruntime-gpu, -directml and others bring onnxruntime,
+    but onnxruntime-extensions does not. prefix: of their names."""
+    found: dict[str, str] = {}
+    for one in installed:
+        name = one.metadata["Name"] or ""
+        files = one.files if name.lower().startswith(prefix) else []
+        if files is None or any(file.parts[0] == module for file in files):
+            found.setdefault(name, one.version)
+    return [f"{name} {version}" for name, version in sorted(found.items())]
+
+
+def _is_there(module: str) -> bool:
+    """Whether a module can be imported; Debian's cv2 comes without a package that pip knows."""
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def _device() -> None:
-    if _version("torch") is None:
+    if not _is_there("torch"):
         return
     import torch
 
@@ -98,7 +111,7 @@ def _device() -> None:
         print(f"GPU        {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
     else:
         print("GPU        none that torch can use; images are made on the CPU")
-    if _version("onnxruntime") or _version("onnxruntime-gpu"):
+    if _is_there("onnxruntime"):
         from lib_pulid.face_models import cuda_problem
 
         if problem := cuda_problem():

@@ -193,8 +193,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             if file.read(4) == pulidembd.MAGIC:
                 return {"cond": torch.from_numpy(pulidembd.unpack(path.read_bytes()))[None]}, dict(_FOREIGN)
         return read_safetensors(path)
-    except PermissionError as error:
-        raise IdentityMismatchError(f"{path.name} in {path.parent} cannot be read. Change its permissions.") from error
+    except OSError as error:
+        raise IdentityMismatchError(disk.why_unreadable(path, error)) from error
     except Exception as error:  # any exception of the reader means a bad file
         raise IdentityMismatchError(f"{path.name} is not a saved identity, or is damaged ({error}).") from error
 

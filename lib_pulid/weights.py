@@ -145,11 +145,21 @@ def load_adapter(path: str | Path) -> Adapter:
             f"{path.name} is {describe(stored)}. Needed: a PuLID file, for SDXL (pulid_v1.bin, pulid_v1.1.safetensors, "
             "ip-adapter_pulid_sdxl_fp16.safetensors) or for FLUX (pulid_flux_v0.9.x.safetensors)."
         )
+    if scaled := sorted(filter(_SCALED.search, state)):
+        raise WrongWeightsError(
+            f"{path.name} is a quantized copy of {method.label}: it has scales beside the weights ({scaled[0]}), which "
+            "cannot be read here. Use the original file, or a copy in fp16, bf16 or fp8 without scales."
+        )
     adapter = (_image_streams if method.family == "flux" else _cross_attentions)(state, method, path)
     check_numbers(state, path)
     return adapter
 
 
+# What is beside the weights in ComfyUI's scaled fp8, and in the files of bitsandbytes, GPTQ and quanto.
+_SCALED = re.compile(
+    r"(^|\.)(scaled_fp8|scale_weight|weight_scale(_2)?|scale_input|input_scale|comfy_quant|absmax|quant_map|SCB|qweight"
+    r"|weight\._scale)$"
+)
 # An encoder is built by `from_state_dict` and has an `output_dim`.
 _ENCODERS: Mapping[Method, type] = {
     methods.PULID_V1: IDEncoder,

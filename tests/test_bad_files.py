@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import sys
@@ -315,18 +317,28 @@ def test_a_file_that_may_not_be_read(tmp_path):
             load(tmp_path / name)
 
 
-def test_a_refusal_to_open_is_told(tmp_path, monkeypatch):
-    """As above, for whoever runs the tests as root."""
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        (errno.EACCES, "Permission denied). Change its permissions"),
+        (errno.ESTALE, "Check the drive"),
+        (errno.EIO, "try"),
+    ],
+)
+def test_a_refusal_to_open_is_told(tmp_path, monkeypatch, reason, words):
+    """As above, for whoever runs the tests as root; and that of a network drive, which is no damage."""
+    identity = Identity(torch.ones(1, 4, 8)).save(tmp_path / "anna.safetensors")
     (tmp_path / "pulid_v1.bin").write_bytes(pickled(v1_state()))
 
     def refused(self, *args, **kwargs):
-        raise PermissionError(13, "Permission denied")
+        raise OSError(reason, os.strerror(reason))
 
     monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(WrongWeightsError, match=r"pulid_v1\.bin in .* may not be read; change its permissions"):
-        load_adapter(tmp_path / "pulid_v1.bin")
-    with pytest.raises(WrongWeightsError, match=r"pulid_v1\.bin in .* cannot be read \(Permission denied\)"):
-        fingerprint(tmp_path / "pulid_v1.bin")
+    for path, read in (("pulid_v1.bin", load_adapter), ("pulid_v1.bin", fingerprint), (identity.name, Identity.load)):
+        with pytest.raises(
+            (WrongWeightsError, IdentityMismatchError), match=rf"^{path} in .* cannot be .*{re.escape(words)}"
+        ):
+            read(tmp_path / path)
 
 
 # ---------------------------------------------------------------- names

@@ -5,8 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -269,8 +273,16 @@ NONSENSE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("given", NONSENSE, ids=lambda given: re.sub(r"\W+", " ", " ".join(map(str, given)))[:40])
-def test_all_is_checked_before_the_work(run, monkeypatch, tmp_path, given):
+NONSENSE_TO_EVALUATE = [
+    ("--weights", "0.4,nan"), ("--weights", "0:1:0.1"), ("--weights", 50), ("--guidance", "nan"), ("--guidance", -1),
+    ("--steps", 0), ("--steps", 10**6), ("--size", 100), ("--size", 10**6), ("--seeds", 0), ("-o", "file"),
+    ("-o", "file/x"), ("-o", "closed"), ("--faces", "file"), ("--prompts", "folder.png"),
+]  # fmt: skip
+GIVEN = [*(("generate", one) for one in NONSENSE), *(("evaluate", one) for one in NONSENSE_TO_EVALUATE)]
+
+
+@pytest.mark.parametrize(("command", "given"), GIVEN, ids=lambda it: re.sub(r"\W+", " ", str(it))[:40])
+def test_all_is_checked_before_the_work(run, monkeypatch, tmp_path, command, given):
     def begun(*_):
         raise AssertionError("the work has begun")
 
@@ -285,9 +297,10 @@ def test_all_is_checked_before_the_work(run, monkeypatch, tmp_path, given):
         return real(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    said = run("generate", "--prompt", "x", "--steps", 4, "--face", GROUP, *given)
+    usual = ("--prompt", "x", "--steps", 4, "--face", GROUP) if command == "generate" else ()
+    said = run(command, *usual, *given)
     assert said.status == 1
-    assert re.match(r"(Setting|Storage|Image)Error: \S", said.err)
+    assert re.match(r"(Setting|Storage|Image)Error: (?!PuLID, field)\S", said.err)
     assert "Traceback" not in said.err
 
 
@@ -352,6 +365,20 @@ def test_interrupted(run, monkeypatch):
     monkeypatch.setattr(doctor, "report", interrupt)
     said = run("doctor")
     assert (said.status, said.err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(("models", "list"), 141), (("doctor", "--help"), 0)])
+def test_a_pipe_that_is_closed_and_a_terminal_without_the_letters(tmp_path, arguments, status):
+    """`| head` reads no more than it shows; a folder's name may have letters that the terminal has not."""
+    read, write = os.pipe()
+    if status:
+        os.close(read)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PULID_MODELS_DIR": str(tmp_path / "é")}
+    command = [sys.executable, "-m", "lib_pulid", *arguments]
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env=environment, cwd=Path(cli.__file__).parents[1]
+    )
+    assert (done.returncode, done.stderr) == (status, b"")
 
 
 # ---------------------------------------------------------------- models
@@ -422,8 +449,10 @@ def test_download_by_name(run, hub, tmp_path):
     assert "SettingError: Unknown: pulid_v2.bin. Known: sdxl, flux, pulid_v1.1.safetensors, " in said.err
 
 
+@pytest.mark.parametrize("stdin", [io.StringIO("y"), None], ids=["no terminal", "closed"])
 @pytest.mark.parametrize("name", ["glintr100.onnx", "scrfd_10g_bnkps.onnx"])
-def test_a_licence_that_was_not_accepted(run, hub, tmp_path, name):
+def test_a_licence_that_was_not_accepted(run, hub, tmp_path, monkeypatch, name, stdin):
+    monkeypatch.setattr("sys.stdin", stdin)
     said = run("models", "download", name, models=tmp_path / "m")
     assert said.status == 1
     assert f"MissingWeightsError: {name} needs its license accepted (InsightFace model license: non-comm" in said.err
@@ -433,14 +462,15 @@ def test_a_licence_that_was_not_accepted(run, hub, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("answer", "accepted"), [("y", True), ("Yes", True), ("", False), ("n", False), ("yup", False)]
+    ("answer", "accepted"),
+    [("y\n", True), ("Yes\n", True), ("\n", False), ("n\n", False), ("yup\n", False), ("", False)],
 )
 def test_a_licence_is_asked_for_on_a_terminal(run, hub, tmp_path, monkeypatch, answer, accepted):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr("sys.stdin", Terminal(f"{answer}\n"))
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
     said = run("models", "download", "glintr100.onnx", models=tmp_path / "m")
     assert "non-commercial research purposes only. Accept? [y/N]" in said.out
     assert (said.status, len(hub)) == ((0, 1) if accepted else (1, 0))
@@ -578,15 +608,41 @@ def test_doctor_sees_a_truncated_file(run, hub, tmp_path):
 
 
 def test_doctor_sees_missing_packages(run, monkeypatch):
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "timm" else real(name))
+    bringing, is_there = doctor._bringing, doctor._is_there
+    monkeypatch.setattr(doctor, "_bringing", lambda module, *rest: [] if module == "timm" else bringing(module, *rest))
+    monkeypatch.setattr(doctor, "_is_there", lambda module: module != "timm" and is_there(module))
     said = run("doctor")
     assert re.search(r"MISSING +timm", said.out)
     assert "to do: pip install timm" in said.out
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "opencv-python" else "1.0")
+
+
+@pytest.mark.parametrize(
+    ("packages", "words"),
+    [
+        (["onnxruntime-directml 1.20"], ""), (["onnxruntime_openvino 1.20", "onnxruntime-extensions 0.13"], ""),
+        (["opencv-contrib-python-headless 4.10"], ""), (["opencv-python 4.9", "opencv-python-headless 4.9"], ""),
+        (["onnxruntime 1.20", "onnxruntime-directml 1.21"], "onnxruntime 1.20 and onnxruntime-directml 1.21 hide each"),
+    ],
+)  # fmt: skip
+def test_doctor_knows_who_brings_a_module(run, monkeypatch, tmp_path, packages, words):
+    """To install onnxruntime beside onnxruntime-directml would hide that one."""
+    for name, version in (package.split() for package in packages):
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        module = "cv2" if "cv" in name else name.replace("-", "_") if "ext" in name else "onnxruntime"
+        (tmp_path / module).mkdir(exist_ok=True)
+        (tmp_path / module / "__init__.py").write_text("")
+        (folder / "RECORD").write_text(f"{module}/__init__.py,,\n{folder.name}/RECORD,,\n")
+    found = list(metadata.distributions(path=[str(tmp_path)]))
+    brought = packages[0].startswith("opencv")
+    others = [one for one in metadata.distributions() if one.name.startswith("onnxruntime" if brought else "opencv")]
+    monkeypatch.setattr(metadata, "distributions", lambda: [*found, *others])
     said = run("doctor")
-    assert "pip install opencv" not in said.out  # the headless one does as well
-    assert "onnxruntime and onnxruntime-gpu hide each other" in said.out
+    shown = re.search(rf"there +{' '.join(packages[:1])}.* {'images' if brought else 'runs'}", said.out)
+    assert shown and "extensions" not in said.out
+    assert (words in said.out) if words else "hide each other" not in said.out
+    assert not re.search(r"pip install (onnxruntime|opencv)", said.out)
 
 
 # ---------------------------------------------------------------- demo

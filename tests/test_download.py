@@ -6,6 +6,7 @@ that the hosts pin.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -253,6 +254,54 @@ def test_a_disk_that_becomes_full(server, wanted):
     fails(wanted, r"the disk is full \(.*models\)")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+@pytest.mark.parametrize("checksum", [SUM, ""])
+def test_the_last_block_does_not_fit(server, wanted, checksum):
+    """The system writes as much of it as it can."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(DATA) - 100, before[1]))
+    try:
+        with pytest.raises(DownloadError, match="cannot be written"):
+            get(replace(wanted, sha256=checksum))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert files(wanted) == ["a.bin.part"]
+    get(wanted)
+    assert is_whole(wanted)
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_a_network_drive_that_cannot_do_everything(server, wanted, monkeypatch, reason):
+    def unsupported(*_: object, **how: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", unsupported)
+    monkeypatch.setattr(os, "fsync", unsupported)
+    monkeypatch.setattr(shutil, "disk_usage", unsupported)
+    get(wanted)
+    assert is_whole(wanted)
+
+
+def test_a_drive_that_does_not_know_its_size(server, wanted, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(0, 0, 0))
+    get(wanted)
+    assert is_whole(wanted)
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("REQUESTS_CA_BUNDLE", "/gone/ca.pem", "/gone/ca.pem"), ("https_proxy", "http://a..b:80", "label"),
+    ("TOKEN", "ключ", "latin-1"),
+])  # fmt: skip
+def test_a_wrong_setting_of_the_network_is_named(wanted, monkeypatch, name, value, words):
+    for one in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(one, raising=False)
+    monkeypatch.setenv(name, value)
+    url = wanted.url if name == "TOKEN" else "https://127.0.0.1:1/a.bin"
+    fails(replace(wanted, url=url), rf"the connection failed \(.*{re.escape(words)}", Authorization=f"Bearer {value}")
+
+
 def test_a_folder_that_cannot_be_written(server, wanted):
     wanted.target.parent.write_text("not a folder")
     with pytest.raises(DownloadError, match=r"models cannot be written"):
@@ -430,7 +479,9 @@ def put(path: Path, data: bytes = b"1234") -> Path:
 
 @pytest.mark.parametrize(("name", "place"), [
     ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/pulid"), ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/pulid/pulid"),
-    ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/clip"), ("EVA02_CLIP_L_336_psz14_s6B.pt", "models"),
+    ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/pulid/models--QuanSun--EVA-CLIP/snapshots/11afd202"),
+    ("pulid_v1.1.safetensors", "models/pulid/für SDXL/🙂"), ("EVA02_CLIP_L_336_psz14_s6B.pt", "models/clip"),
+    ("EVA02_CLIP_L_336_psz14_s6B.pt", "models"),
     ("EVA02_CLIP_L_336_psz14_s6B.pt", "home/models--QuanSun--EVA-CLIP/snapshots/11afd202"),
     ("EVA02_CLIP_L_336_psz14_s6B.pt", "home/hub/checkpoints"),
     ("glintr100.onnx", "models/insightface/models/antelopev2"),

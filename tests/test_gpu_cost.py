@@ -147,7 +147,8 @@ def test_the_command(capsys):
     assert cli.main(["bench", "kept", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["kept"] == bench.kept() and told["torch"] == torch.__version__
-    assert cli.main(["bench", "speed"]) == 1
+    for wrong in (["speed"], ["kept", "--runs", "0"], ["kept", "--threads", "-1"], ["kept", "--device", "nothing"]):
+        assert cli.main(["bench", *wrong]) == 1
     assert "counts, kept, sites, steps, photos" in capsys.readouterr().err
 
 

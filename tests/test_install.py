@@ -109,6 +109,18 @@ def test_metadata_that_is_not_utf8(run, tmp_path):
     assert text == "numpy==1.26.2\nold-thing==1.5\nprotobuf==6.33.0\n"
 
 
+@pytest.mark.parametrize("init", ["raise RuntimeError", "def", "import nothing_of_this_name"])
+def test_a_package_around_one_of_ours_that_is_broken(run, monkeypatch, tmp_path, init):
+    """Only pip's own knowledge counts then."""
+    (tmp_path / "google").mkdir()
+    (tmp_path / "google" / "__init__.py").write_text(init)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "google"]:
+        monkeypatch.delitem(sys.modules, name)
+    ((_, text),) = run("onnx")
+    assert text == "numpy==1.26.2\nprotobuf==6.33.0\n"
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 11), reason="from Python 3.11 on, pip takes the one listed first")
 def test_two_versions_in_one_folder(run):
     """Which of them pip takes, its versions see differently; so it can take neither."""
@@ -190,6 +202,7 @@ def litter(site: Path, second: Path) -> None:
     lay(site, {"distro_info-1.1build1.dist-info/METADATA": "Name: distro-info\nVersion: 1.1build1\n"})
     lay(site, {"nothing-1.0.dist-info/INSTALLER": "", "bare.egg-info/PKG-INFO": "", "alone.py": ""})  # no metadata
     lay(site, {"space-nspkg.pth": "import sys, types; sys.modules.setdefault('space', types.ModuleType('space'))\n"})
+    lay(site, {"cv2-stub.pth": "import sys, types; sys.modules['cv2'] = types.ModuleType('cv2')\n"})
     editable = f'{{"dir_info": {{"editable": true}}, "url": "{second.as_uri()}"}}'
     lay(site / "mine-1.0.dist-info", {"METADATA": "Name: mine\nVersion: 1.0\n", "direct_url.json": editable})
     lay(site, {"mine.pth": f"{second / 'mine'}\n"})

@@ -221,6 +221,24 @@ def test_a_place_that_may_not_be_looked_into_has_nothing(tmp_path, closed, monke
     assert {file.name for file in expected} >= {"glintr100.onnx", "pulid_v1.1.safetensors"}
 
 
+def test_an_identity_is_back_with_its_drive(library, monkeypatch):
+    """A network drive that did not answer for a moment: nothing about the file shows that it can be read again."""
+    saved = library.identities.save("anna", person(1, note="x"))
+    library.identities.save("ben", person(2))
+    real = Path.open
+
+    def stale(path, *args, **how):
+        if path.name == "anna.safetensors":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", stale)
+        assert (library.identities.names(), library.identities.card(saved)) == (["ben"], ({}, None))
+    assert library.identities.names() == ["anna", "ben"]
+    assert library.identities.card(saved)[0]["note"] == "x"
+
+
 PLACES = ["", "pulid", "pulid/identities", "pulid/cache", "clip", "clip_vision", "ControlNet", "antelopev2", "facexlib",
           "insightface", "insightface/models/antelopev2", "GFPGAN"]  # fmt: skip
 
@@ -302,6 +320,77 @@ def test_auto_passes_over_other_adapters(tmp_path, files):
     (folder / "my_pulid.safetensors").unlink()
     with pytest.raises(MissingWeightsError, match="no PuLID file for SDXL(.|\n)*Left out: a.bin is an IP-Adapter"):
         library.adapters.load("auto", "sdxl")
+
+
+def test_adapters_below_the_folder(tmp_path, files):
+    """People sort their models in folders, and the WebUIs list those, too. A link that leads in a circle ends there."""
+    folder, elsewhere = tmp_path / "models" / "pulid", tmp_path / "drive"
+    for path, source in (
+        (folder / "sdxl/v1 é/mine.safetensors", files.sdxl),
+        (folder / "sdxl/model.safetensors", files.sdxl),
+        (folder / "flux/model.safetensors", files.flux),
+        (folder / "identities/no.safetensors", files.sdxl),
+        (folder / ".cache/huggingface/no.safetensors", files.sdxl),
+        (elsewhere / "linked.safetensors", files.sdxl),
+        (folder.parent / "Stable-diffusion/no.safetensors", files.sdxl),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source.read_bytes())
+    (folder / "a_link").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "sdxl" / "circle").symlink_to(folder, target_is_directory=True)
+    (folder / "broken").symlink_to("nowhere")
+    adapters = Library(lambda: Settings(folder.parent)).adapters
+    assert adapters.names() == ["linked.safetensors", "mine.safetensors", "model.safetensors"]
+    assert len(adapters.listed()) == 4  # two are named model
+    assert adapters.load("mine", "sdxl").path == folder / "sdxl/v1 é/mine.safetensors"
+    for family in ("sdxl", "flux"):
+        assert adapters.load("model.safetensors", family).path == folder / family / "model.safetensors"
+        assert adapters.load("auto", family).family == family
+    (folder / "mine.safetensors").write_bytes(files.sdxl.read_bytes())
+    assert adapters.load("mine", "sdxl").path == folder / "mine.safetensors"
+    assert len(adapters.listed()) == 4
+
+
+def test_a_models_folder_with_pulid_files_in_it(tmp_path, files):
+    """All other models are below it."""
+    (tmp_path / "pulid_v1.1.safetensors").write_bytes(files.sdxl.read_bytes())
+    (tmp_path / "Lora").mkdir()
+    (tmp_path / "Lora" / "no.safetensors").write_bytes(files.sdxl.read_bytes())
+    assert Library(lambda: Settings(tmp_path)).adapters.names() == ["pulid_v1.1.safetensors"]
+
+
+def test_one_file_under_two_spellings(tmp_path, files):
+    """As where the disk does not tell them apart: it is found under the catalog's, too."""
+    for path in (tmp_path / "pulid" / "PULID_V1.1.safetensors", tmp_path / "clip" / "pulid_v1.1.safetensors"):
+        path.parent.mkdir()
+        path.write_bytes(files.sdxl.read_bytes())
+    assert Library(lambda: Settings(tmp_path)).adapters.names() == ["PULID_V1.1.safetensors"]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("content", [b"", b"<!doctype html>", b"version https://git-lfs.github.com/spec/v1\n", "half"])
+@pytest.mark.parametrize("name", ["pulid_v1.1.safetensors", "pulid_v1.bin"])
+def test_auto_names_a_damaged_file(tmp_path, files, name, content, beside):
+    """It is the one that the user means, so no other file takes its place."""
+    (tmp_path / "pulid").mkdir()
+    (tmp_path / "pulid" / name).write_bytes(files.sdxl.read_bytes()[:1000] if content == "half" else content)
+    if beside:
+        (tmp_path / "pulid" / "mine.safetensors").write_bytes(files.sdxl.read_bytes())
+    adapters = Library(lambda: Settings(tmp_path)).adapters
+    with pytest.raises(WrongWeightsError, match=rf"^{re.escape(name)} (is|\()"):
+        adapters.load("auto", "sdxl")
+
+
+def test_a_link_to_a_drive_that_is_not_there(tmp_path):
+    (tmp_path / "pulid").mkdir()
+    adapters = Library(lambda: Settings(tmp_path)).adapters
+    for name, ask in (
+        ("pulid_v1.1.safetensors", lambda: adapters.load("auto", "sdxl")),
+        ("EVA02_CLIP_L_336_psz14_s6B.pt", lambda: catalog.require_encoders(tmp_path)),
+    ):
+        (tmp_path / "pulid" / name).symlink_to(f"/gone/{name}")
+        with pytest.raises(MissingWeightsError, match=rf"{name} .*there is a link to /gone/{name}, which cannot"):
+            ask()
 
 
 @pytest.mark.parametrize("kind", FOREIGN)

@@ -34,17 +34,15 @@ def run(arguments: argparse.Namespace, device: str) -> int:
     variants = [options.variant(text) for text in arguments.variant] or [("", {})]
     files = [options.named_file(text) for text in arguments.pulid]
     prompts = read_prompts(arguments.prompts) if arguments.prompts else []
+    people = read_folder(arguments.faces, prompts or read_prompts(), arguments.each or 4) if arguments.faces else None
     workshop = keeping(open_workshop(arguments.model, arguments.models_dir, files[0][1] if files else None, device))
     methods = _methods(workshop, files, variants)
     for note in dict.fromkeys(note for prompt in prompts for note in workshop.check_prompt(prompt.text)):
         print(f"note: {note}", file=sys.stderr)
     panel = _panel(arguments, workshop, device)
-    if arguments.faces:
-        people = read_folder(arguments.faces, prompts or read_prompts(), arguments.each or 4)
-    else:
+    if people is None:
         people = drawn_people(arguments.people, arguments.each or 1, lambda image: bool(panel.faces(image)), prompts)
     sitters = read_sitters(people, panel)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     rows = _watched(_studio(workshop, arguments), panel, methods, sitters, weights, arguments)
     settings = {**vars(arguments), "weights": weights}
     results.write(results.collect(settings, methods, panel, sitters, rows), arguments.out, arguments.json)

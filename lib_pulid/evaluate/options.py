@@ -46,24 +46,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> list[float]:
-    """Checks the arguments. Returns the weights in order."""
+    """Checks the arguments. Returns the weights in order. Raises: SettingError, StorageError."""
     from lib_pulid import fields
 
-    for name in ("people", "each", "seeds", "steps"):
+    for name in ("people", "each", "seeds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise SettingError(f"--{name} is {value}; it has to be 1 or more.")
-    if arguments.size is not None and (arguments.size < 64 or arguments.size % 16):
-        raise SettingError(f"--size is {arguments.size}; it has to be a multiple of 16, 64 or more.")
     if disk.is_file(arguments.out):
         raise SettingError(f"--out is {arguments.out}, which is a file; give a folder.")
+    disk.check_writable(arguments.out / "table.md", replace=True)
     try:
         weights = [float(text) for text in arguments.weights.split(",")]
     except ValueError:
         raise SettingError(
             f"--weights is {arguments.weights}; it has to be numbers separated by commas, like 0.4,0.8,1."
         ) from None
-    return sorted({fields.check(fields.FIELD["weight"], weight, 0) for weight in weights})
+    try:
+        return sorted({fields.check(fields.FIELD["weight"], weight, 0) for weight in weights})
+    except SettingError as error:
+        raise SettingError(str(error).replace("PuLID, field weight", "--weights")) from error
 
 
 def named_file(text: str) -> tuple[str, Path]:

@@ -218,8 +218,7 @@ def no_adapter(family: str, folder: Path, models_dir: Path, left_out: Iterable[s
     files = in_group(family)
     return MissingWeightsError("\n".join([
         f"no PuLID file for {family.upper()} in {folder}. One of these is needed:",
-        by_hand(files, models_dir),
-        how_to_get(files[:1]),
+        by_hand(files, models_dir), how_to_get(files[:1]),
         *(f"Left out: {problem}" for problem in left_out),
     ]))  # fmt: skip
 
@@ -247,9 +246,9 @@ def check_bytes(file: WeightFile, path: Path, found: str) -> None:
 
 
 def by_hand(files: Iterable[WeightFile], models_dir: Path) -> str:
-    """Writes a line per file for someone who has to bring it: name, size, folder, address."""
-    line = "  {0.name} ({0.purpose}, {0.size_text}) -> {1}   from {0.url}"
-    return "\n".join(line.format(file, models_dir / file.folder) for file in files)
+    """Writes a line per file for someone who has to bring it: name, size, folder, address, and a dead link."""
+    line = "  {0.name} ({0.purpose}, {0.size_text}) -> {1}   from {0.url}{2}"
+    return "\n".join(line.format(one, at := models_dir / one.folder, disk.dead_link(at / one.name)) for one in files)
 
 
 def how_to_get(files: Iterable[WeightFile]) -> str:
@@ -297,5 +296,5 @@ def download(
             return target
         except DownloadError as error:
             errors.append(error)
-    how = by_hand([file], models_dir)
-    raise DownloadError(f"{file.name} could not be downloaded: {errors[0]}.\nBy hand:\n{how}") from errors[0]
+    raise DownloadError(f"{file.name} could not be downloaded: {errors[0]}.\n"
+                        f"By hand:\n{by_hand([file], models_dir)}") from errors[0]  # fmt: skip

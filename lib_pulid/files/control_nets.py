@@ -1,8 +1,8 @@
 """Finds the ControlNets that belong to a method, and tells by its header whether a file can be one.
 
 InstantID's is in diffusers' format, as are most ControlNets for SDXL: nothing in its tensors tells it from those. So a
-file counts by its name in the catalog; in the PuLID folder, under any name; and in the WebUIs' ControlNet folder, if
-it has the catalog's size.
+file counts by its name in the catalog; in the PuLID folder and below it, under any name; and in the WebUIs' ControlNet
+folder, if it has the catalog's size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
-from lib_pulid.files import catalog
+from lib_pulid.files import catalog, places
 from lib_pulid.files.checkpoint_header import read_header
 from lib_pulid.files.state_dict import describe
 from lib_pulid.methods import Method
@@ -70,11 +70,13 @@ def find(role: str, folder: Path, models_dir: Path) -> Path | None:
 def _places(file: catalog.WeightFile, folder: Path, models_dir: Path) -> Iterator[Path]:
     if (path := catalog.status(file, models_dir).path) is not None:
         yield path
-    for home in (folder, models_dir / _FOLDER):
+    own = places.below(folder, models_dir)
+    for home in (*own, models_dir / _FOLDER):
         yield from filter(disk.is_file, (home / file.name, home / file.path))
     others = disk.listed(models_dir / _FOLDER, (".safetensors",))
     likely = (path for path in others if file.size and disk.size_of(path) == file.size)
-    yield from (path for path in (*disk.listed(folder, (".safetensors",)), *likely) if is_one(read_header(path)))
+    here = (path for one in own for path in disk.listed(one, (".safetensors",)))
+    yield from (path for path in (*here, *likely) if is_one(read_header(path)))
 
 
 def is_one(shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 16
 SHA256 = re.compile(r"[0-9a-f]{64}")
 RETRIED = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses
+_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
 _NO_ACCESS = ": the file is gated or private, or the token is wrong; look at its page, then set HF_TOKEN"
 _NO_FILE = ": it has no such file"
 REFUSED = {401: _NO_ACCESS, 403: _NO_ACCESS, 404: _NO_FILE, 410: _NO_FILE}
@@ -166,7 +167,11 @@ def _attempt(download: Download, headers: dict[str, str], progress: ProgressCall
     ask = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     timeout = timeout or float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
     try:
-        with requests.get(download.url, headers=ask, stream=True, timeout=timeout) as response:
+        response = requests.get(download.url, headers=ask, stream=True, timeout=timeout)
+    except (OSError, ValueError) as error:  # wider than requests' own: a bundle of certificates may be missing
+        raise TransientError(f"the connection failed ({_reason(error)})") from error
+    try:
+        with response:
             status, begins = response.status_code, response.headers.get("Content-Range", "")
             if status == 401 and headers.pop("Authorization", ""):  # an expired token closes public files too
                 return _attempt(download, headers, progress, timeout)
@@ -212,11 +217,13 @@ def _agreed(download: Download, response: Response, start: int) -> Download:
 
 
 def _write(download: Download, response: Response, start: int, progress: ProgressCallback) -> None:
-    free, needed = shutil.disk_usage(download.target.parent).free, download.size - start
-    if free < needed:
-        raise DownloadError(f"not enough disk space: {format_size(free)} free in {download.target.parent}, "
-                            f"{format_size(needed)} needed")  # fmt: skip
-    with download.part.open("r+b" if start else "wb", buffering=0) as file:
+    needed = download.size - start
+    with _where_supported():
+        space = shutil.disk_usage(download.target.parent)
+        if space.free < needed and space.total:  # some network drives say 0
+            raise DownloadError(f"not enough disk space: {format_size(space.free)} free in {download.target.parent}, "
+                                f"{format_size(needed)} needed")  # fmt: skip
+    with download.part.open("r+b" if start else "wb") as file:  # buffered: a raw file may write less than it is given
         done = file.seek(start)
         progress(done, download.size, "")
         for block in response.iter_content(BLOCK):
@@ -228,7 +235,19 @@ def _write(download: Download, response: Response, start: int, progress: Progres
             progress(done, download.size, "")
         if done < download.size:
             raise TransientError(f"the connection ended after {done:,} of {download.size:,} bytes")
-        os.fsync(file.fileno())
+        file.flush()
+        with _where_supported():
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _where_supported() -> Iterator[None]:
+    """Passes over what the file system, such as a network drive's, does not support."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
 
 
 def _seconds(text: str) -> float:
@@ -256,8 +275,10 @@ def _file_lock(download: Download, progress: ProgressCallback) -> Iterator[None]
             lock.acquire(timeout=0.5, poll_interval=0.05)
         except Timeout:
             progress(0, 0, "waiting: another process is downloading it")
-        except NotImplementedError:  # a file system without locks: the checksum is compared all the same
-            break
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
+                raise
+            break  # a file system without locks: the checksum is compared all the same
     try:
         yield
     finally:

@@ -19,8 +19,9 @@ _ELSEWHERE = {
     "clip_vision": ("ControlNet",),
     ANTELOPE: ("insightface/antelopev2", "antelopev2", "antelopev2/antelopev2"),  # the official demo
     BUFFALO: ("insightface",),
-    "facexlib": ("facexlib/weights", "facexlib/detection", "facexlib/parsing", "GFPGAN", "Codeformer"),  # the WebUIs
+    "facexlib": ("GFPGAN", "Codeformer"),  # the WebUIs
 }
+SAVED = ("identities", "cache", "presets")  # below the PuLID folder: what users save, and what was read of photos
 
 
 def find_judge(name: str, models_dir: Path) -> Path | None:
@@ -28,12 +29,17 @@ def find_judge(name: str, models_dir: Path) -> Path | None:
     return next(filter(disk.is_file, places(models_dir, BUFFALO, name)), None)
 
 
+def below(folder: Path, models_dir: Path) -> list[Path]:
+    """Lists a folder of weight files and those below it, upper ones first. Of the models folder itself nothing below
+    it: all other models are there."""
+    return [folder] if folder == models_dir else disk.folders(folder, SAVED)
+
+
 def places(models_dir: Path, folder: str, name: str, source: str = "", path: str = "") -> Iterator[Path]:
-    """Lists where a file may lie: in its folder, a folder too deep (a usual slip), where other programs keep it, and in
-    the caches of torch and huggingface_hub. source, path: the repository on the hub (or a URL, or ""), its path there.
-    """
+    """Lists where a file may lie: in its folder or one below it, where other programs keep it, and in the caches of
+    torch and huggingface_hub. source, path: the repository on the hub (or a URL, or ""), its path there."""
     home = models_dir / folder
-    folders = [home, home / home.name, models_dir, *(models_dir / other for other in _ELSEWHERE.get(folder, ()))]
+    folders = [*below(home, models_dir), models_dir, *(models_dir / other for other in _ELSEWHERE.get(folder, ()))]
     if folder == "pulid":
         folders.append(models_dir.parent / "extensions" / "sd-webui-controlnet" / "models")
     elif folder == "facexlib":

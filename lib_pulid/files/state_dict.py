@@ -46,12 +46,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             start = file.read(64)
+    except OSError as error:
+        raise WrongWeightsError(disk.why_unreadable(path, error)) from error
+    try:
         is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < LARGEST_HEADER
         loaded = read_safetensors(path)[0] if is_safetensors else _load_pickle(path, start)
     except WrongWeightsError:
         raise
-    except PermissionError as error:
-        raise WrongWeightsError(f"{path.name} in {path.parent} may not be read; change its permissions.") from error
     except Exception as error:  # whatever the two readers raise, the user's file is at fault
         size = disk.size_of(path)
         raise WrongWeightsError(

@@ -48,15 +48,20 @@ class Adapters:
         self._loaded: tuple[Any, Adapter] | None = None
 
     def listed(self) -> list[AdapterFile]:
-        """Lists the PuLID files, those of the catalog first and in its order, wherever `catalog.status` finds them."""
+        """Lists the PuLID files, those of the catalog first and in its order, wherever `catalog.status` finds them. Of
+        two of one name and method, the one in the upper folder counts."""
         order = {file.name: i for i, file in enumerate(catalog.CATALOG)}
         skip = {file.name for file in catalog.CATALOG if file.role}
-        paths = [path for path in disk.listed(self._folder.path, SUFFIXES) if path.name not in skip]
-        here, models_dir = {path.name for path in paths}, self._folder.models_dir
+        paths = [path for path in self._files() if path.name not in skip]
+        here, models_dir = {path.name.casefold() for path in paths}, self._folder.models_dir
         elsewhere = (catalog.status(file, models_dir).path for file in catalog.CATALOG if file.name not in skip)
-        paths += [path for path in elsewhere if path is not None and path.name not in here]
+        paths += [path for path in elsewhere if path is not None and path.name.casefold() not in here]
         found = [file for path in paths if (file := self._folder.remembered(path, _adapter_file)) is not None]
-        return sorted(found, key=lambda file: (order.get(file.name, len(order)), file.name.lower()))
+        first = {(file.name, file.method): file for file in found[::-1]}
+        return sorted(first.values(), key=lambda file: (order.get(file.name, len(order)), file.name.lower()))
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(file.name for file in self.listed()))
 
     def method_of(self, name: str) -> Method | None:
         """Returns the method of a file by name, from its header; None with "auto", and where that does not tell."""
@@ -74,7 +79,7 @@ class Adapters:
         with self._lock:
             if name == AUTO:
                 return self._any(family, encoder, made_for)
-            adapter = self._load(self.path(name))
+            adapter = self._load(self.path(name, family))
         if adapter.family != family:
             raise UnsupportedModelError(
                 f"{adapter.path.name} is {adapter.label}, but the checkpoint is {family.upper()}. "
@@ -109,27 +114,32 @@ class Adapters:
                 adapter = self._load(file.path)
             except (WrongWeightsError, MissingWeightsError) as error:
                 if file.method is not None:
-                    raise  # its header says that it is a PuLID file: damaged
+                    raise  # its header or its name says that it is a PuLID file: damaged
                 left_out.append(str(error))  # some other file in the folder
                 continue
             if (adapter.method.name, adapter.family) == wanted:
                 yield adapter
 
-    def path(self, name: str) -> Path:
-        """Returns the path of a file by name, even if it is not a PuLID file: loading it says what it is.
+    def path(self, name: str, family: str = "") -> Path:
+        """Returns the path of a file by name, even if it is not a PuLID file: loading it says what it is. family: which
+        is meant where folders have files of one name.
 
         Raises:
             MissingWeightsError. SettingError: the name fits several.
         """
-        paths = [*(file.path for file in self.listed()), *disk.listed(self._folder.path, SUFFIXES)]
+        listed = sorted(self.listed(), key=lambda file: file.family != family)
+        paths = [*(file.path for file in listed), *self._files()]
         for spelled in (lambda path: path.name, lambda path: path.stem):
             by_name: dict[str, Path] = {}
             for path in paths:
                 by_name.setdefault(spelled(path), path)
             if (found := names.find(name, by_name)) is not None:
                 return found
-        known = ", ".join(file.name for file in self.listed()) or "none"
+        known = ", ".join(self.names()) or "none"
         raise MissingWeightsError(f"{name} is not in {self._folder.path}. PuLID files there: {known}.")
+
+    def _files(self) -> list[Path]:
+        return [path for folder in self._folder.folders for path in disk.listed(folder, SUFFIXES)]
 
     def _load(self, path: Path) -> Adapter:
         now = disk.stamp(path)
@@ -145,11 +155,9 @@ def _adapter_file(path: Path) -> AdapterFile | None:
     """Tells an adapter's method by the names, shapes and dtypes of its tensors; None for another kind of file."""
     is_pickle = path.suffix.lower() not in (".safetensors", ".sft")
     header: Header = unwrapped(read_tensors(path) or read_pickle_header(path))
-    if not header and is_pickle:
-        file = catalog.named(path.name)  # written by an older torch
+    if not header:  # damaged, or written by an older torch: its name tells, and loading it reports what is wrong
+        file = catalog.named(path.name)
         return AdapterFile(path, usual(file.group) if file is not None and file.group in catalog.FAMILIES else None)
-    if not header:
-        return AdapterFile(path)  # damaged: listed, and loading it reports what is wrong
     try:
         method = method_of(header, path.name)
     except WrongWeightsError:

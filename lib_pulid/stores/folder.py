@@ -9,7 +9,7 @@ from typing import Any
 
 from lib_pulid import disk
 from lib_pulid.disk import fingerprint, stamp
-from lib_pulid.files import catalog
+from lib_pulid.files import catalog, places
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class ModelsFolder:
             return folder
         known = {file.name for file in catalog.CATALOG}
         return self.models_dir if any(path.name in known for path in disk.listed(self.models_dir)) else folder
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folder of PuLID files, and those below it in which users sort them."""
+        return places.below(self.path, self.models_dir)
 
     def remembered(self, path: Path, read: Callable[[Path], Any]) -> Any:
         """Returns `read(path)`, called once until the file changes."""

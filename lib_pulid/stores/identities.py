@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lib_pulid import disk, names
 from lib_pulid.errors import IdentityMismatchError, SettingError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, PULIDEMBD)
+Found = TypeVar("Found")
 CARD_IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "avif")  # what the hosts save beside a model as its card's image
 
 
@@ -145,7 +146,7 @@ class Identities:
 
     def card(self, saved: SavedIdentity) -> tuple[Mapping[str, str], np.ndarray | None]:
         """Returns how an identity was made, and its small image of the face, uint8 RGB [h, w, 3]."""
-        return self._models.remembered(saved.path, _card)
+        return self._remembered(saved.path, _card) or ({}, None)
 
     def delete(self, name: str) -> SavedIdentity:
         """Deletes a saved identity, and its card's image and notes.
@@ -175,8 +176,14 @@ class Identities:
         return self._in(self._models.path / "cache", (SAFETENSORS,))
 
     def _in(self, folder: Path, suffixes: tuple[str, ...]) -> list[SavedIdentity]:
-        found = (self._models.remembered(path, _saved) for path in disk.listed(folder, suffixes))
+        found = (self._remembered(path, _saved) for path in disk.listed(folder, suffixes))
         return [saved for saved in found if saved is not None]
+
+    def _remembered(self, path: Path, read: Callable[[Path], Found | None]) -> Found | None:
+        try:
+            return self._models.remembered(path, read)
+        except OSError:  # not remembered: a network drive may be back the next time
+            return None
 
     def _unknown(self, name: str) -> IdentityMismatchError:
         known = self.names()
@@ -201,19 +208,22 @@ def _as_saved(path: Path, identity: Identity) -> SavedIdentity:
 
 
 def _saved(path: Path) -> SavedIdentity | None:
+    identity = _loaded(path)
+    return None if identity is None else _as_saved(path, identity)
+
+
+def _card(path: Path) -> tuple[Mapping[str, str], np.ndarray | None] | None:
+    identity = _loaded(path)
+    return None if identity is None else (identity.info, identity.thumbnail)
+
+
+def _loaded(path: Path) -> Identity | None:
+    """Loads an identity; None for any other file, and a damaged one. Raises: OSError: it cannot be read now."""
     from lib_pulid.identity import Identity
 
     try:
-        return _as_saved(path, Identity.load(path))
-    except IdentityMismatchError:
+        return Identity.load(path)
+    except IdentityMismatchError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
         return None
-
-
-def _card(path: Path) -> tuple[Mapping[str, str], np.ndarray | None]:
-    from lib_pulid.identity import Identity
-
-    try:
-        identity = Identity.load(path)
-    except IdentityMismatchError:  # damaged since it was listed
-        return {}, None
-    return identity.info, identity.thumbnail

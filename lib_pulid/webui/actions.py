@@ -41,7 +41,7 @@ class Actions:
         return [NONE, *self._library.identities.names()]
 
     def model_choices(self) -> list[str]:
-        return [AUTO, *(file.name for file in self._library.adapters.listed())]
+        return [AUTO, *self._library.adapters.names()]
 
     def refresh(self, identity: str = NONE) -> tuple[Any, Any]:
         """Lists the identities and the models again. identity: the selected one; it is deselected if it is gone."""

@@ -120,7 +120,7 @@ def _choices(field: Field, library: Library) -> Callable[[], list[str]] | None:
     if field.kind == "bool":
         return lambda: ["yes", "no"]
     if field.name == "model":
-        return lambda: [AUTO, *(file.name for file in library.adapters.listed())]
+        return lambda: [AUTO, *library.adapters.names()]
     if field.name == "identity":
         return library.identities.names
     if field.name == "preset":
