@@ -107,8 +107,8 @@ FIELDS = (
           choices=HIRES_PASSES, advanced=True),
     Field("draw", "Draw the photo", "choice", NOT_DRAWN, "From the folder in Settings, PuLID: random, by the image's "
           "seed, or in turn.", choices=DRAWS, advanced=True),
-    Field("keep_best", "Keep the best", "int", 0, "Keep so many of the images, those most like the person, the best first; 0: all.", 0,
-          100, 1, advanced=True, pasted=False),
+    Field("keep_best", "Keep the best", "int", 0, "Keep so many of the images, those most like the person, the best "
+          "first; 0: all.", 0, 100, 1, advanced=True, pasted=False),
     Field("lora_weight", "LoRA strength", "float", 1.0, "Strength of the LoRA in FaceID's file. Official: 1. Lower: "
           "cleaner images, less likeness.", 0, MOST["lora_weight"], 0.05, advanced=True, family="sdxl"),
     Field("identity_net", "IdentityNet strength", "float", None, "InstantID's ControlNet, which keeps the face where "

@@ -170,7 +170,7 @@ def text(values: Sequence[float | None]) -> str:
 
 def format_cosine(value: float) -> str:
     """Formats a cosine, or says that the person is unknown."""
-    return "unknown" if math.isnan(value) else f"{value:.2f}"
+    return "unknown" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"  # never "-0.00"
 
 
 def best(images: Sequence[Sequence[float | None] | None], count: int) -> list[int]:

@@ -145,7 +145,10 @@ def _show(name: str, form: str) -> Callable[[Line], str]:
 def _cell(value: float | None, deviation: float | None, form: str) -> str:
     if value is None:
         return "not measured"
-    return format(value, form) + (f" ± {format(deviation, form)}" if deviation is not None else "")
+    shown = format(value, form)
+    if not shown.strip("-0.%"):  # never "-0.00"
+        shown = shown.removeprefix("-")
+    return shown + (f" ± {format(deviation, form)}" if deviation is not None else "")
 
 
 def _markdown(lines: Sequence[Line], columns: Sequence[tuple[str, Callable[[Line], str]]]) -> str:

@@ -189,7 +189,7 @@ class Meter:
         return lines
 
     def _keep(self, processed: Any) -> str:
-        """Leaves the best images in the host's result, the best first, moves the files of the others. Returns a note."""
+        """Leaves the best images in the host's result, the best first; moves the others' files. Returns a note."""
         order = best([one.values for one in self.images], self.keep)
         out = [one for i, one in enumerate(self.images) if i not in order]
         if not any(one.values for one in self.images):
