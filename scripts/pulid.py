@@ -12,7 +12,7 @@ from lib_pulid.errors import PulidError
 from lib_pulid.files import checkpoint_header
 from lib_pulid.hosts.base import add_callback
 from lib_pulid.hosts.families import chosen_checkpoint
-from lib_pulid.webui import accordion, generation, remote, routes, settings, xyz
+from lib_pulid.webui import accordion, generation, grid_numbers, remote, routes, settings, xyz
 from lib_pulid.webui.actions import Actions
 from lib_pulid.webui.draws import Draws
 from lib_pulid.webui.library import Library
@@ -74,6 +74,7 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
     "app_started": on_app_started,
     "ui_settings": settings.add_settings,
     "before_ui": on_before_ui,
+    "image_grid": grid_numbers.write_numbers,
     **hosts.current().callbacks(),
 }
 for event, callback in CALLBACKS.items():

@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageFont
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -303,6 +304,22 @@ def test_a_judge_that_is_broken_costs_its_number_only(host, options, buffalo, mo
     made = generate(host, [unit("anna")], [color("anna")])
     assert number(made.infotexts[0]) == "1.00"
     assert "the adapter's own recognizer" in made.comments
+
+
+def test_a_grid_shows_the_number_of_each_cell(host, options, monkeypatch):
+    """On copies; what was not measured, as the grid of a grid, stays as it is."""
+    monkeypatch.setitem(sys.modules, "modules.images", SimpleNamespace(get_font=ImageFont.load_default))
+    made = generate(host, [unit("anna")], [color("anna"), color("nobody")])
+    before = [image.copy() for image in made.images]
+    params = SimpleNamespace(imgs=[*made.images, before[0]])
+    for registered in host.ui.modules.script_callbacks.callback_map["callbacks_image_grid"]:
+        registered.callback(params)
+    first, second, other = params.imgs
+    for image, kept in zip((first, second), before):
+        corner = ImageChops.difference(image, kept).getbbox()
+        assert corner is not None and corner[0] < image.width / 4 and corner[1] > image.height / 2
+    assert other is before[0] and made.images == before
+    assert [number(one) for one in made.infotexts] == ["1.00", "no face"]
 
 
 # ---------------------------------------------------------------- the best of n

@@ -14,7 +14,7 @@ from lib_pulid.errors import PulidError, SettingError
 from lib_pulid.fields import FIELD, PRESET_FAMILY
 from lib_pulid.stores.folder import ModelsFolder, Settings
 from lib_pulid.units import PulidUnit, default_args
-from lib_pulid.webui.presets import SAVED, Presets
+from lib_pulid.webui.presets import SAVED, SHIPPED, Presets
 from tests.fake_modules.models import same
 from tests.light_webui import unit
 from tests.test_properties import valid_dicts
@@ -47,10 +47,10 @@ def soft(host):
 
 class TestFiles:
     def test_what_is_saved_is_loaded(self, presets):
-        assert presets.names() == []
+        assert presets.names() == ["natural"]
         assert presets.save(" Soft ", SOFT) == "Soft"
         assert presets.load("soft") == SOFT
-        assert presets.names() == ["Soft"]
+        assert presets.names() == ["natural", "Soft"]
 
     @settings(max_examples=30)
     @given(values=valid_dicts())
@@ -64,8 +64,9 @@ class TestFiles:
         assert not {"images", "identity", "mask", "box", "enabled"} & set(loaded)
 
     @pytest.mark.parametrize(("name", "words"), [
-        ("SOFT", "Soft is already saved"), ("Fidelity", "official preset"), ("stylised", "official preset"),
-        ("auto", "official preset"), ("../x", "The name contains /|The name starts"), ("", "The name is empty"),
+        ("SOFT", "Soft is already saved"), ("Fidelity", "official preset"), ("natural", "official preset"),
+        ("stylised", "official preset"), ("auto", "official preset"),
+        ("../x", "The name contains /|The name starts"), ("", "The name is empty"),
     ])  # fmt: skip
     def test_names_and_values_that_are_refused(self, presets, name, words):
         presets.save("Soft", SOFT)
@@ -73,7 +74,7 @@ class TestFiles:
             presets.save(name, {"weight": 1.0})
         with pytest.raises(SettingError, match="field start"):
             presets.save("x", {"start": 0.9, "end": 0.1})
-        assert presets.names() == ["Soft"] and presets.load("Soft") == SOFT
+        assert presets.names() == ["natural", "Soft"] and presets.load("Soft") == SOFT
 
     @pytest.mark.parametrize(("text", "words"), [
         ("{", "cannot be read as JSON"), ("[" * 100_000, "too large|cannot be read"), ("[]", "not a JSON object"),
@@ -151,8 +152,9 @@ class TestUse:
         folder = soft.library.presets.folder()
         (folder / "wrong.json").write_text("{}x")
         listed = presets(soft.library)
-        assert listed["presets"][0] == {"name": "Soft", "settings": SOFT}
-        assert "cannot be read" in listed["presets"][1]["problem"] and listed["folder"] == str(folder)
+        natural, mine, wrong = listed["presets"]
+        assert natural["name"] == "natural" and mine == {"name": "Soft", "settings": SOFT}
+        assert "cannot be read" in wrong["problem"] and listed["folder"] == str(folder)
 
 
 class TestThePage:
@@ -169,11 +171,21 @@ class TestThePage:
         assert all("value" not in one for one in following.load_preset("None"))
         assert "there is no preset" in following.load_preset("gone")[-1]
 
+    def test_one_that_comes_with_pulid(self, soft, following):
+        """It sets its own settings only, and stays."""
+        *widgets, _, _, note = following.load_preset("Natural")
+        assert {name: one["value"] for name, one in zip(SAVED, widgets) if "value" in one} == SHIPPED["natural"]
+        assert same(
+            soft.generate([unit("anna", preset="natural")]), soft.generate([unit("anna", **SHIPPED["natural"])])
+        )
+        assert "comes with PuLID" in following.delete_preset("natural", "natural")[2]
+        assert "official preset" in following.save_preset("Natural", *(getattr(PulidUnit(), n) for n in SAVED))[-1]
+
     def test_saving(self, soft, following):
         values = [getattr(PulidUnit(weight=0.9), name) for name in SAVED]
         listed, name, note = following.save_preset("Mine", *values)
         saved = soft.library.presets.folder() / "Mine.json"
-        assert listed["choices"] == ["None", "Mine", "Soft"] and name["value"] == "" and "Saved" in note
+        assert listed["choices"] == ["None", "Mine", "natural", "Soft"] and name["value"] == "" and "Saved" in note
         assert json.loads(saved.read_text())["weight"] == 0.9
         assert "already saved" in following.save_preset("mine", *values)[-1]
         assert "Enter a name" in following.save_preset(" ", *values)[-1]
@@ -203,5 +215,5 @@ class TestThePage:
             fn, _, others = button.events.get("click.then", (list, [], []))
             listed = fn() if len(others) != 1 else [fn()]
             assert {id(one) for one in [*button.events["click"][2][:1], *others]} == set(map(id, lists))
-            assert [one["choices"] for one in listed] == [["None", "Soft"]] * len(others)
+            assert [one["choices"] for one in listed] == [["None", "natural", "Soft"]] * len(others)
         assert set(SAVED) == set(FIELD) - {"enabled", "images", "identity", "draw", "preset", "mask", "box"}

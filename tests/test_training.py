@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lib_pulid import miniature
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
+from lib_pulid.miniature import unpack
 from lib_pulid.sites import find_sites
 from lib_pulid.training import adapter as adapters
-from lib_pulid.training import base, checkpoint, flux, losses, readers, sampled_faces, schedule, shipped
+from lib_pulid.training import base, checkpoint, flux, losses, readers, sampled_faces, schedule
 from lib_pulid.training.dataset import Drawn
 from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run
@@ -251,7 +252,7 @@ class TestFromWhatIsShipped:
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory):
         folder = tmp_path_factory.mktemp("training")
-        shipped.write(folder)
+        unpack.write(folder)
         return folder
 
     def test_the_recognizer_is_the_one_of_the_onnx_file(self, folder):

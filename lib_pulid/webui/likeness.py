@@ -32,6 +32,7 @@ from lib_pulid.likeness import (
     measure,
     text,
 )
+from lib_pulid.webui import grid_numbers
 
 if TYPE_CHECKING:
     from lib_pulid.identity import Identity
@@ -124,6 +125,7 @@ class Meter:
         p.extra_generation_params.pop(ENTRY, None)
         if values is not None and (words := text(values)):
             p.extra_generation_params[ENTRY] = PerImage(words, p)
+            grid_numbers.remember(image, words)
 
     def _measure(self, plan: UnitPlan, people: Sequence[Number], p: Any, image: Any) -> tuple[float | None, ...] | None:
         self._people |= {number: plan.people[number] for number in people}

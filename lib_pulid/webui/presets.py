@@ -23,7 +23,7 @@ SAVED = tuple(
     for field in FIELDS
     if field.kind not in ("images", "image", "box") and field.name not in ("enabled", "identity", "draw", "preset")
 )
-# Comes with PuLID; docs/evaluate.md has the measurement. A user's file of that name counts more.
+# Comes with PuLID; docs/evaluate.md has the measurement.
 SHIPPED: Mapping[str, Mapping[str, Any]] = {"natural": {"start": 0.2}}
 _OFFICIAL = {names.key(name): name for name in (*PRESET_FAMILY, *OLD_CHOICES, *SHIPPED, AUTO, CUSTOM, names.NOBODY)}
 
@@ -47,7 +47,7 @@ class Presets:
             SettingError: there is no such preset, or its file is damaged, has an unknown or wrong setting, or has an
                 official preset's name, which means that one everywhere else.
         """
-        if (shipped := names.find(name, SHIPPED)) is not None and names.find(name, self._files()) is None:
+        if (shipped := names.find(name, SHIPPED)) is not None:
             return dict(shipped)
         path = self.named(name, number)
         try:

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 EVENTS = ("cfg_denoiser", "cfg_denoised", "cfg_after_cfg")
-AT_START = ("app_started", "ui_settings", "before_ui", "script_unloaded")
+AT_START = ("app_started", "ui_settings", "before_ui", "script_unloaded", "image_grid")
 
 
 @dataclass

@@ -194,10 +194,17 @@ def draw(host: Running) -> str:
     return seen
 
 
-@rows.row("Likeness: in the parameters of each cell of an X/Y/Z plot")
+@rows.row("Likeness: in the parameters of each cell of an X/Y/Z plot, and in the grid's cells")
 def cells(host: Running) -> str:
+    asked = grid(host, [("[PuLID 1] Weight", "0, 1")]) | BODY
+    plain = host.api.txt2img(unit(0), **asked, seed=1)
     with measured(host):
-        made = host.api.txt2img(unit(0), **grid(host, [("[PuLID 1] Weight", "0, 1")]) | BODY, seed=1)
+        made = host.api.txt2img(unit(0), **asked, seed=1)
+    equal(plain.images[-1], made.images[-1], "a cell's own image")
+    changed = np.argwhere((plain.image != made.image).any(axis=-1))
+    side = plain.images[-1].shape[1]
+    columns = {int(x) // side for x in changed[:, 1]}
+    expect(len(columns) >= 2, f"the grid is changed in columns {columns} of width {side}")
     words = [told(text) for text in made.parameters[-2:]]
     expect("likeness" not in made.parameters[0], f"the grid's own text: {made.parameters[0]}")
     return "; ".join(words)

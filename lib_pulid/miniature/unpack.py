@@ -1,6 +1,6 @@
-"""Writes the files with which further training begins from the shipped miniature.
+"""Writes the files with which further training begins, from the shipped weights.
 
-    python -m lib_pulid.training.shipped --folder .training
+    python -m lib_pulid.miniature.unpack --folder .training
 
 The folder is then as after the trainings in docs/training.md up to the adapter's, with weights of 16 bits.
 """
