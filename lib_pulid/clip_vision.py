@@ -43,17 +43,17 @@ class ClipVision(nn.Module):
         return (made.image_embeds if pooled else made.hidden_states[-2]).float()
 
 
-def clip_input(image: np.ndarray) -> Tensor:
-    """Converts an image, uint8 [H, W, 3], to CLIP's input [1, 3, 224, 224]: short edge 224, bicubic, center, CLIP mean
-    and std. Equal to transformers' CLIPImageProcessor with its defaults, which changed between versions."""
+def clip_input(image: np.ndarray, side: int = SIDE) -> Tensor:
+    """Converts an image, uint8 [H, W, 3], to CLIP's input [1, 3, side, side]: short edge `side`, bicubic, center, CLIP
+    mean and std. Equal to transformers' CLIPImageProcessor with its defaults, which changed between versions."""
     from PIL import Image
 
     height, width = image.shape[:2]
     short = min(height, width)
-    size = max(SIDE, int(SIDE * width / short)), max(SIDE, int(SIDE * height / short))
+    size = max(side, int(side * width / short)), max(side, int(side * height / short))
     small = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC))
-    top, left = (size[1] - SIDE) // 2, (size[0] - SIDE) // 2
-    return normalise(to_tensor(small[top : top + SIDE, left : left + SIDE]), CLIP_MEAN, CLIP_STD)
+    top, left = (size[1] - side) // 2, (size[0] - side) // 2
+    return normalise(to_tensor(small[top : top + side, left : left + side]), CLIP_MEAN, CLIP_STD)
 
 
 def load_clip_vision(path: str | Path, device: str = "cpu") -> ClipVision:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lib_pulid import disk
+from lib_pulid.clip_vision import clip_input
 from lib_pulid.errors import MissingWeightsError, PulidError, SettingError, WrongWeightsError
-from lib_pulid.faces import CLIP_MEAN, CLIP_STD, normalise, to_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +98,3 @@ def _clip(name: str, image: Callable[[Tensor], Tensor], text: Callable[[str], Te
         return text(words)[0].float().cpu().numpy()
 
     return Clip(name, of_image, of_text)
-
-
-def clip_input(image: np.ndarray, side: int) -> Tensor:
-    """Prepares the middle of an image, uint8 RGB [H, W, 3], for CLIP: [1, 3, side, side]."""
-    pixels = to_tensor(image)
-    height, width = pixels.shape[-2:]
-    factor = side / min(height, width)
-    size = (round(height * factor), round(width * factor))
-    pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True)
-    top, left = (size[0] - side) // 2, (size[1] - side) // 2
-    return normalise(pixels[:, :, top : top + side, left : left + side].clamp(0, 1), CLIP_MEAN, CLIP_STD)
