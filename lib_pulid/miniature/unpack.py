@@ -70,10 +70,9 @@ def recogniser(path: Path) -> Reader:
             elif isinstance(layer, nn.BatchNorm2d):
                 _set_norm(layer, torch.zeros_like(bias), torch.ones_like(bias) - layer.eps)
                 layer.bias.copy_(bias)
-        linear, norm = reader.embedding
-        for parameter, value in zip((linear.weight, linear.bias), next(weights)):
+        for parameter, value in zip(reader.embedding[0].parameters(), next(weights)):
             parameter.copy_(value)
-        _set_norm(norm, *next(weights))  # type: ignore[arg-type]
+        _set_norm(reader.embedding[1], *next(weights))
     return reader
 
 

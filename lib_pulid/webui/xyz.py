@@ -98,14 +98,15 @@ def _setter(number: int, field: Field) -> Callable[[Any, Any, Any], None]:
 def _confirm(number: int, field: Field, library: Library) -> Callable[[Any, list[Any]], None]:
     """Checks the values before the grid starts, so that a typo does not show up after an hour."""
 
+    finders: dict[str, Callable[[str], Any]] = {"identity": library.identities.path, "model": library.adapters.path}
+
     def confirm(p: Any, values: list[Any]) -> None:
         for value in values:
             for name, plain in library.presets.expand({field.name: _plain(field, value)}, number).items():
                 checked = check(FIELD[name], plain, number)
-                find = {"identity": library.identities.path, "model": library.adapters.path}.get(name)
-                if find is not None and checked != FIELD[name].default:
+                if name in finders and checked != FIELD[name].default:
                     with at_unit(number, name):
-                        find(checked)
+                        finders[name](checked)
 
     return confirm
 
