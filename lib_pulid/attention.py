@@ -192,6 +192,8 @@ def _softmax_with_zeros(scores: Tensor, num_zero: int) -> tuple[Tensor, Tensor]:
         The softmax without zeros [..., N], and what they leave of it [..., 1].
     """
     attention, peak = scores.softmax(-1), scores.amax(-1, keepdim=True)
+    if num_zero == 0:
+        return attention, torch.ones_like(peak)  # exp below overflows at a peak of -89, and 0 times infinity is NaN
     return attention, 1 / (1 + num_zero * torch.exp(-peak) * attention.amax(-1, keepdim=True))
 
 
