@@ -138,5 +138,4 @@ def test_models_are_kept_where_memory_suffices(host, monkeypatch, free, wanted, 
 
 
 def test_free_memory_is_told():
-    pytest.importorskip("psutil")
     assert 1e6 < settings._free_memory() < 1e15

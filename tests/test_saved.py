@@ -134,7 +134,7 @@ def test_a_name_that_is_not_text_is_not_listed(library):
         except OSError:
             pytest.skip("this file system has no such names")
     listed = [path.name for path in disk.listed(library.identities.folder, (".safetensors",))]
-    assert (listed, library.presets.names()) == (["anna.safetensors"], [])
+    assert (listed, library.presets.names()) == (["anna.safetensors"], ["natural"])
 
 
 def test_a_file_name_is_not_another_persons_name(library):
