@@ -326,7 +326,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
     ],
 )
 def test_a_refusal_to_open_is_told(tmp_path, monkeypatch, reason, words):
-    """As above, for whoever runs the tests as root; and that of a network drive, which is no damage."""
+    """As above, for whoever runs the tests as root; and that of a network drive, which is not damage."""
     identity = Identity(torch.ones(1, 4, 8)).save(tmp_path / "anna.safetensors")
     (tmp_path / "pulid_v1.bin").write_bytes(pickled(v1_state()))
 
