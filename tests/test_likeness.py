@@ -392,6 +392,8 @@ def test_masks_follow_their_image(host):
     assert result.images == [images[2], masks[2], images[1], masks[1]]
     assert (result.infotexts, result.all_seeds, result.info, result.seed) == (["c", "b"], [7, 6], "c", 7)
     assert not web._arrange(result, measured, [0])  # somebody has exchanged an image
+    result = made(images[::-1])
+    assert not web._arrange(result, measured, [0]) and result.images == images[::-1]  # somebody has moved them
     result = made([grid, *images], infotexts=["grid", "a", "b", "c"], index_of_first_image=1)
     assert web._arrange(result, measured, [2, 0])
     assert result.images == [grid, images[2], images[0]] and result.infotexts == ["grid", "c", "a"]

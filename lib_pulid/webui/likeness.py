@@ -197,7 +197,7 @@ class Meter:
         if not any(one.values for one in self.images):
             return f"PuLID kept all {len(self.images)} images, since there is nothing to compare them by."
         if not _arrange(processed, self.images, order):
-            return "PuLID kept all images: another extension replaced them after they were measured."
+            return "PuLID kept all images: another extension replaced or moved them after they were measured."
         if not out:
             return "PuLID sorted the images by likeness, the best first."
         listed = ", ".join(f"image {one.number + 1} ({text(one.values or ())})" for one in out)
@@ -231,12 +231,12 @@ def _arrange(processed: Any, images: Sequence[Measured], order: Sequence[int]) -
         images: all that were measured. order: indices of those to keep.
 
     Returns:
-        False, and changes nothing, if one of them is not there.
+        False, and changes nothing, if one of them is not there, or another extension has moved them.
     """
     shown, places = processed.images, {id(image): i for i, image in enumerate(processed.images)}
-    if not all(id(one.image) in places for one in images):
+    found = [places.get(id(one.image), -1) for one in images]
+    if found != sorted(found) or found[0] < 0:
         return False
-    found = [places[id(one.image)] for one in images]
     each = found[1] - found[0]  # an image and its masks; what other extensions add comes after the last one's
     groups = [shown[i : i + each] for i in found]
     processed.images = shown[: found[0]] + sum((groups[i] for i in order), []) + shown[found[-1] + each :]

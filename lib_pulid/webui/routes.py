@@ -70,8 +70,8 @@ def add_error_handler(app: Any) -> None:
 
     def answer(request: Any, error: Exception) -> Any:
         ours = isinstance(error, (MissingWeightsError, WrongWeightsError, OutOfMemoryError))
-        told = str(error).encode(errors="backslashreplace").decode()  # a name in the request may not be valid text
-        content = {"error": type(error).__name__, "detail": told, "body": "", "errors": told}
+        message = str(error).encode(errors="backslashreplace").decode()  # a name in the request may not be valid text
+        content = {"error": type(error).__name__, "detail": message, "body": "", "errors": message}
         return JSONResponse(status_code=500 if ours else 422, content=content)
 
     app.add_exception_handler(PulidError, answer)
