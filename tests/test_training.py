@@ -15,7 +15,7 @@ from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.miniature import unpack
 from lib_pulid.sites import find_sites
 from lib_pulid.training import adapter as adapters
-from lib_pulid.training import base, checkpoint, flux, losses, readers, sampled_faces, schedule
+from lib_pulid.training import base, checkpoint, flux, losses, readers, sampled_faces, schedule, world
 from lib_pulid.training.dataset import Drawn
 from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run
@@ -266,24 +266,35 @@ class TestFromWhatIsShipped:
     @pytest.mark.parametrize("family", ["sdxl", "flux"])
     def test_a_base_learns_to_draw_people_described_in_words(self, folder, family):
         """The ID loss reaches its weights; one whose text is exchanged draws other people than those asked for."""
-        from safetensors.torch import load_file
-
-        model = base.build(family, folder).eval().requires_grad_(False)
-        model.load_state_dict(load_file(folder / f"{base.FILES[family]}.safetensors"))
+        model = base.load(family, folder, folder / f"{base.FILES[family]}.safetensors")
         people = sampled_faces.PeopleInWords(Drawn(folder, 4), sampled_faces.load(folder))
         first = next(model.denoiser.parameters()).requires_grad_()
-        loss = people.loss(model, 4, step=1)
+        loss = people.losses(model, 4, step=1)["id"]
         loss.backward()
         assert first.grad is not None and first.grad.abs().sum() > 0
         text, model.text = model.text, None
         model.__dict__["text"] = lambda prompts: text(prompts[1:] + prompts[:1])
-        assert people.loss(model, 4, step=1).item() > loss.item()
+        assert people.losses(model, 4, step=1)["id"].item() > loss.item()
+
+    @pytest.mark.parametrize(("row", "column", "counts"), [(0, 0, 1), (12, 0, 1), (8, 8, 0)])
+    def test_the_scene_is_compared_outside_the_head(self, folder, row, column, counts):
+        """A head is in the middle of the image; the other denoiser differs in one latent."""
+        model = base.load("sdxl", folder, folder / "base.safetensors")
+        text = model.text([world.describe(world.Scene())] * 2)
+        noise, added = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(16, 16)
+        added[row, column] = 0.5
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return model.predict(x, t, *text)
+
+        faces, wanted = sampled_faces.load(folder), torch.ones(2, 512)
+        same = faces.losses(predict, noise, model.schedule, wanted, predict)
+        other = faces.losses(predict, noise, model.schedule, wanted, lambda x, t: predict(x, t) + added)
+        assert same["scene"].item() == 0
+        assert other["scene"].item() == pytest.approx(counts * 0.5**2 / 16**2, rel=1e-4)
 
     def test_an_adapter_begins_with_the_encoder_and_the_sites_of_its_family(self, folder):
-        from safetensors.torch import load_file
-
-        model = base.build("sdxl", folder)
-        model.load_state_dict(load_file(folder / "base.safetensors"))
+        model = base.load("sdxl", folder, folder / "base.safetensors")
         for family, has_sites in (("sdxl", True), ("flux", False)):
             fresh, given = adapters.fresh_adapter(model, 64, seed=0), load_adapter(miniature.adapter(family))
             before = fresh.weights()[5].to_k.clone()

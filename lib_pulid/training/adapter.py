@@ -3,6 +3,7 @@
     python -m lib_pulid.training.adapter --folder .training --losses diffusion            the base of the ablation
     python -m lib_pulid.training.adapter --folder .training --losses diffusion,id
     python -m lib_pulid.training.adapter --folder .training --losses diffusion,id,alignment
+    python -m lib_pulid.training.adapter --folder .training --losses diffusion,id,alignment,scene    not in the paper
     python -m lib_pulid.training.adapter --folder .training --family flux --begin PULID_FILE_FOR_SDXL
 
 Each step shows one photo of a person to the encoders and asks for another image of the same person, whose prompt says
@@ -27,7 +28,7 @@ from lib_pulid.encoders import SCALES
 from lib_pulid.sites import Sites, find_sites
 from lib_pulid.training import losses, world
 from lib_pulid.training.base import FILES, Base, latents_of
-from lib_pulid.training.base import build as build_base
+from lib_pulid.training.base import load as load_base
 from lib_pulid.training.dataset import SIZE, Drawn
 from lib_pulid.training.export import save_half
 from lib_pulid.training.flux import FluxBase
@@ -40,7 +41,8 @@ from lib_pulid.weights import load_adapter
 ID_DROPOUT = 0.1
 ID_WEIGHT = 1.0
 SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 40.0, 8.0  # of losses relative to the activations' power, see docs/training.md
-LOSSES = ("diffusion", "id", "alignment")
+SCENE_WEIGHT = 60.0
+LOSSES = ("diffusion", "id", "alignment", "scene")
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class Trainer:
             found |= self._alignment(noise, text, rows, rng)
         if "id" in self.losses:
             predict, wanted = partial(self._predict, text, rows), self.photos.id_cond[who, :512]
-            found["id"] = self.reader.loss(predict, noise, self.base.schedule, wanted)
+            plain = partial(self.base.predict, context=text[0], pooled=text[1]) if "scene" in self.losses else None
+            found |= self.reader.losses(predict, noise, self.base.schedule, wanted, plain)
         return found
 
     def _alignment(self, noise: Tensor, text: tuple, rows: list, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -174,8 +177,9 @@ def fresh_adapter(base: Base | FluxBase, vit_width: int, seed: int) -> SDXLAdapt
 
 
 def total(found: dict[str, Tensor]) -> Tensor:
-    """Computes L_diff + L_align + L_id, weighted."""
-    weights = {"diffusion": 1.0, "id": ID_WEIGHT, "semantic": SEMANTIC_WEIGHT, "layout": LAYOUT_WEIGHT}
+    """Computes L_diff + L_align + L_id and the loss that keeps the scene, weighted."""
+    weights = {"diffusion": 1.0, "id": ID_WEIGHT, "scene": SCENE_WEIGHT}
+    weights |= {"semantic": SEMANTIC_WEIGHT, "layout": LAYOUT_WEIGHT}
     return torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
 
 
@@ -184,16 +188,13 @@ def total(found: dict[str, Tensor]) -> Tensor:
 
 def load_trainer(folder: Path, family: str, people: int, photos: int, wanted: Sequence[str], seed: int) -> Trainer:
     """Loads everything that training needs from the files of the earlier steps."""
-    from safetensors.torch import load_file
-
     from lib_pulid.face_models import ArcFaceRecogniser, OnnxParser
     from lib_pulid.faces import FaceModels
     from lib_pulid.training import sampled_faces
     from lib_pulid.vision import load_vision_tower
 
-    base, made, reader = build_base(family, folder), folder / "miniature", sampled_faces.load(folder)
-    base.load_state_dict(load_file(folder / f"{FILES[family]}.safetensors"))
-    base.eval().requires_grad_(False)
+    base = load_base(family, folder, folder / f"{FILES[family]}.safetensors")
+    made, reader = folder / "miniature", sampled_faces.load(folder)
     data = Drawn(folder, people)
     models = FaceModels(
         detector=reader.detector,
@@ -226,6 +227,8 @@ def train(args: argparse.Namespace) -> Trainer:
     wanted = args.losses.split(",")
     if unknown := set(wanted) - set(LOSSES):
         raise SystemExit(f"unknown losses: {', '.join(sorted(unknown))}; there are {', '.join(LOSSES)}")
+    if "scene" in wanted and "id" not in wanted:
+        raise SystemExit('the loss "scene" compares the steps of "id"; name both')
     torch.manual_seed(args.seed)
     trainer = load_trainer(args.folder, args.family, args.people, args.photos, wanted, args.seed)
     has_sites = args.begin is not None and begin_from(trainer.adapter, args.begin)

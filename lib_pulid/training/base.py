@@ -3,6 +3,7 @@
     python -m lib_pulid.training.base --folder .training [--minutes 60]
     python -m lib_pulid.training.base --folder .training --begin .training/base.safetensors   its UNet alone, further
     python -m lib_pulid.training.base --folder .training --begin .training/base.safetensors --id-batch 6    with L_id
+    ... --id-batch 6 --scene .training/base-before.safetensors    and scenes as this base makes them
     python -m lib_pulid.training.base --folder .training --family flux      then: FLUX's transformer, on the same text
 
 Latents come from the trained autoencoder. Prompts are left out in a tenth of the images, for guidance. With --id-batch,
@@ -36,7 +37,7 @@ TEXT_LAYERS = 3
 TOKENS = 77
 TIME_WIDTH = 256  # of each of the six size embeddings
 PROMPT_DROPOUT = 0.1
-ID_WEIGHT = 0.3
+WEIGHTS = {"diffusion": 1.0, "id": 0.3, "scene": 4.0}
 FILES = {"sdxl": "base", "flux": "base-flux"}
 
 
@@ -174,6 +175,15 @@ def build(family: str, folder: Path) -> Base | FluxBase:
     return FluxBase(text.eval().requires_grad_(False))
 
 
+def load(family: str, folder: Path, path: Path) -> Base | FluxBase:
+    """Loads a trained base, with frozen weights."""
+    from safetensors.torch import load_file
+
+    base = build(family, folder)
+    base.load_state_dict(load_file(path))
+    return base.eval().requires_grad_(False)
+
+
 def train(args: argparse.Namespace) -> Base | FluxBase:
     """Trains or resumes training; returns the base with averaged weights."""
     torch.manual_seed(1)
@@ -190,6 +200,7 @@ def train(args: argparse.Namespace) -> Base | FluxBase:
     run = Run(args.folder / name, base.train(), args.steps, rate=args.rate, minutes=args.minutes)
     stream = batches(len(latents), batch, seed=5, start=run.step)
     people = sampled_faces.PeopleInWords(data, sampled_faces.load(args.folder)) if args.id_batch else None
+    before = load(args.family, args.folder, args.scene) if args.scene else None
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([6, step])
@@ -204,8 +215,9 @@ def train(args: argparse.Namespace) -> Base | FluxBase:
         loss = diffusion_loss(v, base.schedule.target(clean, noise, t))
         if people is None:
             return loss, {}
-        likeness = people.loss(base, args.id_batch, step)
-        return loss + ID_WEIGHT * likeness, {"diffusion": loss.item(), "id": likeness.item()}
+        found = {"diffusion": loss, **people.losses(base, args.id_batch, step, before)}
+        weighted = torch.stack([WEIGHTS[name] * value for name, value in found.items()])
+        return weighted.sum(), {name: value.item() for name, value in found.items()}
 
     run.train(loss_of)
     return run.finish()  # type: ignore[return-value]
@@ -217,6 +229,7 @@ def main() -> None:
     parser.add_argument("--family", choices=FILES, default="sdxl")
     parser.add_argument("--begin", type=Path, help="a trained base, whose denoiser to train further")
     parser.add_argument("--id-batch", type=int, default=0, help="images with an ID loss, on the CPU; 0: none")
+    parser.add_argument("--scene", type=Path, help="with --id-batch: a base whose images are to stay outside the head")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     base = train(args)

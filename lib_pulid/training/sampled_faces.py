@@ -2,7 +2,9 @@
 compares the faces in them with those that were wanted.
 
 An adapter is trained with it on people in photos. A base model is trained with it on people described in words, so that
-it learns to draw a face exactly, which the diffusion loss alone teaches slowly.
+it learns to draw a face exactly, which the diffusion loss alone teaches slowly. Beside it, and not in the paper, stands
+a loss that keeps the scene: outside the head, each of the few steps has to predict what another denoiser does (a base:
+as it was before; an adapter: the base without the identity).
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ from lib_pulid.training.readers import load_recogniser
 from lib_pulid.training.schedule import Schedule
 
 STEPS = 4
+# How far a head with hair and neck reaches beyond the face's box, in parts of its width and height: x0, y0, x1, y1.
+AROUND_FACE = (-0.4, -0.5, 0.4, 0.35)
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, C, h, w], steps t [B]) -> v
 
 
 @dataclass(frozen=True)
@@ -42,33 +48,60 @@ class SampledFaces:
     recogniser: Callable[[Tensor], Tensor]
     detector: Any
 
-    def loss(
-        self, predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, schedule: Schedule, wanted: Tensor
-    ) -> Tensor:
-        """Computes the mean of 1 - cosine over the images in which a face is found; 0 if there is none.
+    def losses(
+        self, predict: Predict, noise: Tensor, schedule: Schedule, wanted: Tensor, scene: Predict | None = None
+    ) -> dict[str, Tensor]:
+        """Computes "id", the mean of 1 - cosine over the images in which a face is found; 0 if there is none.
+
+        With `scene`, also "scene": the mean squared difference between the predictions of both, outside the heads, at
+        all steps of the sampling.
 
         Args:
-            predict: (noisy latents [B, C, h, w], steps t [B]) -> v. wanted: embeddings [B, 512].
+            wanted: embeddings [B, 512].
         """
-        clean = losses.sample_few_steps(predict, noise, schedule, STEPS, gradient_steps=STEPS)
+        calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def noted(x: Tensor, t: Tensor) -> Tensor:
+            v = predict(x, t)
+            calls.append((x.detach(), t, v))
+            return v
+
+        clean = losses.sample_few_steps(noted, noise, schedule, STEPS, gradient_steps=STEPS)
         images = self.vae.decode(clean / SCALE).sample.clamp(-1, 1)
         pixels = ((images.detach() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        marks = [self._landmarks(image) for image in pixels]
-        seen = [row for row, mark in enumerate(marks) if mark is not None]
-        if not seen:
-            return torch.zeros(())
-        landmarks = torch.from_numpy(np.stack([marks[row] for row in seen])).float()
-        return losses.id_loss(self.embed(images[seen], landmarks), wanted[seen])
+        faces = [self._largest(image) for image in pixels]
+        seen = [row for row, face in enumerate(faces) if face is not None]
+        found = {"id": torch.zeros(())}
+        if seen:
+            landmarks = torch.from_numpy(np.stack([faces[row].landmarks for row in seen])).float()
+            found["id"] = losses.id_loss(self.embed(images[seen], landmarks), wanted[seen])
+        if scene is not None:
+            outside = torch.from_numpy(np.stack([_outside(face, noise.shape[-1]) for face in faces]))[:, None]
+            with torch.no_grad():
+                before = [scene(x, t) for x, t, _ in calls]
+            kept = [losses.diffusion_loss(v * outside, was * outside) for (_, _, v), was in zip(calls, before)]
+            found["scene"] = torch.stack(kept).mean()
+        return found
 
     def embed(self, images: Tensor, landmarks: Tensor) -> Tensor:
         """Embeds the faces of images [B, 3, H, W] in -1..1 with landmarks [B, 5, 2] in pixels: [B, 512]."""
         faces = losses.align_faces(images, landmarks, torch.from_numpy(ARCFACE_POINTS), 112)
         return self.recogniser(faces)
 
-    def _landmarks(self, image: np.ndarray) -> np.ndarray | None:
-        """Finds the largest face of an image, uint8 RGB [H, W, 3]."""
+    def _largest(self, image: np.ndarray) -> Any:
+        """Finds the largest face of an image, uint8 RGB [H, W, 3], or None."""
         found = self.detector.detect(np.ascontiguousarray(image[:, :, ::-1]))
-        return max(found, key=lambda face: float(np.prod(face.box[2:] - face.box[:2]))).landmarks if found else None
+        return max(found, key=lambda face: float(np.prod(face.box[2:] - face.box[:2])), default=None)
+
+
+def _outside(face: Any, side: int) -> np.ndarray:
+    """Makes a mask of latents, float32 [side, side]: 0 on the head with hair and neck, 1 elsewhere."""
+    mask = np.ones((side, side), np.float32)
+    if face is not None:
+        span = np.tile(face.box[2:] - face.box[:2], 2)
+        x0, y0, x1, y1 = ((face.box + span * AROUND_FACE) * side / SIZE).round().astype(int).clip(0, side)
+        mask[y0:y1, x0:x1] = 0
+    return mask
 
 
 def load(folder: Path) -> SampledFaces:
@@ -88,12 +121,13 @@ class PeopleInWords:
     data: Drawn
     reader: SampledFaces
 
-    def loss(self, base: Any, batch: int, step: int) -> Tensor:
-        """Computes L_id of a step's images. base: `base.Base` or `flux.FluxBase`."""
+    def losses(self, base: Any, batch: int, step: int, before: Any = None) -> dict[str, Tensor]:
+        """Computes the losses of a step's images. base, and before it was trained on: `base.Base`, `flux.FluxBase`."""
         prompts, wanted = self.sample(batch, np.random.default_rng([26, step]))
         text = base.text(prompts)
         noise = torch.randn(batch, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(10**7 + step))
-        return self.reader.loss(lambda x, t: base.predict(x, t, *text), noise, base.schedule, wanted)
+        scene = None if before is None else lambda x, t: before.predict(x, t, *text)
+        return self.reader.losses(lambda x, t: base.predict(x, t, *text), noise, base.schedule, wanted, scene)
 
     @cached_property
     def _faces(self) -> Faces:
