@@ -7,6 +7,7 @@ this machine are none of the tests'.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ settings.load_profile("fixed")
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def no_network(monkeypatch) -> None:
+    def connect(*args: Any, **_: Any) -> None:
+        raise AssertionError(f"connects to {args[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
 
 
 @pytest.fixture(scope="session")

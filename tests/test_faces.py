@@ -1,7 +1,6 @@
 """The real insightface, facexlib and OpenCV, on files of the real formats with weights set by hand (face_standins)."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -26,7 +25,6 @@ from tests.face_standins import FACE_POINTS, Remembering, blank, draw_face, writ
 
 insightface = pytest.importorskip("insightface")
 pytest.importorskip("facexlib")
-SAMPLES = Path(insightface.__file__).parent / "data" / "images"
 OFFICIAL_WHITE = [0, 16, 18, 7, 8, 9, 14, 15]
 
 

@@ -18,17 +18,13 @@ from lib_pulid.vision import load_vision_tower, tower_shapes
 from lib_pulid.weights import CrossAttentionWeights
 from tests import layouts
 from tests.reference import cases
+from tests.reference.cases import relative
 from tests.small_models import cross_attention_pair, image_stream
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 LAYER = 1e-5  # relative error of a single module, float32
 REFERENCE = load_file(Path(__file__).parent / "reference" / "official.safetensors")
-
-
-def relative(ours: Tensor, official: Tensor) -> float:
-    assert ours.shape == official.shape
-    return ((ours - official).norm() / official.norm()).item()
 
 
 def test_id_encoder():

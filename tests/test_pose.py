@@ -40,6 +40,7 @@ from tests.fake_modules.kinds import texts
 from tests.fake_modules.models import SMALL_SITES, WIDTH, SkipUNet, UNet, count_hooks, same, text
 from tests.fake_modules.plan import RandomPlan
 from tests.light_webui import unit
+from tests.reference.cases import relative
 from tests.small_models import methods as small
 from tests.small_models import normal
 
@@ -48,10 +49,6 @@ LANDMARKS = np.array([[400, 420], [620, 410], [510, 560], [430, 700], [600, 690]
 POSE = Pose(LANDMARKS, (1024, 1024))
 TEXT_WIDTH = 2048
 CATALOG = catalog.CATALOG
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 # ---------------------------------------------------------------- the drawing

@@ -122,3 +122,9 @@ def flux_inputs() -> dict[str, Tensor]:
 
 def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {prefix + key: value for key, value in state.items()}
+
+
+def relative(ours: Tensor, official: Tensor) -> float:
+    """The error of a result, as a share of the official one."""
+    assert ours.shape == official.shape
+    return ((ours - official).norm() / official.norm()).item()
