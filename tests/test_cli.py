@@ -248,19 +248,6 @@ def test_errors_in_words(generate, tmp_path, given, words):
     assert "Traceback" not in said.err
 
 
-def test_a_pulid_file_of_the_other_family(generate, tmp_path):
-    from tests.small_models import write_files
-
-    files = write_files(tmp_path, [8], 64)
-    for file, words in (
-        (files.flux, "UnsupportedModelError: The PuLID file is for FLUX, but the checkpoint is SDXL."),
-        (files.sdxl, "The checkpoint has 70 layers for PuLID, but PuLID for SDXL needs 1."),
-    ):
-        said, picture = generate("--face", GROUP, "--pulid", file)
-        assert (said.status, picture) == (1, None)
-        assert words in said.err
-
-
 NONSENSE = [
     ("--weight", 50), ("--weight", -1), ("--weight", "inf"), ("--num-zero", 81), ("--start", "nan"), ("--end", "nan"),
     ("--end", 0), ("--start", 0.9, "--end", 0.1), ("--start", 1), ("--start", 0.9), ("--start-step", -1),

@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from lib_pulid.errors import IdentityMismatchError, PulidError, SettingError, UnsupportedModelError
-from lib_pulid.faces import LARGEST
 from lib_pulid.hosts.a1111 import _Window
 from lib_pulid.injection import DenoiseStep, identity_rows
 from lib_pulid.units import default_args
-from lib_pulid.webui import pictures
 from tests.fake_modules.models import UNet, count_hooks, same
-from tests.light_webui import PHOTOS, unit
+from tests.light_webui import unit
 
 OFF = default_args(3)
 
@@ -321,21 +319,3 @@ class TestRows:
         window = _Window(params)
         window.take(rows)
         assert window.images(rows, count) == images
-
-
-def test_each_image_of_a_batch_on_flux(saved):
-    if saved.kind != "forge":
-        pytest.skip("A1111 has no FLUX")
-    adapter = saved.library.adapters.load("auto", "flux")
-    photo = pictures.decode(PHOTOS["cleo"], "photo")
-    saved.library.identities.save("cleo", saved.library.encoders.encode([photo], adapter, LARGEST, "official"))
-
-    def made(*prompts):
-        p = saved.processing("flux")
-        p.prompt, p.batch_size = list(prompts), 2
-        return saved.generate(OFF, p=p)
-
-    mixed, plain, all_of_them = made("<pulid:cleo>", "x"), made("x", "x"), made("<pulid:cleo>", "<pulid:cleo>")
-    assert all(torch.equal(a, b) for a, b in zip(rows(mixed, 1, 2), rows(plain, 1, 2)))
-    assert all(torch.equal(a, b) for a, b in zip(rows(mixed, 0, 2), rows(all_of_them, 0, 2)))
-    assert not same(mixed, plain) and not same(mixed, all_of_them)

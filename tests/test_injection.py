@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import diffusers
 import pytest
 import torch
@@ -196,14 +194,6 @@ def test_regions(unet, adapter):
     )
     assert torch.allclose(masked[:, :, :4], whole[:, :, :4], atol=1e-6)
     assert masked[:, :, 4:].abs().max() == 0
-
-
-def test_a_mask_of_ones_changes_nothing_and_of_zeros_removes_all(flux, flux_adapter):
-    def shot(mask: Tensor | None) -> Tensor:
-        return run_flux(flux, [replace(compile_injection(flux_adapter, person(79, 64)), mask=mask)])
-
-    assert torch.allclose(shot(torch.ones(5, 9)), shot(None), atol=1e-5)
-    assert torch.allclose(shot(torch.zeros(5, 9)), layouts.run_flux(flux), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -31,11 +28,10 @@ from lib_pulid.vision import load_vision_tower
 from lib_pulid.weights import load_adapter
 from tests.face_standins import blank, draw_face, remembering_models, write_face_files
 from tests.small_models import TOKEN_WIDTH, pulid_files, write_tower
+from tests.test_imports import printed
 
 pytest.importorskip("insightface")
 pytest.importorskip("facexlib")
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -148,29 +144,6 @@ def test_several_photos_are_one_call_of_the_tower(models, monkeypatch):
             assert ((a - b).norm() / b.norm()).item() < 1e-5
 
 
-def test_both_detectors_and_the_parser_matter(make, models):
-    """None of the four models is left out of the chain."""
-    plain = make([two_faces()], IdentityCache())
-
-    class Otherwise:
-        def __init__(self, what: str) -> None:
-            self.what, self.faces = what, models.faces
-
-        def detect(self, image):
-            return [replace(d, landmarks=d.landmarks + 7) for d in self.faces.landmarker.detect(image)]
-
-        def labels(self, aligned):
-            return np.zeros(aligned.shape[:2], int)
-
-        def embed(self, image, detection):
-            return self.faces.recogniser.embed(image, detection) + 1
-
-    for part in ("landmarker", "parser", "recogniser"):
-        changed = Encoders(replace(models.faces, **{part: Otherwise(part)}), models.tower)
-        other = make([two_faces()], IdentityCache(), encoders=lambda changed=changed: changed)
-        assert other.short_hash != plain.short_hash, part
-
-
 # ---------------------------------------------------------------- the cache
 
 
@@ -217,10 +190,8 @@ assert not heavy, heavy
 def test_a_new_process(make, adapter, tmp_path):
     photo = png(tmp_path / "a.png", two_faces())
     first = make([photo], IdentityCache(tmp_path / "cache"))
-    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(photo), str(adapter.path), str(tmp_path / "cache")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == first.short_hash
+    arguments = (str(photo), str(adapter.path), str(tmp_path / "cache"))
+    assert printed(IN_A_NEW_PROCESS, *arguments) == [first.short_hash]
 
 
 def test_the_same_pixels_are_the_same_photo(make, encoders, tmp_path):
