@@ -143,11 +143,11 @@ def test_hosts_do_not_know_each_other():
     own = {
         "lib_pulid.hosts.diffusers_base": {"lib_pulid.hosts.diffusers", "lib_pulid.hosts.diffusers_checkpoint"},
         "lib_pulid.hosts.diffusers_control": {"lib_pulid.hosts.diffusers"},
-        "lib_pulid.hosts.forge": {"lib_pulid.hosts.forge_control", "lib_pulid.hosts.control_base"},
+        "lib_pulid.hosts.forge": {"lib_pulid.hosts.forge_control"},
         "lib_pulid.hosts.forge_control": {"lib_pulid.hosts.control_base"},
-        "lib_pulid.hosts.a1111": {"lib_pulid.hosts.a1111_control", "lib_pulid.hosts.control_base"},
+        "lib_pulid.hosts.a1111": {"lib_pulid.hosts.a1111_control"},
         "lib_pulid.hosts.a1111_control": {"lib_pulid.hosts.control_base"},
-        "lib_pulid.hosts.base": {"lib_pulid.hosts.injector"},
+        "lib_pulid.hosts.base": {"lib_pulid.hosts.injector", "lib_pulid.hosts.control_base"},
         "lib_pulid.hosts.injector": {"lib_pulid.hosts.families", "lib_pulid.hosts.frame"},
     }
     for name, path in modules.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -418,8 +418,8 @@ def test_the_net_is_where_the_unet_is_until_the_end(file, identity):
     nets.prepare(unet, torch.float32, [injection])
     x, step = torch.zeros(2, 4, 8, 8, device="meta"), DenoiseStep(0.0, [True, False])
     call = (x, torch.zeros(2, device="meta"))
-    with pytest.raises(Called) as called, nets.around(call, {}, step, [injection]):
-        pass
+    with pytest.raises(Called) as called, ExitStack() as hooks:
+        nets.add(call, {}, step, [injection], hooks)
     assert called.value.args == (dict.fromkeys(("x", "hint", "timesteps", "context"), "meta"),)
     assert Net.moves == ["meta"]
     nets.end()

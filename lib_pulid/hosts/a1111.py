@@ -19,9 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lib_pulid.errors import UnsupportedModelError
-from lib_pulid.hosts import Host, LoadedModel, Plan, a1111_control
+from lib_pulid.hosts import Host, LoadedModel, a1111_control
 from lib_pulid.hosts.base import Run, WebUI
-from lib_pulid.hosts.control_base import Loader
 from lib_pulid.hosts.families import sites_of
 from lib_pulid.injection import DenoiseStep
 
@@ -61,17 +60,12 @@ class _Run(Run):
     _window: _Window | None = None  # what the next UNet calls belong to
     _seen = False  # whether a sampler has called the UNet
 
-    def __init__(self, host: WebUI, p: Any, plan: Plan) -> None:
-        super().__init__(host, p, plan)
-        self._nets = a1111_control.ControlNets(host.loader)  # type: ignore[attr-defined]
-
     def begin(self) -> None:
         self._follow(_unet(self.p))
 
     def end(self) -> None:
         super().end()
         self._model = self._window = None
-        self._nets.end()
 
     def check(self) -> None:
         super().check()
@@ -105,12 +99,6 @@ class _Run(Run):
     def close(self) -> None:
         self._window = None
 
-    def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        super().enter(module, args, kwargs)
-        controlled = self._injector.controlled
-        if self._step is not None and controlled:
-            self._call.enter_context(self._nets.around(args, kwargs, self._step, controlled))
-
     def read(self, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[DenoiseStep, tuple[int, int]] | None:
         if self._window is None:
             self._check_seen()
@@ -134,11 +122,7 @@ class _Run(Run):
 
 class A1111(WebUI):
     families = ("sdxl",)
-    run_class = _Run
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loader = Loader(a1111_control.build)
+    run_class, nets = _Run, a1111_control
 
     def loaded_model(self, p: Any) -> LoadedModel:
         from modules import devices

@@ -13,8 +13,8 @@ since the extension knows SDXL (1d540232, 2023-09-04).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_pulid.control import weighted
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.files.state_dict import check_numbers, read_state_dict
-from lib_pulid.hosts.control_base import LATENT_CHANNELS, Loader, Points, check_whole
-from lib_pulid.injection import DenoiseStep, Injection, identity_rows
+from lib_pulid.hosts import control_base
+from lib_pulid.hosts.control_base import Found, check_whole
+from lib_pulid.injection import Injection
 
 EXTENSION = "sd-webui-controlnet"
 # A1111 imports the scripts of extensions by these names; of one that is not enabled, or fails, there is no module.
@@ -73,15 +73,11 @@ def build(path: Path) -> Any:
     return net.to(_CPU)
 
 
-class ControlNets:
+class ControlNets(control_base.ControlNets):
     """The ControlNets of one generation. They are in the UNet's memory until its end."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-        self._nets: dict[Path, Any] = {}
-        self._unet: nn.Module | None = None
-        self._points = Points()
-        self._has_run = self._has_acted = False
+    _unet: nn.Module | None = None
+    _has_run = _has_acted = False
 
     def prepare(self, unet: nn.Module, dtype: torch.dtype, injections: Sequence[Injection]) -> None:
         """Loads what the injections need, once for a UNet. dtype: of its computation.
@@ -92,15 +88,13 @@ class ControlNets:
         if unet is not self._unet:
             self.end()
             self._unet = unet
-        for injection in injections:
-            path = injection.control.path  # type: ignore[union-attr]
-            if path not in self._nets:
-                self._nets[path] = self._loader.load(path, dtype, unet)
+        self.load(injections, dtype, unet)
 
     def end(self) -> None:
         for net in self._nets.values():
             net.to(_CPU)
-        self._nets, self._points, self._unet = {}, Points(), None
+        self._unet = None
+        super().end()
 
     def check_end(self) -> None:
         """Checks after sampling. Raises: UnsupportedModelError: the residuals were never added."""
@@ -110,52 +104,17 @@ class ControlNets:
                 "(TensorRT, or an extension that replaces the UNet). Disable that, or set identity_net to 0."
             )
 
-    @contextmanager
-    def around(
-        self, args: tuple, kwargs: Mapping[str, Any], step: DenoiseStep, injections: Sequence[Injection]
-    ) -> Iterator[None]:
-        """Runs the ControlNets that are active in a UNet call, and adds their residuals in the call inside the `with`.
-
-        Args:
-            args, kwargs: of the call. injections: with a Control.
-
-        Raises:
-            UnsupportedModelError: the network does not fit the UNet.
-        """
-        active = [injection for injection in injections if injection.is_controlled(step)]
-        if not active:
-            yield
-            return
-        x: Tensor = args[0] if args else kwargs["x"]
-        timesteps = args[1] if len(args) > 1 else kwargs["timesteps"]
-        found = [self._residuals(injection, x, timesteps, kwargs.get("y"), step) for injection in active]
-        with ExitStack() as hooks:
-            self._attach([torch.stack(same).sum(0) for same in zip(*found)], hooks)
-            yield
-
-    @torch.no_grad()
-    def _residuals(
-        self, injection: Injection, x: Tensor, timesteps: Tensor, y: Tensor | None, step: DenoiseStep
-    ) -> list[Tensor]:
-        """Runs one ControlNet. Returns its residuals [B, C, h, w], in the order of the UNet's blocks."""
-        control, rows = injection.control, identity_rows(injection, step, len(x))
-        assert control is not None
-        net = self._nets[control.path]
+    def run(self, net: Any, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None) -> Any:
         if next(net.parameters()).device != x.device:
             net.to(x.device)
-        found = net(
-            x=x[:, :LATENT_CHANNELS],
-            hint=self._points.of(control, x).to(x.device, x.dtype),
-            timesteps=timesteps,
-            context=control.context(rows).to(x.device, x.dtype),
-            y=y,
-        )
         self._has_run = True
-        return [residual * control.weight for residual in weighted(found, rows, injection.mask)]
+        return net(x=x, hint=hint.to(x.dtype), timesteps=timesteps, context=context.to(x.dtype), y=y)
 
-    def _attach(self, residuals: Sequence[Tensor], hooks: ExitStack) -> None:
-        """Hooks the UNet's blocks. residuals: those of the input blocks, in order, and that of the middle block."""
-        *skips, middle = residuals
+    def put(self, found: Sequence[Found], args: tuple, kwargs: Mapping[str, Any], hooks: ExitStack) -> None:
+        """Hooks the UNet's blocks. The residuals are those of the input blocks, in order, and that of the middle
+        block."""
+        each = ([residual * weight for residual in residuals] for _, weight, residuals in found)
+        *skips, middle = (torch.stack(same).sum(0) for same in zip(*each))
         blocks: Any = getattr(self._unet, "output_blocks", ())
         if len(skips) != len(blocks):
             raise UnsupportedModelError(

@@ -13,11 +13,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from lib_pulid.hosts import Host, Plan
+from lib_pulid.hosts.control_base import Loader
 from lib_pulid.hosts.injector import Injector
 from lib_pulid.injection import DenoiseStep
 
@@ -65,6 +67,7 @@ class Run:
         self.is_sampling = False
         self._host = host
         self._injector = Injector(plan)
+        self._nets = host.nets.ControlNets(host.loader)
         self._progress = Progress()
         self._hooks = ExitStack()  # on the denoiser
         self._hooked: nn.Module | None = None
@@ -112,6 +115,7 @@ class Run:
     def end(self) -> None:
         self.unhook()
         self._injector.end()
+        self._nets.end()
         self.p = self._error = None
 
     # ------------------------------------------------------------ hooks on the denoiser
@@ -131,9 +135,12 @@ class Run:
         self._call.close()  # in case the last call ended with a BaseException
         self._step = None
         call = self.read(args[0] if args else kwargs["x"], kwargs)
-        if call is not None:
-            self._step, whole = call
-            self._call.enter_context(self._injector.around(self._step, whole))
+        if call is None:
+            return None
+        self._step, whole = call
+        self._call.enter_context(self._injector.around(self._step, whole))
+        controlled = self._injector.controlled
+        return self._nets.add(args, kwargs, self._step, controlled, self._call) if controlled else None
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._call.close()
@@ -146,9 +153,11 @@ class WebUI(Host):
     """Keeps the runs; see `hosts.Host`."""
 
     run_class: type[Run]
+    nets: ModuleType  # with its ControlNets
 
     def __init__(self) -> None:
         self.running: list[Run] = []
+        self.loader = Loader(self.nets.build)
 
     def callbacks(self) -> dict[str, Callable[..., None]]:
         return {"cfg_denoiser": self._before_step, "cfg_denoised": self._after_step, "script_unloaded": self.stop}

@@ -1,10 +1,11 @@
-"""What the WebUIs share of a method's ControlNet: the file that was loaded last, whether all of it was, and the points
-drawn for a pass."""
+"""What the WebUIs share of a method's ControlNets: the file that was loaded last, whether all of it was, and how the
+networks are run."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lib_pulid import disk
-from lib_pulid.control import Control
+from lib_pulid.control import Control, weighted
 from lib_pulid.errors import UnsupportedModelError, WrongWeightsError
+from lib_pulid.injection import DenoiseStep, Injection, identity_rows
 
 LATENT_CHANNELS = 4  # an inpainting model's input has more after them
 _LATENT_PIXEL = 8
 _SAMPLES = 8  # values of a tensor that are compared
+Found = tuple[Any, float, list[Tensor]]  # the host's object of a ControlNet, its strength, its residuals [B, C, h, w]
 
 
 class Loader:
@@ -76,15 +79,68 @@ def _mark(tensor: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
     return flat.numel(), *flat[:: max(1, flat.numel() // _SAMPLES)].to(dtype).tolist()
 
 
-class Points:
-    """The drawn points of the faces of one generation, each drawn once for an image size."""
+class ControlNets:
+    """The ControlNets of one generation."""
 
-    def __init__(self) -> None:
-        self._drawn: dict[tuple[Control, int, int], Tensor] = {}
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._nets: dict[Path, Any] = {}
+        self._points: dict[tuple[Control, int, int], Tensor] = {}  # drawn once for an image size
 
-    def of(self, control: Control, x: Tensor) -> Tensor:
-        """Returns what a ControlNet sees beside latents [B, C, h, w], [1, 3, 8h, 8w] float32 RGB, 0..1."""
+    def load(self, injections: Sequence[Injection], dtype: torch.dtype | None, denoiser: nn.Module) -> list[Any]:
+        """Loads what the injections need, and returns it without what was there already. Raises: see `Loader.load`."""
+        paths = dict.fromkeys(injection.control.path for injection in injections)  # type: ignore[union-attr]
+        new = {path: self._loader.load(path, dtype, denoiser) for path in paths if path not in self._nets}
+        self._nets |= new
+        return list(new.values())
+
+    def end(self) -> None:
+        self._nets, self._points = {}, {}
+
+    @torch.no_grad()
+    def add(
+        self,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        step: DenoiseStep,
+        injections: Sequence[Injection],
+        hooks: ExitStack,
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """Runs the ControlNets that are active in a denoiser call, and adds their residuals in it.
+
+        Args:
+            args, kwargs: of the call. injections: with a Control. hooks: is closed after the call.
+
+        Returns:
+            The arguments with which the call goes on; None: the same.
+
+        Raises:
+            UnsupportedModelError: the network does not fit the UNet.
+        """
+        x: Tensor = args[0] if args else kwargs["x"]
+        timesteps = args[1] if len(args) > 1 else kwargs["timesteps"]
+        found = []
+        for injection in injections:
+            control = injection.control
+            if control is None or not injection.is_controlled(step):
+                continue
+            net, rows = self._nets[control.path], identity_rows(injection, step, len(x))
+            latents, context = x[:, :LATENT_CHANNELS], control.context(rows).to(x.device)
+            made = self.run(net, latents, self._hint(control, x), timesteps, context, kwargs.get("y"))
+            found.append((net, control.weight, weighted(made, rows, injection.mask)))
+        return self.put(found, args, kwargs, hooks) if found else None
+
+    def run(self, net: Any, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None) -> Any:
+        """Runs the host's object of a ControlNet, on the device of x [B, 4, h, w]. hint: [1, 3, 8h, 8w], 0..1."""
+        raise NotImplementedError
+
+    def put(self, found: Sequence[Found], args: tuple, kwargs: Mapping[str, Any], hooks: ExitStack) -> Any:
+        """Adds residuals in a call; see `add`."""
+        raise NotImplementedError
+
+    def _hint(self, control: Control, x: Tensor) -> Tensor:
+        """Returns what a ControlNet sees beside latents [B, C, h, w]: the points, [1, 3, 8h, 8w] RGB, 0..1."""
         height, width = (side * _LATENT_PIXEL for side in x.shape[-2:])
-        if (control, height, width) not in self._drawn:
-            self._drawn[control, height, width] = control.image(height, width)
-        return self._drawn[control, height, width]
+        if (control, height, width) not in self._points:
+            self._points[control, height, width] = control.image(height, width)
+        return self._points[control, height, width].to(x.device)

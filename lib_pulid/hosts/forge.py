@@ -22,11 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from lib_pulid.errors import SettingError, UnsupportedModelError
-from lib_pulid.hosts import Host, LoadedModel, Plan
+from lib_pulid.hosts import Host, LoadedModel, forge_control
 from lib_pulid.hosts.base import Run, WebUI
-from lib_pulid.hosts.control_base import Loader
 from lib_pulid.hosts.families import sites_of
-from lib_pulid.hosts.forge_control import ControlNets, build
 from lib_pulid.injection import DenoiseStep
 
 _SLOT = "model_function_wrapper"
@@ -60,15 +58,10 @@ class _Run(Run):
     _params: Any = None  # the host's, of this step
     _has_stepped = _has_called = False
 
-    def __init__(self, host: WebUI, p: Any, plan: Plan) -> None:
-        super().__init__(host, p, plan)
-        self._nets = ControlNets(host.loader)  # type: ignore[attr-defined]
-
     def end(self) -> None:
         self._unpatch()
         super().end()
         self._refusal = self._params = None
-        self._nets.end()
 
     def check(self) -> None:
         super().check()
@@ -155,13 +148,6 @@ class _Run(Run):
         finally:
             self.unhook()
 
-    def enter(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        super().enter(module, args, kwargs)
-        controlled = self._injector.controlled
-        if self._step is None or not controlled:
-            return None
-        return self._nets.added(args, kwargs, self._step, controlled)
-
     def read(self, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[DenoiseStep, tuple[int, int]]:
         options = kwargs["transformer_options"]
         rows = _rows(options, len(x))
@@ -221,11 +207,7 @@ def _is_same(text: Tensor | None, other: Tensor | None) -> bool:
 
 class Forge(WebUI):
     families = ("sdxl", "flux")
-    run_class = _Run
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loader = Loader(build)
+    run_class, nets = _Run, forge_control
 
     def loaded_model(self, p: Any) -> LoadedModel:
         name = getattr(getattr(p.sd_model, "sd_checkpoint_info", None), "name_for_extra", "")
