@@ -67,11 +67,16 @@ class Pulid {
         return box ? box.checked : this.accordion.querySelector(".label-wrap").classList.contains("open");
     }
 
+    /** Returns the numbers of all people. */
+    people() {
+        const numbers = [];
+        while (this.element(`${numbers.length + 1}_enabled`)) numbers.push(numbers.length + 1);
+        return numbers;
+    }
+
     /** Returns the units that are on, with the badge's text for each. */
     units() {
-        const units = [];
-        for (let n = 1; this.element(`${n}_enabled`); n++) units.push(this.unit(n));
-        return units.filter(Boolean);
+        return this.people().map((n) => this.unit(n)).filter(Boolean);
     }
 
     /** Returns the badge's text for person n, and whether a photo or an identity is there; null if the person is off. */
@@ -133,22 +138,19 @@ class Pulid {
 
     // ---------------------------------------------------------------- photos
 
-    /** Returns the drop zone that an element of the accordion belongs to. */
-    zone(target) {
-        for (let n = 1; this.element(`${n}`); n++) {
-            const row = this.element(`${n}_drop`)?.closest(".pulid-photos");
-            if (row && row.contains(target)) return this.element(`${n}_drop`);
-        }
-        return null;
+    /** Returns the drop zones of all people. */
+    zones() {
+        return this.people().map((n) => this.element(`${n}_drop`));
     }
 
-    /** Returns the drop zone of the visible tab, for a paste. */
-    visibleZone() {
-        for (let n = 1; this.element(`${n}`); n++) {
-            const zone = this.element(`${n}_drop`);
-            if (zone && zone.offsetParent !== null) return zone;
-        }
-        return null;
+    /** Returns the drop zone that an element of the accordion belongs to. */
+    zone(target) {
+        return this.zones().find((zone) => zone?.closest(".pulid-photos")?.contains(target));
+    }
+
+    /** Returns the number of the person whose tab is open. */
+    selected() {
+        return this.zones().findIndex((zone) => zone && zone.offsetParent !== null) + 1;
     }
 
     hover(event, over) {
@@ -171,7 +173,7 @@ class Pulid {
 
     /** Returns whether pasted images were added. */
     paste(event) {
-        const zone = this.accordion && this.isOn() && this.visibleZone();
+        const zone = this.accordion && this.isOn() && this.zones()[this.selected() - 1];
         const files = Pulid.pictures(event.clipboardData);
         const near = zone && (this.accordion.contains(event.target) || this.accordion.matches(":hover"));
         if (!near || !files.length) return false;
@@ -184,9 +186,8 @@ class Pulid {
         const cross = event.target.closest(".pulid-strip button");
         if (!cross) return;
         Pulid.removed = Number(cross.dataset.index);
-        for (let n = 1; this.element(`${n}`); n++) {
-            if (this.element(`${n}_photos`)?.contains(cross)) this.element(`${n}_remove`)?.click();
-        }
+        const owner = this.people().find((n) => this.element(`${n}_photos`)?.contains(cross));
+        this.element(`${owner}_remove`)?.click();
     }
 
     static removed = -1;

@@ -35,17 +35,12 @@ class Regions {
 
     /** Returns the number of the person whose tab is open. */
     selected() {
-        for (let n = 1; this.field(n); n++) {
-            if (this.pulid.element(`${n}_drop`)?.offsetParent !== null) return n;
-        }
-        return 1;
+        return this.pulid.selected() || 1;
     }
 
     /** Returns the boxes of all people, as [person, box, whether it has an effect]. */
     boxes() {
-        const found = [];
-        for (let n = 1; this.field(n); n++) found.push([n, this.read(n), this.pulid.isUsed(n)]);
-        return found.filter(([, box]) => box);
+        return this.pulid.people().map((n) => [n, this.read(n), this.pulid.isUsed(n)]).filter(([, box]) => box);
     }
 
     // ---------------------------------------------------------------- drawing
