@@ -21,12 +21,24 @@ from lib_pulid.fields import AUTO, FIELD, FIELDS, NONE, PRESET_TIPS, Field
 from lib_pulid.units import PulidUnit
 from lib_pulid.webui import blending, canvas
 from lib_pulid.webui.actions import Actions
-from lib_pulid.webui.following import FOLLOWING, PRESET_FIELDS, Following, preset_choices
+from lib_pulid.webui.following import FOLLOWING, PRESET_FIELDS, ROWS, Following, is_shown, preset_choices
 from lib_pulid.webui.infotext import PastedField
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.missing import Missing
 from lib_pulid.webui.preset_row import PresetRow
 from lib_pulid.webui.widgets import AT_ONCE, TOOL, Unspoken, remembered_signatures, silent, tool
+
+# The rows below "Advanced".
+ADVANCED = (
+    ("projection", "num_zero"),
+    ("start_step", "cfg_start_step"),
+    ("lora_weight",),
+    ("identity_net",),
+    ("start", "end"),
+    ("face_order", "face_index"),
+    ("fusion", "hires"),
+    ("draw", "keep_best"),
+)
 
 
 @dataclass(frozen=True)
@@ -117,13 +129,14 @@ class _Unit:
         self._tab, self._number, self._actions, self._following = tab, number, actions, following
         self._defaults = replace(PulidUnit(), enabled=number == 1).positions()
         self.widgets: dict[str, Any] = {}
+        self._rows: dict[str, Any] = {}  # by their first settings
         self._photos()
         self._faces()
         self._strength()
         with gr.Accordion("Advanced", open=False, elem_id=self._id("advanced")):
             self._advanced()
         w = self.widgets
-        self.following = [w["weight"], w["preset"], w["fusion"], self._sdxl, self._flux, self._lora, self._net]
+        self.following = [w["weight"], w["preset"], w["fusion"], *(self._rows[name] for name in ROWS)]
         self._wire()
 
     def _id(self, name: str) -> str:
@@ -198,7 +211,7 @@ class _Unit:
 
     def _strength(self) -> None:
         with gr.Row():
-            self._slider("weight")
+            self._setting("weight")
             family = self._shown.value
             preset = self._common(FIELD["preset"]) | ({"info": PRESET_TIPS[family]} if family else {})
             self.widgets["preset"] = gr.Radio(choices=preset_choices(family), **preset)
@@ -207,40 +220,21 @@ class _Unit:
         self.widgets["model"] = gr.Dropdown(choices=[AUTO], allow_custom_value=True, **self._common(FIELD["model"]))
 
     def _advanced(self) -> None:
-        with gr.Row(visible=self._shown.value in ("", "sdxl")) as self._sdxl:
-            self._choice("projection")
-            self._slider("num_zero")
-        with gr.Row(visible=self._shown.value in ("", "flux")) as self._flux:
-            self._slider("start_step")
-            self._slider("cfg_start_step")
-        with gr.Row(visible=False) as self._lora:
-            self._slider("lora_weight")
-        with gr.Row(visible=False) as self._net:
-            self._slider("identity_net")
-        with gr.Row():
-            self._slider("start")
-            self._slider("end")
-        with gr.Row():
-            self._choice("face_order")
-            self._slider("face_index")
-        with gr.Row():
-            self._choice("fusion")
-            self._choice("hires")
-        with gr.Row():
-            self._choice("draw")
-            self._slider("keep_best")
+        for first, *others in ADVANCED:
+            with gr.Row(visible=first not in ROWS or is_shown(first, self._shown.value, None)) as self._rows[first]:
+                for name in (first, *others):
+                    self._setting(name)
         self._hidden("mask")
         self.widgets["box"] = gr.Textbox(max_lines=1, placeholder="0 0 0.5 1", **self._common(FIELD["box"]))
         canvas.build(self._tab, self._number, self.widgets["mask"])
 
-    def _slider(self, name: str) -> None:
+    def _setting(self, name: str) -> None:
         field = FIELD[name]
-        limits = {"minimum": field.minimum, "maximum": field.maximum, "step": field.step}
-        self.widgets[name] = gr.Slider(**limits, **self._common(field))
-
-    def _choice(self, name: str) -> None:
-        field = FIELD[name]
-        self.widgets[name] = gr.Dropdown(choices=list(field.choices), **self._common(field))
+        if field.choices:
+            self.widgets[name] = gr.Dropdown(choices=list(field.choices), **self._common(field))
+        else:
+            limits = {"minimum": field.minimum, "maximum": field.maximum, "step": field.step}
+            self.widgets[name] = gr.Slider(**limits, **self._common(field))
 
     # ------------------------------------------------------------ events
 

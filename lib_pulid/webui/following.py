@@ -147,7 +147,7 @@ def _for_method(family: str, method: Method | None, fusion: str, *values: Any) -
     return [
         gr.update(choices=preset_choices(family), visible=has_preset, **preset),
         gr.update(choices=fusions, value=fusion if fusion in fusions else FIELD["fusion"].default),
-        *(gr.update(visible=_is_shown(name, family, method)) for name in ROWS),
+        *(gr.update(visible=is_shown(name, family, method)) for name in ROWS),
     ]
 
 
@@ -156,7 +156,7 @@ def _may_mix(method: Method) -> bool:
     return any(one.several == "first" for one in METHODS if (one.name, one.family) == (method.name, method.family))
 
 
-def _is_shown(name: str, family: str, method: Method | None) -> bool:
+def is_shown(name: str, family: str, method: Method | None) -> bool:
     """Whether a setting is of use with a checkpoint's family and a method, as far as they are known."""
     candidates = [usual(one) for one in FAMILIES] if method is None else [method]
     return family in ("", FIELD[name].family) and any(has(one, name) for one in candidates)
