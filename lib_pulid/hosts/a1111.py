@@ -100,9 +100,13 @@ class _Run(Run):
         self._window = None
 
     def read(self, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[DenoiseStep, tuple[int, int]] | None:
-        if self._window is None:
-            self._check_seen()
-            return None  # not a sampler's call
+        if self._window is None:  # not a sampler's call
+            if not self._seen:
+                raise UnsupportedModelError(
+                    "The model was called outside of a sampler (as the script “img2img alternative test” does), where "
+                    "PuLID cannot tell the prompt's rows from the negative prompt's. Disable that script or PuLID."
+                )
+            return None
         if self._error is not None:
             raise self._error
         params = self._window.params
@@ -111,13 +115,6 @@ class _Run(Run):
         images = self._window.images(len(x), len(getattr(self.p, "prompts", None) or ()))
         step = DenoiseStep(progress, rows, (x.shape[-2], x.shape[-1]), steps, images)
         return step, (params.x.shape[-2], params.x.shape[-1])
-
-    def _check_seen(self) -> None:
-        if not self._seen:
-            raise UnsupportedModelError(
-                "The model was called outside of a sampler (as the script “img2img alternative test” does), where "
-                "PuLID cannot tell the prompt's rows from the negative prompt's. Disable that script or PuLID."
-            )
 
 
 class A1111(WebUI):

@@ -40,13 +40,11 @@ class Actions:
     def identity_choices(self) -> list[str]:
         return [NONE, *self._library.identities.names()]
 
-    def model_choices(self) -> list[str]:
-        return [AUTO, *self._library.adapters.names()]
-
     def refresh(self, identity: str = NONE) -> tuple[Any, Any]:
         """Lists the identities and the models again. identity: the selected one; it is deselected if it is gone."""
         chosen = {} if self._is_there(identity) else {"value": NONE}
-        return gr.update(choices=self.identity_choices(), **chosen), gr.update(choices=self.model_choices())
+        models = [AUTO, *self._library.adapters.names()]
+        return gr.update(choices=self.identity_choices(), **chosen), gr.update(choices=models)
 
     def _is_there(self, identity: str) -> bool:
         try:

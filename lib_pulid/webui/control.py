@@ -51,14 +51,12 @@ def control_for(
         return None, ""
     try:
         return _made(unit.identity_net, method, identity, model, library), ""
-    except UnsupportedModelError as error:  # of the host: nothing that the user could bring
-        reason: PulidError = error
-    except (MissingWeightsError, IdentityMismatchError) as error:
-        if FIELD in unit.given:
+    except PulidError as error:
+        is_of_host = isinstance(error, UnsupportedModelError)  # nothing that the user could bring
+        is_missing = isinstance(error, (MissingWeightsError, IdentityMismatchError))
+        if not is_of_host and (FIELD in unit.given or not is_missing):
             raise type(error)(place(number, FIELD) + str(error)) from error
         reason = error
-    except PulidError as error:
-        raise type(error)(place(number, FIELD) + str(error)) from error
     warn(
         f"PuLID {spoken(number)}: {reason} Only the other half of {method.name} acts, which keeps less of the face and "
         f"nothing of its pose. To hide this note, set {FIELD} to 0."

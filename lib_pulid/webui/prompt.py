@@ -120,7 +120,9 @@ class Request:
 
         def make(tag: Tag, number: Number) -> PulidUnit:
             base = _base(args, changes, tag.unit, number) if tag.unit else PulidUnit()
-            return base.changed(presets.expand(_values(tag), number), number)
+            preset = {"preset": tag.preset} if tag.preset else {}
+            values = {"enabled": True, "identity": tag.name, **tag.values, **preset}
+            return base.changed(presets.expand(values, number), number)
 
         images: dict[Number, frozenset[int]] = {}
         places: dict[Number, str] = {}
@@ -148,14 +150,6 @@ def _base(
             "setting “Script names to apply to ADetailer”, or leave unit out of the tag."
         )
     return unit_of(args, wanted, changes.get(wanted, {}), number)
-
-
-def _values(tag: Tag) -> dict[str, Any]:
-    """Returns what a tag sets in a unit."""
-    values: dict[str, Any] = {"enabled": True, "identity": tag.name, **tag.values}
-    if tag.preset:
-        values["preset"] = tag.preset
-    return values
 
 
 @dataclass(frozen=True)
