@@ -34,9 +34,10 @@ class PulidScript(generation.Generation):  # not imported by name: the host woul
     def ui(self, is_img2img: bool) -> list[Any]:
         tab = "img2img" if is_img2img else "txt2img"
         actions = Actions(self.library, checkpoint_family)
-        built = accordion.build(tab, settings.units(), self.library, actions, hosts.current().families)
-        self.infotext_fields, self.paste_field_names = built.infotext_fields, built.paste_field_names
-        return built.controls
+        families = hosts.current().families
+        controls, self.infotext_fields = accordion.build(tab, settings.units(), self.library, actions, families)
+        self.paste_field_names = [str(name) for _, name in self.infotext_fields]
+        return controls
 
 
 def checkpoint_family(name: str = "") -> str:

@@ -41,20 +41,15 @@ ADVANCED = (
 )
 
 
-@dataclass(frozen=True)
-class Built:
-    """The widgets that a script's ui() returns. controls: in the order of the positional list."""
-
-    controls: list[Any]
-    infotext_fields: list[tuple[Any, PastedField]]
-    paste_field_names: list[str]
-
-
 @remembered_signatures()
-def build(tab: str, count: int, library: Library, actions: Actions, families: Sequence[str]) -> Built:
+def build(
+    tab: str, count: int, library: Library, actions: Actions, families: Sequence[str]
+) -> tuple[list[Any], list[tuple[Any, PastedField]]]:
     """Builds the accordion of a tab.
 
     tab: "txt2img" or "img2img". count: number of units. families: of the checkpoints that the host can load.
+
+    Returns the widgets that a script's ui() returns, in the order of the positional list; and how to paste into each.
     """
     on = InputAccordion(False, label="PuLID", elem_id=f"pulid_{tab}")
     with on:
@@ -91,7 +86,7 @@ def build(tab: str, count: int, library: Library, actions: Actions, families: Se
     for number, widgets in enumerate((unit.widgets for unit in units), 1):
         controls += [widgets[field.name] for field in FIELDS]
         fields += [(widgets[field.name], PastedField(number, field, library)) for field in FIELDS]
-    return Built(controls, fields, [str(name) for _, name in fields])
+    return controls, fields
 
 
 def _follow_checkpoint(tab: str, units: Sequence[_Unit], following: Following, shown: Any) -> None:
