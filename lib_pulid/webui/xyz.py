@@ -6,6 +6,7 @@ The host shows all axes in one list, so the others' advanced settings are left o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def add_axes(count: int, library: Library, families: Collection[str]) -> None:
 
 
 def _unit_axes(option: type, number: int, library: Library, fields: Sequence[Field]) -> list[Any]:
-    made = [_photo_axis(option, number)]
+    set_photo, confirm = partial(_set_photo, number), partial(_confirm_photos, number)
+    made = [option(f"[PuLID {number}] Photo file", str, set_photo, confirm=confirm, cost=LOADING)]
     for field in fields:
         if field.kind in ("images", "image"):
             continue
@@ -56,8 +58,8 @@ def _unit_axes(option: type, number: int, library: Library, fields: Sequence[Fie
             option(
                 f"[PuLID {number}] {field.label}",
                 convert,
-                _setter(number, field),
-                confirm=_confirm(number, field, library),
+                partial(_set, number, field),
+                confirm=partial(_confirm, number, field, library),
                 cost=LOADING if field.name in ("model", "identity") else 0.0,
                 choices=_choices(field, library),
             )
@@ -65,15 +67,13 @@ def _unit_axes(option: type, number: int, library: Library, fields: Sequence[Fie
     return made
 
 
-def _photo_axis(option: type, number: int) -> Any:
-    def set_photo(p: Any, value: str, values: Any) -> None:
-        _change(p, number, "images", (packed(load_image(_path(p, value, number))),))
+def _set_photo(number: int, p: Any, value: str, values: Any) -> None:
+    _change(p, number, "images", (packed(load_image(_path(p, value, number))),))
 
-    def confirm(p: Any, values: list[str]) -> None:
-        for value in values:
-            load_image(_path(p, value, number))
 
-    return option(f"[PuLID {number}] Photo file", str, set_photo, confirm=confirm, cost=LOADING)
+def _confirm_photos(number: int, p: Any, values: list[str]) -> None:
+    for value in values:
+        load_image(_path(p, value, number))
 
 
 def _path(p: Any, value: str, number: int) -> Path:
@@ -88,27 +88,19 @@ def _path(p: Any, value: str, number: int) -> Path:
     return user_path(value.strip().strip('"'))
 
 
-def _setter(number: int, field: Field) -> Callable[[Any, Any, Any], None]:
-    def set_field(p: Any, value: Any, values: Any) -> None:
-        _change(p, number, field.name, _plain(field, value))
-
-    return set_field
+def _set(number: int, field: Field, p: Any, value: Any, values: Any) -> None:
+    _change(p, number, field.name, _plain(field, value))
 
 
-def _confirm(number: int, field: Field, library: Library) -> Callable[[Any, list[Any]], None]:
+def _confirm(number: int, field: Field, library: Library, p: Any, values: list[Any]) -> None:
     """Checks the values before the grid starts, so that a typo does not show up after an hour."""
-
     finders: dict[str, Callable[[str], Any]] = {"identity": library.identities.path, "model": library.adapters.path}
-
-    def confirm(p: Any, values: list[Any]) -> None:
-        for value in values:
-            for name, plain in library.presets.expand({field.name: _plain(field, value)}, number).items():
-                checked = check(FIELD[name], plain, number)
-                if name in finders and checked != FIELD[name].default:
-                    with at_unit(number, name):
-                        finders[name](checked)
-
-    return confirm
+    for value in values:
+        for name, plain in library.presets.expand({field.name: _plain(field, value)}, number).items():
+            checked = check(FIELD[name], plain, number)
+            if name in finders and checked != FIELD[name].default:
+                with at_unit(number, name):
+                    finders[name](checked)
 
 
 def _plain(field: Field, value: Any) -> Any:
