@@ -46,7 +46,7 @@ def empty_picture(width: float, height: float) -> np.ndarray:
 
 
 def _canvas(elem_id: str) -> tuple[list[Any], list[Callable[..., Any]], Any]:
-    """Builds Forge's own canvas, or gradio 3's sketch pad, or else an upload without a brush.
+    """Builds Forge's own canvas, or gradio 3's sketch pad.
 
     gradio 4's editor freezes the page when it is hidden in an accordion. Returns the widgets with image and strokes,
     their events, and the widget for a new image.
@@ -69,8 +69,5 @@ def _canvas(elem_id: str) -> tuple[list[Any], list[Callable[..., Any]], Any]:
         values = [made.background, made.foreground]
         return values, [value.change for value in values], made.background
     common = {"type": "numpy", "label": "Mask", "show_label": False, "height": HEIGHT, "elem_id": elem_id}
-    if gr.__version__.startswith("3."):
-        sketch = gr.Image(source="upload", tool="sketch", brush_color=WHITE, **common)
-        return [sketch], [sketch.change, sketch.edit], sketch
-    upload = gr.Image(**common)
-    return [upload], [upload.change], upload
+    sketch = gr.Image(source="upload", tool="sketch", brush_color=WHITE, **common)
+    return [sketch], [sketch.change, sketch.edit], sketch
