@@ -7,7 +7,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from secrets import compare_digest
 from typing import Any
+from urllib.parse import quote
+
+from fastapi import Depends, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBasic
 
 from lib_pulid.blend import check_share
 from lib_pulid.errors import (
@@ -34,19 +41,15 @@ DETECT_FIELDS = ("images", "face_order", "face_index")
 
 def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
     """Adds the routes. app: FastAPI. api_auth: "user:password,..." as given to --api-auth."""
-    from fastapi import Depends, Request
-    from fastapi.concurrency import run_in_threadpool
-
     guard = [Depends(_authenticator(api_auth))] if api_auth else []
 
     def add(path: str, endpoint: Any, method: str, **more: Any) -> None:
         app.add_api_route(f"/pulid/{path}", endpoint, methods=[method], dependencies=guard, tags=["PuLID"], **more)
 
     def post(path: str, answer: Any) -> None:
-        async def endpoint(request: Any) -> dict:
+        async def endpoint(request: Request) -> dict:
             return await run_in_threadpool(answer, await _body(request))
 
-        endpoint.__annotations__["request"] = Request  # FastAPI reads it, and cannot resolve it from a string
         body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
         add(path, endpoint, "POST", openapi_extra={"requestBody": body})
 
@@ -66,7 +69,6 @@ def add_error_handler(app: Any) -> None:
 
     Without it, Forge only answers "Internal Server Error".
     """
-    from fastapi.responses import JSONResponse
 
     def answer(request: Any, error: Exception) -> Any:
         ours = isinstance(error, (MissingWeightsError, WrongWeightsError, OutOfMemoryError))
@@ -79,10 +81,8 @@ def add_error_handler(app: Any) -> None:
         app.middleware_stack = app.build_middleware_stack()
 
 
-async def _body(request: Any) -> dict[str, Any]:
+async def _body(request: Request) -> dict[str, Any]:
     """Reads the posted JSON object. FastAPI itself would read gigabytes, and before checking the login."""
-    from fastapi import HTTPException
-
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -207,11 +207,7 @@ def identity_file(name: str, library: Library) -> tuple[str, bytes]:
     return path.name, path.read_bytes()
 
 
-def _file(name: str, content: bytes) -> Any:
-    from urllib.parse import quote
-
-    from fastapi.responses import Response
-
+def _file(name: str, content: bytes) -> Response:
     headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
     return Response(content, media_type="application/octet-stream", headers=headers)
 
@@ -265,11 +261,6 @@ def _photo(text: str, name: str, unit: PulidUnit, library: Library) -> dict[str,
 
 def _authenticator(api_auth: str) -> Any:
     """Returns the same check as the host's own API."""
-    from secrets import compare_digest
-
-    from fastapi import Depends, HTTPException
-    from fastapi.security import HTTPBasic
-
     pairs = (pair.split(":") for pair in api_auth.split(","))
     known = dict(pair for pair in pairs if len(pair) == 2)
 
