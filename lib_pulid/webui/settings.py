@@ -109,11 +109,9 @@ def chosen() -> Settings:
 
 
 def _free_memory() -> int:
-    """Returns the computer's free memory in bytes; 0 if it is not known."""
-    try:
-        import psutil  # the WebUIs bring it
-    except ImportError:
-        return 0
+    """Returns the computer's free memory in bytes."""
+    import psutil  # the WebUIs bring it
+
     return psutil.virtual_memory().available
 
 
