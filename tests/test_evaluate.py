@@ -19,7 +19,7 @@ from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, Pulid
 from lib_pulid.evaluate import command, measures, options, report, results
 from lib_pulid.evaluate.clip import clip_input, open_clip_model
 from lib_pulid.evaluate.judges import OWN, by_recogniser, open_judges
-from lib_pulid.evaluate.plot import Axes, Point, draw_plot, ticks
+from lib_pulid.evaluate.plot import Axes, Point, draw_plot
 from lib_pulid.evaluate.subjects import Prompt, Subject, drawn_people, read_folder, read_prompts
 from lib_pulid.evaluate.trial import (
     Method,
@@ -461,14 +461,6 @@ def test_a_plot_of_nothing_and_of_one_point():
     axes = Axes("title", "text", "x", "y")
     for curves in ([], [("a", [])], [("a", [Point(0.0, -0.2, "0")])]):
         assert draw_plot(curves, axes).size == (1200, 800)
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.034), (-0.13, 1), (0, 0), (0, 87.0)])
-def test_ticks_are_few_and_cover_all(low, high):
-    marks = ticks(low, high)
-    assert 2 <= len(marks) <= 9
-    assert marks[0] <= low + 1e-9
-    assert marks[-1] >= high - 1e-9
 
 
 # ---------------------------------------------------------------- judges and CLIP
