@@ -12,50 +12,65 @@ head's width, the official 64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lib_pulid.encoders import PerceiverLayer, load
 
+Module = TypeVar("Module", bound=nn.Module)
 
-class Resampler(nn.Module):
-    """Learned queries that attend to a sequence: a perceiver.
+
+class FacePerceiver(nn.Module):
+    """A perceiver: given queries attend to a sequence.
 
     Args:
         dim: width of the queries (1280). depth: layers (4). inner_dim: heads x 64 (1280). ff_dim: (5120).
-        num_queries: number of output tokens (16). output_dim: their width (2048).
+        output_dim: width of the output tokens (2048).
         input_dim: width of the sequence: 512 for a face embedding, 1280 for ViT-H's patches.
     """
 
-    def __init__(
-        self, *, dim: int, depth: int, inner_dim: int, ff_dim: int, num_queries: int, output_dim: int, input_dim: int
-    ) -> None:
+    def __init__(self, *, dim: int, depth: int, inner_dim: int, ff_dim: int, output_dim: int, input_dim: int) -> None:
         super().__init__()
         self.input_dim, self.output_dim = input_dim, output_dim
-        self.latents = nn.Parameter(torch.empty(1, num_queries, dim))
         self.proj_in = nn.Linear(input_dim, dim)
         self.proj_out = nn.Linear(dim, output_dim)
         self.norm_out = nn.LayerNorm(output_dim)
         self.layers = nn.ModuleList(PerceiverLayer(dim, inner_dim, ff_dim) for _ in range(depth))
 
+    def forward(self, latents: Tensor, x: Tensor) -> Tensor:
+        """Attends from latents [B, L, dim] to a sequence [B, M, input_dim]: [B, L, output_dim]."""
+        x = self.proj_in(x)
+        for layer in self.layers:
+            latents = layer(x, latents)
+        return self.norm_out(self.proj_out(latents))
+
+
+class Resampler(FacePerceiver):
+    """A perceiver with learned queries. num_queries: number of output tokens (16)."""
+
+    def __init__(self, num_queries: int, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.latents = nn.Parameter(torch.empty(1, num_queries, sizes["dim"]))
+
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Resampler:
         """Builds and strictly loads the projector."""
         _, num_queries, _ = state["latents"].shape
-        with torch.device("meta"):
-            module = cls(num_queries=num_queries, **_sizes(state))
-        load(module, state)
-        return module
+        return _loaded(lambda: cls(num_queries, **_sizes(state)), state)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Encodes a sequence [B, M, input_dim], or one vector [B, input_dim]: [B, num_queries, output_dim]."""
-        x = self.proj_in(x.unsqueeze(1) if x.ndim == 2 else x)
-        latents = self.latents.expand(len(x), -1, -1)
-        for layer in self.layers:
-            latents = layer(x, latents)
-        return self.norm_out(self.proj_out(latents))
+        return super().forward(self.latents.expand(len(x), -1, -1), x.unsqueeze(1) if x.ndim == 2 else x)
+
+
+def _loaded(make: Callable[[], Module], state: Mapping[str, Tensor]) -> Module:
+    with torch.device("meta"):
+        module = make()
+    load(module, state)
+    return module
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
@@ -84,10 +99,7 @@ class ImageProjection(nn.Module):
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> ImageProjection:
         """Builds and strictly loads the projector."""
         (outputs, input_dim), (output_dim,) = state["proj.weight"].shape, state["norm.weight"].shape
-        with torch.device("meta"):
-            module = cls(input_dim, output_dim, outputs // output_dim)
-        load(module, state)
-        return module
+        return _loaded(lambda: cls(input_dim, output_dim, outputs // output_dim), state)
 
     def forward(self, image: Tensor) -> Tensor:
         """Encodes embeddings [B, input_dim]: [B, num_tokens, output_dim]."""
@@ -107,10 +119,7 @@ class FaceProjection(nn.Module):
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> FaceProjection:
         """Builds and strictly loads the projector."""
-        with torch.device("meta"):
-            module = cls(*_mlp_sizes(state))
-        load(module, state)
-        return module
+        return _loaded(lambda: cls(*_mlp_sizes(state)), state)
 
     def forward(self, embedding: Tensor) -> Tensor:
         """Encodes embeddings [B, input_dim]: [B, num_tokens, output_dim]."""
@@ -129,10 +138,7 @@ class FacePlusProjection(FaceProjection):
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> FacePlusProjection:
         """Builds and strictly loads the projector."""
         inner = {key.removeprefix(_PERCEIVER): tensor for key, tensor in state.items() if key.startswith(_PERCEIVER)}
-        with torch.device("meta"):
-            module = cls(*_mlp_sizes(state), perceiver=_sizes(inner))
-        load(module, state)
-        return module
+        return _loaded(lambda: cls(*_mlp_sizes(state), perceiver=_sizes(inner)), state)
 
     def forward(self, embedding: Tensor, patches: Tensor) -> Tensor:  # type: ignore[override]
         """Encodes embeddings [B, 512] and patches [B, M, input_dim]: [B, num_tokens, output_dim].
@@ -141,24 +147,6 @@ class FacePlusProjection(FaceProjection):
         """
         tokens = super().forward(embedding)
         return tokens + self.perceiver_resampler(tokens, patches)
-
-
-class FacePerceiver(nn.Module):
-    """A perceiver whose queries are given. Sizes: as in Resampler."""
-
-    def __init__(self, *, dim: int, depth: int, inner_dim: int, ff_dim: int, output_dim: int, input_dim: int) -> None:
-        super().__init__()
-        self.proj_in = nn.Linear(input_dim, dim)
-        self.proj_out = nn.Linear(dim, output_dim)
-        self.norm_out = nn.LayerNorm(output_dim)
-        self.layers = nn.ModuleList(PerceiverLayer(dim, inner_dim, ff_dim) for _ in range(depth))
-
-    def forward(self, latents: Tensor, x: Tensor) -> Tensor:
-        """Attends from latents [B, L, dim] to a sequence [B, M, input_dim]: [B, L, output_dim]."""
-        x = self.proj_in(x)
-        for layer in self.layers:
-            latents = layer(x, latents)
-        return self.norm_out(self.proj_out(latents))
 
 
 _PERCEIVER = "perceiver_resampler."
