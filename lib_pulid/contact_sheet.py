@@ -34,44 +34,33 @@ class Section:
 def contact_sheet(title: str, text: str, sections: Sequence[Section]) -> Image.Image:
     """Draws the sections one below the other; each tile is TILE pixels wide and high."""
     widest = max(max(len(section.columns), *map(len, section.rows)) for section in sections)
-    width = 2 * MARGIN + widest * (TILE + GAP) - GAP
-    height = 2 * MARGIN + 84 + sum(map(_height, sections))
-    sheet = Image.new("RGB", (width, height), "white")
+    highest = 500 * sum(1 + len(section.rows) for section in sections)  # cut off below
+    sheet = Image.new("RGB", (2 * MARGIN + widest * (TILE + GAP) - GAP, highest), "white")
     pen = ImageDraw.Draw(sheet)
     _write(pen, (MARGIN, MARGIN), title, 40, INK)
     _write(pen, (MARGIN, MARGIN + 54), text, 20, FAINT)
     top = MARGIN + 84
     for section in sections:
-        _draw(sheet, pen, section, top)
-        top += _height(section)
-    return sheet
+        top = _draw(sheet, pen, section, top + 28)
+    return sheet.crop((0, 0, sheet.width, top + MARGIN))
 
 
-def _row(section: Section) -> int:
-    captions = any(tile.caption for row in section.rows for tile in row)
-    return TILE + (12 + LINE if captions else 0) + GAP
-
-
-def _height(section: Section) -> int:
-    words = 64 + (28 if section.text else 0) + (30 if any(section.columns) else 0)
-    return words + len(section.rows) * _row(section)
-
-
-def _draw(sheet: Image.Image, pen: ImageDraw.ImageDraw, section: Section, top: int) -> None:
-    top += 28
+def _draw(sheet: Image.Image, pen: ImageDraw.ImageDraw, section: Section, top: int) -> int:
+    """Draws a section. Returns where it ends."""
     _write(pen, (MARGIN, top), section.heading, 26, INK)
     top += 36
     if section.text:
         _write(pen, (MARGIN, top), section.text, 18, FAINT)
         top += 28
-    left = [MARGIN + i * (TILE + GAP) for i in range(max(len(section.columns), *map(len, section.rows)))]
-    for x, column in zip(left, section.columns):
-        _write(pen, (x, top), column, 18, INK)
+    for i, column in enumerate(section.columns):
+        _write(pen, (MARGIN + i * (TILE + GAP), top), column, 18, INK)
     top += 30 if any(section.columns) else 0
+    captions = any(tile.caption for row in section.rows for tile in row)
     for row in section.rows:
-        for x, tile in zip(left, row):
-            _tile(sheet, pen, tile, x, top)
-        top += _row(section)
+        for i, tile in enumerate(row):
+            _tile(sheet, pen, tile, MARGIN + i * (TILE + GAP), top)
+        top += TILE + (12 + LINE if captions else 0) + GAP
+    return top
 
 
 def _tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, x: int, y: int) -> None:
