@@ -7,12 +7,12 @@ photo. The tags are those of TIFF 6.0, TIFF/EP and DNG 1.7.
 
 from __future__ import annotations
 
+import mmap
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 LONGEST_SIDE = 1000  # pixels: a preview of this size is as good as the photo, which is shrunk to 1024 anyway
 SHORTEST_SIDE = 512  # of a preview, if the photo's size is not known
@@ -32,29 +32,21 @@ _RAW_HEADS = (b"FUJIFILMCCD-RAW", b"FOVb")
 _LOSSLESS = 0xC3  # JPEG's marker of a frame with sensor data
 
 
-class Content(Protocol):
-    """bytes, or a file mapped into memory."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, part: slice) -> bytes: ...
-    def find(self, sub: bytes, start: int = ...) -> int: ...
-
-
-@dataclass(frozen=True)
-class Inner:
-    """An image in a file. content: a complete file. orientation: Exif's number in the outer file, used if the image has
-    none."""
-
-    content: bytes
-    orientation: int = 1
+Content = bytes | mmap.mmap
 
 
 @dataclass(frozen=True)
 class CameraFile:
-    """The images in a camera file that are large enough to replace the photo, largest first, and the size of the
-    largest smaller one, or (0, 0)."""
+    """The images in a camera file.
 
-    pictures: tuple[Inner, ...]
+    Args:
+        pictures: complete files of those that are large enough to replace the photo, largest first.
+        orientation: Exif's number in the outer file, used if the image has none.
+        thumbnail: the size of the largest smaller image, or (0, 0).
+    """
+
+    pictures: tuple[bytes, ...]
+    orientation: int
     thumbnail: tuple[int, int]
 
 
@@ -100,7 +92,7 @@ def _sorted(data: Content, pages: Sequence[Mapping[int, int]], raw: bool) -> Cam
     enough = min(LONGEST_SIDE, whole / 2) if photo_known and whole else SHORTEST_SIDE
     large = [one for one in found if max(one[0]) >= enough][:_TRIED]
     small = (size for size, _ in found if max(size) < enough)
-    return CameraFile(tuple(Inner(content(), orientation) for _, content in large), next(small, (0, 0)))
+    return CameraFile(tuple(content() for _, content in large), orientation, next(small, (0, 0)))
 
 
 def _area(page: Mapping[int, int]) -> int:
@@ -198,7 +190,7 @@ def _segments(data: Content, at: int) -> Iterator[tuple[int, int, int]]:
         yield head[1], at + 4, at + 2 + length
         at += 2 + length
         if head[1] == 0xDA:  # entropy-coded data follows; markers in it are restarts
-            next_marker = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]").search(data, at)  # type: ignore[call-overload]
+            next_marker = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]").search(data, at)
             if next_marker is None:
                 return
             at = next_marker.start()

@@ -93,9 +93,9 @@ def _decode(file: Path | io.BytesIO, name: str, background: int) -> np.ndarray:
         camera = None
     if camera is None:
         return _read(file, name, background)
-    for inner in camera.pictures:
+    for content in camera.pictures:
         with contextlib.suppress(ImageError):
-            return _read(io.BytesIO(inner.content), name, background, inner.orientation)
+            return _read(io.BytesIO(content), name, background, camera.orientation)
     width, height = camera.thumbnail
     held = f"only a thumbnail of {width} x {height}" if width else "no readable preview"
     raise ImageError(f"{name}: this is a camera's raw file with {held}. Save the photo as JPEG, PNG or WebP.")
