@@ -20,14 +20,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # how Python reads bytes of a name t
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.EINVAL, errno.EACCES)
 
 
-def is_file(path: str | Path) -> bool:
-    """Like `Path.is_file`, but False if a parent folder cannot be read."""
-    return os.path.isfile(path)
-
-
-def is_folder(path: str | Path) -> bool:
-    """Like `Path.is_dir`, but False if a parent folder cannot be read."""
-    return os.path.isdir(path)
+# Unlike `Path.is_file` and `Path.is_dir`, False if a parent folder cannot be read.
+is_file, is_folder = os.path.isfile, os.path.isdir
 
 
 def listed(folder: str | Path, suffixes: Sequence[str] = ()) -> list[Path]:

@@ -42,11 +42,7 @@ def report(models_dir: Path) -> int:
         first, *others = (file.name for file in catalog.in_group(family))
         adapters.append(f"for {family.upper()}: {DOWNLOAD} {first}   (or {', '.join(others)})")
     print()
-    for problem in [
-        *problems,
-        *_of_methods(models_dir),
-        *adapters,
-    ]:
+    for problem in (*problems, *_of_methods(models_dir), *adapters):
         print(f"to do: {problem}")
     if able and not problems:
         print(f"Ready for {' and '.join(map(str.upper, able))}.")
