@@ -13,7 +13,7 @@ import numpy as np
 
 from lib_pulid import disk
 from lib_pulid.errors import ImageError, NoFaceError, SettingError
-from lib_pulid.images import FORMATS, load_image
+from lib_pulid.images import load_image, readable_suffixes
 
 if TYPE_CHECKING:
     from lib_pulid.training.world import Scene
@@ -79,11 +79,11 @@ def _photos(folder: Path) -> dict[str, list[Path]]:
         raise SettingError(f"--faces is {folder}; it has to be a folder with one photo or subfolder per person.")
     found: dict[str, list[Path]] = {}
     seen: dict[str, str] = {}
-    for entry in sorted(disk.listed(folder), key=_natural):
-        if entry.name.startswith(".") or not (disk.is_folder(entry) or _is_photo(entry)):
-            continue
-        paths = sorted(filter(_is_photo, disk.listed(entry)), key=_natural) if disk.is_folder(entry) else [entry]
-        name = entry.name if disk.is_folder(entry) else entry.stem
+    suffixes = readable_suffixes()
+    folders = [path for path in disk.listed(folder) if disk.is_folder(path) and not path.name.startswith(".")]
+    for entry in sorted([*folders, *disk.listed(folder, suffixes)], key=_natural):
+        paths = sorted(disk.listed(entry, suffixes), key=_natural) if entry in folders else [entry]
+        name = entry.name if entry in folders else entry.stem
         if not paths:
             raise SettingError(f"{entry} has no photos. Add one, or remove the folder.")
         if other := seen.get(name.casefold()):
@@ -95,12 +95,6 @@ def _photos(folder: Path) -> dict[str, list[Path]]:
             f"{folder} has no photos. Put one photo per person there, or a subfolder with several of one person."
         )
     return found
-
-
-def _is_photo(path: Path) -> bool:
-    from PIL import Image
-
-    return not path.name.startswith(".") and Image.registered_extensions().get(path.suffix.lower()) in FORMATS
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
