@@ -19,7 +19,7 @@ from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, Pulid
 from lib_pulid.evaluate import command, measures, options, report, results
 from lib_pulid.evaluate.clip import clip_input, open_clip_model
 from lib_pulid.evaluate.judges import OWN, by_recogniser, open_judges
-from lib_pulid.evaluate.plot import Axes, Point, draw_plot
+from lib_pulid.evaluate.plot import draw_plot
 from lib_pulid.evaluate.subjects import Prompt, Subject, drawn_people, read_folder, read_prompts
 from lib_pulid.evaluate.trial import (
     Method,
@@ -458,9 +458,11 @@ def test_the_plot_has_a_line_per_method(written):
 
 
 def test_a_plot_of_nothing_and_of_one_point():
-    axes = Axes("title", "text", "x", "y")
-    for curves in ([], [("a", [])], [("a", [Point(0.0, -0.2, "0")])]):
-        assert draw_plot(curves, axes).size == (1200, 800)
+    lines = [
+        report.Line("without", 0, 1, {"x": x, "y": y}, {"x": None, "y": None}, {}) for x, y in ((None, 1), (0, -0.2))
+    ]
+    for some in ([], lines[:1], lines):
+        assert draw_plot(some, "x", "y", "text", ("x", "y")).size == (1200, 800)
 
 
 # ---------------------------------------------------------------- judges and CLIP

@@ -11,14 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from lib_pulid import __version__
 from lib_pulid.disk import fingerprint
 from lib_pulid.evaluate.judges import OWN
-from lib_pulid.evaluate.plot import Axes, Point, draw_plot
+from lib_pulid.evaluate.plot import draw_plot
 from lib_pulid.evaluate.report import Line, equal_likeness, summarize, table, traits_table
-from lib_pulid.evaluate.trial import WITHOUT, Method, Panel, Row, Sitter, judge_range, traits_on_photos
+from lib_pulid.evaluate.trial import Method, Panel, Row, Sitter, judge_range, traits_on_photos
 
 PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "insightface", "numpy", "pillow")
 
@@ -69,16 +67,20 @@ def _versions() -> dict[str, str]:
 def write(results: Mapping[str, Any], out: Path, as_json: bool) -> None:
     """Writes the files into a folder and prints the tables, or the JSON."""
     lines = [Line(**line) for line in results["summary"]]
-    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    (out / "results.json").write_text(text, encoding="utf-8")
+    plain = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    (out / "results.json").write_text(plain, encoding="utf-8")
     words = _words(results, lines)
     (out / "table.md").write_text(words, encoding="utf-8")
-    written = ["table.md", "results.json"]
+    written, judge = ["table.md", "results.json"], results["judges"][0]["name"]
+    text = (
+        f"{len(results['people'])} people, {results['settings']['seeds']} seeds; numbers: weight; bars: {_over(lines)}"
+    )
+    y = f"likeness by {judge}{' recognizer, which overestimates' * (judge == OWN)}"
     for name, figure, label in PLOTS:
         if any(line.figures[figure] is not None for line in lines):
-            plot(results, lines, figure, label).save(out / name)
+            draw_plot(lines, figure, f"likeness, {judge}", text, (label, y)).save(out / name)
             written.append(name)
-    print(text if as_json else words, end="")
+    print(plain if as_json else words, end="")
     print(f"wrote {', '.join(written)} into {out}", file=sys.stderr)
 
 
@@ -103,32 +105,6 @@ PLOTS = (
     ("plot.png", "change / another seed's", "change outside the head (1: as much as another seed changes)"),
     ("plot_clip.png", "CLIP-I", "1 - CLIP-I, against the image without"),
 )
-
-
-def plot(results: Mapping[str, Any], lines: Sequence[Line], figure: str, label: str) -> Image.Image:
-    """Plots likeness by the first judge against one figure of change."""
-    judge = results["judges"][0]["name"]
-    without = [line for line in lines if line.method == WITHOUT]
-    curves: list[tuple[str, list[Point]]] = []
-    for name in dict.fromkeys(line.method for line in lines if line.method != WITHOUT) or [WITHOUT]:
-        own = [line for line in lines if line.method == name != WITHOUT]
-        points = [_point(line, f"likeness, {judge}", figure, not curves) for line in (*without, *own)]
-        curves.append((name, [point for point in points if point]))
-    text = (
-        f"{len(results['people'])} people, {results['settings']['seeds']} seeds; numbers: weight; bars: {_over(lines)}"
-    )
-    y = f"likeness by {judge}{' recognizer, which overestimates' * (judge == OWN)}"
-    return draw_plot(curves, Axes("More likeness, fewer side effects: upper left is better", text, label, y))
-
-
-def _point(line: Line, likeness: str, figure: str, first: bool) -> Point | None:
-    """Makes a point. first: of the first curve, the only one that labels the common starting point."""
-    x, y = line.figures[figure], line.figures[likeness]
-    if x is None or y is None:
-        return None
-    label = f"{line.weight:g}" if line.method != WITHOUT else WITHOUT * first
-    x_spread, y_spread = line.spreads[figure] or 0.0, line.spreads[likeness] or 0.0
-    return Point(1 - x if figure == "CLIP-I" else x, y, label, x_spread, y_spread)
 
 
 def _over(lines: Sequence[Line]) -> str:
