@@ -25,19 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from lib_pulid.disk import ProgressCallback, no_progress
 from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
 from lib_pulid.files import catalog, download, places
 from lib_pulid.files.catalog import WeightFile
-from lib_pulid.files.download import Download, RetryPolicy
+from lib_pulid.files.download import Download
 from tests import file_server
 from tests.file_server import FOREVER, chunked, cut, held, length, other_bytes, serving, slowly, status, until
 
 ROOT = Path(__file__).parents[1]
 DATA = random.Random(0).randbytes(500_000)
 SUM = hashlib.sha256(DATA).hexdigest()
-QUICK = RetryPolicy(timeout=5, attempts=3, wait=0.02, longest=3)  # a busy machine is no stall
+ATTEMPTS = 3
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,13 @@ def _nobody_elses_files(monkeypatch, tmp_path):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr(places, "_package", lambda name: [])
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    for name, value in (("ATTEMPTS", ATTEMPTS), ("FIRST_WAIT", 0.02), ("LONGEST_WAIT", 3)):
+        monkeypatch.setattr(download, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 5)  # a busy machine is no stall
 
 
 @pytest.fixture
@@ -59,8 +67,8 @@ def wanted(server, tmp_path) -> Download:
     return Download(server.url("a.bin"), tmp_path / "models" / "a.bin", len(DATA), SUM)
 
 
-def get(wanted: Download, tell=lambda done, total, note: None, policy: RetryPolicy = QUICK, **headers: str) -> None:
-    download.fetch(wanted, headers, tell, policy)
+def get(wanted: Download, tell=lambda done, total, note: None, **headers: str) -> None:
+    download.fetch(wanted, headers, tell)
 
 
 def files(wanted: Download) -> list[str]:
@@ -109,7 +117,7 @@ def test_one_that_always_breaks_off_is_given_up_and_kept(server, wanted):
     with pytest.raises(DownloadError, match=r"(of 500,000 bytes|connection failed).*; the 1\d\d kB received are kept"):
         get(wanted)
     assert files(wanted) == ["a.bin.part"]
-    assert len(server.asked) == 1 + QUICK.attempts - 1
+    assert len(server.asked) == 1 + ATTEMPTS - 1
     server.misbehave()
     get(wanted)
     assert is_whole(wanted)
@@ -172,18 +180,21 @@ def test_what_is_not_the_file_or_cannot_be_checked_is_not_taken(server, wanted):
         fails(replace(wanted, size=0, sha256=""), words)
 
 
-def test_a_stall_is_noticed_and_overcome(server, wanted):
+def test_a_stall_is_noticed_and_overcome(server, wanted, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(download, "ATTEMPTS", 50)
     server.misbehave(cut(200_000, FOREVER))
     notes = set()
-    get(wanted, lambda done, total, note: notes.add(note), replace(QUICK, timeout=0.5, attempts=50))
+    get(wanted, lambda done, total, note: notes.add(note))
     assert is_whole(wanted)
     assert any("connection failed" in note and "next attempt in" in note for note in notes)
 
 
-def test_a_server_that_never_answers_and_none(wanted):
+def test_a_server_that_never_answers_and_none(wanted, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.4)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         wanted = replace(wanted, url=f"http://127.0.0.1:{silent.getsockname()[1]}/a.bin")
-        fails(wanted, "connection failed .*time", policy=replace(QUICK, timeout=0.4))
+        fails(wanted, "connection failed .*time")
     fails(wanted, "connection failed .*(refused|connect)")
 
 
@@ -215,7 +226,7 @@ def test_a_busy_server_is_asked_again(server, wanted, code):
     wanted.target.unlink()
     with pytest.raises(DownloadError, match=str(code)):
         get(wanted)
-    assert len(server.asked) == 3 + QUICK.attempts
+    assert len(server.asked) == 3 + ATTEMPTS
 
 
 def test_it_waits_as_long_as_the_server_asks(server, wanted):
@@ -402,9 +413,10 @@ def hub_file(**facts: object) -> WeightFile:
 def from_hub(tmp_path: Path, file: WeightFile, **variables: str) -> tuple[int, str]:
     code = f"""
         from pathlib import Path
-        from lib_pulid.files.catalog import WeightFile, download
-        from lib_pulid.files.download import RetryPolicy
-        download({file!r}, Path({str(tmp_path)!r}), policy=RetryPolicy(wait=0.02, attempts=2))
+        from lib_pulid.files import download
+        from lib_pulid.files.catalog import WeightFile, download as get
+        download.FIRST_WAIT, download.ATTEMPTS = 0.02, 2
+        get({file!r}, Path({str(tmp_path)!r}))
         """
     return ends(run(textwrap.dedent(code), **variables))
 
@@ -539,7 +551,7 @@ def test_another_recogniser_under_the_name_is_refused(one, tmp_path):
     with pytest.raises(WrongWeightsError, match="is somebody else's, not a.bin; .* the wrong person's face"):
         catalog.require_encoders(tmp_path)
     assert catalog.missing("", tmp_path) == (one,)
-    assert catalog.download(one, tmp_path, policy=QUICK) == path
+    assert catalog.download(one, tmp_path) == path
     assert catalog.require_encoders(tmp_path) == {"recogniser": path}
     assert path.with_name("a.bin.other").read_bytes() == b"1234567"
 
@@ -566,17 +578,17 @@ def test_damage_shows_when_a_file_is_read(one, tmp_path):
 
 def test_what_is_there_is_left_alone(one, server, tmp_path):
     path = put(tmp_path / one.folder / one.folder.rpartition("/")[2] / "a.bin", b"a file of mine")
-    assert catalog.download(one, tmp_path, policy=QUICK) == path
+    assert catalog.download(one, tmp_path) == path
     assert server.asked == []
-    assert catalog.download(one, tmp_path, replace=True, policy=QUICK).read_bytes() == DATA
+    assert catalog.download(one, tmp_path, replace=True).read_bytes() == DATA
     assert path.read_bytes() == b"a file of mine"
 
 
 def test_where_the_source_fails_the_origin_is_asked(one, server, tmp_path):
     file = replace(one, source=server.url("gone.bin"), origin=server.url("a.bin"))
-    assert catalog.download(file, tmp_path, policy=QUICK).read_bytes() == DATA
+    assert catalog.download(file, tmp_path).read_bytes() == DATA
     (tmp_path / one.folder / "a.bin").unlink()
     with pytest.raises(DownloadError) as failed:
-        catalog.download(replace(file, origin=server.url("also-gone.bin")), tmp_path, policy=QUICK)
+        catalog.download(replace(file, origin=server.url("also-gone.bin")), tmp_path)
     for words in ("a.bin could not be downloaded", "404", str(tmp_path / one.folder), server.url("gone.bin")):
         assert words in str(failed.value)

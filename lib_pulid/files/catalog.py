@@ -14,7 +14,7 @@ from lib_pulid import disk
 from lib_pulid.disk import ProgressCallback, format_size, no_progress
 from lib_pulid.errors import DownloadError, MissingWeightsError, WrongWeightsError
 from lib_pulid.files import download as downloads
-from lib_pulid.files.download import Download, RetryPolicy
+from lib_pulid.files.download import Download
 from lib_pulid.files.places import ANTELOPE, BUFFALO, JUDGE, places
 
 MODELS_DIR_VARIABLE = "PULID_MODELS_DIR"
@@ -276,7 +276,6 @@ def download(
     models_dir: Path,
     progress: ProgressCallback = no_progress,
     replace: bool = False,
-    policy: RetryPolicy = RetryPolicy(),  # noqa: B008
 ) -> Path:
     """Downloads a file into its folder, completely or not at all; one that is there and usable is left alone.
 
@@ -292,7 +291,7 @@ def download(
     for source in filter(None, (file.source, file.origin)):
         try:
             url, headers = (source, {}) if "://" in source else downloads.address(source, file.path, file.revision)
-            downloads.fetch(Download(url, target, file.size, file.sha256), headers, progress, policy)
+            downloads.fetch(Download(url, target, file.size, file.sha256), headers, progress)
             return target
         except DownloadError as error:
             errors.append(error)

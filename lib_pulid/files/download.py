@@ -30,22 +30,14 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 16
 SHA256 = re.compile(r"[0-9a-f]{64}")
+ATTEMPTS = 4  # in a row that bring nothing
+FIRST_WAIT = 1.0  # seconds before the second attempt, doubled each time
+LONGEST_WAIT = 120.0  # seconds; the most that a server may ask for
 RETRIED = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
 _NO_ACCESS = ": the file is gated or private, or the token is wrong; look at its page, then set HF_TOKEN"
 _NO_FILE = ": it has no such file"
 REFUSED = {401: _NO_ACCESS, 403: _NO_ACCESS, 404: _NO_FILE, 410: _NO_FILE}
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """timeout: seconds without a byte. attempts: in a row that bring nothing. wait: seconds before the second attempt,
-    doubled each time. longest: the most that a server may ask to wait."""
-
-    timeout: float = 0.0  # 0: HF_HUB_DOWNLOAD_TIMEOUT, 10 by default
-    attempts: int = 4
-    wait: float = 1.0
-    longest: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,6 @@ def fetch(
     download: Download,
     headers: Mapping[str, str] | None = None,
     progress: ProgressCallback = no_progress,
-    policy: RetryPolicy = RetryPolicy(),  # noqa: B008
 ) -> None:
     """Downloads a file. One that has its name and place is kept as `NAME.other`, or `NAME.other2`. Of several processes
     or threads that want the same file, one downloads it and the others wait.
@@ -105,7 +96,7 @@ def fetch(
         download.target.parent.mkdir(parents=True, exist_ok=True)
         with _file_lock(download, progress):
             if size_of(download.target) in (-1, before):  # else another process was quicker
-                _complete(download, dict(headers or {}), progress, policy)
+                _complete(download, dict(headers or {}), progress)
     except OSError as error:
         folder, reason = download.target.parent, error.strerror or error
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
@@ -114,14 +105,14 @@ def fetch(
         raise DownloadError(f"{error.filename or folder} cannot be written ({reason})") from error
 
 
-def _complete(download: Download, headers: dict[str, str], progress: ProgressCallback, policy: RetryPolicy) -> None:
+def _complete(download: Download, headers: dict[str, str], progress: ProgressCallback) -> None:
     resumed = download.received > 0
-    download = _receive(download, headers, progress, policy)
+    download = _receive(download, headers, progress)
     found = sha256_of(download.part, progress=progress) if download.sha256 else ""
     if not found.startswith(download.sha256):
         download.part.unlink()
         if resumed:  # the part of an earlier run can be damaged: once more, from the start
-            return _complete(download, headers, progress, policy)
+            return _complete(download, headers, progress)
         raise DownloadError(f"what was received is not the file: its checksum is {found[:8]}... instead of "
                             f"{download.sha256[:8]}...; it was deleted")  # fmt: skip
     if download.target.exists():
@@ -137,19 +128,19 @@ def _free_name(path: Path) -> Path:
     return other
 
 
-def _receive(download: Download, headers: dict[str, str], progress: ProgressCallback, policy: RetryPolicy) -> Download:
+def _receive(download: Download, headers: dict[str, str], progress: ProgressCallback) -> Download:
     """Fills the part. Returns the download, with size and checksum from the server where we knew none."""
     failed = 0
     while True:
         before = download.received
         try:
-            return _attempt(download, headers, progress, policy.timeout)
+            return _attempt(download, headers, progress)
         except TransientError as error:
             failed = failed + 1 if download.received <= before else 1
-            if failed >= policy.attempts:
+            if failed >= ATTEMPTS:
                 raise DownloadError(f"{error}{_kept(download, ', and the next attempt resumes there')}") from error
-            wait = error.wait or policy.wait * 2 ** (failed - 1)
-            if wait > policy.longest:
+            wait = error.wait or FIRST_WAIT * 2 ** (failed - 1)
+            if wait > LONGEST_WAIT:
                 raise DownloadError(f"the server asks to wait {wait:.0f} seconds ({error}); try again then") from error
             end = time.monotonic() + wait
             while (left := end - time.monotonic()) > 0:
@@ -157,7 +148,7 @@ def _receive(download: Download, headers: dict[str, str], progress: ProgressCall
                 time.sleep(min(left, 0.5))
 
 
-def _attempt(download: Download, headers: dict[str, str], progress: ProgressCallback, timeout: float) -> Download:
+def _attempt(download: Download, headers: dict[str, str], progress: ProgressCallback) -> Download:
     import requests
     from huggingface_hub import constants
 
@@ -165,16 +156,17 @@ def _attempt(download: Download, headers: dict[str, str], progress: ProgressCall
     if start and start == download.size:
         return download
     ask = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
-    timeout = timeout or float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
     try:
-        response = requests.get(download.url, headers=ask, stream=True, timeout=timeout)
+        response = requests.get(
+            download.url, headers=ask, stream=True, timeout=float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        )
     except (OSError, ValueError) as error:  # wider than requests' own: a bundle of certificates may be missing
         raise TransientError(f"the connection failed ({_reason(error)})") from error
     try:
         with response:
             status, begins = response.status_code, response.headers.get("Content-Range", "")
             if status == 401 and headers.pop("Authorization", ""):  # an expired token closes public files too
-                return _attempt(download, headers, progress, timeout)
+                return _attempt(download, headers, progress)
             if status == 416 or (status == 206 and not begins.startswith(f"bytes {start}-")):
                 download.part.unlink(missing_ok=True)
                 raise TransientError("the server cannot resume the download")
