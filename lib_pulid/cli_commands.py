@@ -32,7 +32,6 @@ def run_demo(arguments: argparse.Namespace) -> int:
 def run_generate(arguments: argparse.Namespace) -> int:
     from lib_pulid import cli_checks
     from lib_pulid.identity import Identity, with_uncond
-    from lib_pulid.injection import compile_injection
 
     if bool(arguments.face) == bool(arguments.identity):
         raise SettingError("Give either --face (once or more) or --identity.")
@@ -47,14 +46,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     cli_checks.in_words(lambda: unit.check_steps(family, cli_checks.steps_of(arguments), 0))
     identity = with_uncond(saved, workshop.adapter) if saved else _identity(workshop, arguments)
     unit = unit.on(family, workshop.adapter.method)
-    injection = compile_injection(
-        workshop.adapter,
-        identity,
-        **unit.settings(workshop.adapter.method),
-        mask=mask,
-        device=workshop.device,
-        dtype=workshop.base.dtype,
-    )
+    injection = workshop.compiled(identity, mask=mask, **unit.settings(workshop.adapter.method))
     settings = {name: getattr(arguments, name) for name in ("seed", "steps", "size", "guidance")}
     net, words = _control_net(workshop, identity, injection, unit, arguments)
     with net:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from lib_pulid.files.catalog import FAMILIES
 from lib_pulid.hosts.diffusers import denoiser_of
 from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource, load_image
-from lib_pulid.injection import Injection, compile_injection
+from lib_pulid.injection import Injection
 from lib_pulid.judge import Judge
 from lib_pulid.photos import IdentityCache
 from lib_pulid.sites import find_sites
@@ -93,10 +92,6 @@ def _identity(workshop: Workshop, photo: ImageSource, choice: FaceChoice = LARGE
     return workshop.identity([photo], choice, on_face=tell)
 
 
-def _compiled(workshop: Workshop, identity: Identity, **settings: Any) -> Injection:
-    return compile_injection(workshop.adapter, identity, device=workshop.device, dtype=workshop.base.dtype, **settings)
-
-
 def _changed(before: Image.Image, after: Image.Image) -> tuple[Image.Image, float]:
     """Returns the difference, black on white, and the fraction of pixels that differ by more than a tenth."""
     change = np.abs(np.asarray(after, np.int16) - np.asarray(before, np.int16)).max(axis=2)
@@ -122,7 +117,7 @@ def _photographs(workshop: Workshop, photo: Path | None) -> Image.Image:
     plain, _ = workshop.paint([], PROMPT, **settings)
     images = []
     for weight in weights:
-        injection = _compiled(workshop, identity, weight=weight)
+        injection = workshop.compiled(identity, weight=weight)
         image, used = workshop.paint([injection], PROMPT, **settings)
         images.append(image)
         kept = f"{injection.nbytes / 1e6:.1f} MB kept for sampling"
@@ -197,7 +192,7 @@ def _drawings(workshop: Workshop, photo: Path | None) -> Image.Image:
 def _row(show: _Show, source: ImageSource) -> list[Tile]:
     identity, reference = _identity(show.workshop, source), load_image(source)
     plain = show.plain
-    injections = [_compiled(show.workshop, identity, weight=weight) for weight in STRENGTHS]
+    injections = [show.workshop.compiled(identity, weight=weight) for weight in STRENGTHS]
     whole = injections[STRENGTHS.index(1.0)]
     *images, other = show.paint(*(([injection], ONE) for injection in injections), ([whole], OTHER))
     difference, fraction = _changed(plain, images[STRENGTHS.index(1.0)])
@@ -211,7 +206,7 @@ def _together(show: _Show) -> Section:
     """Shows two people in one image, each in a half, and one face of a group."""
     left, right = (miniature.portrait(n) for n in PEOPLE[:2])
     group, order = miniature.group(PEOPLE[1:4]), FaceChoice("left-to-right", 2)
-    chosen = _compiled(show.workshop, _identity(show.workshop, group, order), weight=1.0)
+    chosen = show.workshop.compiled(_identity(show.workshop, group, order), weight=1.0)
     both, neither, alone = show.paint((_two(show, left, right), TWO), ([], TWO), ([chosen], ONE))
     levels = [show.likeness(np.asarray(both), reference, place) for place, reference in enumerate((left, right))]
     said = " · ".join("no face" if level is None else f"{level:.2f}" for level in levels)
@@ -232,7 +227,7 @@ def _two(show: _Show, left: np.ndarray, right: np.ndarray) -> list[Injection]:
     half = torch.zeros(64, 64)
     half[:, :32] = 1
     people = [(_identity(show.workshop, left), half), (_identity(show.workshop, right), 1 - half)]
-    return [_compiled(show.workshop, one, weight=1.0, mask=mask) for one, mask in people]
+    return [show.workshop.compiled(one, weight=1.0, mask=mask) for one, mask in people]
 
 
 def _marked(image: np.ndarray, face: Detection) -> Image.Image:

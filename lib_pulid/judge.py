@@ -27,7 +27,7 @@ class Reading:
 
 
 class Judge:
-    """A judge of faces or of whole scenes, from an ONNX file.
+    """A judge of faces or of whole scenes, from an ONNX file. One of faces is a Recogniser in the sense of faces.py.
 
     The file's metadata, as JSON: "values": attribute -> names of its values; "points": positions of the five landmarks
     in its input, [5, 2], for a judge of faces.
@@ -58,20 +58,13 @@ class Judge:
         named = {name: values[int(row[0].argmax())] for (name, values), row in zip(self.values.items(), logits)}
         return Reading(embedding[0], named)
 
-
-class JudgeRecogniser:
-    """A judge of faces, as a recognizer in the sense of faces.py."""
-
-    def __init__(self, judge: Judge) -> None:
-        self._judge = judge
-
     def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
         """Embeds a face of an image, uint8 BGR [H, W, 3]: [512] float32."""
-        return self._judge.read(np.ascontiguousarray(image_bgr[:, :, ::-1]), detection.landmarks).embedding
+        return self.read(np.ascontiguousarray(image_bgr[:, :, ::-1]), detection.landmarks).embedding
 
     def embed_crop(self, aligned_bgr: np.ndarray) -> np.ndarray:
         """Embeds a crop, uint8 BGR [512, 512, 3]: [512] float32."""
-        return self._judge.read(np.ascontiguousarray(aligned_bgr[:, :, ::-1]), CROP_LANDMARKS).embedding
+        return self.read(np.ascontiguousarray(aligned_bgr[:, :, ::-1]), CROP_LANDMARKS).embedding
 
 
 def similarity(landmarks: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -50,6 +50,14 @@ def load_image_encoder(files: Mapping[str, Path], device: str) -> VisionTower | 
     return None if path is None else clip_vision.load_clip_vision(path, device)
 
 
+def load_encoders(files: Mapping[str, Path], device: str = "cpu") -> Encoders:
+    """Loads the models that are among files by role."""
+    from lib_pulid.face_models import load_face_models
+
+    faces = load_face_models(files, device) if "detector" in files else None
+    return Encoders(faces, load_image_encoder(files, device))
+
+
 class IdentityCache:
     """Caches identities by their inputs: recent ones in memory and, with a folder, all on disk (0.5 MB each)."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -15,7 +15,7 @@ import torch
 from lib_pulid import disk, miniature
 from lib_pulid.disk import fingerprint
 from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, NoFaceError, UnsupportedModelError
-from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector, load_face_models
+from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector
 from lib_pulid.faces import LARGEST, Detector, FaceChoice
 from lib_pulid.fields import AUTO
 from lib_pulid.files import catalog, control_nets
@@ -37,7 +37,7 @@ from lib_pulid.likeness import (
     measure,
 )
 from lib_pulid.methods import IMAGE_ENCODERS, Method, usual
-from lib_pulid.photos import Encoders, IdentityCache, load_image_encoder, make_identity
+from lib_pulid.photos import Encoders, IdentityCache, load_encoders, make_identity
 from lib_pulid.sites import find_sites
 from lib_pulid.stores.adapters import Adapters
 from lib_pulid.stores.encoders import recognizers
@@ -104,6 +104,10 @@ class Workshop:
             )
         except NoFaceError as error:
             raise NoFaceError(f"{error} {self.limits}".rstrip()) from error
+
+    def compiled(self, identity: Identity, **settings: Any) -> Injection:
+        """Compiles an identity for the denoiser. settings: of `compile_injection`."""
+        return compile_injection(self.adapter, identity, device=self.device, dtype=self.base.dtype, **settings)
 
     def paint(
         self, injections: Sequence[Injection], prompt: str, seed: int = 0, **settings: int | float | None
@@ -201,7 +205,7 @@ def _readers(folder: ModelsFolder, device: str, method: Method) -> Readers:
         MissingWeightsError, WrongWeightsError.
     """
     files = catalog.require_encoders(folder.models_dir, method.reads)
-    return partial(_encoders, files, device), catalog.fingerprint(files, folder.fingerprint)
+    return partial(load_encoders, files, device), catalog.fingerprint(files, folder.fingerprint)
 
 
 def fixed_readers(load: Callable[[], Encoders], encoders_id: str, method: Method) -> Readers:
@@ -228,12 +232,6 @@ def keeping(workshop: Workshop) -> Workshop:
         return kept[method.reads]
 
     return replace(workshop, readers=readers)
-
-
-def _encoders(files: Mapping[str, Path], device: str) -> Encoders:
-    """Loads the models that read photos, from their files by role."""
-    faces = load_face_models(files, device) if "detector" in files else None
-    return Encoders(faces, load_image_encoder(files, device))
 
 
 def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: str) -> Workshop:

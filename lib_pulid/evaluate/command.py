@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from lib_pulid.evaluate.judges import HOW_TO_GET, OWN, FaceJudge, by_recogniser,
 from lib_pulid.evaluate.subjects import drawn_people, read_folder, read_prompts
 from lib_pulid.evaluate.trial import Method, Panel, Row, Studio, count_images, read_sitters, run_trial
 from lib_pulid.files import catalog
-from lib_pulid.injection import compile_injection
 from lib_pulid.methods import has, usual
-from lib_pulid.photos import IdentityCache, make_identity
+from lib_pulid.photos import IdentityCache
 from lib_pulid.standalone import Workshop, keeping, open_workshop
 from lib_pulid.weights import load_adapter
 
@@ -84,18 +84,16 @@ def _methods(
 def _studio(workshop: Workshop, arguments: argparse.Namespace) -> Studio:
     workshop.base.pipeline.set_progress_bar_config(disable=True)
     settings = {"steps": arguments.steps, "size": arguments.size, "guidance": arguments.guidance}
-    cache = IdentityCache()  # in memory only: there may be hundreds of people
+    workshop = replace(workshop, cache=IdentityCache())  # in memory only: there may be hundreds of people
 
     def paint(injections, prompt: str, seed: int) -> np.ndarray:
         return np.asarray(workshop.paint(injections, prompt, seed=seed, **settings)[0].convert("RGB"))
 
     def identity(adapter, photo: np.ndarray, name: str):
-        encoders, encoders_id = workshop.readers(adapter.method)
-        return make_identity([photo], adapter, encoders=encoders, encoders_id=encoders_id, cache=cache)
+        return replace(workshop, adapter=adapter).identity([photo])
 
     def inject(adapter, identity, weight: float, settings: Mapping[str, Any]):
-        device, dtype = workshop.device, workshop.base.dtype
-        return compile_injection(adapter, identity, weight=weight, device=device, dtype=dtype, **settings)
+        return replace(workshop, adapter=adapter).compiled(identity, weight=weight, **settings)
 
     return Studio(paint, identity, inject)
 

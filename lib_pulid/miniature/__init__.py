@@ -63,10 +63,9 @@ def face_models() -> FaceModels:
 
 def encoders() -> Encoders:
     """Loads the face models and the vision tower."""
-    from lib_pulid.photos import Encoders
-    from lib_pulid.vision import load_vision_tower
+    from lib_pulid.photos import load_encoders
 
-    return Encoders(face_models(), load_vision_tower(_path(ENCODERS[3])))
+    return load_encoders({path.stem: path for path in encoder_files()})
 
 
 def encoder_files() -> list[Path]:
@@ -83,12 +82,9 @@ def judge() -> Judge:
 
 def recognizer() -> Recognizer:
     """Returns the judge of faces, loaded when likeness is measured."""
-    from lib_pulid.judge import JudgeRecogniser
     from lib_pulid.likeness import Recognizer
 
-    return Recognizer(
-        fingerprint(_path("judge.onnx")), "the miniature's judge", False, lambda: JudgeRecogniser(judge())
-    )
+    return Recognizer(fingerprint(_path("judge.onnx")), "the miniature's judge", False, judge)
 
 
 def scene_judge() -> Judge:
