@@ -377,7 +377,7 @@ def hub(monkeypatch, tmp_path):
     download: test_download.py."""
     asked: dict[str, str] = {}
 
-    def fetch(wanted, headers, tell, patience):
+    def fetch(wanted, headers, tell):
         asked[wanted.target.name] = wanted.url
         put(Path(wanted.target).parents[0], wanted.target.name, folder="")
         tell(wanted.size, wanted.size, "")
