@@ -41,7 +41,7 @@ from lib_pulid.weights import load_adapter
 ID_DROPOUT = 0.1
 ID_WEIGHT = 1.0
 SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 40.0, 8.0  # of losses relative to the activations' power, see docs/training.md
-SCENE_WEIGHT = 60.0
+SCENE_WEIGHT = 120.0
 LOSSES = ("diffusion", "id", "alignment", "scene")
 
 
