@@ -161,6 +161,7 @@ def region_by_keys(host: Running) -> str:
     with at_work(host, "anna") as page:
         page.part("regions").locator(".label-wrap").first.click()
         frame = page.part("regions").locator(".pulid-frame")
+        frame.wait_for(state="visible")
         frame.focus()
         page.inner.keyboard.press("Enter")
         page.inner.keyboard.press("ArrowLeft")
