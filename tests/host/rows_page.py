@@ -128,7 +128,7 @@ def cross(host: Running) -> str:
 def region(host: Running) -> str:
     with at_work(host, "anna") as page:
         page.part("regions").locator(".label-wrap").first.click()
-        frame = page.part("regions").locator(".pulid-frame")
+        frame = page.part("regions").locator(".pulid-frame[data-pulid]")
         frame.wait_for(state="visible")
         frame.scroll_into_view_if_needed()
         place = frame.bounding_box()
@@ -160,7 +160,7 @@ def region(host: Running) -> str:
 def region_by_keys(host: Running) -> str:
     with at_work(host, "anna") as page:
         page.part("regions").locator(".label-wrap").first.click()
-        frame = page.part("regions").locator(".pulid-frame")
+        frame = page.part("regions").locator(".pulid-frame[data-pulid]")
         frame.wait_for(state="visible")
         frame.focus()
         page.inner.keyboard.press("Enter")
