@@ -53,7 +53,7 @@ def _nobody_elses_files(monkeypatch, tmp_path):
 def _quick(monkeypatch):
     for name, value in (("ATTEMPTS", ATTEMPTS), ("FIRST_WAIT", 0.02), ("LONGEST_WAIT", 3)):
         monkeypatch.setattr(download, name, value)
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 5)  # a busy machine is no stall
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 5)  # so that a busy machine does not count as a stall
 
 
 @pytest.fixture

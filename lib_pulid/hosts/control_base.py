@@ -112,7 +112,7 @@ class ControlNets:
             args, kwargs: of the call. injections: with a Control. hooks: is closed after the call.
 
         Returns:
-            The arguments with which the call goes on; None: the same.
+            The arguments to call the denoiser with; None: unchanged.
 
         Raises:
             UnsupportedModelError: the network does not fit the UNet.
