@@ -13,7 +13,7 @@ each step also samples so many images of people described in words, whose faces 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +129,10 @@ class Base(nn.Module):
         """What identities go into."""
         return self.unet
 
+    def blocks(self) -> Iterator[nn.Module]:
+        """Returns the parts that are worth compiling one by one, since many are alike."""
+        return (m for m in self.unet.modules() if type(m).__name__ == "BasicTransformerBlock")
+
     def predict(self, noisy: Tensor, t: Tensor, context: Tensor, pooled: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Predicts v [B, 4, h, w] of noisy latents at steps t [B]; sizes: [B, 6], SDXL's size conditions, unused."""
         if sizes is None:
@@ -201,6 +205,9 @@ def train(args: argparse.Namespace) -> Base | FluxBase:
     stream = batches(len(latents), batch, seed=5, start=run.step)
     people = sampled_faces.PeopleInWords(data, sampled_faces.load(args.folder)) if args.id_batch else None
     before = load(args.family, args.folder, args.scene) if args.scene else None
+    if args.compile:
+        for block in (block for model in (base, before) if model is not None for block in model.blocks()):
+            block.compile(dynamic=False)  # its parameters keep their names
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([6, step])
@@ -230,6 +237,7 @@ def main() -> None:
     parser.add_argument("--begin", type=Path, help="a trained base, whose denoiser to train further")
     parser.add_argument("--id-batch", type=int, default=0, help="images with an ID loss, on the CPU; 0: none")
     parser.add_argument("--scene", type=Path, help="with --id-batch: a base whose images are to stay outside the head")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks; takes two minutes, needs g++")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     base = train(args)

@@ -6,7 +6,7 @@ the same latents, of which it takes 2 x 2 as one token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class FluxBase(nn.Module):
     def denoiser(self) -> nn.Module:
         """What identities go into."""
         return self.transformer
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Returns the parts that are worth compiling one by one, since many are alike."""
+        yield from self.transformer.transformer_blocks
+        yield from self.transformer.single_transformer_blocks
 
     def predict(self, noisy: Tensor, t: Tensor, context: Tensor, pooled: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Predicts v [B, 4, h, w] of noisy latents at steps t [B]; FLUX has no size conditions."""
