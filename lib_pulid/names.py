@@ -39,8 +39,9 @@ def find(name: str, known: Mapping[str, Found]) -> Found | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the known names that are spelled like a name, at most three: "anna or hannah"; "" if none is."""
-    keys = {key(one): one for one in known}
+    """Returns the known names that are spelled like a name, with or without their folder, at most three: "anna or
+    hannah"; "" if none is."""
+    keys = {key(spelled): one for one in known for spelled in (one.rpartition("/")[2], one)}
     return " or ".join(keys[near] for near in difflib.get_close_matches(key(name), keys, 3))
 
 

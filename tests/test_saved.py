@@ -27,6 +27,7 @@ from lib_pulid.files import catalog, pulidembd
 from lib_pulid.identity import Identity, with_uncond
 from lib_pulid.injection import compile_injection
 from lib_pulid.stores.folder import Settings
+from lib_pulid.webui import routes
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
 from tests import small_models
@@ -153,6 +154,34 @@ def test_two_files_of_one_name(library):
             library.identities.load(name)
     assert [library.identities.load(f"anna{end}").cond[0, 0, 0] for end in (".safetensors", ".SAFETENSORS")] == [1, 2]
     assert library.identities.load("anna.pulidembd").cond[0, 0, 0] == 3
+
+
+def test_identities_in_folders(library):
+    """Those who keep many sort them, as they do with LoRAs."""
+    identities = library.identities
+    for value, name in enumerate(("anna", "clients/ben", "clients/old/carla.pulidembd", "clients/anna"), 1):
+        path = identities.folder / (name if "." in name else f"{name}.safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        person(value).save(path)
+    listed = {saved.name: identities.load(saved.name).cond[0, 0, 0] for saved in identities.listed()}
+    assert listed == {"anna": 1, "clients/ben": 2, "clients/old/carla.pulidembd": 3, "clients/anna": 4}
+    for name, value in {"ben": 2, "Ben.safetensors": 2, "carla": 3, "Clients/Anna": 4, "anna.safetensors": 1}.items():
+        assert identities.load(name).cond[0, 0, 0] == value, name
+    with pytest.raises(SettingError, match="clients/ben is already saved"):
+        identities.save("Ben", person(5))
+    with pytest.raises(IdentityMismatchError, match="Did you mean clients/ben"):
+        identities.load("bern")
+    assert routes.identity_file("ben", library) == ("ben.safetensors", identities.path("ben").read_bytes())
+    assert routes.identity_file("clients/ben.pulidembd", library)[0] == "ben.pulidembd"
+
+    (identities.folder / "anna.safetensors").rename(identities.folder / "clients/old/anna.safetensors")
+    with pytest.raises(SettingError, match=r"anna could be clients/anna.safetensors or clients/old/anna.safetensors"):
+        identities.load("anna")
+    for folder in ("clients", "clients/old"):
+        (identities.folder / folder / "anna.json").write_text("{}")
+    identities.delete("clients/anna")
+    assert not (identities.folder / "clients/anna.json").exists()
+    assert (identities.folder / "clients/old/anna.json").exists() and identities.load("anna").cond[0, 0, 0] == 1
 
 
 WRONG_NAMES = dict.fromkeys([

@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
 from lib_pulid import disk, names
@@ -59,22 +59,28 @@ class Identities:
         return self._cache[1]
 
     def listed(self) -> list[SavedIdentity]:
-        """Lists the saved identities by name; skips other files."""
-        return sorted(self._in(self.folder, SUFFIXES), key=lambda saved: saved.name.lower())
+        """Lists the saved identities by name, "clients/anna" in a folder; skips other files."""
+        found = [replace(one, name=_shown_name(self._below(one.path))) for one in self._read(self._files())]
+        return sorted(found, key=lambda saved: saved.name.lower())
 
     def names(self) -> list[str]:
         return [one.name for one in self.listed()]
 
     def find(self, name_or_hash: str) -> Path | None:
-        """Returns an identity's path: saved, by name (in any spelling) or short hash; or cached, by hash.
+        """Returns an identity's path: saved, by name (in any spelling, with or without its folder) or short hash; or
+        cached, by hash.
 
         Raises:
             SettingError: the name fits several.
         """
-        paths = disk.listed(self.folder, SUFFIXES)
-        for spelled in (_shown_name, lambda path: path.stem, lambda path: path.name):
-            if (found := names.find(name_or_hash, {spelled(path): path for path in paths[::-1]})) is not None:
-                alike = [path.name for path in paths if _shown_name(path) == _shown_name(found)]
+        paths = {path: self._below(path) for path in self._files()[::-1]}  # of two, the upper one
+        for part in (PurePosixPath, lambda below: PurePosixPath(below.name)):
+            for form in (_shown_name, lambda below: str(below.with_suffix("")), str):
+                spelled = {path: form(part(below)) for path, below in paths.items()}
+                found = names.find(name_or_hash, {name: path for path, name in spelled.items()})
+                if found is None:
+                    continue
+                alike = sorted(str(paths[path]) for path in paths if spelled[path] == spelled[found])
                 if len(alike) > 1 and name_or_hash not in alike:  # x.safetensors and x.SAFETENSORS
                     raise SettingError(f"{name_or_hash} could be {' or '.join(alike)}. Rename one of the files.")
                 return found
@@ -156,9 +162,9 @@ class Identities:
         """
         with self._lock:
             gone = self.named(name)
-            stem = gone.path.stem
+            stem, same = gone.path.stem, gone.path.with_suffix("")
             beside = [f"{stem}.json", *(f"{stem}{part}.{kind}" for part in ("", ".preview") for kind in CARD_IMAGES)]
-            if any(one.path.stem == stem for one in self.listed() if one != gone):  # x.pulidembd beside x
+            if any(one.path.with_suffix("") == same for one in self.listed() if one != gone):  # x.pulidembd beside x
                 beside = []
             for one in (gone.path, *(gone.path.with_name(name) for name in beside)):
                 disk.delete(one)
@@ -173,10 +179,17 @@ class Identities:
         return found
 
     def _cached(self) -> list[SavedIdentity]:
-        return self._in(self._models.path / "cache", (SAFETENSORS,))
+        return self._read(disk.listed(self._models.path / "cache", (SAFETENSORS,)))
 
-    def _in(self, folder: Path, suffixes: tuple[str, ...]) -> list[SavedIdentity]:
-        found = (self._remembered(path, _saved) for path in disk.listed(folder, suffixes))
+    def _files(self) -> list[Path]:
+        """Lists the files of saved identities, those of upper folders first."""
+        return [path for folder in disk.folders(self.folder) for path in disk.listed(folder, SUFFIXES)]
+
+    def _below(self, path: Path) -> PurePosixPath:
+        return PurePosixPath(path.relative_to(self.folder).as_posix())
+
+    def _read(self, paths: Sequence[Path]) -> list[SavedIdentity]:
+        found = (self._remembered(path, _saved) for path in paths)
         return [saved for saved in found if saved is not None]
 
     def _remembered(self, path: Path, read: Callable[[Path], Found | None]) -> Found | None:
@@ -192,19 +205,18 @@ class Identities:
         return IdentityMismatchError(f"{name} is not in {self.folder}. {hint}")
 
     def _check_free(self, path: Path, own: Sequence[Path]) -> None:
-        for other in disk.listed(self.folder, SUFFIXES):
+        for other in self._files():
             if names.key(other.name) == names.key(path.name) and other not in own:
-                shown = _shown_name(other)
-                raise SettingError(f"{shown} is already saved. Choose another name, or delete {other} first.")
+                raise SettingError(f"{_shown_name(self._below(other))} is already saved. Choose another name, or delete {other} first.")
 
 
-def _shown_name(path: Path) -> str:
-    """Returns a saved identity's name: its file's stem, or the full file name for another program's format."""
-    return path.name if path.suffix.lower() == PULIDEMBD else path.stem
+def _shown_name(path: PurePath) -> str:
+    """Returns the name of a saved identity's file: without its suffix, but with that of another program's format."""
+    return str(path if path.suffix.lower() == PULIDEMBD else path.with_suffix(""))
 
 
 def _as_saved(path: Path, identity: Identity) -> SavedIdentity:
-    return SavedIdentity(_shown_name(path), identity.short_hash, identity.info.get("adapter", ""), path)
+    return SavedIdentity(_shown_name(PurePath(path.name)), identity.short_hash, identity.info.get("adapter", ""), path)
 
 
 def _saved(path: Path) -> SavedIdentity | None:

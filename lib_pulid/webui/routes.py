@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from secrets import compare_digest
 from typing import Any
 from urllib.parse import quote
@@ -56,7 +56,7 @@ def add_routes(app: Any, library: Library, api_auth: str | None) -> None:
     add("models", lambda: models(library), "GET")
     add("download", lambda: progress(library.downloads), "GET")
     add("identities", lambda: identities(library), "GET")
-    add("identities/{name}", lambda name: _file(*identity_file(name, library)), "GET")
+    add("identities/{name:path}", lambda name: _file(*identity_file(name, library)), "GET")
     add("presets", lambda: presets(library), "GET")
     add("schema", describe, "GET")
     post("detect", lambda body: detect(body, library))
@@ -199,10 +199,12 @@ def identity_file(name: str, library: Library) -> tuple[str, bytes]:
     """
     path = library.identities.find(name)
     if path is None and name.lower().endswith(PULIDEMBD):
-        identity = library.identities.load(library.identities.named(name[: -len(PULIDEMBD)]).path.name)
+        from lib_pulid.identity import Identity
+
+        identity = Identity.load(library.identities.named(name[: -len(PULIDEMBD)]).path)
         with tempfile.TemporaryDirectory() as folder:
-            return name, identity.save(Path(folder) / f"identity{PULIDEMBD}").read_bytes()
-    if path is None or path.parent != library.identities.folder:
+            return PurePosixPath(name).name, identity.save(Path(folder) / f"identity{PULIDEMBD}").read_bytes()
+    if path is None or not path.is_relative_to(library.identities.folder):
         raise IdentityMismatchError(f"{name} is not in {library.identities.folder}.")
     return path.name, path.read_bytes()
 
