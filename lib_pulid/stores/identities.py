@@ -74,12 +74,10 @@ class Identities:
             SettingError: the name fits several.
         """
         paths = {path: self._below(path) for path in self._files()[::-1]}  # of two, the upper one
-        for part in (PurePosixPath, lambda below: PurePosixPath(below.name)):
-            for form in (_shown_name, lambda below: str(below.with_suffix("")), str):
-                spelled = {path: form(part(below)) for path, below in paths.items()}
-                found = names.find(name_or_hash, {name: path for path, name in spelled.items()})
-                if found is None:
-                    continue
+        for form in _SPELLINGS:
+            spelled = {path: form(below) for path, below in paths.items()}
+            found = names.find(name_or_hash, {name: path for path, name in spelled.items()})
+            if found is not None:
                 alike = sorted(str(paths[path]) for path in paths if spelled[path] == spelled[found])
                 if len(alike) > 1 and name_or_hash not in alike:  # x.safetensors and x.SAFETENSORS
                     raise SettingError(f"{name_or_hash} could be {' or '.join(alike)}. Rename one of the files.")
@@ -207,12 +205,23 @@ class Identities:
     def _check_free(self, path: Path, own: Sequence[Path]) -> None:
         for other in self._files():
             if names.key(other.name) == names.key(path.name) and other not in own:
-                raise SettingError(f"{_shown_name(self._below(other))} is already saved. Choose another name, or delete {other} first.")
+                shown = _shown_name(self._below(other))
+                raise SettingError(f"{shown} is already saved. Choose another name, or delete {other} first.")
 
 
 def _shown_name(path: PurePath) -> str:
     """Returns the name of a saved identity's file: without its suffix, but with that of another program's format."""
     return str(path if path.suffix.lower() == PULIDEMBD else path.with_suffix(""))
+
+
+_SPELLINGS: Sequence[Callable[[PurePosixPath], str]] = (
+    _shown_name,
+    lambda below: str(below.with_suffix("")),
+    str,
+    lambda below: _shown_name(PurePosixPath(below.name)),
+    lambda below: below.stem,
+    lambda below: below.name,
+)
 
 
 def _as_saved(path: Path, identity: Identity) -> SavedIdentity:
