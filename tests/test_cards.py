@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -85,11 +87,20 @@ class TestCards:
 
         assert default_weight({"adapter": "PuLID for FLUX"}) == 1.0 and default_weight({}) == 0.8
 
+    def test_opening_the_tab_lists_those_saved_since(self, saved, page):
+        """The host lists once for all pages of a browser, and again only with its own button."""
+        cards = MagicMock()
+        page.create_user_metadata_editor(SimpleNamespace(pages=[cards]), "txt2img")
+        (listing, inputs, outputs), _ = cards.parent.select.call_args
+        assert inputs == [] and list(listing()) == ["Anna", "ben's 2.0"] and outputs == [cards]
+        saved.save(Cleo="cleo")
+        assert "Cleo" in listing()
+
 
 class TestTheEditor:
     def test_notes_and_weight_are_kept_beside_the_file(self, saved, page):
         page.create_html()
-        editor = page.create_user_metadata_editor(None, "txt2img")
+        editor = page.create_user_metadata_editor(MagicMock(), "txt2img")
         assert isinstance(editor, UserMetadataEditor)
         editor.save_with_weight("Anna", "from the trip", "left profile", 1.2)
         assert json.loads((saved.library.identities.folder / "Anna.json").read_text())["preferred weight"] == 1.2

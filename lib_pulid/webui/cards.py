@@ -18,6 +18,7 @@ from lib_pulid.stores.identities import SavedIdentity
 from lib_pulid.tags import NAMES
 from lib_pulid.webui import pictures
 from lib_pulid.webui.library import Library
+from lib_pulid.webui.widgets import AT_ONCE
 
 TITLE = "Faces"
 WEIGHT = "preferred weight"  # in a card's .json, as in Lora's
@@ -65,7 +66,20 @@ class FacesPage(ui_extra_networks.ExtraNetworksPage):
         return item
 
     def create_user_metadata_editor(self, ui: Any, tabname: str) -> Any:
+        self._list_when_opened(ui.pages[-1], tabname)
         return FaceEditor(ui, tabname, self)
+
+    def _list_when_opened(self, cards: Any, tabname: str) -> None:
+        """Lists the identities anew whenever the tab is opened: the host lists once, and again with its own button only.
+
+        cards: the HTML in the tab, which the host has just made.
+        """
+        name = f"{tabname}_{self.extra_networks_tabname}"
+        after = (
+            f"() => {{ applyExtraNetworkFilter('{name}'); window.setupAllResizeHandles?.(); }}"  # as after its button
+        )
+        listed = cards.parent.select(lambda: self.create_html(tabname), [], [cards], **AT_ONCE)
+        listed.then(None, [], [], _js=after)
 
 
 class FaceEditor(ui_extra_networks_user_metadata.UserMetadataEditor):

@@ -36,9 +36,10 @@ class Page:
 
     def __init__(self, title: str) -> None:
         self.title, self.name = title, title.lower()
+        self.extra_networks_tabname = self.name
         self.items: dict[str, Any] = {}
 
-    def create_html(self) -> dict[str, Any]:
+    def create_html(self, tabname: str = "txt2img") -> dict[str, Any]:
         """The items, as the real one collects them before it writes them."""
         self.items = {item["name"]: item for item in self.list_items()}
         return self.items

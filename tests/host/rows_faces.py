@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import numpy as np
@@ -145,13 +146,18 @@ def from_file(host: Running) -> None:
         equal(picture, host.api.txt2img(*units).image, str(units))
 
 
-@rows.row("Faces: the tab has a card for each saved identity; a click on one writes its tag")
+@rows.row("Faces: the tab has a card for each saved identity, also of one saved later; a click writes its tag")
 def card(host: Running) -> str:
     shown = host.api.get("/sd_extra_networks/get-single-card?page=faces&tabname=txt2img&name=marked%20A")["html"]
     for wanted in ("&lt;pulid:marked A:0.8&gt;", "marked A"):
         expect(wanted in shown, f"{wanted!r} is not in the card: {shown}")
     with opened(host) as page:
+        late = host.identities / "friends" / "late.safetensors"
+        late.parent.mkdir(exist_ok=True)
+        shutil.copyfile(host.identities / "marked A.safetensors", late)
         page.find("#txt2img_extra_tabs > .tab-nav button").filter(has_text="Faces").first.click()
+        page.find('#txt2img_faces_cards .card[data-name="friends/late"]').first.wait_for(state="visible")
+        late.unlink()
         cards = page.find("#txt2img_faces_cards .card")
         cards.first.wait_for(state="visible")
         names = cards.locator(".name").all_inner_texts()
