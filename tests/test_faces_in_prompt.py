@@ -119,6 +119,20 @@ class TestNeverAStranger:
         with_prompt(saved, "", all_hr_negative_prompts=["<pulid:anna>"])
         assert "negative prompt" in saved.last.comments[0]
 
+    def test_two_people_without_regions_are_told_that_they_mix(self, saved):
+        """As when a photo was left in the panel and a card was clicked."""
+        told = []
+        for more, prompt in (
+            ({}, "<pulid:ben>"), ({}, "<pulid:anna>"), ({"weight": 0}, "<pulid:ben>"), ({"end": 0.5}, "<pulid:ben:start=0.5>"),
+            ({"box": [0, 0, 0.5, 1]}, "<pulid:ben:box=0.5,0,0.5,1>"), ({"hires": "second"}, "<pulid:ben:hires=first>"),
+        ):  # fmt: skip
+            p = saved.processing()
+            p.prompt, p.enable_hr = prompt, True
+            saved.generate([{"identity": "anna", **more}], p=p)
+            told.append([text for text in p.comments if "mix" in text])
+        assert [len(texts) for texts in told] == [1, 0, 0, 0, 0, 0]
+        assert "unit 1 and tag 1 have no region, so their faces mix into one" in told[0][0]
+
 
 class TestBatches:
     def test_each_batch_has_its_own(self, saved):

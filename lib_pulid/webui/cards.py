@@ -70,7 +70,7 @@ class FacesPage(ui_extra_networks.ExtraNetworksPage):
         return FaceEditor(ui, tabname, self)
 
     def _list_when_opened(self, cards: Any, tabname: str) -> None:
-        """Lists the identities anew whenever the tab is opened: the host lists once, and again with its own button only.
+        """Lists the identities anew whenever the tab is opened: the host lists once, and again with its button only.
 
         cards: the HTML in the tab, which the host has just made.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,10 +114,22 @@ class UnitPlan:
         units = dict(self.units)
         nets = {number: units[number] for number, (injection, _) in compiled.items() if injection.control is not None}
         self._without_net = left_out(nets, self._share, self.warn)
+        self._warn_of_mixing()
         return {
             number: facts | experiment | ({"identity_net": "0"} if number in self._without_net else {})
             for number, (_, facts) in compiled.items()
         }
+
+    def _warn_of_mixing(self) -> None:
+        """Warns of two people in one place of an image, who become one face: often a photo was left in the panel."""
+        everywhere = [(number, unit) for number, unit in self.units if not unit.is_off and number not in self.masks]
+        for (one, first), (other, second) in itertools.combinations(everywhere, 2):
+            meet = first.start < second.end and second.start < first.end and self._share(one, other)
+            if meet and self.people[one].short_hash != self.people[other].short_hash:
+                self.warn(
+                    f"PuLID: {spoken(one)} and {spoken(other)} have no region, so their faces mix into one. Give each "
+                    "a box or a mask, or disable one."
+                )
 
     def _share(self, one: Number, other: Number) -> bool:
         """Whether two units are in one image in one pass."""
