@@ -123,7 +123,8 @@ class TestNeverAStranger:
         """As when a photo was left in the panel and a card was clicked."""
         told = []
         for more, prompt in (
-            ({}, "<pulid:ben>"), ({}, "<pulid:anna>"), ({"weight": 0}, "<pulid:ben>"), ({"end": 0.5}, "<pulid:ben:start=0.5>"),
+            ({}, "<pulid:ben>"), ({}, "<pulid:anna>"), ({"weight": 0}, "<pulid:ben>"),
+            ({"end": 0.5}, "<pulid:ben:start=0.5>"),
             ({"box": [0, 0, 0.5, 1]}, "<pulid:ben:box=0.5,0,0.5,1>"), ({"hires": "second"}, "<pulid:ben:hires=first>"),
         ):  # fmt: skip
             p = saved.processing()
