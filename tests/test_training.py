@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,6 +294,25 @@ class TestFromWhatIsShipped:
         other = faces.losses(predict, noise, model.schedule, wanted, lambda x, t: predict(x, t) + added)
         assert same["scene"].item() == 0
         assert other["scene"].item() == pytest.approx(counts * 0.5**2 / 16**2, rel=1e-4)
+
+    def test_a_face_that_is_not_found_is_looked_for_where_it_should_be(self, folder):
+        model = base.load("sdxl", folder, folder / "base.safetensors")
+        text, wanted = model.text([world.describe(world.Scene())] * 2), torch.ones(2, 512)
+        noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        faces = sampled_faces.load(folder)
+        (seen,) = (found for found in faces.detector.detect(miniature.portrait(0, size=128)[:, :, ::-1].copy()))
+
+        def computed(found: list, expected: list) -> tuple[float, float]:
+            blind = replace(faces, detector=SimpleNamespace(detect=lambda image: found))
+            made = blind.losses(
+                lambda x, t: model.predict(x, t, *text), noise, model.schedule, wanted,
+                lambda x, t: model.predict(x, t, *text) + 0.5, expected,
+            )  # fmt: skip
+            return made["id"].item(), made["scene"].item()
+
+        assert computed([], []) == (0, 0.25)
+        assert computed([], [None, seen])[0] > 0
+        assert computed([], [seen, seen]) == computed([seen], [None, None]) != computed([], [None, seen])
 
     def test_an_adapter_begins_with_the_encoder_and_the_sites_of_its_family(self, folder):
         model = base.load("sdxl", folder, folder / "base.safetensors")

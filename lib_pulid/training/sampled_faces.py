@@ -9,9 +9,10 @@ as it was before; an adapter: the base without the identity).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib_pulid.faces import Detection
 from lib_pulid.training import losses, world
 from lib_pulid.training.autoencoder import FILE, SCALE
 from lib_pulid.training.autoencoder import load as load_autoencoder
@@ -49,7 +51,13 @@ class SampledFaces:
     detector: Any
 
     def losses(
-        self, predict: Predict, noise: Tensor, schedule: Schedule, wanted: Tensor, scene: Predict | None = None
+        self,
+        predict: Predict,
+        noise: Tensor,
+        schedule: Schedule,
+        wanted: Tensor,
+        scene: Predict | None = None,
+        expected: Sequence[Detection | None] = (),
     ) -> dict[str, Tensor]:
         """Computes "id", the mean of 1 - cosine over the images in which a face is found; 0 if there is none.
 
@@ -57,7 +65,8 @@ class SampledFaces:
         all steps of the sampling.
 
         Args:
-            wanted: embeddings [B, 512].
+            wanted: embeddings [B, 512]. expected: where the face should be, [B]; it stands for one that is not found,
+                of which a base that draws poorly would learn nothing.
         """
         calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -69,7 +78,7 @@ class SampledFaces:
         clean = losses.sample_few_steps(noted, noise, schedule, STEPS, gradient_steps=STEPS)
         images = self.vae.decode(clean / SCALE).sample.clamp(-1, 1)
         pixels = ((images.detach() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        faces = [self._largest(image) for image in pixels]
+        faces = [self._largest(image) or other for image, other in zip_longest(pixels, expected)]
         seen = [row for row, face in enumerate(faces) if face is not None]
         found = {"id": torch.zeros(())}
         if seen:
@@ -123,25 +132,31 @@ class PeopleInWords:
 
     def losses(self, base: Any, batch: int, step: int, before: Any = None) -> dict[str, Tensor]:
         """Computes the losses of a step's images. base, and before it was trained on: `base.Base`, `flux.FluxBase`."""
-        prompts, wanted = self.sample(batch, np.random.default_rng([26, step]))
+        prompts, wanted, expected = self.sample(batch, np.random.default_rng([26, step]))
         text = base.text(prompts)
         noise = torch.randn(batch, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(10**7 + step))
         scene = None if before is None else lambda x, t: before.predict(x, t, *text)
-        return self.reader.losses(lambda x, t: base.predict(x, t, *text), noise, base.schedule, wanted, scene)
+        return self.reader.losses(lambda x, t: base.predict(x, t, *text), noise, base.schedule, wanted, scene, expected)
 
     @cached_property
     def _faces(self) -> Faces:
         return faces_of(self.data)
 
-    def sample(self, batch: int, rng: np.random.Generator) -> tuple[list[str], Tensor]:
-        """Samples prompts [B], half of which say all of the scene, and embeddings [B, 512] of a drawn face of each."""
+    def sample(self, batch: int, rng: np.random.Generator) -> tuple[list[str], Tensor, list[Detection | None]]:
+        """Samples prompts [B], half of which say all of the scene, embeddings [B, 512] of a drawn face of each, and
+        where the face would be drawn, for those that say all."""
         who = rng.choice(self.data.people, batch, replace=False)
-        prompts = []
+        prompts, expected = [], []
         for number in who:
             kept = {name for name in world.SCENE_ATTRIBUTES if rng.random() < 0.6}
             scene, keep = world.sample_scene(rng), kept if rng.random() < 0.5 else set(world.SCENE_ATTRIBUTES)
-            prompts.append(world.describe(scene, [self.data.person(int(number))], keep))
+            drawn = self.data.person(int(number)), scene.placements[0]
+            prompts.append(world.describe(scene, [drawn[0]], keep))
+            is_placed = keep == set(world.SCENE_ATTRIBUTES)
+            place = Detection(world.face_box(*drawn), world.landmarks(*drawn), 0.0) if is_placed else None
+            expected.append(place)
         rows = [int(rng.choice(np.flatnonzero(self._faces.identity == number))) for number in who]
         images = to_input(self._faces.images[self._faces.image[rows]])
         with torch.no_grad():
-            return prompts, self.reader.embed(images, torch.from_numpy(self._faces.landmarks[rows]).float())
+            wanted = self.reader.embed(images, torch.from_numpy(self._faces.landmarks[rows]).float())
+        return prompts, wanted, expected
