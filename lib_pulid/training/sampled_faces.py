@@ -78,7 +78,7 @@ class SampledFaces:
         clean = losses.sample_few_steps(noted, noise, schedule, STEPS, gradient_steps=STEPS)
         images = self.vae.decode(clean / SCALE).sample.clamp(-1, 1)
         pixels = ((images.detach() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        faces = [self._largest(image) or other for image, other in zip_longest(pixels, expected)]
+        faces: list[Any] = [self._largest(image) or other for image, other in zip_longest(pixels, expected)]
         seen = [row for row, face in enumerate(faces) if face is not None]
         found = {"id": torch.zeros(())}
         if seen:
