@@ -9,7 +9,7 @@ as it was before; an adapter: the base without the identity).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -123,6 +123,15 @@ def load(folder: Path) -> SampledFaces:
     return SampledFaces(vae, recogniser, InsightFaceDetector(made / "detector.onnx"))
 
 
+def expected_face(person: world.Person, scene: world.Scene, said: Collection[str]) -> Detection | None:
+    """Returns where a face would be drawn; None if the prompt, which says these attributes of the scene, leaves it
+    open."""
+    if not {"size", "position"} <= set(said):
+        return None
+    place = scene.placements[0]
+    return Detection(world.face_box(person, place), world.landmarks(person, place), 0.0)
+
+
 @dataclass(frozen=True)
 class PeopleInWords:
     """Asks for people of a data set by describing them."""
@@ -144,17 +153,15 @@ class PeopleInWords:
 
     def sample(self, batch: int, rng: np.random.Generator) -> tuple[list[str], Tensor, list[Detection | None]]:
         """Samples prompts [B], half of which say all of the scene, embeddings [B, 512] of a drawn face of each, and
-        where the face would be drawn, for those that say all."""
+        where the faces are expected."""
         who = rng.choice(self.data.people, batch, replace=False)
         prompts, expected = [], []
         for number in who:
             kept = {name for name in world.SCENE_ATTRIBUTES if rng.random() < 0.6}
             scene, keep = world.sample_scene(rng), kept if rng.random() < 0.5 else set(world.SCENE_ATTRIBUTES)
-            drawn = self.data.person(int(number)), scene.placements[0]
-            prompts.append(world.describe(scene, [drawn[0]], keep))
-            is_placed = keep == set(world.SCENE_ATTRIBUTES)
-            place = Detection(world.face_box(*drawn), world.landmarks(*drawn), 0.0) if is_placed else None
-            expected.append(place)
+            person = self.data.person(int(number))
+            prompts.append(world.describe(scene, [person], keep))
+            expected.append(expected_face(person, scene, keep))
         rows = [int(rng.choice(np.flatnonzero(self._faces.identity == number))) for number in who]
         images = to_input(self._faces.images[self._faces.image[rows]])
         with torch.no_grad():
