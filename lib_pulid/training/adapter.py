@@ -35,7 +35,7 @@ from lib_pulid.training.flux import FluxBase
 from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run, arguments
 from lib_pulid.training.photos import Photos, photos_of
-from lib_pulid.training.sampled_faces import SampledFaces
+from lib_pulid.training.sampled_faces import SampledFaces, expected_face
 from lib_pulid.weights import load_adapter
 
 ID_DROPOUT = 0.1
@@ -121,9 +121,10 @@ class Trainer:
         """Computes L_align and L_id from pure noise under a new prompt, with and without the identity."""
         who = rng.choice(len(self.photos), batch, replace=False)
         scenes = [world.sample_scene(rng) for _ in who]
+        said = [_some(rng) for _ in who]
         noise = torch.randn((batch, *self.latents.shape[1:]), generator=torch.Generator().manual_seed(10**6 + step))
         with torch.no_grad():
-            text = self.base.text([world.describe(scene, None, _some(rng)) for scene in scenes])
+            text = self.base.text([world.describe(scene, None, keep) for scene, keep in zip(scenes, said)])
         rows = [RowIdentities(self.photos.tokens(who, self.adapter.encoder, rng))]
         found: dict[str, Tensor] = {}
         if "alignment" in self.losses:
@@ -131,7 +132,9 @@ class Trainer:
         if "id" in self.losses:
             predict, wanted = partial(self._predict, text, rows), self.photos.id_cond[who, :512]
             plain = partial(self.base.predict, context=text[0], pooled=text[1]) if "scene" in self.losses else None
-            found |= self.reader.losses(predict, noise, self.base.schedule, wanted, plain)
+            people = [self.data.person(number) for number in self.photos.person[who]]
+            expected = [expected_face(*one) for one in zip(people, scenes, said)]
+            found |= self.reader.losses(predict, noise, self.base.schedule, wanted, plain, expected)
         return found
 
     def _alignment(self, noise: Tensor, text: tuple, rows: list, rng: np.random.Generator) -> dict[str, Tensor]:
