@@ -97,7 +97,7 @@ def size_of(arguments: argparse.Namespace) -> int:
 
 
 def steps_of(arguments: argparse.Namespace) -> int:
-    usual = miniature.STEPS if arguments.model in miniature.MODELS else 20
+    usual = miniature.STEPS.get(miniature.MODELS.get(arguments.model, ""), 20)
     return usual if arguments.steps is None else arguments.steps
 
 

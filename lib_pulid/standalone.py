@@ -251,7 +251,7 @@ def _miniature(family: str, pulid: Path | None, cache: IdentityCache, device: st
 
 
 def _miniature_base(family: str, device: str) -> Base:
-    settings: dict[str, Any] = {"size": miniature.SIZE, "steps": miniature.STEPS}
+    settings: dict[str, Any] = {"size": miniature.SIZE, "steps": miniature.STEPS[family]}
     settings["guidance"] = miniature.GUIDANCE[family]
     base = replace(load_base(miniature.checkpoint("sdxl"), device), name="miniature", **settings)
     if family == "sdxl":

@@ -646,7 +646,7 @@ def shown(monkeypatch) -> list:
 def test_demo(run, tmp_path, monkeypatch, shown):
     """Once end to end, with one person's drawing: the sheet is what was said of it."""
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # conftest.py has set it
-    monkeypatch.setattr(miniature, "STEPS", 2)
+    monkeypatch.setattr(miniature, "STEPS", dict.fromkeys(miniature.STEPS, 2))
     said = run("demo", "--face", PORTRAIT, "--out", tmp_path / "sheets", models=tmp_path / "m")
     assert (said.status, said.err.count("Error")) == (0, 0)
     assert re.search(r"face +photo 1: found at \(\d+, \d+\)", said.out)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 MODELS = {"miniature": "sdxl", "miniature-flux": "flux"}  # name on the command line -> family
-SIZE, STEPS, GUIDANCE = 128, 12, {"sdxl": 1.2, "flux": 1.5}  # the settings for its best images
+SIZE, STEPS, GUIDANCE = 128, {"sdxl": 12, "flux": 4}, {"sdxl": 1.2, "flux": 1.5}  # for its best images
 ENCODERS = ("detector.onnx", "recogniser.onnx", "parser.onnx", "tower.safetensors")
 LIMITS = (
     "The miniature knows only drawn people. For photos, get the real weights with "

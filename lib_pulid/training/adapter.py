@@ -41,7 +41,7 @@ from lib_pulid.weights import load_adapter
 ID_DROPOUT = 0.1
 ID_WEIGHT = 1.0
 SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 40.0, 8.0  # of losses relative to the activations' power, see docs/training.md
-SCENE_WEIGHT = 120.0
+SCENE_WEIGHT = {"sdxl": 120.0, "flux": 15.0}
 LOSSES = ("diffusion", "id", "alignment", "scene")
 
 
@@ -179,9 +179,9 @@ def fresh_adapter(base: Base | FluxBase, vit_width: int, seed: int) -> SDXLAdapt
     return adapter
 
 
-def total(found: dict[str, Tensor]) -> Tensor:
+def total(found: dict[str, Tensor], family: str) -> Tensor:
     """Computes L_diff + L_align + L_id and the loss that keeps the scene, weighted."""
-    weights = {"diffusion": 1.0, "id": ID_WEIGHT, "scene": SCENE_WEIGHT}
+    weights = {"diffusion": 1.0, "id": ID_WEIGHT, "scene": SCENE_WEIGHT[family]}
     weights |= {"semantic": SEMANTIC_WEIGHT, "layout": LAYOUT_WEIGHT}
     return torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
 
@@ -245,7 +245,7 @@ def train(args: argparse.Namespace) -> Trainer:
         found = {"diffusion": trainer.diffusion(step, args.batch, rng)}
         if len(wanted) > 1 and step >= first and step % args.lightning_every == 0:
             found |= trainer.lightning(step, args.lightning_batch, rng)
-        return total(found), {key: value.item() for key, value in found.items()}
+        return total(found, args.family), {key: value.item() for key, value in found.items()}
 
     run.train(loss_of)
     run.finish()

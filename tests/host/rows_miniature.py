@@ -27,7 +27,7 @@ from tests.host.webui import FORGES, Running
 rows = Rows()
 PEOPLE = range(4)
 SEEDS = (1, 2)
-STEPS = miniature.STEPS
+STEPS = miniature.STEPS["sdxl"]
 WEIGHT = 1.0
 NEAR = 0.02  # of likeness
 REPEATS, KNOWN, NEW = 5, 0.1, 1.0  # seconds

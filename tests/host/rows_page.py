@@ -24,7 +24,9 @@ PROMPT = "a portrait of a smiling person in a red striped shirt, in front of yel
 
 
 def ready(page: Page) -> None:
-    page.describe(PROMPT, width=128, height=128, steps=miniature.STEPS, cfg_scale=miniature.GUIDANCE["sdxl"], seed=1)
+    page.describe(
+        PROMPT, width=128, height=128, steps=miniature.STEPS["sdxl"], cfg_scale=miniature.GUIDANCE["sdxl"], seed=1
+    )
 
 
 @contextlib.contextmanager
