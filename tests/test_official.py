@@ -24,8 +24,8 @@ from tests.small_models import cross_attention_pair, image_stream
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 LAYER = 1e-5  # relative error of a single module, float32
-# CPUs differ in the last bit of exp, which FLUX's embedding of the timestep, 0.7 * 1000, multiplies: one bit changes the
-# official result by 9e-5 without any face.
+# CPUs differ in the last bit of exp, which FLUX's embedding of the timestep, 0.7 * 1000, multiplies: one bit changes
+# the official result by 9e-5 without any face.
 TIMESTEP = 700 * torch.finfo(torch.float32).eps
 REFERENCE = load_file(Path(__file__).parent / "reference" / "official.safetensors")
 
