@@ -121,7 +121,7 @@ class TestNeverAStranger:
 
     def test_two_people_without_regions_are_told_that_they_mix(self, saved):
         """As when a photo was left in the panel and a card was clicked."""
-        told = []
+        notes = []
         for more, prompt in (
             ({}, "<pulid:ben>"), ({}, "<pulid:anna>"), ({"weight": 0}, "<pulid:ben>"),
             ({"end": 0.5}, "<pulid:ben:start=0.5>"),
@@ -130,9 +130,9 @@ class TestNeverAStranger:
             p = saved.processing()
             p.prompt, p.enable_hr = prompt, True
             saved.generate([{"identity": "anna", **more}], p=p)
-            told.append([text for text in p.comments if "mix" in text])
-        assert [len(texts) for texts in told] == [1, 0, 0, 0, 0, 0]
-        assert "unit 1 and tag 1 have no region, so their faces mix into one" in told[0][0]
+            notes.append([text for text in p.comments if "mix" in text])
+        assert [len(texts) for texts in notes] == [1, 0, 0, 0, 0, 0]
+        assert "unit 1 and tag 1 have no region, so their faces mix into one" in notes[0][0]
 
 
 class TestBatches:

@@ -75,9 +75,8 @@ class FacesPage(ui_extra_networks.ExtraNetworksPage):
         cards: the HTML in the tab, which the host has just made.
         """
         name = f"{tabname}_{self.extra_networks_tabname}"
-        after = (
-            f"() => {{ applyExtraNetworkFilter('{name}'); window.setupAllResizeHandles?.(); }}"  # as after its button
-        )
+        # As after that button.
+        after = f"() => {{ applyExtraNetworkFilter('{name}'); window.setupAllResizeHandles?.(); }}"
         listed = cards.parent.select(lambda: self.create_html(tabname), [], [cards], **AT_ONCE)
         listed.then(None, [], [], _js=after)
 
