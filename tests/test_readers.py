@@ -96,7 +96,7 @@ def test_recogniser_runs_in_insightface(tmp_path, faces):
     bgr = np.ascontiguousarray(image[:, :, ::-1])
     found = ArcFaceRecogniser(tmp_path / "recogniser.onnx").embed(bgr, Detection(np.zeros(4), landmarks, 1.0))
     crop = layers.to_input(cut(image, landmarks, ARCFACE_POINTS, 112)[None])
-    for network in (reader, readers.load_recogniser(tmp_path / "recogniser.safetensors")):
+    for network in (reader, readers.load_recogniser(tmp_path, "recogniser")):
         with torch.no_grad():
             wanted = network.embed(crop)[0].numpy()
         assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)

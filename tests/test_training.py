@@ -255,6 +255,7 @@ class TestFromWhatIsShipped:
     def folder(self, tmp_path_factory):
         folder = tmp_path_factory.mktemp("training")
         unpack.write(folder)
+        readers.save("wide_recogniser", readers.build("wide_recogniser").eval(), folder / "miniature")  # untrained
         return folder
 
     def test_the_recognizer_is_the_one_of_the_onnx_file(self, folder):
@@ -262,7 +263,7 @@ class TestFromWhatIsShipped:
 
         faces = cases.normal(1, 2, 3, 112, 112).clamp(-1, 1)
         (wanted,) = onnx_session(folder / "miniature" / "recogniser.onnx", "").run(None, {"input": faces.numpy()})
-        made = readers.load_recogniser(folder / "miniature" / "recogniser.safetensors").embed(faces)
+        made = readers.load_recogniser(folder / "miniature", "recogniser").embed(faces)
         assert np.abs(made.numpy() - wanted).max() < 0.005 < np.abs(wanted).max()
 
     @pytest.mark.parametrize("family", ["sdxl", "flux"])
@@ -289,7 +290,7 @@ class TestFromWhatIsShipped:
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return model.predict(x, t, *text)
 
-        faces, wanted = sampled_faces.load(folder), torch.ones(2, 512)
+        faces, wanted = sampled_faces.load(folder), torch.ones(2, 2, 512)
         same = faces.losses(predict, noise, model.schedule, wanted, predict)
         other = faces.losses(predict, noise, model.schedule, wanted, lambda x, t: predict(x, t) + added)
         assert same["scene"].item() == 0
@@ -297,7 +298,7 @@ class TestFromWhatIsShipped:
 
     def test_a_face_that_is_not_found_is_looked_for_where_it_should_be(self, folder):
         model = base.load("sdxl", folder, folder / "base.safetensors")
-        text, wanted = model.text([world.describe(world.Scene())] * 2), torch.ones(2, 512)
+        text, wanted = model.text([world.describe(world.Scene())] * 2), torch.ones(2, 2, 512)
         noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         faces = sampled_faces.load(folder)
         (seen,) = (found for found in faces.detector.detect(miniature.portrait(0, size=128)[:, :, ::-1].copy()))

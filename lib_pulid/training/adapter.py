@@ -29,6 +29,7 @@ from lib_pulid.sites import Sites, find_sites
 from lib_pulid.training import losses, world
 from lib_pulid.training.base import FILES, Base, latents_of
 from lib_pulid.training.base import load as load_base
+from lib_pulid.training.crops import Faces, faces_of
 from lib_pulid.training.dataset import SIZE, Drawn
 from lib_pulid.training.export import save_half
 from lib_pulid.training.flux import FluxBase
@@ -60,6 +61,10 @@ class Trainer:
     @cached_property
     def sites(self) -> Sites:
         return find_sites(self.base.denoiser)
+
+    @cached_property
+    def _faces(self) -> Faces:
+        return faces_of(self.data)
 
     @cached_property
     def weights(self) -> list[Any]:
@@ -130,10 +135,10 @@ class Trainer:
         if "alignment" in self.losses:
             found |= self._alignment(noise, text, rows, rng)
         if "id" in self.losses:
-            predict, wanted = partial(self._predict, text, rows), self.photos.id_cond[who, :512]
+            people = self.photos.person[who]
+            predict, wanted = partial(self._predict, text, rows), self.reader.embed_people(self._faces, people, rng)
             plain = partial(self.base.predict, context=text[0], pooled=text[1]) if "scene" in self.losses else None
-            people = [self.data.person(number) for number in self.photos.person[who]]
-            expected = [expected_face(*one) for one in zip(people, scenes, said)]
+            expected = [expected_face(self.data.person(one), *asked) for one, *asked in zip(people, scenes, said)]
             found |= self.reader.losses(predict, noise, self.base.schedule, wanted, plain, expected)
         return found
 

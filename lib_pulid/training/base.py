@@ -37,7 +37,7 @@ TEXT_LAYERS = 3
 TOKENS = 77
 TIME_WIDTH = 256  # of each of the six size embeddings
 PROMPT_DROPOUT = 0.1
-WEIGHTS = {"diffusion": 1.0, "id": 0.3, "scene": 4.0}
+ID_WEIGHT, SCENE_WEIGHT = {"sdxl": 0.3, "flux": 0.6}, 4.0
 FILES = {"sdxl": "base", "flux": "base-flux"}
 
 
@@ -223,7 +223,8 @@ def train(args: argparse.Namespace) -> Base | FluxBase:
         if people is None:
             return loss, {}
         found = {"diffusion": loss, **people.losses(base, args.id_batch, step, before)}
-        weighted = torch.stack([WEIGHTS[name] * value for name, value in found.items()])
+        weights = {"diffusion": 1.0, "id": ID_WEIGHT[args.family], "scene": SCENE_WEIGHT}
+        weighted = torch.stack([weights[name] * value for name, value in found.items()])
         return weighted.sum(), {name: value.item() for name, value in found.items()}
 
     run.train(loss_of)

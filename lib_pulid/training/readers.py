@@ -2,8 +2,9 @@
 
     python -m lib_pulid.training.readers recognizer --folder .training [--minutes 15]
 
-recognizer: instead of ArcFace, ONNX and safetensors. judge: another network on another crop, which no training of an
-adapter sees; it also names traits. scene_judge: names the attributes of a scene from the whole image.
+recognizer: instead of ArcFace, ONNX and safetensors. wide_recognizer: for L_id alone, on a crop that shows the hair;
+safetensors. judge: another network, which no training of a base or an adapter sees; it also names traits. scene_judge:
+names the attributes of a scene from the whole image.
 """
 
 from __future__ import annotations
@@ -48,9 +49,13 @@ class Kind:
 
 KINDS = {
     "recogniser": Kind(112, ARCFACE_POINTS, (32, 48, 96), (0, 1, 1), False, world.ATTRIBUTES, 11),
+    "wide_recogniser": Kind(128, WIDE_POINTS, (32, 48, 96), (0, 1, 1), False, world.ATTRIBUTES, 14, naming=4.0),
     "judge": Kind(128, WIDE_POINTS, (24, 48, 72, 112), (0, 1, 2, 1), True, world.ATTRIBUTES, 12, naming=4.0),
     "scene_judge": Kind(SIZE, None, (24, 48, 72, 96), (0, 1, 1, 1), True, world.SCENE_ATTRIBUTES, 13),
 }
+
+
+RECOGNISERS = ("recogniser", "wide_recogniser")  # those of L_id
 
 
 class Reader(nn.Module):
@@ -61,7 +66,7 @@ class Reader(nn.Module):
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
-        widths = kind.widths
+        self.kind, widths = kind, kind.widths
         layers = conv(3, widths[0], 7, 4)
         side = kind.size // 4
         for before, width, depth in zip((None, *widths), widths, kind.depths):
@@ -231,16 +236,18 @@ def scene_figures(reader: Reader, kind: Kind, drawn: Drawn) -> dict[str, float]:
 
 
 def save(name: str, reader: Reader, folder: Path) -> None:
-    """Writes NAME.onnx into a folder; for the recognizer, also its weights, for losses that need gradients."""
+    """Writes NAME.onnx into a folder; for a recognizer of L_id its weights."""
     kind = KINDS[name]
     example = torch.zeros(2, 3, kind.size, kind.size)
     reader = reader.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    if name == "recogniser":
+    if name in RECOGNISERS:
         from safetensors.torch import save as to_bytes
 
         state = {k: v.half() if v.is_floating_point() else v for k, v in reader.state_dict().items()}
         replace_file(folder / f"{name}.safetensors", to_bytes(state))
+    if name == "recogniser":
         save_onnx(_Embed(reader), example, folder / f"{name}.onnx", ["embedding"])
+    if name in RECOGNISERS:
         return
     facts: dict[str, object] = {"values": {k: list(v) for k, v in kind.heads.items()}}
     if kind.points is not None:
@@ -257,18 +264,20 @@ class _Embed(nn.Module):
         return self.reader.embed(images)
 
 
-def load_recogniser(path: Path) -> Reader:
-    """Loads the recognizer with frozen weights, for an ID loss with gradients."""
+def load_recogniser(folder: Path, name: str) -> Reader:
+    """Loads one of RECOGNISERS with frozen weights, for an ID loss with gradients."""
     from safetensors.torch import load_file
 
-    reader = Reader(KINDS["recogniser"])
+    reader, path = Reader(KINDS[name]), folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing. Train it: python -m lib_pulid.training.readers {name}")
     reader.load_state_dict(load_file(path))
     return reader.eval().requires_grad_(False)
 
 
 def _kind(name: str) -> str:
     """Accepts the American spelling; files and folders keep the old one."""
-    return {"recognizer": "recogniser"}.get(name, name)
+    return name.replace("recognizer", "recogniser")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
-"""Computes L_id (arXiv 2404.16022, section 3.4): images are sampled in a few steps, with gradients, and the recognizer
-compares the faces in them with those that were wanted.
+"""Computes L_id (arXiv 2404.16022, section 3.4): images are sampled in a few steps, with gradients, and recognizers
+compare the faces in them with those that were wanted. There are two: the adapter's own, and one whose wider crop shows
+the hair.
 
 An adapter is trained with it on people in photos. A base model is trained with it on people described in words, so that
 it learns to draw a face exactly, which the diffusion loss alone teaches slowly. Beside it, and not in the paper, stands
@@ -24,10 +25,10 @@ from lib_pulid.faces import Detection
 from lib_pulid.training import losses, world
 from lib_pulid.training.autoencoder import FILE, SCALE
 from lib_pulid.training.autoencoder import load as load_autoencoder
-from lib_pulid.training.crops import ARCFACE_POINTS, Faces, faces_of
+from lib_pulid.training.crops import Faces, faces_of
 from lib_pulid.training.dataset import SIZE, Drawn
 from lib_pulid.training.layers import to_input
-from lib_pulid.training.readers import load_recogniser
+from lib_pulid.training.readers import RECOGNISERS, Reader, load_recogniser
 from lib_pulid.training.schedule import Schedule
 
 STEPS = 4
@@ -42,12 +43,11 @@ class SampledFaces:
     """What reads the sampled images.
 
     Args:
-        vae: the autoencoder. recogniser: differentiable, aligned faces [B, 3, 112, 112] in -1..1 -> [B, 512].
-        detector: `faces.Detector`.
+        vae: the autoencoder. recognisers: differentiable, with the crops that they take. detector: `faces.Detector`.
     """
 
     vae: Any
-    recogniser: Callable[[Tensor], Tensor]
+    recognisers: Sequence[Reader]
     detector: Any
 
     def losses(
@@ -65,8 +65,8 @@ class SampledFaces:
         all steps of the sampling.
 
         Args:
-            wanted: embeddings [B, 512]. expected: where the face should be, [B]; it stands for one that is not found,
-                of which a base that draws poorly would learn nothing.
+            wanted: embeddings [B, R, 512]. expected: where the face should be, [B]; it stands for one that is not
+                found, of which a base that draws poorly would learn nothing.
         """
         calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -93,9 +93,20 @@ class SampledFaces:
         return found
 
     def embed(self, images: Tensor, landmarks: Tensor) -> Tensor:
-        """Embeds the faces of images [B, 3, H, W] in -1..1 with landmarks [B, 5, 2] in pixels: [B, 512]."""
-        faces = losses.align_faces(images, landmarks, torch.from_numpy(ARCFACE_POINTS), 112)
-        return self.recogniser(faces)
+        """Embeds the faces of images [B, 3, H, W] in -1..1 with landmarks [B, 5, 2] in pixels, by each of the R
+        recognizers: [B, R, 512]."""
+        found = []
+        for one in self.recognisers:
+            points = torch.from_numpy(one.kind.points)
+            found.append(one.embed(losses.align_faces(images, landmarks, points, one.kind.size)))
+        return torch.stack(found, 1)
+
+    @torch.no_grad()
+    def embed_people(self, faces: Faces, who: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """Embeds a drawn face of each of the people `who` [B]: [B, R, 512]."""
+        rows = [int(rng.choice(np.flatnonzero(faces.identity == number))) for number in who]
+        images = to_input(faces.images[faces.image[rows]])
+        return self.embed(images, torch.from_numpy(faces.landmarks[rows]).float())
 
     def _largest(self, image: np.ndarray) -> Any:
         """Finds the largest face of an image, uint8 RGB [H, W, 3], or None."""
@@ -114,13 +125,13 @@ def _outside(face: Any, side: int) -> np.ndarray:
 
 
 def load(folder: Path) -> SampledFaces:
-    """Loads autoencoder, recognizer and detector from a training folder, with frozen weights."""
+    """Loads autoencoder, recognizers and detector from a training folder, with frozen weights."""
     from lib_pulid.face_models import InsightFaceDetector
 
     made = folder / "miniature"
     vae = load_autoencoder(folder / FILE).eval().requires_grad_(False)
-    recogniser = load_recogniser(made / "recogniser.safetensors").embed
-    return SampledFaces(vae, recogniser, InsightFaceDetector(made / "detector.onnx"))
+    recognisers = [load_recogniser(made, name) for name in RECOGNISERS]
+    return SampledFaces(vae, recognisers, InsightFaceDetector(made / "detector.onnx"))
 
 
 def expected_face(person: world.Person, scene: world.Scene, said: Collection[str]) -> Detection | None:
@@ -152,8 +163,8 @@ class PeopleInWords:
         return faces_of(self.data)
 
     def sample(self, batch: int, rng: np.random.Generator) -> tuple[list[str], Tensor, list[Detection | None]]:
-        """Samples prompts [B], half of which say all of the scene, embeddings [B, 512] of a drawn face of each, and
-        where the faces are expected."""
+        """Samples prompts [B], half of which say all of the scene, embeddings [B, R, 512] of a drawn face of each,
+        and where the faces are expected."""
         who = rng.choice(self.data.people, batch, replace=False)
         prompts, expected = [], []
         for number in who:
@@ -162,8 +173,4 @@ class PeopleInWords:
             person = self.data.person(int(number))
             prompts.append(world.describe(scene, [person], keep))
             expected.append(expected_face(person, scene, keep))
-        rows = [int(rng.choice(np.flatnonzero(self._faces.identity == number))) for number in who]
-        images = to_input(self._faces.images[self._faces.image[rows]])
-        with torch.no_grad():
-            wanted = self.reader.embed(images, torch.from_numpy(self._faces.landmarks[rows]).float())
-        return prompts, wanted, expected
+        return prompts, self.reader.embed_people(self._faces, who, rng), expected
