@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.miniature import unpack
 from lib_pulid.sites import find_sites
 from lib_pulid.training import adapter as adapters
-from lib_pulid.training import base, checkpoint, flux, losses, readers, sampled_faces, schedule, world
+from lib_pulid.training import base, checkpoint, flux, losses, readers, sampled_faces, schedule
 from lib_pulid.training.dataset import Drawn
 from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run
@@ -279,41 +281,47 @@ class TestFromWhatIsShipped:
         model.__dict__["text"] = lambda prompts: text(prompts[1:] + prompts[:1])
         assert people.losses(model, 4, step=1)["id"].item() > loss.item()
 
-    @pytest.mark.parametrize(("row", "column", "counts"), [(0, 0, 1), (12, 0, 1), (8, 8, 0)])
-    def test_the_scene_is_compared_outside_the_head(self, folder, row, column, counts):
-        """A head is in the middle of the image; the other denoiser differs in one latent."""
-        model = base.load("sdxl", folder, folder / "base.safetensors")
-        text = model.text([world.describe(world.Scene())] * 2)
-        noise, added = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(16, 16)
-        added[row, column] = 0.5
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            return model.predict(x, t, *text)
-
-        faces, wanted = sampled_faces.load(folder), torch.ones(2, 2, 512)
-        same = faces.losses(predict, noise, model.schedule, wanted, predict)
-        other = faces.losses(predict, noise, model.schedule, wanted, lambda x, t: predict(x, t) + added)
-        assert same["scene"].item() == 0
-        assert other["scene"].item() == pytest.approx(counts * 0.5**2 / 16**2, rel=1e-4)
-
-    def test_a_face_that_is_not_found_is_looked_for_where_it_should_be(self, folder):
-        model = base.load("sdxl", folder, folder / "base.safetensors")
-        text, wanted = model.text([world.describe(world.Scene())] * 2), torch.ones(2, 2, 512)
-        noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    @pytest.fixture(scope="class")
+    def blind(self, folder):
+        """Reads sampled images in which it finds the faces that it is given."""
         faces = sampled_faces.load(folder)
-        (seen,) = (found for found in faces.detector.detect(miniature.portrait(0, size=128)[:, :, ::-1].copy()))
 
-        def computed(found: list, expected: list) -> tuple[float, float]:
-            blind = replace(faces, detector=SimpleNamespace(detect=lambda image: found))
-            made = blind.losses(
-                lambda x, t: model.predict(x, t, *text), noise, model.schedule, wanted,
-                lambda x, t: model.predict(x, t, *text) + 0.5, expected,
-            )  # fmt: skip
-            return made["id"].item(), made["scene"].item()
+        def finding(*found: Any) -> sampled_faces.SampledFaces:
+            return replace(faces, detector=SimpleNamespace(detect=lambda image: list(found)))
 
-        assert computed([], []) == (0, 0.25)
-        assert computed([], [None, seen])[0] > 0
-        assert computed([], [seen, seen]) == computed([seen], [None, None]) != computed([], [None, seen])
+        return finding
+
+    @pytest.fixture(scope="class")
+    def head(self, blind):
+        """A face in the middle of the image."""
+        image = np.ascontiguousarray(miniature.portrait(0, size=128)[:, :, ::-1])
+        (found,) = miniature.face_models().detector.detect(image)
+        return found
+
+    @staticmethod
+    def sampled(faces: sampled_faces.SampledFaces, added: Tensor, expected: Sequence = ()) -> tuple[float, float]:
+        """The losses "id" and "scene", where the other denoiser's predictions differ by `added`."""
+        noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        wanted = torch.ones(2, 2, 512)
+        made = faces.losses(
+            lambda x, t: 0.1 * x, noise, base.Base.schedule, wanted, lambda x, t: 0.1 * x + added, expected
+        )
+        return made["id"].item(), made["scene"].item()
+
+    @pytest.mark.parametrize(("row", "column", "counts"), [(0, 0, 1), (12, 0, 1), (8, 8, 0)])
+    def test_the_scene_is_compared_outside_the_head(self, blind, head, row, column, counts):
+        """The other denoiser differs in one latent."""
+        added = torch.zeros(16, 16)
+        assert self.sampled(blind(head), added)[1] == 0
+        added[row, column] = 0.5
+        assert self.sampled(blind(head), added)[1] == pytest.approx(counts * 0.5**2 / 16**2, rel=1e-4)
+
+    def test_a_face_that_is_not_found_is_looked_for_where_it_should_be(self, blind, head):
+        everywhere = torch.full((16, 16), 0.5)
+        assert self.sampled(blind(), everywhere) == (0, 0.25)
+        one, both = (self.sampled(blind(), everywhere, expected) for expected in ([None, head], [head, head]))
+        assert one[0] > 0
+        assert both == self.sampled(blind(head), everywhere, [None, None]) != one
 
     def test_an_adapter_begins_with_the_encoder_and_the_sites_of_its_family(self, folder):
         model = base.load("sdxl", folder, folder / "base.safetensors")
