@@ -140,8 +140,10 @@ def test_the_likeness_that_users_are_told(shop, paint, identities, likeness):
     assert after.mean() > before.mean(), (before, after)
 
 
-@pytest.mark.xfail(strict=True, reason="not reached: the faces of two people, of half the size, are not legible yet")
-@pytest.mark.parametrize("pair", [PEOPLE[:2], PEOPLE[:0:-1]])
+NOT_LEGIBLE = pytest.mark.xfail(strict=True, reason="not reached: faces of half the size are often not legible yet")
+
+
+@pytest.mark.parametrize("pair", [pytest.param(PEOPLE[:2], marks=NOT_LEGIBLE), PEOPLE[:0:-1]])
 def test_two_people_in_two_regions(shop, identities, likeness, pair):
     left = torch.zeros(32, 32)
     left[:, :16] = 1
