@@ -138,7 +138,7 @@ class Trainer:
             people = self.photos.person[who]
             predict, wanted = partial(self._predict, text, rows), self.reader.embed_people(self._faces, people, rng)
             plain = partial(self.base.predict, context=text[0], pooled=text[1]) if "scene" in self.losses else None
-            expected = [expected_face(self.data.person(one), *asked) for one, *asked in zip(people, scenes, said)]
+            expected = [expected_face(self.data.person(one), *asked) for one, asked in zip(people, zip(scenes, said))]
             found |= self.reader.losses(predict, noise, self.base.schedule, wanted, plain, expected)
         return found
 
