@@ -236,7 +236,7 @@ def scene_figures(reader: Reader, kind: Kind, drawn: Drawn) -> dict[str, float]:
 
 
 def save(name: str, reader: Reader, folder: Path) -> None:
-    """Writes NAME.onnx into a folder; for a recognizer of L_id its weights."""
+    """Writes NAME.onnx into a folder; for the recognizers of L_id their weights, and ONNX for the adapter's own."""
     kind = KINDS[name]
     example = torch.zeros(2, 3, kind.size, kind.size)
     reader = reader.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -245,9 +245,8 @@ def save(name: str, reader: Reader, folder: Path) -> None:
 
         state = {k: v.half() if v.is_floating_point() else v for k, v in reader.state_dict().items()}
         replace_file(folder / f"{name}.safetensors", to_bytes(state))
-    if name == "recogniser":
-        save_onnx(_Embed(reader), example, folder / f"{name}.onnx", ["embedding"])
-    if name in RECOGNISERS:
+        if name == "recogniser":
+            save_onnx(_Embed(reader), example, folder / f"{name}.onnx", ["embedding"])
         return
     facts: dict[str, object] = {"values": {k: list(v) for k, v in kind.heads.items()}}
     if kind.points is not None:
