@@ -155,8 +155,10 @@ class TestTheAccordion:
         script.library.adapters.listed()
         assert read
 
-    def test_signatures_are_remembered_while_it_is_built(self, ui):
+    def test_answers_are_remembered_while_it_is_built(self, ui, monkeypatch):
         widgets = importlib.import_module("lib_pulid.webui.widgets")
+        blocks = SimpleNamespace(get_upload_folder=object)
+        monkeypatch.setattr(widgets.gr, "blocks", blocks, raising=False)
         originals = inspect.signature, inspect.getfullargspec, typing.get_type_hints
 
         class NoHash:
@@ -166,15 +168,17 @@ class TestTheAccordion:
 
         def function(one: int, two=2) -> None: ...
 
-        with pytest.raises(KeyError), widgets.remembered_signatures():
+        with pytest.raises(KeyError), widgets.remembered_answers():
             assert inspect.getfullargspec(function) is inspect.getfullargspec(function)
             assert inspect.getfullargspec(function) == originals[1](function)
             assert inspect.signature(NoHash()) == originals[0](NoHash())
             assert typing.get_type_hints(function) == {"one": int, "return": type(None)}
+            assert blocks.get_upload_folder() is blocks.get_upload_folder()
             with pytest.raises(TypeError, match="not a callable"):
                 inspect.signature(3)
             raise KeyError
         assert (inspect.signature, inspect.getfullargspec, typing.get_type_hints) == originals
+        assert blocks.get_upload_folder is object
 
     def test_each_persons_settings_have_labels_of_their_own(self, ui, script):
         """The hosts keep them in ui-config.json by their labels. How many people there are, is a setting."""

@@ -9,22 +9,27 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import gradio as gr
 from modules.ui_components import ToolButton
 
 # The page bypasses gradio's queue, where a click would wait until the current image is done. Also, gradio 3.41 leaves a
 # queued request open when its page is closed (`Queue.clean_event`), and Reload UI may wait for it.
-AT_ONCE: Mapping[str, Any] = {"queue": False, "show_progress": False}
+# gradio 4 would also make a name for each event, unlike all others in the page, with which programs could call it.
+UNQUEUED: Mapping[str, Any] = {"queue": False, "api_name": False}
+AT_ONCE: Mapping[str, Any] = {**UNQUEUED, "show_progress": False}
 TOOL: Mapping[str, Any] = {"elem_classes": ["pulid-tool"]}  # a small button beside a field
 
 
 @contextmanager
-def remembered_signatures() -> Iterator[None]:
-    """Remembers what `inspect` and `typing` say of a function, while the page is built.
+def remembered_answers() -> Iterator[None]:
+    """Remembers what `inspect` and `typing` say of a function, and where uploads go, while the page is built.
 
-    gradio 4 asks again for every widget and every event, always of the same few functions: half of the time that the
-    accordion takes.
+    gradio 4 asks again for every widget and every event, always of the same few functions: more than half of the time
+    that the accordion takes.
     """
-    places = [(inspect, "signature"), (inspect, "getfullargspec"), (typing, "get_type_hints")]
+    places: list[tuple[Any, str]] = [(inspect, "signature"), (inspect, "getfullargspec"), (typing, "get_type_hints")]
+    if hasattr(blocks := getattr(gr, "blocks", None), "get_upload_folder"):  # not in gradio 3
+        places.append((blocks, "get_upload_folder"))
     originals = [getattr(module, name) for module, name in places]
     for (module, name), original in zip(places, originals):
         setattr(module, name, _remembering(original))
