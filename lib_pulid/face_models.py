@@ -7,7 +7,8 @@ the parser may be an ONNX file, too.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -251,36 +252,32 @@ def _require_file(path: Path, what: str) -> None:
 
 def onnx_session(path: Path, what: str, device: str = "cpu") -> Any:
     """Opens an ONNX file. what: its kind, for messages. Raises: MissingWeightsError, WrongWeightsError, PulidError."""
-
-    def load() -> Any:
+    with _load_errors(path, what, "onnxruntime"):
         import onnxruntime
 
         return onnxruntime.InferenceSession(str(path), providers=list(onnx_providers(device)))
 
-    return _load_onnx(path, what, "onnxruntime", load)
-
 
 def _load_insightface(path: Path, what: str, task: str, device: str) -> Any:
     """Loads an ONNX file with insightface, which sets `taskname` by the graph, so that a wrong file is noticed."""
-
-    def load() -> Any:
+    with _load_errors(path, what, "insightface"):
         from insightface.model_zoo import get_model
 
         try:
-            return get_model(str(path), providers=list(onnx_providers(device)))
+            model = get_model(str(path), providers=list(onnx_providers(device)))
         except Exception:  # onnxruntime falls back to the CPU by itself, or raises
-            return get_model(str(path), providers=list(CPU_ONLY))
-
-    model = _load_onnx(path, what, "insightface", load)
+            model = get_model(str(path), providers=list(CPU_ONLY))
     if getattr(model, "taskname", None) != task:
         raise WrongWeightsError(f"{path.name} in {path.parent} is not {what}.")
     return model
 
 
-def _load_onnx(path: Path, what: str, library: str, load: Callable[[], Any]) -> Any:
+@contextmanager
+def _load_errors(path: Path, what: str, library: str) -> Iterator[None]:
+    """Raises PulidError, MissingWeightsError or WrongWeightsError if an ONNX file cannot be loaded."""
     _require_file(path, what)
     try:
-        return load()
+        yield
     except ImportError as error:
         raise PulidError(f"{library} is needed to read faces, but cannot be imported ({error}).") from error
     except Exception as error:  # onnx, onnxruntime and protobuf have their own classes

@@ -132,11 +132,10 @@ class Identity:
             raise IdentityMismatchError(f"{path.name} was written by a later version of sd-webui-pulid. Update it.")
         try:
             thumbnail = _array(tensors.get("thumbnail"), torch.uint8, None, None, 3)
-            named = {name: _array(value, torch.float32, None) for name, value in tensors.items()}
             embeddings = {
                 name.removeprefix(_EMBEDDING): value
-                for name, value in named.items()
-                if name.startswith(_EMBEDDING) and value is not None
+                for name, tensor in tensors.items()
+                if name.startswith(_EMBEDDING) and (value := _array(tensor, torch.float32, None)) is not None
             }
             points = _array(tensors.get(_POSE), torch.float32, 6, 2)
             pose = None

@@ -26,7 +26,7 @@ from lib_pulid import methods
 from lib_pulid.disk import sha256_of
 from lib_pulid.encoders import IDEncoder, IDFormer
 from lib_pulid.errors import WrongWeightsError
-from lib_pulid.files.checkpoint_header import unwrapped
+from lib_pulid.files.checkpoint_header import under, unwrapped
 from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
 from lib_pulid.lora import PARTS, Lora
 from lib_pulid.methods import Method, Tensors, has
@@ -184,7 +184,7 @@ _CONVERTED = ("image_proj.", r"ip_adapter\.(\d{1,4})\.to_(k|v)_ip\.weight")
 
 def _cross_attentions(state: Mapping[str, Tensor], method: Method, path: Path) -> Adapter:
     prefix, pair = _OWN if any(key.startswith(_OWN[0]) for key in state) else _CONVERTED
-    encoder = _encoder(_under(state, prefix), method, path)
+    encoder = _encoder(under(state, prefix), method, path)
     matches = {key: re.fullmatch(pair, key) for key in state if not key.startswith(prefix)}
     low_rank = {(int(m[1]), m[2], m[3]): state[key] for key in matches if (m := re.fullmatch(_LORA, key))}
     if has(method, "lora_weight"):
@@ -232,8 +232,8 @@ def _image_streams(state: Mapping[str, Tensor], method: Method, path: Path) -> A
         raise WrongWeightsError(
             f"{path.name} has the cross-attention of PuLID for FLUX, but another encoder. Download it again."
         )
-    encoder = _encoder(_under(state, "pulid_encoder."), method, path)
-    modules = _under(state, "pulid_ca.")
+    encoder = _encoder(under(state, "pulid_encoder."), method, path)
+    modules = under(state, "pulid_ca.")
     numbers = [int(match[0]) for key in modules if (match := re.match(r"\d{1,4}(?=\.)", key))]
     count = 1 + max(numbers, default=-1)
     expected = {f"{n}.{key}" for n in range(count) for key in IMAGE_STREAM_KEYS}
@@ -290,7 +290,3 @@ def _encoder(state: dict[str, Tensor], method: Method, path: Path) -> Any:
         raise WrongWeightsError(
             f"{path.name}: the identity encoder ({kind.__name__}) is incomplete or has other shapes: {error}"
         ) from error
-
-
-def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}

@@ -90,6 +90,11 @@ def unwrapped(table: Mapping[str, Kind]) -> dict[str, Kind]:
     return {name[len(start) :]: value for name, value in table.items()}
 
 
+def under(table: Mapping[str, Kind], prefix: str) -> dict[str, Kind]:
+    """Returns what is under names with a prefix, by the rest of the name."""
+    return {name[len(prefix) :]: value for name, value in table.items() if name.startswith(prefix)}
+
+
 def read_safetensors_header(file: BinaryIO) -> dict[str, Any]:
     """Reads the JSON at the start of a safetensors file. Raises ValueError where there is none."""
     size, start = int.from_bytes(file.read(8), "little"), file.read(1)

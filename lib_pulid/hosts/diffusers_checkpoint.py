@@ -19,7 +19,7 @@ import torch
 
 from lib_pulid import disk
 from lib_pulid.errors import MissingWeightsError, WrongWeightsError
-from lib_pulid.files.checkpoint_header import read_header
+from lib_pulid.files.checkpoint_header import read_header, under
 from lib_pulid.files.state_dict import read_state_dict
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -99,11 +99,11 @@ _TRANSFORMERS |= {"tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer"}
 def configuration(shapes: Shapes) -> dict[str, Config]:
     """Returns diffusers' configuration of each part of an SDXL checkpoint."""
     return {
-        "unet": _unet(_under(shapes, _UNET)),
-        "vae": _vae(_under(shapes, _VAE)),
+        "unet": _unet(under(shapes, _UNET)),
+        "vae": _vae(under(shapes, _VAE)),
         "scheduler": _scheduler(shapes),
-        "text_encoder": _clip(_under(shapes, _CLIP)),
-        "text_encoder_2": _open_clip(_under(shapes, _OPEN_CLIP)),
+        "text_encoder": _clip(under(shapes, _CLIP)),
+        "text_encoder_2": _open_clip(under(shapes, _OPEN_CLIP)),
     }
 
 
@@ -180,12 +180,12 @@ def _scheduler(shapes: Shapes) -> Config:
 
 
 def _clip(shapes: Shapes) -> Config:
-    layers = _under(shapes, "encoder.layers.")
+    layers = under(shapes, "encoder.layers.")
     return _text("CLIPTextModel", shapes["embeddings.token_embedding.weight"], layers, "mlp.fc1.weight", "quick_gelu")
 
 
 def _open_clip(shapes: Shapes) -> Config:
-    layers = _under(shapes, "transformer.resblocks.")
+    layers = under(shapes, "transformer.resblocks.")
     text = _text("CLIPTextModelWithProjection", shapes["token_embedding.weight"], layers, "mlp.c_fc.weight", "gelu")
     return text | {"projection_dim": shapes["text_projection"][1]}
 
@@ -215,10 +215,6 @@ def _heads(width: int) -> int:
 def _groups(width: int, at_least: int) -> int:
     """Returns a normalization's number of groups: 32, or fewer for narrow layers; no shape tells."""
     return max(1, min(32, width // at_least))
-
-
-def _under(shapes: Shapes, prefix: str) -> Shapes:
-    return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
