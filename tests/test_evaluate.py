@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import cos, pi, radians
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,6 @@ from lib_pulid.evaluate.subjects import Prompt, Subject, drawn_people, read_fold
 from lib_pulid.evaluate.trial import (
     Method,
     Panel,
-    Studio,
     count_images,
     read_sitters,
     run_trial,
@@ -269,10 +270,29 @@ def paint(injections, prompt: str, seed: int) -> np.ndarray:
     return picture(near, 100 + 20 * seed + round(10 * weight), style=1 if weight < 1 else 2)
 
 
+@dataclass(frozen=True)
+class Studio:
+    """Stands for a Workshop."""
+
+    draw: Callable[..., np.ndarray]
+    read: Callable[[Any, np.ndarray], Any]
+    inject: Callable[..., Any]
+    adapter: Any = None
+
+    def paint(self, injections, prompt: str, seed: int):
+        return Image.fromarray(self.draw(injections, prompt, seed)), len(injections)
+
+    def identity(self, photos):
+        return self.read(self.adapter, *photos)
+
+    def compiled(self, identity, weight: float, **settings):
+        return self.inject(self.adapter, identity, weight, settings)
+
+
 PULID = Method("pulid", File(Path("a.bin")))
 STUDIO = Studio(
     paint,
-    identity=lambda adapter, photo, name: int(photo[32, 32, 0]),
+    read=lambda adapter, photo: int(photo[32, 32, 0]),
     inject=lambda adapter, identity, weight, settings: (identity, weight, adapter.miss),
 )
 
@@ -291,7 +311,7 @@ def subject(name: str = "anna", person: int = 0, *prompts: str) -> Subject:
 def trial(panel: Panel, *subjects: Subject, methods=(PULID,), weights=(0.5, 1.0), seeds=2, studio=STUDIO):
     """The rows, and a line for each method and weight."""
     sitters = read_sitters(subjects or [subject()], panel)
-    rows = list(run_trial(studio, panel, methods, sitters, weights, seeds))
+    rows = [row for row, _ in run_trial(studio, panel, methods, sitters, weights, seeds)]
     assert len(rows) == count_images(sitters, methods, weights, seeds)
     return rows, report.summarize(rows)
 
@@ -357,7 +377,7 @@ def test_how_much_of_a_photos_turn_is_copied():
     panel = Panel(FaceModels(seer, seer, None, seer), (seer,))
     studio = Studio(
         lambda injections, prompt, seed: picture(9, style=round(sum(injections)) if injections else 1),
-        identity=lambda adapter, photo, name: int(photo[32, 32, 2]),
+        read=lambda adapter, photo: int(photo[32, 32, 2]),
         inject=lambda adapter, identity, weight, settings: weight * identity,
     )
     people = [Subject(f"turned {turn}", picture(9, style=turn), (), (Prompt("x"),)) for turn in (0, 2, 4)]
@@ -414,7 +434,7 @@ def written(panel, tmp_path_factory):
         files[-1].write_bytes(name.encode())
     methods = [Method("first", File(files[0])), Method("second", File(files[1], 30), {"num_zero": 8})]
     sitters = read_sitters([subject(), subject("ben", 10)], panel)
-    rows = list(run_trial(STUDIO, panel, methods, sitters, (0.5, 1.0), 2))
+    rows = [row for row, _ in run_trial(STUDIO, panel, methods, sitters, (0.5, 1.0), 2)]
     results.write(results.collect({"seeds": 2, "out": out, "run": print}, methods, panel, sitters, rows), out, False)
     return out
 

@@ -10,15 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lib_pulid import fields, miniature
 from lib_pulid.errors import SettingError, UnsupportedModelError
 from lib_pulid.evaluate import options, results
 from lib_pulid.evaluate.clip import open_clip_model
 from lib_pulid.evaluate.judges import HOW_TO_GET, OWN, FaceJudge, by_recogniser, open_judges
 from lib_pulid.evaluate.subjects import drawn_people, read_folder, read_prompts
-from lib_pulid.evaluate.trial import Method, Panel, Row, Studio, count_images, read_sitters, run_trial
+from lib_pulid.evaluate.trial import Method, Panel, Row, count_images, read_sitters, run_trial
 from lib_pulid.files import catalog
 from lib_pulid.methods import has, usual
 from lib_pulid.photos import IdentityCache
@@ -43,7 +41,9 @@ def run(arguments: argparse.Namespace, device: str) -> int:
     if people is None:
         people = drawn_people(arguments.people, arguments.each or 1, lambda image: bool(panel.faces(image)), prompts)
     sitters = read_sitters(people, panel)
-    rows = _watched(_studio(workshop, arguments), panel, methods, sitters, weights, arguments)
+    workshop.base.pipeline.set_progress_bar_config(disable=True)
+    workshop = replace(workshop, cache=IdentityCache())  # in memory only: there may be hundreds of people
+    rows = _watched(workshop, panel, methods, sitters, weights, arguments)
     settings = {**vars(arguments), "weights": weights}
     results.write(results.collect(settings, methods, panel, sitters, rows), arguments.out, arguments.json)
     return 0
@@ -81,23 +81,6 @@ def _methods(
 # ---------------------------------------------------------------- models and judges
 
 
-def _studio(workshop: Workshop, arguments: argparse.Namespace) -> Studio:
-    workshop.base.pipeline.set_progress_bar_config(disable=True)
-    settings = {"steps": arguments.steps, "size": arguments.size, "guidance": arguments.guidance}
-    workshop = replace(workshop, cache=IdentityCache())  # in memory only: there may be hundreds of people
-
-    def paint(injections, prompt: str, seed: int) -> np.ndarray:
-        return np.asarray(workshop.paint(injections, prompt, seed=seed, **settings)[0].convert("RGB"))
-
-    def identity(adapter, photo: np.ndarray, name: str):
-        return replace(workshop, adapter=adapter).identity([photo])
-
-    def inject(adapter, identity, weight: float, settings: Mapping[str, Any]):
-        return replace(workshop, adapter=adapter).compiled(identity, weight=weight, **settings)
-
-    return Studio(paint, identity, inject)
-
-
 def _panel(arguments: argparse.Namespace, workshop: Workshop, device: str) -> Panel:
     drawn = arguments.model in miniature.MODELS
     own = None if drawn else catalog.require_encoders(arguments.models_dir)["recogniser"]
@@ -119,18 +102,19 @@ def _panel(arguments: argparse.Namespace, workshop: Workshop, device: str) -> Pa
     )
 
 
-def _watched(studio, panel, methods, sitters, weights, arguments: argparse.Namespace) -> list[Row]:
+def _watched(workshop, panel, methods, sitters, weights, arguments: argparse.Namespace) -> list[Row]:
     """Collects all rows, with a progress bar."""
     from PIL import Image
     from tqdm import tqdm
 
-    def save(row: Row, image: np.ndarray) -> None:
-        words = (row.person, row.method, row.file, f"{row.weight:g}", row.prompt[:40], str(row.seed))
-        name = re.sub(r"[^\w.,]+", "-", "_".join(filter(None, words)))
-        (arguments.out / "images").mkdir(exist_ok=True)
-        Image.fromarray(image).save(arguments.out / "images" / f"{name}.png")
-
-    keep = {"keep_image": save} if arguments.save_images else {}
-    rows = run_trial(studio, panel, methods, sitters, weights, arguments.seeds, **keep)
-    total = count_images(sitters, methods, weights, arguments.seeds)
-    return list(tqdm(rows, total=total, desc="generating", unit="image"))
+    settings = {"steps": arguments.steps, "size": arguments.size, "guidance": arguments.guidance}
+    made = run_trial(workshop, panel, methods, sitters, weights, arguments.seeds, **settings)
+    total, rows = count_images(sitters, methods, weights, arguments.seeds), []
+    for row, image in tqdm(made, total=total, desc="generating", unit="image"):
+        rows.append(row)
+        if arguments.save_images:
+            words = (row.person, row.method, row.file, f"{row.weight:g}", row.prompt[:40], str(row.seed))
+            name = re.sub(r"[^\w.,]+", "-", "_".join(filter(None, words)))
+            (arguments.out / "images").mkdir(exist_ok=True)
+            Image.fromarray(image).save(arguments.out / "images" / f"{name}.png")
+    return rows

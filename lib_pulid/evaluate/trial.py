@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -15,10 +15,10 @@ from lib_pulid.evaluate.judges import FaceJudge
 from lib_pulid.evaluate.measures import change, copy_paste, cosine, kept, mean, pose
 from lib_pulid.evaluate.subjects import Prompt, Subject
 from lib_pulid.faces import CROP_BORDER_BGR, CROP_LANDMARKS, CROP_SIZE, Detection, FaceModels, order_faces
-from lib_pulid.identity import Identity
 from lib_pulid.images import resize_long_edge
 from lib_pulid.injection import Injection
 from lib_pulid.judge import Judge, Reading, similarity
+from lib_pulid.standalone import Workshop
 from lib_pulid.weights import Adapter
 
 WITHOUT = "without"
@@ -26,21 +26,6 @@ NOT_HEAD = (0, 16)  # BiSeNet's background and cloth
 # The parser's own crop cuts off long or high hair; a wider crop labels the rest.
 ZOOMS = (0.75, 1.0)
 MARGIN = 3 / 128  # of the image's long edge, around a head
-
-
-@dataclass(frozen=True, eq=False)
-class Studio:
-    """What generates images.
-
-    Args:
-        paint: injections, prompt, seed -> uint8 RGB [H, W, 3].
-        identity: adapter, photo uint8 RGB [H, W, 3], its name -> identity.
-        inject: adapter, identity, weight, settings of `compile_injection` -> injection.
-    """
-
-    paint: Callable[[Sequence[Injection], str, int], np.ndarray]
-    identity: Callable[[Adapter, np.ndarray, str], Identity]
-    inject: Callable[[Adapter, Identity, float, Mapping[str, Any]], Injection]
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,26 +162,35 @@ def count_images(sitters: Sequence[Sitter], methods: Sequence[Method], weights: 
 
 
 def run_trial(
-    studio: Studio,
+    workshop: Workshop,
     panel: Panel,
     methods: Sequence[Method],
     sitters: Sequence[Sitter],
     weights: Sequence[float],
     seeds: int,
-    keep_image: Callable[[Row, np.ndarray], None] = lambda row, image: None,
-) -> Iterator[Row]:
-    """Generates and judges all images. Weight 0 is the image without, generated once for all methods."""
+    **settings: Any,
+) -> Iterator[tuple[Row, np.ndarray]]:
+    """Generates and judges all images. Weight 0 is the image without, generated once for all methods.
+
+    settings: of `Workshop.paint`. Yields each row, and its image, uint8 RGB [H, W, 3].
+    """
+
+    def look(injections: Sequence[Injection], prompt: str, seed: int) -> Look:
+        image, _ = workshop.paint(injections, prompt, seed=seed, **settings)
+        return panel.look(np.asarray(image.convert("RGB")))
 
     @cache
     def without(prompt: str, seed: int) -> tuple[Look, np.ndarray]:
         """Generates an image without an identity; and finds its head."""
-        look = panel.look(studio.paint([], prompt, seed))
-        return look, panel.head(look)
+        plain = look([], prompt, seed)
+        return plain, panel.head(plain)
 
-    def shot(sitter: Sitter, method: Method | None, weight: float, prompt: Prompt, seed: int, injections: Any) -> Row:
+    def shot(
+        sitter: Sitter, method: Method | None, weight: float, prompt: Prompt, seed: int, injections: Any
+    ) -> tuple[Row, np.ndarray]:
         before, head = without(prompt.text, seed)
         other, other_head = without(prompt.text, (seed + 1) % max(seeds, 2))
-        after = panel.look(studio.paint(injections, prompt.text, seed)) if injections else before
+        after = look(injections, prompt.text, seed) if injections else before
         row = Row(
             person=sitter.subject.name,
             method=method.name if method else WITHOUT,
@@ -212,17 +206,17 @@ def run_trial(
             kept=kept(prompt.wanted, after.scene),
             **_person_figures(sitter, after),
         )
-        keep_image(row, after.image)
-        return row
+        return row, after.image
 
     for sitter in sitters:
         cases = [(prompt, seed) for prompt in sitter.subject.prompts for seed in range(seeds)]
         for prompt, seed in cases:
             yield shot(sitter, None, 0.0, prompt, seed, [])
         for method in methods:
-            identity = studio.identity(method.adapter, sitter.subject.reference, sitter.subject.name)
+            own = replace(workshop, adapter=method.adapter)
+            identity = own.identity([sitter.subject.reference])
             for weight in filter(None, weights):
-                injections = [studio.inject(method.adapter, identity, weight, method.settings)]
+                injections = [own.compiled(identity, weight=weight, **method.settings)]
                 for prompt, seed in cases:
                     yield shot(sitter, method, weight, prompt, seed, injections)
 
