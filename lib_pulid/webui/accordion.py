@@ -9,7 +9,7 @@ The host translates the page by whole texts (`localizations/`), so every label, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -64,7 +64,8 @@ def build(
         family = families[0] if len(families) == 1 else ""
         shown = silent(gr.Textbox(value=family, visible=False, label="PuLID family", elem_id=f"pulid_{tab}_family"))
         with gr.Tabs(elem_id=f"pulid_{tab}_units", elem_classes=["pulid-units"]):
-            lists = _Lists(actions.identity_choices(), following.saved_presets()["choices"])
+            # Read once for all units. The models come with the page, see `Missing.look`.
+            lists = {"identities": actions.identity_choices(), "presets": following.saved_presets()["choices"]}
             units = []
             for number in range(1, count + 1):
                 with gr.Tab(f"Person {number}", elem_id=f"pulid_{tab}_{number}"):
@@ -102,23 +103,15 @@ def _follow_checkpoint(tab: str, units: Sequence[_Unit], following: Following, s
     )
 
 
-@dataclass(frozen=True)
-class _Lists:
-    """What the lists of all units offer, read once. The models come with the page, see `Missing.look`."""
-
-    identities: list[str]
-    presets: list[str]
-
-
 class _Unit:
     """The widgets of one person, by field name.
 
     shown: the hidden field with the model family that the page shows. following: the widgets that change with it.
-    stored: the events after which other people's lists are out of date.
+    stored: the events after which other people's lists are out of date. lists: what they offer.
     """
 
     def __init__(
-        self, tab: str, number: int, actions: Actions, following: Following, shown: Any, lists: _Lists
+        self, tab: str, number: int, actions: Actions, following: Following, shown: Any, lists: dict[str, list[str]]
     ) -> None:
         self._shown, self._lists = shown, lists
         self._tab, self._number, self._actions, self._following = tab, number, actions, following
@@ -191,7 +184,7 @@ class _Unit:
         self.asked = silent(gr.Textbox(value="", visible=False, label=f"PuLID {self._number} preview of"))
         with gr.Row(elem_classes=["pulid-line"]):
             self.widgets["identity"] = gr.Dropdown(
-                choices=self._lists.identities,
+                choices=self._lists["identities"],
                 allow_custom_value=True,
                 **self._common(FIELD["identity"], tip=False)
                 | {"value": NONE, "label": self._label("Or a saved identity")},
@@ -211,7 +204,7 @@ class _Unit:
             preset = self._common(FIELD["preset"]) | ({"info": PRESET_TIPS[family]} if family else {})
             self.widgets["preset"] = gr.Radio(choices=preset_choices(family), **preset)
         label = self._label("Load a saved preset")
-        self.presets = PresetRow(self._id, self._number, label, self._lists.presets)
+        self.presets = PresetRow(self._id, self._number, label, self._lists["presets"])
         self.widgets["model"] = gr.Dropdown(choices=[AUTO], allow_custom_value=True, **self._common(FIELD["model"]))
 
     def _advanced(self) -> None:

@@ -60,13 +60,14 @@ class Actions:
         for file in files if isinstance(files, list) else [files] if files else []:
             path = Path(getattr(file, "name", None) or str(file))
             if len(known) == MOST_PHOTOS:
-                problems.append(f"{path.name} and all after it were skipped: {MOST_PHOTOS} photos is the maximum.")
+                problems.append(bad(f"{path.name} and all after it were skipped: {MOST_PHOTOS} photos is the maximum."))
                 break
             try:
                 known.append(self._library.photos.add(load_image(path)))
             except PulidError as error:
-                problems.append(str(error))
-        return None, json.dumps(known) if known else "", gr.update(value=True) if known else gr.update(), bad(problems)
+                problems.append(bad(str(error)))
+        enabled = gr.update(value=True) if known else gr.update()
+        return None, json.dumps(known) if known else "", enabled, "".join(problems)
 
     def show_photos(self, images: str) -> str:
         """Shows the photos, each with a ✕ that the page's script listens to."""
@@ -134,11 +135,11 @@ class Actions:
             if _saved(identity):
                 shown, lines = self._preview_identity(identity)
             elif not images:
-                lines = [bad(["No photo yet: drop one above."])]
+                lines = [bad("No photo yet: drop one above.")]
             else:
                 self._preview_photos(_images(images), _choice(order, index), shown, lines)
         except PulidError as error:
-            lines.append(bad([str(error)]))
+            lines.append(bad(str(error)))
         finally:
             self._library.encoders.release()
         return gr.update(value=shown, visible=bool(shown)), "".join(lines)
@@ -162,7 +163,7 @@ class Actions:
             except MissingWeightsError:
                 raise
             except PulidError as error:
-                lines.append(bad([str(error)]))
+                lines.append(bad(str(error)))
                 continue
             found = "1 face" if len(face.detections) == 1 else f"{len(face.detections)} faces"
             shown += [
@@ -189,7 +190,7 @@ class Actions:
                 name, made or self._encoded(images, model, _choice(order, index), fusion, told)
             )
         except PulidError as error:
-            return gr.update(), gr.update(), bad([str(error)])
+            return gr.update(), gr.update(), bad(str(error))
         finally:
             self._library.encoders.release()
         note = good(f"Saved {saved.name} ({saved.short_hash}) for {saved.adapter}. It is selected below and used now.")
@@ -210,7 +211,7 @@ class Actions:
                 return gr.update(), name, warn(f"Click again to delete {path}. It cannot be restored.")
             gone = self._library.identities.delete(name)
         except PulidError as error:
-            return gr.update(), "", bad([str(error)])
+            return gr.update(), "", bad(str(error))
         return gr.update(choices=self.identity_choices(), value=NONE), "", good(f"Deleted {gone.name}.")
 
     def _encoded(self, images: str, model: str, choice: FaceChoice, fusion: str, told: list[str]) -> Identity:

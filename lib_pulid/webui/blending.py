@@ -62,7 +62,7 @@ def blend(library: Library, units: int, people: Any, shares: str, name: str) -> 
             raise SettingError("Enter a name for the blend first.")
         made = library.identities.blend(list(zip(people or [], given)), name or "")
     except PulidError as error:
-        return (gr.update(), gr.update(), bad([str(error)]), *[gr.update()] * units)
+        return (gr.update(), gr.update(), bad(str(error)), *[gr.update()] * units)
     note = good(f"Saved {made.name} ({made.short_hash}) for {made.adapter}. Select it as a saved identity.")
     saved = library.identities.names()
     return (gr.update(choices=saved), gr.update(value=""), note, *[gr.update(choices=[NONE, *saved])] * units)

@@ -68,7 +68,7 @@ class Following:
         try:
             values = self._library.presets.load(name)
         except PulidError as error:
-            return [*[gr.update()] * len(SAVED), self.saved_presets(), gr.update(), bad([str(error)])]
+            return [*[gr.update()] * len(SAVED), self.saved_presets(), gr.update(), bad(str(error))]
         widgets = [gr.update() if values.get(field) is None else gr.update(value=values[field]) for field in SAVED]
         told = good(f"The settings are those of the preset {name}.")
         return [*widgets, self.saved_presets(), gr.update(value=name), told]
@@ -80,7 +80,7 @@ class Following:
                 raise SettingError("Enter a name for the preset first.")
             name = self._library.presets.save(name, dict(zip(SAVED, values)))
         except PulidError as error:
-            return gr.update(), gr.update(), bad([str(error)])
+            return gr.update(), gr.update(), bad(str(error))
         return (
             self.saved_presets(),
             gr.update(value=""),
@@ -100,7 +100,7 @@ class Following:
                 return gr.update(), path.stem, warn(f"Click again to delete {path}. It cannot be restored.")
             disk.delete(path)
         except PulidError as error:
-            return gr.update(), "", bad([str(error)])
+            return gr.update(), "", bad(str(error))
         return self.saved_presets(), "", good(f"Deleted the preset {path.stem}.")
 
     def follow_checkpoint(self, shown: str, name: str, *values: Any) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
 
 
 def good(text: str) -> str:
@@ -14,5 +13,5 @@ def warn(text: str) -> str:
     return f"<p class='pulid-warn'>{html.escape(text)}</p>"
 
 
-def bad(problems: Sequence[str]) -> str:
-    return "".join(f"<p class='pulid-bad'>{html.escape(problem)}</p>" for problem in problems)
+def bad(text: str) -> str:
+    return f"<p class='pulid-bad'>{html.escape(text)}</p>"

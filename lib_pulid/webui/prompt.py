@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from lib_pulid.errors import SettingError
@@ -184,23 +185,15 @@ class _Distinct:
 
 def _distinct(tags: Tags) -> list[_Distinct]:
     """Lists the tags once for all images that have them at the same place; a tag of both passes once for both."""
-    found = []
+    images: dict[tuple[str, int, str], set[int]] = {}
+    for image, texts in enumerate(zip_longest(tags.first, tags.second, fillvalue=())):
+        first, second = (set(enumerate(some, 1)) for some in texts)
+        for passes, some in (("both", first & second), ("first", first - second), ("second", second - first)):
+            for index, text in some:
+                images.setdefault((passes, index, text), set()).add(image)
     count = max(len(tags.first), len(tags.second))
-    first, second = _places(tags.first), _places(tags.second)
-    for index, text in {**first, **second}:
-        both = first.get((index, text), frozenset()) & second.get((index, text), frozenset())
-        parts = {"both": both}
-        parts |= {"first": first.get((index, text), both) - both, "second": second.get((index, text), both) - both}
-        found += [_Distinct(text, index, passes, some, count) for passes, some in parts.items() if some]
+    found = [_Distinct(text, index, passes, frozenset(some), count) for (passes, index, text), some in images.items()]
     return sorted(found, key=lambda one: (one.passes == "second", one.index, min(one.images)))
-
-
-def _places(texts: Texts) -> dict[tuple[int, str], frozenset[int]]:
-    images: dict[tuple[int, str], set[int]] = {}
-    for image, tags in enumerate(texts):
-        for index, text in enumerate(tags, 1):
-            images.setdefault((index, text), set()).add(image)
-    return {place: frozenset(some) for place, some in images.items()}
 
 
 def check_rest(p: Any, request: Request, library: Library) -> None:
