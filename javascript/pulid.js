@@ -7,8 +7,7 @@ class Pulid {
 
     /** An element of the accordion: element("1_weight") is #pulid_txt2img_1_weight. */
     element(name) {
-        return gradioApp().getElementById?.(`pulid_${this.tab}${name && "_" + name}`)
-            ?? gradioApp().querySelector(`#pulid_${this.tab}${name && "_" + name}`);
+        return gradioApp().querySelector(`#pulid_${this.tab}${name && "_" + name}`);
     }
 
     get accordion() {

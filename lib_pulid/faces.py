@@ -74,11 +74,9 @@ class Recogniser(Protocol):
 
     def embed(self, image_bgr: np.ndarray, detection: Detection) -> np.ndarray:
         """Embeds a face of an image, uint8 BGR [H, W, 3], aligned by the detection's landmarks."""
-        ...
 
     def embed_crop(self, aligned_bgr: np.ndarray) -> np.ndarray:
         """Embeds the aligned crop, uint8 BGR [512, 512, 3]."""
-        ...
 
 
 class Parser(Protocol):

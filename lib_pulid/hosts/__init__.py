@@ -54,7 +54,6 @@ class Plan(Protocol):
 
     def has_face(self, *, hires: bool) -> bool:
         """Whether a face is to be added in this pass. If not, the pass may have any model."""
-        ...
 
     def injections(self, model: LoadedModel, *, hires: bool) -> Sequence[Injection]:
         """Returns the injections, compiled for the model's family, device and dtype, and keeps them.
@@ -64,15 +63,12 @@ class Plan(Protocol):
         Raises:
             PulidError: why no image may be generated.
         """
-        ...
 
     def check_steps(self, model: LoadedModel, steps: int, *, hires: bool) -> None:
         """Raises: SettingError: in a pass of so many steps, a requested face would never be used."""
-        ...
 
     def cfg_start_step(self, model: LoadedModel, *, hires: bool) -> int:
         """Returns the first step of the pass that uses the negative prompt."""
-        ...
 
 
 class Host(Protocol):
@@ -86,23 +82,18 @@ class Host(Protocol):
 
     def loaded_model(self, p: Any) -> LoadedModel:
         """Returns the model that `p` samples with. Raises: UnsupportedModelError: there is no PuLID for it."""
-        ...
 
     def why_no_control_nets(self) -> str:
         """Says why a method's ControlNet cannot run there, and what to do; "" if it can."""
-        ...
 
     def less_memory(self) -> str:
         """Says how to save video memory there, for messages."""
-        ...
 
     def tells_errors(self, p: Any) -> bool:
         """Whether the user sees what is raised while `p` is processed."""
-        ...
 
     def callbacks(self) -> Mapping[str, Callable[..., None]]:
         """Returns the script callbacks to register, once, by their events."""
-        ...
 
     def sampling(self, p: Any, plan: Plan) -> AbstractContextManager[None]:
         """Makes every denoiser call of `p` inside the `with` inject what the plan says.
@@ -110,15 +101,12 @@ class Host(Protocol):
         Raises:
             Exception: at the end, what the host swallowed, since a step may have run without the face.
         """
-        ...
 
     def before_sampling(self, p: Any, plan: Plan) -> None:
         """Is called before a pass is sampled; injects until `stop`, in case another script bypassed `sampling`."""
-        ...
 
     def stop(self) -> None:
         """Removes everything, but for an outer generation that is being sampled. May be called at any time."""
-        ...
 
 
 def current() -> Host:

@@ -36,21 +36,17 @@ class _Window:
     params: Any
     rows: int = 0
 
-    def take(self, batch: int) -> list[bool]:
-        """Returns whether each of the next rows is cond. Tiling extensions go through the stack repeatedly."""
-        first, self.rows = self.rows, self.rows + batch
-        conds, stack = self.params.text_cond.shape[0], self.params.x.shape[0]
-        return [i % stack < conds for i in range(first, first + batch)]
+    def take(self, rows: int, images: int) -> tuple[list[bool], list[int] | None]:
+        """Returns, of each of the next rows, whether it is cond, and the image that it is of. images: of the batch.
 
-    def images(self, batch: int, count: int) -> list[int] | None:
-        """Returns the image that each of the rows just taken is of. count: images in the batch.
-
-        None: AND in a prompt makes more cond rows than images, and the host does not say which are whose.
+        Tiling extensions go through the stack repeatedly. No images: AND in a prompt makes more cond rows than images,
+        and the host does not say which are whose.
         """
         conds, stack = self.params.text_cond.shape[0], self.params.x.shape[0]
-        if conds != count or stack not in (count, 2 * count):
-            return None
-        return [i % stack % count for i in range(self.rows - batch, self.rows)]
+        places = [i % stack for i in range(self.rows, self.rows + rows)]
+        self.rows += rows
+        is_known = conds == images and stack in (images, 2 * images)
+        return [place < conds for place in places], [place % images for place in places] if is_known else None
 
 
 class _Run(Run):
@@ -111,9 +107,8 @@ class _Run(Run):
             raise self._error
         params = self._window.params
         progress = self._progress(params.denoiser, params.sigma)
-        rows, steps = self._window.take(len(x)), params.denoiser.steps
-        images = self._window.images(len(x), len(getattr(self.p, "prompts", None) or ()))
-        step = DenoiseStep(progress, rows, (x.shape[-2], x.shape[-1]), steps, images)
+        rows, images = self._window.take(len(x), len(getattr(self.p, "prompts", None) or ()))
+        step = DenoiseStep(progress, rows, (x.shape[-2], x.shape[-1]), params.denoiser.steps, images)
         return step, (params.x.shape[-2], params.x.shape[-1])
 
 

@@ -99,13 +99,9 @@ def photo_folder() -> Path | None:
     return user_path(chosen).absolute() if chosen else None
 
 
-def portraits() -> bool:
-    return bool(_option(PORTRAITS, True))
-
-
 def chosen() -> Settings:
     """Returns what the stores ask for."""
-    return Settings(models_dir(), device(), keep_encoders(), likeness(), portraits())
+    return Settings(models_dir(), device(), keep_encoders(), likeness(), bool(_option(PORTRAITS, True)))
 
 
 def _free_memory() -> int:
