@@ -101,11 +101,7 @@ class FaceModels:
 
 
 def read_face(
-    image: np.ndarray,
-    models: FaceModels,
-    choice: FaceChoice = LARGEST,
-    name: str = "image",
-    longest: int = LONGEST,
+    image: np.ndarray, models: FaceModels, choice: FaceChoice = LARGEST, name: str = "image", longest: int = LONGEST
 ) -> Face:
     """Reads one person's face from a photo, uint8 RGB [H, W, 3], 0..255. longest: pixels that its long edge is shrunk
     to; 0: as it is.

@@ -22,11 +22,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "insightface", 
 
 
 def collect(
-    settings: Mapping[str, Any],
-    methods: Sequence[Method],
-    panel: Panel,
-    sitters: Sequence[Sitter],
-    rows: Sequence[Row],
+    settings: Mapping[str, Any], methods: Sequence[Method], panel: Panel, sitters: Sequence[Sitter], rows: Sequence[Row]
 ) -> dict[str, Any]:
     """Collects the content of results.json. settings: the command's arguments."""
     lines, judges = summarize(rows), []
@@ -87,10 +83,7 @@ def write(results: Mapping[str, Any], out: Path, as_json: bool) -> None:
 def _words(results: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """Formats the tables and sentences for a terminal."""
     judges = [judge["name"] for judge in results["judges"]]
-    parts = [
-        table(lines, judges),
-        f"Means over {len(results['people'])} people; ± is the {_over(lines)}.",
-    ]
+    parts = [table(lines, judges), f"Means over {len(results['people'])} people; ± is the {_over(lines)}."]
     for judge in results["judges"]:
         same, different = (judge[key] for key in ("same_person", "different_people"))
         ranges = [f"two photos of one person {same:.3f}"] * (same is not None)

@@ -127,11 +127,7 @@ def read_prompts(path: Path = PROMPTS) -> list[Prompt]:
 
 
 def drawn_people(
-    count: int,
-    each: int,
-    has_face: Callable[[np.ndarray], bool],
-    prompts: Sequence[Prompt] = (),
-    size: int = 256,
+    count: int, each: int, has_face: Callable[[np.ndarray], bool], prompts: Sequence[Prompt] = (), size: int = 256
 ) -> list[Subject]:
     """Draws people not seen in training: a reference each, two other drawings, and prompts of new scenes.
 

@@ -272,10 +272,7 @@ def _damage(file: WeightFile, path: Path, found: str) -> str:
 
 
 def download(
-    file: WeightFile,
-    models_dir: Path,
-    progress: ProgressCallback = no_progress,
-    replace: bool = False,
+    file: WeightFile, models_dir: Path, progress: ProgressCallback = no_progress, replace: bool = False
 ) -> Path:
     """Downloads a file into its folder, completely or not at all; one that is there and usable is left alone.
 

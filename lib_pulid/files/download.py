@@ -75,9 +75,7 @@ def address(repository: str, name: str, revision: str = "main") -> tuple[str, di
 
 
 def fetch(
-    download: Download,
-    headers: Mapping[str, str] | None = None,
-    progress: ProgressCallback = no_progress,
+    download: Download, headers: Mapping[str, str] | None = None, progress: ProgressCallback = no_progress
 ) -> None:
     """Downloads a file. One that has its name and place is kept as `NAME.other`, or `NAME.other2`. Of several processes
     or threads that want the same file, one downloads it and the others wait.

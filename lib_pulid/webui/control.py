@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING
 
 from lib_pulid import hosts
 from lib_pulid.control import Control
-from lib_pulid.errors import (
-    IdentityMismatchError,
-    MissingWeightsError,
-    PulidError,
-    SettingError,
-    UnsupportedModelError,
-)
+from lib_pulid.errors import IdentityMismatchError, MissingWeightsError, PulidError, SettingError, UnsupportedModelError
 from lib_pulid.fields import Number, place, spoken
 from lib_pulid.files import control_nets
 from lib_pulid.units import PulidUnit
