@@ -20,6 +20,8 @@ from torch import Tensor
 from lib_pulid.errors import SettingError
 
 MOST_WEIGHT = 2.0
+LATENT_CHANNELS = 4  # of SDXL; the input of inpainting and editing UNets has more after them
+LATENT_PIXEL = 8  # pixels of the image
 # Eye on the image's left, eye on its right, nose, corners of the mouth on the left and right; RGB.
 COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255))
 NOSE = 2

@@ -24,7 +24,7 @@ GGUF_TEXT, GGUF_LIST = 8, 9
 # The last blocks of FLUX.1, and what its relatives (more blocks; Chroma) have besides.
 _FLUX = ("double_blocks.18.img_attn.", "single_blocks.37.linear1.")
 _NOT_FLUX = ("double_blocks.19.", "single_blocks.38.", "distilled_guidance_layer.")
-_SDXL_SITES, _SDXL_TEXT_WIDTH = 70, 2048
+SDXL_SITES, SDXL_TEXT_WIDTH = 70, 2048
 
 
 class GgufTensor(NamedTuple):
@@ -42,7 +42,7 @@ def checkpoint_family(path: Path) -> str:
     if all(any(name.startswith(part) for name in names) for part in _FLUX):
         return "" if any(name.startswith(_NOT_FLUX) for name in names) else "flux"
     widths = [shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and shape]
-    return "sdxl" if len(widths) == _SDXL_SITES or set(widths) == {_SDXL_TEXT_WIDTH} else ""
+    return "sdxl" if len(widths) == SDXL_SITES or set(widths) == {SDXL_TEXT_WIDTH} else ""
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lib_pulid import disk
-from lib_pulid.control import Control, weighted
+from lib_pulid.control import LATENT_CHANNELS, LATENT_PIXEL, Control, weighted
 from lib_pulid.errors import UnsupportedModelError, WrongWeightsError
 from lib_pulid.injection import DenoiseStep, Injection, identity_rows
 
-LATENT_CHANNELS = 4  # an inpainting model's input has more after them
-_LATENT_PIXEL = 8
 _SAMPLES = 8  # values of a tensor that are compared
 Found = tuple[Any, float, list[Tensor]]  # the host's object of a ControlNet, its strength, its residuals [B, C, h, w]
 
@@ -140,7 +138,7 @@ class ControlNets:
 
     def _hint(self, control: Control, x: Tensor) -> Tensor:
         """Returns what a ControlNet sees beside latents [B, C, h, w]: the points, [1, 3, 8h, 8w] RGB, 0..1."""
-        height, width = (side * _LATENT_PIXEL for side in x.shape[-2:])
+        height, width = (side * LATENT_PIXEL for side in x.shape[-2:])
         if (control, height, width) not in self._points:
             self._points[control, height, width] = control.image(height, width)
         return self._points[control, height, width].to(x.device)

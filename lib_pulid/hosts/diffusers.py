@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib_pulid.control import LATENT_CHANNELS
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.injection import DenoiseStep, Injection, inject
 from lib_pulid.sites import Sites, find_sites
 from lib_pulid.watch import Watch, WatchedSites, uncompiled
-
-LATENT_CHANNELS = 4  # of SDXL; inpainting and editing UNets have more after them
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:

@@ -79,9 +79,7 @@ def _quiet() -> Iterator[None]:
 def write_configuration(folder: Path, shapes: Shapes) -> None:
     """Writes the configuration that diffusers reads beside a checkpoint of these shapes."""
     for name, config in configuration(shapes).items():
-        _write_json(folder / name / "config.json", config)
-    scheduler = folder / "scheduler"
-    (scheduler / "config.json").rename(scheduler / "scheduler_config.json")
+        _write_json(folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json"), config)
     merges = merge_table()
     write_tokenizer(folder / "tokenizer", merges, "<|endoftext|>")
     write_tokenizer(folder / "tokenizer_2", merges, "!")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib_pulid.control import MOST_WEIGHT, weighted
+from lib_pulid.control import LATENT_PIXEL, MOST_WEIGHT, weighted
 from lib_pulid.errors import SettingError, UnsupportedModelError, WrongWeightsError
 from lib_pulid.files.control_nets import MARK
 from lib_pulid.files.state_dict import check_numbers, describe, read_state_dict
@@ -28,8 +28,6 @@ from lib_pulid.hosts.diffusers import UNetCalls, denoiser_of
 from lib_pulid.identity import Identity
 from lib_pulid.injection import acts
 from lib_pulid.watch import uncompiled
-
-_LATENT_PIXEL = 8
 
 
 def load_identity_net(path: str | Path, pipeline: Any) -> nn.Module:
@@ -152,7 +150,7 @@ def _check(identity: Identity, net: Any, picture: np.ndarray, weight: float, sta
 
 
 def _check_size(shown: Tensor, sample: Tensor) -> None:
-    height, width = (side * _LATENT_PIXEL for side in sample.shape[-2:])
+    height, width = (side * LATENT_PIXEL for side in sample.shape[-2:])
     if tuple(shown.shape[-2:]) != (height, width):
         raise SettingError(
             f"The picture of the points is {shown.shape[-1]} x {shown.shape[-2]} pixels, but the image is {width} x "

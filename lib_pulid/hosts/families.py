@@ -7,11 +7,10 @@ from typing import Any
 from torch import nn
 
 from lib_pulid.errors import UnsupportedModelError
+from lib_pulid.files.checkpoint_header import SDXL_SITES, SDXL_TEXT_WIDTH
 from lib_pulid.sites import REFINER_WIDTH, Sites, find_sites, is_chroma, text_width
 
 CHROMA = "pulid_chroma"  # name of the setting
-SDXL_SITES = 70
-SDXL_TEXT_WIDTH = 2048
 
 
 def sites_of(denoiser: nn.Module | None, name: str, wanted: str = "an SDXL checkpoint") -> Sites:

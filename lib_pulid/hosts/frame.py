@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lib_pulid.control import LATENT_PIXEL
 from lib_pulid.errors import SettingError
 
 GIVEN = "pulid_given_images"  # attribute of a StableDiffusionProcessing: a key of _given
 _given: dict[int, list[Any]] = {}  # not in the attribute: other extensions send all of them on as JSON
 # Chosen scripts that replace the images given, with what was made of them or with larger copies of them.
 LOOPBACK, WHOLE_IMAGES = "loopback", "ultimate-upscale"
-_LATENT_PIXEL = 8
 # What a field has in the image, and what to do where it is not known which part of the image is denoised.
 THINGS = {"mask": "masks", "identity_net": "the points of a face"}
 REMEDIES = {"mask": "Remove the mask", "identity_net": "Set it to 0"}
@@ -133,7 +133,7 @@ def _second_pass(p: Any) -> Frame:
     cut = [int(getattr(p, name, 0) or 0) for name in ("truncate_x", "truncate_y")]
     if not any(cut):
         return WHOLE
-    size = p.hr_upscale_to_x // _LATENT_PIXEL, p.hr_upscale_to_y // _LATENT_PIXEL
+    size = p.hr_upscale_to_x // LATENT_PIXEL, p.hr_upscale_to_y // LATENT_PIXEL
     first = [cut[i] // 2 / size[i] for i in (0, 1)]
     last = [1 - (cut[i] + 1) // 2 / size[i] for i in (0, 1)]
     return Frame(first[0], first[1], last[0], last[1])
