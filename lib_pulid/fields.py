@@ -8,7 +8,6 @@ X/Y/Z axes, the infotext, and `/pulid/schema`. All values are plain JSON. They a
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -200,13 +199,3 @@ def place(number: Number, field: str) -> str:
 def spoken(number: Number) -> str:
     """Names a unit in a message."""
     return number if isinstance(number, str) else f"unit {number}"
-
-
-def page_words(message: str) -> str:
-    """Returns a message in the page's words: "Person 1, Photos: " instead of "PuLID unit 1, field images: "."""
-
-    def words(found: re.Match[str]) -> str:
-        field = FIELD.get(found[2])
-        return f"Person {found[1]}, {field.label}: " if field else found[0]
-
-    return re.sub(r"PuLID unit (\d+), field (\w+): ", words, message)

@@ -16,7 +16,7 @@ from modules import shared
 
 from lib_pulid import hosts
 from lib_pulid.errors import OutOfMemoryError, PulidError, is_out_of_memory
-from lib_pulid.fields import page_words
+from lib_pulid.fields import FIELD
 
 if TYPE_CHECKING:
     from lib_pulid.webui.plan import UnitPlan
@@ -115,10 +115,15 @@ def short_of_memory(error: Exception) -> OutOfMemoryError | None:
 
 
 def in_page_words(error: Exception) -> Exception:
-    """Returns an error that names person and label, as the page does, where it named unit and field."""
-    words = page_words(str(error))
-    if not isinstance(error, PulidError) or words == str(error):
+    """Returns an error in the page's words: "Person 1, Photos: " instead of "PuLID unit 1, field images: "."""
+
+    def words(found: re.Match[str]) -> str:
+        field = FIELD.get(found[2])
+        return f"Person {found[1]}, {field.label}: " if field else found[0]
+
+    message = re.sub(r"PuLID unit (\d+), field (\w+): ", words, str(error))
+    if not isinstance(error, PulidError) or message == str(error):
         return error
-    told = type(error)(words)
+    told = type(error)(message)
     told.__cause__ = error
     return told

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-ATTRIBUTE = "pulid_likeness"  # of a measured image: its likeness in words
+ATTRIBUTE = "pulid_likeness"  # of a measured image (Pillow): its likeness in words, for a grid of it
 SHARE = 1 / 16  # the height of the letters, of the image's shorter side
-
-
-def remember(image: Any, words: str) -> None:
-    """Keeps the likeness of an image (Pillow) with it, until a grid is made of it."""
-    setattr(image, ATTRIBUTE, words)
 
 
 def write_numbers(params: Any) -> None:

@@ -125,7 +125,7 @@ class Meter:
         p.extra_generation_params.pop(ENTRY, None)
         if values is not None and (words := text(values)):
             p.extra_generation_params[ENTRY] = PerImage(words, p)
-            grid_numbers.remember(image, words)
+            setattr(image, grid_numbers.ATTRIBUTE, words)
 
     def _measure(self, plan: UnitPlan, people: Sequence[Number], p: Any, image: Any) -> tuple[float | None, ...] | None:
         self._people |= {number: plan.people[number] for number in people}
