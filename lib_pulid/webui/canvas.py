@@ -8,7 +8,8 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from lib_pulid.webui.pictures import drawn_region
+from lib_pulid.images import load_image
+from lib_pulid.webui.pictures import encode
 from lib_pulid.webui.widgets import AT_ONCE, silent
 
 HEIGHT = 360
@@ -34,10 +35,27 @@ def build(tab: str, number: int, mask: Any) -> None:
 
 
 def keep_region(picture: Any, strokes: Any = None) -> str:
-    """Returns the mask as text. gradio 3 passes image and strokes in a dict."""
+    """Encodes a painted mask as a data URI, or "" if there is none.
+
+    Args:
+        picture, strokes: uint8 [H, W, 3 or 4], or None; gradio 3 passes both in a dict. The strokes are the mask if
+            there are any, otherwise the image's brightness is.
+    """
     if isinstance(picture, dict):
         picture, strokes = picture.get("image"), picture.get("mask")
-    return drawn_region(picture, strokes)
+    drawn = None if strokes is None else _strokes(strokes)
+    if drawn is not None and drawn.any():
+        return encode(np.repeat(drawn[:, :, None], 3, axis=2))
+    if picture is None:
+        return ""
+    loaded = load_image(np.asarray(picture), "mask", background=0)
+    return encode(loaded) if loaded.any() else ""
+
+
+def _strokes(layer: np.ndarray) -> np.ndarray:
+    """Turns strokes, uint8 [H, W, 3 or 4], into black and white [H, W] by their alpha, or else by their brightness."""
+    plane = layer[:, :, 3] if layer.ndim == 3 and layer.shape[2] == 4 else layer.reshape(*layer.shape[:2], -1).max(-1)
+    return np.where(plane > 127, 255, 0).astype(np.uint8)
 
 
 def empty_picture(width: float, height: float) -> np.ndarray:

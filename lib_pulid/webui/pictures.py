@@ -79,28 +79,6 @@ def region(text: str, name: str) -> Tensor:
     return torch.from_numpy(decode(text, name, load_mask))
 
 
-def drawn_region(picture: np.ndarray | None, strokes: np.ndarray | None = None) -> str:
-    """Encodes a painted mask as a data URI, or "" if there is none.
-
-    Args:
-        picture, strokes: uint8 [H, W, 3 or 4]. The strokes are the mask if there are any, otherwise the image's
-            brightness is.
-    """
-    drawn = None if strokes is None else _strokes(strokes)
-    if drawn is not None and drawn.any():
-        return encode(np.repeat(drawn[:, :, None], 3, axis=2))
-    if picture is None:
-        return ""
-    loaded = load_image(np.asarray(picture), "mask", background=0)
-    return encode(loaded) if loaded.any() else ""
-
-
-def _strokes(layer: np.ndarray) -> np.ndarray:
-    """Turns strokes, uint8 [H, W, 3 or 4], into black and white [H, W] by their alpha, or else by their brightness."""
-    plane = layer[:, :, 3] if layer.ndim == 3 and layer.shape[2] == 4 else layer.reshape(*layer.shape[:2], -1).max(-1)
-    return np.where(plane > 127, 255, 0).astype(np.uint8)
-
-
 # ---------------------------------------------------------------- preview
 
 
