@@ -7,14 +7,14 @@ counts, and that of the second pass for the second pass: by default the hosts us
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from lib_pulid.errors import SettingError
 from lib_pulid.fields import MOST_UNITS, Number, place
-from lib_pulid.tags import Tag, find_tags, parse_tag
+from lib_pulid.tags import find_tags, parse_tag
 from lib_pulid.units import PulidUnit, at_unit, parse_args, unit_of
 from lib_pulid.webui import infotext
 
@@ -118,17 +118,14 @@ class Request:
         args = None if self.args is None else presets.expand_args(self.args)
         changes = {number: presets.expand(values, number) for number, values in self.changes.items()}
         units: list[tuple[Number, PulidUnit]] = list(parse_args(args or (), changes))
-
-        def make(tag: Tag, number: Number) -> PulidUnit:
-            base = _base(args, changes, tag.unit, number) if tag.unit else PulidUnit()
-            preset = {"preset": tag.preset} if tag.preset else {}
-            values = {"enabled": True, "identity": tag.name, **tag.values, **preset}
-            return base.changed(presets.expand(values, number), number)
-
         images: dict[Number, frozenset[int]] = {}
         places: dict[Number, str] = {}
         for one in _distinct(tags):
-            unit = one.unit(make)
+            tag = parse_tag(one.text, one.number)
+            base = _base(args, changes, tag.unit, one.number) if tag.unit else PulidUnit()
+            preset = {"preset": tag.preset} if tag.preset else {}
+            values = {"enabled": True, "identity": tag.name, **tag.values, **preset}
+            unit = one.in_its_pass(base.changed(presets.expand(values, one.number), one.number))
             if not unit.enabled:
                 continue
             units.append((one.number, unit))
@@ -171,8 +168,8 @@ class _Distinct:
     def number(self) -> str:
         return self.place if len(self.images) == self.count else f"image {min(self.images) + 1}, {self.place}"
 
-    def unit(self, make: Callable[[Tag, Number], PulidUnit]) -> PulidUnit:
-        unit = make(parse_tag(self.text, self.number), self.number)
+    def in_its_pass(self, unit: PulidUnit) -> PulidUnit:
+        """Returns the tag's unit, used in the passes of the tag. Raises: SettingError: it is for another one."""
         if self.passes == "both":
             return unit
         if not unit.in_pass(self.passes == "second"):
