@@ -175,16 +175,16 @@ class Meter:
 
     def _unknown(self) -> list[str]:
         """Says whom the judge does not know."""
-        judge = self.judge or (self.judges[-1] if self.judges else None)
-        lines = []
+        if not self.judges:
+            return []
+        judge, lines = self.judge or self.judges[-1], []
         for number, identity in self._people.items():
-            embeddings = identity.embeddings
-            if judge is not None and judge.key not in embeddings:
+            if judge.key not in identity.embeddings:
                 lines.append(
                     f"PuLID likeness: {_called(number)} is unknown, since the saved identity has no face embedding. "
                     "Give the photo once."
                 )
-            elif judge is not None and any(better.key not in embeddings for better in self.judges[:1]):
+            elif self.judges[0].key not in identity.embeddings:
                 lines.append(
                     f"PuLID likeness: {self.judges[0].name} does not know {_called(number)} yet. Give the photo once."
                 )
