@@ -19,6 +19,7 @@ from lib_pulid import hosts
 from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError
 from lib_pulid.fields import FAMILIES, FIELDS, MOST_PHOTOS, PRESETS
 from lib_pulid.sites import Sites
+from lib_pulid.stores.encoders import Listener
 from lib_pulid.units import PulidUnit, default_args
 from lib_pulid.webui import infotext, settings, xyz
 from lib_pulid.webui.plan import UnitPlan
@@ -252,7 +253,7 @@ class TestPlan:
 
     def test_chroma_is_called_an_experiment(self, library, one, model):
         plan, notes, chroma = self.plan(library, one, {}), [], torch.nn.Module()
-        plan.warn, chroma.distilled_guidance_layer = notes.append, torch.nn.Identity()
+        plan.listener, chroma.distilled_guidance_layer = Listener(warn=notes.append), torch.nn.Identity()
         assert "experiment" not in plan.prepare(model)[1] and notes == []
         facts = plan.prepare(replace(model, denoiser=chroma))[1]
         plan.injections(replace(model, denoiser=chroma), hires=False)

@@ -14,6 +14,7 @@ from lib_pulid import hosts
 from lib_pulid.errors import SettingError, UnsupportedModelError
 from lib_pulid.fields import Number
 from lib_pulid.hosts.frame import remember_images
+from lib_pulid.stores.encoders import Listener
 from lib_pulid.tags import NAMES
 from lib_pulid.units import at_unit
 from lib_pulid.webui import ending, infotext, likeness, prompt, remote, settings, xyz
@@ -125,9 +126,10 @@ class Generation(scripts.Script):
             self._measure(p, None)
             return
         # Without hires fix there is one pass, and a face that is for the second would be missing.
-        has_second, stop = getattr(p, "enable_hr", False), ending.is_interrupted
+        has_second = getattr(p, "enable_hr", False)
         units = asked.units if has_second else [(number, unit.in_the_only_pass()) for number, unit in asked.units]
-        plan = UnitPlan(units, self.library, ending.tell, p.comment, stop, asked.images, asked.places)
+        listener = Listener(ending.tell, p.comment, ending.is_interrupted)
+        plan = UnitPlan(units, self.library, listener, asked.images, asked.places)
         # ADetailer calls `process` in the middle of a request, before an image's parameters are written.
         self._draw(p, plan, getattr(p, "iteration", 0))
         self._measure(p, plan)

@@ -130,7 +130,7 @@ class Meter:
     def _measure(self, plan: UnitPlan, people: Sequence[Number], p: Any, image: Any) -> tuple[float | None, ...] | None:
         self._people |= {number: plan.people[number] for number in people}
         judge = self.judge
-        if judge is None or (plan.stop is not None and plan.stop()):  # an interrupt is answered at once
+        if judge is None or (plan.listener.stop and plan.listener.stop()):  # an interrupt is answered at once
             return None
         pixels = np.asarray(image.convert("RGB"))
         wanted = [_person(plan, number, judge, p) for number in people]

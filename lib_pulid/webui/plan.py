@@ -17,7 +17,7 @@ from lib_pulid.images import load_image
 from lib_pulid.injection import Injection
 from lib_pulid.methods import usual
 from lib_pulid.sites import is_chroma
-from lib_pulid.stores.encoders import Listener
+from lib_pulid.stores.encoders import NOBODY, Listener
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.control import control_for, left_out
 from lib_pulid.webui.pictures import packed, region
@@ -37,8 +37,8 @@ class UnitPlan:
     """Gives the hosts the injections for a denoiser; see `lib_pulid.hosts.Plan`.
 
     Args:
-        units: with their numbers, for messages. tell: is called with the progress, for the progress line.
-        warn: is called with notes to show below the image. stop: whether the user has interrupted.
+        units: with their numbers, for messages.
+        listener: gets the progress, for the progress line, and notes to show below the image.
         judge: the recognizer that the images' likeness will be measured with, or None.
         people, masks: the compiled units' identities and masks, by unit. drawn: the photos that were drawn,
             for `batch`.
@@ -48,9 +48,7 @@ class UnitPlan:
 
     units: Sequence[tuple[Number, PulidUnit]]
     library: Library
-    tell: Callable[[str], None] = lambda text: None
-    warn: Callable[[str], None] = lambda text: None
-    stop: Callable[[], bool] | None = None
+    listener: Listener = NOBODY
     images: Mapping[Number, frozenset[int]] = field(default_factory=dict)
     places: Mapping[Number, str] = field(default_factory=dict)
     judge: Recognizer | None = None
@@ -113,7 +111,7 @@ class UnitPlan:
         experiment, compiled = self._experiment(model), self._compiled(self.units, model)
         units = dict(self.units)
         nets = {number: units[number] for number, (injection, _) in compiled.items() if injection.control is not None}
-        self._without_net = left_out(nets, self._share, self.warn)
+        self._without_net = left_out(nets, self._share, self.listener.warn)
         self._warn_of_mixing()
         return {
             number: facts | experiment | ({"identity_net": "0"} if number in self._without_net else {})
@@ -126,7 +124,7 @@ class UnitPlan:
         for (one, first), (other, second) in itertools.combinations(everywhere, 2):
             meet = first.start < second.end and second.start < first.end and self._share(one, other)
             if meet and self.people[one].short_hash != self.people[other].short_hash:
-                self.warn(
+                self.listener.warn(
                     f"PuLID: {spoken(one)} and {spoken(other)} have no region, so their faces mix into one. Give each "
                     "a box or a mask, or disable one."
                 )
@@ -143,7 +141,7 @@ class UnitPlan:
             return {}
         if not self._is_experiment:
             self._is_experiment = True
-            self.warn("PuLID was not trained for Chroma. This is an experiment with the PuLID file for FLUX.")
+            self.listener.warn("PuLID was not trained for Chroma. This is an experiment with the PuLID file for FLUX.")
         return {"experiment": "Chroma"}
 
     def check_steps(self, model: LoadedModel, steps: int, *, hires: bool) -> None:
@@ -171,7 +169,7 @@ class UnitPlan:
                 self._known[keys[number]] = *self._compile(number, unit, model), model.guided
         finally:
             if missing:
-                self.tell("")
+                self.listener.tell("")
                 self.library.encoders.release()
         return {number: self._known[key][:2] for number, key in keys.items()}
 
@@ -180,7 +178,7 @@ class UnitPlan:
         return known is not None and known[2] >= model.guided
 
     def _compile(self, number: Number, unit: PulidUnit, model: LoadedModel) -> tuple[Injection, dict[str, str]]:
-        self.tell(f"PuLID: loading the model for {spoken(number)}")
+        self.listener.tell(f"PuLID: loading the model for {spoken(number)}")
         identity, adapter = self._identity(number, unit, model.family)
         unit = unit.on(model.family, adapter.method)
         self.people[number] = identity
@@ -192,7 +190,7 @@ class UnitPlan:
         with at_unit(number, "model"):
             settings = {**unit.settings(adapter.method), "mask": mask, "dtype": model.dtype}
             injection = self.library.compiled.get(adapter, stamp(adapter.path), identity, model.device, **settings)
-        control, why_not = control_for(number, unit, adapter.method, identity, model, self.library, self.warn)
+        control, why_not = control_for(number, unit, adapter.method, identity, model, self.library, self.listener.warn)
         facts = {"hash": identity.short_hash, "file": adapter.path.name, "weights": adapter.fingerprint[:10]}
         if control is not None:
             injection = replace(injection, control=control)
@@ -225,9 +223,9 @@ class UnitPlan:
         with at_unit(number, "draw" if drawn else "images", drawn):
             photos = [self.library.photos.read(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
             listener = Listener(
-                lambda text: self.tell(f"PuLID: {spoken(number)}, {text}"),
-                lambda text: self.warn(f"PuLID {spoken(number)}: {text}"),
-                self.stop,
+                lambda text: self.listener.tell(f"PuLID: {spoken(number)}, {text}"),
+                lambda text: self.listener.warn(f"PuLID {spoken(number)}: {text}"),
+                self.listener.stop,
             )
             encode = self.library.encoders.encode
             return encode(photos, adapter, unit.choice, unit.fusion, self.judge, listener), adapter
