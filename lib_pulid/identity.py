@@ -95,12 +95,7 @@ class Identity:
             SettingError: the file exists, and `replace` is not set. StorageError: it cannot be written.
         """
         if Path(path).suffix.lower() == pulidembd.SUFFIX:
-            if self.family not in ("", "flux"):
-                raise SettingError(
-                    f"{pulidembd.SUFFIX} is for FLUX, but this identity was made with {self.info['adapter']}. "
-                    "Make it with a PuLID file for FLUX."
-                )
-            return disk.write(path, pulidembd.pack(self.cond[0].detach().cpu().float().numpy()), replace=replace)
+            return disk.write(path, self.as_pulidembd(), replace=replace)
         from safetensors.torch import save
 
         tensors = {"cond": self.cond.detach().cpu().float().contiguous()}
@@ -116,6 +111,15 @@ class Identity:
         path = disk.write(path, save(tensors, metadata), replace=replace)
         _sweep(path.parent)
         return path
+
+    def as_pulidembd(self) -> bytes:
+        """Returns the content of a `.pulidembd`. Raises: SettingError: the identity is not for FLUX."""
+        if self.family not in ("", "flux"):
+            raise SettingError(
+                f"{pulidembd.SUFFIX} is for FLUX, but this identity was made with {self.info['adapter']}. "
+                "Make it with a PuLID file for FLUX."
+            )
+        return pulidembd.pack(self.cond[0].detach().cpu().float().numpy())
 
     @classmethod
     def load(cls, path: str | Path) -> Identity:

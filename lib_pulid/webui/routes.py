@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from secrets import compare_digest
 from typing import Any
 from urllib.parse import quote
@@ -202,8 +201,7 @@ def identity_file(name: str, library: Library) -> tuple[str, bytes]:
         from lib_pulid.identity import Identity
 
         identity = Identity.load(library.identities.named(name[: -len(PULIDEMBD)]).path)
-        with tempfile.TemporaryDirectory() as folder:
-            return PurePosixPath(name).name, identity.save(Path(folder) / f"identity{PULIDEMBD}").read_bytes()
+        return PurePosixPath(name).name, identity.as_pulidembd()
     if path is None or not path.is_relative_to(library.identities.folder):
         raise IdentityMismatchError(f"{name} is not in {library.identities.folder}.")
     return path.name, path.read_bytes()
