@@ -193,7 +193,7 @@ class Host:
         callbacks = self.ui.modules.script_callbacks.callback_map
         found |= {event: len(callbacks[event]) - 1 for event in ("callbacks_cfg_denoiser", "callbacks_cfg_denoised")}
         found["runs"] = len(hosts.current().running)
-        found["models that read photos"] = self.library.encoders.loaded
+        found["models that read photos"] = bool(self.library.encoders._models)
         found["a line of progress"] = self.state.textinfo
         found["a patch"] = (
             p is not None and self.kind == "forge" and SLOT in p.sd_model.forge_objects.unet.model_options

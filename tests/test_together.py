@@ -101,7 +101,7 @@ def test_nobody_lets_go_of_what_another_reads_with(host, monkeypatch):
     def look() -> None:
         assert reading.wait(30)
         try:
-            assert not let_go.wait(0.2) and host.library.encoders.loaded
+            assert not let_go.wait(0.2) and host.library.encoders._models
         finally:
             go_on.set()
 

@@ -63,10 +63,6 @@ class EncoderPool:
         self._models: dict[Any, tuple[Any, Any]] = {}  # by kind: the files it was loaded from, and the model
         self._moved = False  # to the CPU
 
-    @property
-    def loaded(self) -> bool:
-        return bool(self._models)
-
     def encode(
         self,
         photos: Sequence[np.ndarray],
