@@ -182,11 +182,11 @@ def photos(models_dir: Path, photo: Path | None, device: str, runs: int) -> list
     from lib_pulid.demo import sample_photo
     from lib_pulid.images import load_image
     from lib_pulid.photos import IdentityCache, make_identity
-    from lib_pulid.standalone import has_real_weights, open_workshop, real_model
+    from lib_pulid.standalone import open_workshop, real_model
 
-    is_real = has_real_weights("sdxl", models_dir)
-    workshop = open_workshop(str(real_model("sdxl", models_dir)) if is_real else "miniature", models_dir, device=device)
-    image = load_image(photo or (sample_photo() if is_real else miniature.portrait(0)))
+    model = real_model("sdxl", models_dir)
+    workshop = open_workshop(model or "miniature", models_dir, device=device)
+    image = load_image(photo or (sample_photo() if model else miniature.portrait(0)))
     start = time.perf_counter()
     encoders = workshop.encoders()
     loading = time.perf_counter() - start

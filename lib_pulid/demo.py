@@ -18,14 +18,13 @@ from lib_pulid.errors import SettingError
 from lib_pulid.face_models import InsightFaceDetector
 from lib_pulid.faces import LARGEST, Detection, Face, FaceChoice
 from lib_pulid.files.catalog import FAMILIES
-from lib_pulid.hosts.diffusers import denoiser_of
 from lib_pulid.identity import Identity
 from lib_pulid.images import ImageSource, load_image
 from lib_pulid.injection import Injection
 from lib_pulid.judge import Judge
 from lib_pulid.photos import IdentityCache
 from lib_pulid.sites import find_sites
-from lib_pulid.standalone import Workshop, has_real_weights, keeping, open_workshop, real_model
+from lib_pulid.standalone import Workshop, keeping, open_workshop, real_model
 from lib_pulid.training.world import Placement, Scene, describe
 
 SEED = 5
@@ -44,30 +43,24 @@ OTHER = Scene((HOODIE,), "hills", "teal", style="pencil")
 TWO = Scene((replace(STRIPES, x=0.25, scale=0.4), replace(HOODIE, x=0.75, scale=0.4)), "rays", "orange")
 
 
-def run_demo(photo: Path | None, out: Path, models_dir: Path, device: str = "cpu") -> list[Path]:
-    """Writes a contact sheet for each available family. Returns the sheets' paths.
+def run_demo(photo: Path | None, out: Path, models_dir: Path, device: str) -> None:
+    """Writes a contact sheet for each available family.
 
     Uses real weights if all are there; otherwise the miniature shows drawn people, or the one in `photo`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    real = [family for family in FAMILIES if has_real_weights(family, models_dir)]
-    sheets = dict.fromkeys(real, _photographs)
-    if not (photo and real):
-        sheets = dict.fromkeys(miniature.MODELS.values(), _drawings) | sheets
-    paths = []
-    for family in sorted(sheets, key=FAMILIES.index):
-        model = real_model(family, models_dir) if family in real else _named(family)
+    real = {family: model for family in FAMILIES if (model := real_model(family, models_dir))}
+    for family in real if photo and real else FAMILIES:
+        model = real.get(family) or _named(family)
         print(f"\n{family.upper()}: loading {model} ...", flush=True)
         # A demo runs all steps each time, so nothing is cached.
-        workshop = replace(open_workshop(str(model), models_dir, device=device), cache=IdentityCache())
+        workshop = replace(open_workshop(model, models_dir, device=device), cache=IdentityCache())
         workshop.base.pipeline.set_progress_bar_config(disable=True)
         path = out / f"demo_{family}.png"
-        sheets[family](workshop, photo).save(path)
+        (_photographs if family in real else _drawings)(workshop, photo).save(path)
         print(f"  wrote      {path}")
-        paths.append(path)
-        if sheets[family] is _drawings:
-            _suggest(_named(family), photo, out)
-    return paths
+        if family not in real:
+            _suggest(model, photo, out)
 
 
 def _suggest(model: str, photo: Path | None, out: Path) -> None:
@@ -113,7 +106,7 @@ def _photographs(workshop: Workshop, photo: Path | None) -> Image.Image:
     photo = photo or sample_photo()
     identity = _identity(workshop, photo)
     settings, weights = {"seed": SEED}, WEIGHTS[workshop.base.family]
-    count = len(find_sites(denoiser_of(workshop.base.pipeline)).sites)
+    count = len(find_sites(workshop.base.denoiser).sites)
     plain, _ = workshop.paint([], PROMPT, **settings)
     images = []
     for weight in weights:

@@ -19,7 +19,7 @@ from lib_pulid.face_models import ArcFaceRecogniser, InsightFaceDetector
 from lib_pulid.faces import LARGEST, Detector, FaceChoice
 from lib_pulid.fields import AUTO
 from lib_pulid.files import catalog, control_nets
-from lib_pulid.hosts.diffusers import apply, denoiser_of
+from lib_pulid.hosts.diffusers import apply
 from lib_pulid.hosts.diffusers_base import Base, load_base, paint
 from lib_pulid.hosts.diffusers_control import identity_net, load_identity_net
 from lib_pulid.identity import Identity
@@ -79,14 +79,10 @@ class Workshop:
     models_dir: Path = Path("models")
 
     @property
-    def device(self) -> torch.device:
-        """The denoiser's device."""
-        return next(denoiser_of(self.base.pipeline).parameters()).device
-
-    @property
     def label(self) -> str:
-        """The adapter and the base model, for captions."""
-        return f"{self.adapter.label} on {self.base.label}"
+        """The adapter and the base model, for captions: "PuLID v1.1 for SDXL on SDXL (UNet2DConditionModel)"."""
+        name = self.base.name or type(self.base.denoiser).__name__
+        return f"{self.adapter.label} on {self.base.family.upper()} ({name})"
 
     def identity(self, photos: Sequence[ImageSource], choice: FaceChoice = LARGEST, **settings: Any) -> Identity:
         """See `photos.make_identity`. settings: fusion, on_face and judge."""
@@ -107,7 +103,8 @@ class Workshop:
 
     def compiled(self, identity: Identity, **settings: Any) -> Injection:
         """Compiles an identity for the denoiser. settings: of `compile_injection`."""
-        return compile_injection(self.adapter, identity, device=self.device, dtype=self.base.dtype, **settings)
+        like = next(self.base.denoiser.parameters())
+        return compile_injection(self.adapter, identity, device=like.device, dtype=like.dtype, **settings)
 
     def paint(
         self, injections: Sequence[Injection], prompt: str, seed: int = 0, **settings: int | float | None
@@ -125,7 +122,7 @@ class Workshop:
     ) -> tuple[list[Image.Image], int]:
         """Generates images at once, each with injections, a prompt and a seed of its own. Returns as `paint`."""
         watch = Watch()
-        sites = watch.over(find_sites(denoiser_of(self.base.pipeline)))
+        sites = watch.over(find_sites(self.base.denoiser))
         own = [replace(one, images=frozenset({image})) for image, group in enumerate(people) for one in group]
         with apply(self.base.pipeline, own, sites):
             images = paint(self.base, prompts, seeds, **settings)  # type: ignore[arg-type]
@@ -265,22 +262,20 @@ def _miniature_base(family: str, device: str) -> Base:
 def _fitting(adapter: Adapter, base: Base) -> Adapter:
     """Checks, before a photo is read, that an adapter fits the base model."""
     nobody = Identity(torch.zeros(1, 1, adapter.encoder.output_dim))  # type: ignore[arg-type,call-overload]
-    check_fit(find_sites(denoiser_of(base.pipeline)), compile_injection(adapter, nobody))
+    check_fit(find_sites(base.denoiser), compile_injection(adapter, nobody))
     return adapter
 
 
 def real_model(family: str, models_dir: Path) -> str | None:
-    """Returns a base model in the models folder's `sdxl` or `flux`: a single file or a diffusers folder."""
+    """Returns a base model in the models folder's `sdxl` or `flux`, a single file or a diffusers folder. None: it is
+    not there, or another file that a real image needs."""
+    try:
+        catalog.require_encoders(models_dir)
+    except MissingWeightsError:
+        return None
+    if catalog.find_adapter(family, models_dir) is None:
+        return None
     for path in disk.listed(models_dir / family):
         if path.suffix == ".safetensors" or disk.is_file(path / "model_index.json"):
             return str(path)
     return None
-
-
-def has_real_weights(family: str, models_dir: Path) -> bool:
-    """Whether all files for a real image are there."""
-    try:
-        catalog.require_encoders(models_dir)
-    except MissingWeightsError:
-        return False
-    return bool(real_model(family, models_dir) and catalog.find_adapter(family, models_dir))

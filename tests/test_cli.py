@@ -678,8 +678,7 @@ def test_demo_of_a_photograph_in_miniature(run, tmp_path):
 
 def test_demo_with_real_weights(run, tmp_path, monkeypatch, shown):
     """They are used where all of them are there; here small ones are in their place."""
-    monkeypatch.setattr(demo, "has_real_weights", lambda family, models_dir: family == "flux")
-    monkeypatch.setattr(demo, "real_model", lambda family, models_dir: f"tiny-{family}")
+    monkeypatch.setattr(demo, "real_model", lambda family, models_dir: "tiny-flux" if family == "flux" else None)
     monkeypatch.setattr(demo, "open_workshop", open_small_workshop(standalone.open_workshop))
     said = run("demo", "--face", GROUP, "--out", tmp_path / "sheets", models=tmp_path / "m")
     assert said.status == 0

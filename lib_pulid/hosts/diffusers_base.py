@@ -40,14 +40,9 @@ class Base:
     name: str = ""
 
     @property
-    def label(self) -> str:
-        """The name in captions: "SDXL (UNet2DConditionModel)"."""
-        return f"{self.family.upper()} ({self.name or type(denoiser_of(self.pipeline)).__name__})"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the denoiser's computation."""
-        return next(denoiser_of(self.pipeline).parameters()).dtype
+    def denoiser(self) -> torch.nn.Module:
+        """The pipeline's UNet or transformer."""
+        return denoiser_of(self.pipeline)
 
 
 def load_base(path: str | Path, device: str = "cpu") -> Base:
