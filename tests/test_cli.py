@@ -139,16 +139,13 @@ def test_generate(generate, model, sites, weight):
         assert not np.array_equal(second_step, picture)
 
 
-def test_generate_with_a_mask(generate, tmp_path):
-    Image.new("L", (40, 30), 255).save(tmp_path / "white.png")
-    half = Image.new("RGB", (40, 40), "black")
-    half.paste((255, 255, 255), (0, 0, 20, 40))
-    half.save(tmp_path / "half.png")
-    whole, plain = generate("--face", GROUP)[1], generate("--face", GROUP, "--weight", 0)[1]
-    drawn = {n: generate("--face", GROUP, "--mask", tmp_path / f"{n}.png")[1] for n in ("white", "half")}
-    assert abs(drawn["white"].astype(int) - whole).max() <= 1
-    for other in (whole, plain):
-        assert abs(drawn["half"].astype(int) - other).max() > 1
+def test_generate_with_a_mask(generate):
+    """What masks do: test_diffusers_host.py."""
+    half = Image.new("RGB", (40, 40))
+    half.paste("white", (0, 0, 20, 40))
+    half.save("half.png")
+    drawn = [generate("--face", GROUP, *given)[1] for given in ((), ("--weight", 0), ("--mask", "half.png"))]
+    assert len({image.tobytes() for image in drawn}) == 3
 
 
 def test_generate_with_a_control_net(generate, tmp_path):
@@ -523,7 +520,7 @@ def test_verify(run, hub, tmp_path, monkeypatch):
 def test_the_default_folder(run, monkeypatch, tmp_path, value, folder):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv(catalog.MODELS_DIR_VARIABLE, value)
-    assert f"Weights in {tmp_path / folder}\n" in run("doctor", models=None).out
+    assert f"Weights in {tmp_path / folder}\n" in run("models", "list", models=None).out
 
 
 def test_without_a_home(monkeypatch):

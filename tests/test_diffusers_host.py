@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -92,18 +92,6 @@ def draw(base: Base, injections: list[Injection] | None = None, **options: Any) 
         return base.pipeline(**settings).images
 
 
-def every_step(base: Base, injections: list[Injection] | None, **options: Any) -> list[Tensor]:
-    """The latents after each step."""
-    seen: list[Tensor] = []
-
-    def keep(pipeline: Any, step: int, timestep: Any, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        seen.append(values["latents"].clone())
-        return values
-
-    draw(base, injections, callback_on_step_end=keep, **options)
-    return seen
-
-
 @dataclass
 class Calls:
     """What `inject` got for each call, and the text of the call."""
@@ -147,21 +135,6 @@ def test_nothing_asked_nothing_changed(base, made):
     for setting in ({"weight": 0.0}, {"start": 0.8, "end": 1.0}):
         assert torch.equal(draw(base, [made(**setting)]), plain), setting
     assert torch.equal(draw(base, []), plain)
-
-
-def test_start_and_end(base, made):
-    """Before `start` each step's latents are those without an identity, bit for bit; from there on they are not."""
-    plain, whole = every_step(base, None), every_step(base, [made()])
-    late = every_step(base, [made(start=0.5)])
-    assert len(plain) == STEPS
-    assert [torch.equal(a, b) for a, b in zip(late, plain)] == [True, True, False, False]
-    early = every_step(base, [made(end=0.5)])
-    assert [torch.equal(a, b) for a, b in zip(early, whole)] == [True, True, False, False]
-    assert not torch.equal(early[0], plain[0])
-    middle = every_step(base, [made(start=0.25, end=0.5)])
-    assert [torch.equal(a, b) for a, b in zip(middle, plain)] == [True, False, False, False]
-    # After its end nothing acts: from the same latents on, the steps are the plain ones.
-    assert not torch.equal(middle[3], late[3])
 
 
 def test_masks(base, made):
@@ -452,15 +425,6 @@ def test_no_hook_is_left_after_an_exception(base, made, call):
         draw(base, [injection], callback_on_step_end=_raise_at(1))
     assert count_hooks(denoiser) == before
     assert torch.equal(draw(base), plain)
-
-
-def test_another_denoiser_is_refused():
-    class Pipeline:
-        unet = torch.nn.Linear(2, 2)
-
-    with pytest.raises(UnsupportedModelError, match="Linear is neither"), apply(Pipeline(), []):
-        pass
-    assert count_hooks(Pipeline.unet) == 0
 
 
 def test_several_pictures_in_one_with(base, made, calls):

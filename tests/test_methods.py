@@ -305,15 +305,6 @@ def person(adapter: Adapter, seed: int = 305, **settings):
     return compile_injection(adapter, Identity(cond, uncond), weight=official.SCALE, **settings)
 
 
-def test_the_lora_is_undone(unet, face_id):
-    weights = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    off = layouts.run_unet(unet)
-    assert effect(unet, [person(face_id)]).abs().max() > 0
-    assert torch.equal(layouts.run_unet(unet), off)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in unet.state_dict().items())
-    assert count_hooks(unet) == 0
-
-
 def test_the_loras_strength(unet, face_id):
     """0 is the adapter without its LoRA; the identity's weight does not scale the LoRA; weight 0 is off."""
     bare, halved = replace(face_id, lora=None), Lora({p: (d, u / 2) for p, (d, u) in face_id.lora.layers.items()}, "x")
@@ -535,9 +526,6 @@ def test_photos_keep_their_size_where_the_official_code_keeps_it(adapters, monke
     for kind in ("instantid", "face_id"):
         made_of(adapters[kind], [np.full((1000, 2000, 3), 90, np.uint8)])
     assert sizes == [1280, 1280, 2000, 2000]  # for the detector, and for the landmarks
-
-
-# ---------------------------------------------------------------- a second witness
 
 
 # ---------------------------------------------------------------- InstantID's ControlNet

@@ -73,9 +73,10 @@ def test_nothing_of_facexlib_loads_or_downloads_by_itself():
 # ---------------------------------------------------------------- files and addresses
 
 
-ADDRESSES = ["http://127.0.0.1:9/x.png", "https://example.com/anna.safetensors", "file:///etc/passwd", "/etc/passwd",
-             "../../secret", "//host/share", "\\\\host\\share", "hf://owner/name", "~root", "passwd.png",
-             "data:text/plain,/etc/passwd"]  # fmt: skip
+ADDRESSES = ["http://127.0.0.1:9/x.png", "https://example.com/anna.safetensors", "ftp://host/passwd", "s3://bucket/x",
+             "file:///etc/passwd", "/etc/passwd", "/etc/shadow1", "../../secret", "secret/a/b/c", "//host/share",
+             "\\\\host\\share", "C:\\passwd.png", "hf://owner/name", "~root", "~/passwd.png", "passwd.png",
+             "data:text/plain,/etc/passwd", "blob:http://x/1"]  # fmt: skip
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
@@ -90,7 +91,8 @@ def test_no_address_is_fetched_and_no_file_outside_is_opened(ui, script, one, no
 
     unit = {} if field in ("images", "identity") else {"images": [one]}
     unit[field] = [address] if field == "images" else address
-    monkeypatch.setattr("builtins.open", noted)
+    for name in ("builtins.open", "io.open", "pathlib.Path.open"):
+        monkeypatch.setattr(name, noted)
     told = ".*Paths and URLs are never opened" if field in ("images", "mask") else ""
     with pytest.raises(PulidError, match=f"PuLID unit 1, field {field}: {told}"):
         ui.generate(script, Generation(), [unit])
