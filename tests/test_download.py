@@ -151,24 +151,20 @@ def test_a_server_that_does_not_go_on_where_it_should(server, wanted, how):
 
 
 @pytest.mark.parametrize(
-    ("rest", "size_known"),
-    [(DATA + b"more", True), (b"x" * 1000, True), (DATA[:-1] + b"?", True), (DATA * 2, True), (DATA * 2, False)],
-    ids=["longer", "damaged", "whole", "much longer", "much longer, size not known"],
-)
-def test_a_damaged_rest_of_an_earlier_run(server, wanted, rest, size_known):
+    ("rest", "size_known", "ranges"),
+    [
+        (DATA, True, []), (DATA[:-1] + b"?", True, [""]), (b"x" * 1000, True, ["bytes=1000-", ""]),
+        (DATA + b"more", True, [""]), (DATA * 2, True, [""]), (DATA * 2, False, ["bytes=1000000-", ""]),
+    ],
+    ids=["complete", "complete, damaged", "damaged", "longer", "much longer", "much longer, size not known"],
+)  # fmt: skip
+def test_the_rest_of_an_earlier_run(server, wanted, rest, size_known, ranges):
+    """One that is complete is only checked."""
     wanted.part.parent.mkdir()
     wanted.part.write_bytes(rest)
     get(wanted if size_known else replace(wanted, size=0))
     assert is_whole(wanted)
-    assert server.asked[-1].range == ""
-
-
-def test_a_rest_that_is_complete_is_only_checked(server, wanted):
-    wanted.part.parent.mkdir()
-    wanted.part.write_bytes(DATA)
-    get(wanted)
-    assert is_whole(wanted)
-    assert server.asked == []
+    assert [asked.range for asked in server.asked] == ranges
 
 
 def test_what_is_not_the_file_or_cannot_be_checked_is_not_taken(server, wanted):

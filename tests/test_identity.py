@@ -262,7 +262,7 @@ def test_unknown_fusion_and_no_photo(made):
         encode_identity([], made["v1"])
 
 
-def test_info_and_thumbnail_are_kept(made, tmp_path):
+def test_info_and_thumbnail(made):
     thumbnail = an_identity().thumbnail
     identity = encode_identity(PHOTOS, made["flux"], thumbnail=thumbnail)
     assert identity.info == {
@@ -273,9 +273,7 @@ def test_info_and_thumbnail_are_kept(made, tmp_path):
         "made_by": identity.info["made_by"],
     }
     assert identity.info["made_by"].startswith("sd-webui-pulid ")
-    loaded = Identity.load(identity.save(tmp_path / "x.safetensors"))
-    assert loaded.info == identity.info
-    assert np.array_equal(loaded.thumbnail, thumbnail)
+    assert identity.thumbnail is thumbnail
 
 
 # ---------------------------------------------------------------- the adapter it belongs to

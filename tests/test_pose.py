@@ -263,16 +263,6 @@ def test_an_inpainted_region_gets_its_part_of_the_face(kind, net, file, identity
     assert off_by(found, with_residuals(kind, residuals_of(kind, net, identity)), plain) > 1e-4
 
 
-def test_off_is_bit_identical_and_nothing_is_left(kind, file, identity):
-    """Alone, with an adapter's weight of 0, and beside the adapter."""
-    unet = SkipUNet()
-    plain, adapter = ran(kind, None, unet), ran(kind, RandomPlan(), unet)
-    alone, both = (ran(kind, plan_of(file, identity, weight=weight), unet) for weight in (0.0, 1.0))
-    assert len({tuple(images[-1].flatten().tolist()) for images in (plain, adapter, alone, both)}) == 4
-    assert same(plain, ran(kind, None, unet)) and same(adapter, ran(kind, RandomPlan(), unet))
-    assert count_hooks(unet) == 0
-
-
 def test_the_file_is_loaded_once(kind, extension, file, identity):
     """Forge's memory manager is given its size, too."""
     built = ControlNetPatcher.built
