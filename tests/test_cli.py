@@ -9,9 +9,10 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -29,17 +30,12 @@ from tests.small_models.bases import TEXT_WIDTH, open_small_workshop, small_part
 from tests.small_models.people import GROUP, PORTRAIT
 
 insightface = pytest.importorskip("insightface")
-BOX = re.compile(r"\((-?\d+), (-?\d+)\), (\d+) x (\d+) pixels")
 
 
-@dataclass
-class Said:
+class Said(NamedTuple):
     status: int
     out: str
     err: str
-
-    def box(self) -> tuple[int, ...]:
-        return tuple(map(int, BOX.search(self.out).groups()))
 
 
 @pytest.fixture(scope="module")
@@ -204,11 +200,12 @@ def test_a_saved_identity_in_the_place_of_the_photo(run, generate, tmp_path):
 
 def test_which_face(run, tmp_path):
     """The group's faces, asked for one by one, are different ones, in the order that was asked for."""
-    boxes = []
+    left = []
     for index in (0, 2):
         given = ("--face", GROUP, "--face-order", "left-to-right", "--face-index", index)
-        boxes.append(run("embed", *given, "-o", tmp_path / f"{index}.safetensors", models=tmp_path / f"m{index}").box())
-    assert boxes[0][0] + boxes[0][2] < boxes[1][0]
+        said = run("embed", *given, "-o", f"{index}.safetensors", models=tmp_path / "m")
+        left.append(int(re.search(r"\((-?\d+), -?\d+\), \d+ x \d+ pixels", said.out)[1]))
+    assert left[0] + 50 < left[1]
 
 
 @pytest.mark.parametrize(("given", "words"), [
@@ -216,29 +213,22 @@ def test_which_face(run, tmp_path):
     (("--face", GROUP, "--identity", "x.safetensors"), "SettingError: Give either --face"),
     (("--face", "gone.jpg"), "ImageError: gone.jpg: no such file"),
     (("--face", "grey.png"), "NoFaceError: grey.png: no face was found"),
-    (("--face", GROUP, "--face-index", 50), "NoFaceError: group.png: face number 51 was requested, but only"),
     (("--face", GROUP, "--face-index", -1), "SettingError: --face-index: -1 is out of range; use 0 to 50."),
     (("--identity", "gone.safetensors"), "IdentityMismatchError: The saved identity gone.safetensors was"),
-    (("--identity", "grey.png"), "IdentityMismatchError: grey.png is not a saved identity"),
+    (("--identity", "x.safetensors"), "IdentityMismatchError: This identity was made with PuLID v7"),
     (("--face", GROUP, "--model", "sdxl.safetensors"), "MissingWeightsError: No model at sdxl.s"),
     (("--face", GROUP, "--model", "grey.png"), "WrongWeightsError: grey.png ("),
     (("--face", GROUP, "--pulid", "gone.bin"), "MissingWeightsError: --pulid: gone.bin was not found"),
-    (("--face", GROUP, "--pulid", "page.bin"), "WrongWeightsError: page.bin is a web page"),
-    (("--face", GROUP, "--pulid", "lora.bin"), "WrongWeightsError: lora.bin is a LoRA"),
-    (("--face", GROUP, "--num-zero", -1), "SettingError: --num-zero: -1 is out of range; use 0 to 80."),
+    (("--face", GROUP, "--pulid", "grey.png"), "WrongWeightsError: grey.png ("),
     (("--face", GROUP, "--weight", "nan"), "SettingError: --weight: nan is not a number."),
-    (("--face", GROUP, "--start", 1.5), "SettingError: --start: 1.5 is out of range; use 0 to 1."),
-    (("--face", "."), "ImageError: .: this is a folder, not an image."),
     (("--face", GROUP, "--fusion", "id_mix"), "SettingError: fusion id_mix works with PuLID v1 only"),
-    (("--identity", "x.safetensors"), "IdentityMismatchError: This identity was made with PuLID v7"),
     (("--face", GROUP, "--mask", "gone.png"), "ImageError: gone.png: no such file"),
     (("--face", GROUP, "--device", "cuda:77"), "Error: "),
 ], ids=lambda value: re.sub(r"\W+", " ", str(value))[-30:] if isinstance(value, str) else "")  # fmt: skip
-def test_errors_in_words(generate, tmp_path, given, words):
-    Image.new("RGB", (200, 200), "grey").save(tmp_path / "grey.png")
-    (tmp_path / "page.bin").write_text("<html></html>")
-    torch.save({"lora_unet_x.lora_down.weight": torch.zeros(2)}, tmp_path / "lora.bin")
-    Identity(torch.ones(1, 32, 64), info={"encoder": "0" * 16, "adapter": "PuLID v7"}).save(tmp_path / "x.safetensors")
+def test_errors_in_words(generate, given, words):
+    """One of each option; the core's own tests have all that may be wrong with it."""
+    Image.new("RGB", (200, 200), "grey").save("grey.png")
+    Identity(torch.ones(1, 32, 64), info={"encoder": "0" * 16, "adapter": "PuLID v7"}).save("x.safetensors")
     said, picture = generate(*given)
     assert (said.status, picture) == (1, None)
     assert words in said.err
@@ -246,14 +236,12 @@ def test_errors_in_words(generate, tmp_path, given, words):
 
 
 NONSENSE = [
-    ("--weight", 50), ("--weight", -1), ("--weight", "inf"), ("--num-zero", 81), ("--start", "nan"), ("--end", "nan"),
-    ("--end", 0), ("--start", 0.9, "--end", 0.1), ("--start", 1), ("--start", 0.9), ("--start-step", -1),
-    ("--start-step", 11), ("--model", "tiny-flux", "--start-step", 4), ("--guidance", "nan"), ("--guidance", "inf"),
-    ("--guidance", -1), ("--seed", -1), ("--seed", 2**64), ("--seed", 2**70), ("--steps", 0), ("--steps", 10**6),
-    ("--size", 0), ("--size", 100), ("--size", -64), ("--size", 10**6), ("--face-index", 51),
+    ("--weight", 50), ("--start", 0.9, "--end", 0.1), ("--start", 0.9), ("--model", "tiny-flux", "--start-step", 4),
+    ("--guidance", "nan"), ("--guidance", "inf"), ("--guidance", -1), ("--seed", -1), ("--seed", 2**64),
+    ("--steps", 0), ("--steps", 10**6), ("--size", 0), ("--size", 100), ("--size", -64), ("--size", 10**6),
     ("-o", "a.psd"), ("-o", "a.fits"), ("-o", "a.h5"), ("-o", "a.mpg"), ("-o", "a.wmf"), ("-o", "a.xpm"), ("-o", "a"),
     ("-o", "folder.png"), ("-o", "file/a.png"), ("-o", "closed/a.png"), ("-o", "ж" * 130 + ".png"),
-    ("-o", "/proc/a.png"), ("--mask", "gone.png"), ("--mask", "folder.png"), ("--face", "gone.jpg"),
+    ("-o", "/proc/a.png"), ("--mask", "folder.png"), ("--face", "gone.jpg"),
 ]  # fmt: skip
 
 
