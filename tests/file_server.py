@@ -67,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
             ours.asked.append(Asked(self.path, headers.get("Range", ""), headers.get("Authorization", "")))
         data = ours.files.get(self.path.rpartition("/")[2])
         if data is None:
-            return self.short(404)
+            return self.head(404, 0)
         if "/resolve/" in self.path:
             return self.redirect(data)
         with ours.lock:
@@ -78,35 +78,32 @@ class Handler(BaseHTTPRequestHandler):
 
     def redirect(self, data: bytes) -> None:
         """As the hub does for large files: what it is, and where its bytes are (on another host)."""
-        self.send_response(302)
-        self.send_header("Location", f"http://localhost:{self.ours.port}/cdn/{self.path.rpartition('/')[2]}")
-        self.send_header("X-Linked-Size", str(len(data)))
-        self.send_header("X-Linked-Etag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def short(self, status: int, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": "0", **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
+        place = f"http://localhost:{self.ours.port}/cdn/{self.path.rpartition('/')[2]}"
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        self.head(302, 0, Location=place, X_Linked_Size=str(len(data)), X_Linked_Etag=etag)
 
     @property
     def start(self) -> int:
         found = re.match(r"bytes=(\d+)-$", self.headers.get("Range", ""))
         return int(found[1]) if found else 0
 
-    def head(self, data: bytes, length: int | None = None, status: int = 0, begins: int | None = None) -> None:
-        start = self.start
-        if start >= len(data) > 0 and start:
-            return self.short(416)
-        self.send_response(status or (206 if start else 200))
-        self.send_header("Content-Length", str(len(data) - start if length is None else length))
-        if (status or 206) == 206 and start:
-            begins = start if begins is None else begins
-            self.send_header("Content-Range", f"bytes {begins}-{len(data) - 1}/{len(data)}")
+    def head(self, status: int, length: int | None, **headers: str) -> None:
+        """length: None to leave it out."""
+        self.send_response(status)
+        if length is not None:
+            headers["Content-Length"] = str(length)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        return None
+
+    def right_head(self, data: bytes, begins: int | None = None) -> None:
+        """Of the part that was asked for. begins: where it is said to begin."""
+        if not self.start:
+            return self.head(200, len(data))
+        if self.start >= len(data):
+            return self.head(416, 0)
+        begins = self.start if begins is None else begins
+        return self.head(206, len(data) - self.start, Content_Range=f"bytes {begins}-{len(data) - 1}/{len(data)}")
 
     def body(self, data: bytes, wait: float = 0.0) -> None:
         for at in range(0, len(data), STEP):
@@ -135,7 +132,7 @@ def until(happened: Callable[[], object]) -> None:
 
 def whole(handler: Handler, data: bytes, wait: float = 0.0) -> None:
     """wait: between its pieces."""
-    handler.head(data)
+    handler.right_head(data)
     handler.body(data[handler.start :], wait)
 
 
@@ -147,7 +144,7 @@ def held(release: threading.Event) -> Callable[[Handler, bytes], None]:
     """A quarter, then a little now and then until it is released, then the rest."""
 
     def answer(handler: Handler, data: bytes) -> None:
-        handler.head(data)
+        handler.right_head(data)
         rest = data[handler.start :]
         quarter = len(rest) // 4
         handler.body(rest[:quarter])
@@ -165,7 +162,7 @@ def cut(after: int, silence: float = 0.0) -> Callable[[Handler, bytes], None]:
     """Promises all, and after some bytes says nothing more for so many seconds, then closes the connection."""
 
     def answer(handler: Handler, data: bytes) -> None:
-        handler.head(data)
+        handler.right_head(data)
         handler.body(data[handler.start :][:after])
         time.sleep(silence)
         handler.close_connection = True
@@ -174,17 +171,17 @@ def cut(after: int, silence: float = 0.0) -> Callable[[Handler, bytes], None]:
 
 
 def other_bytes(handler: Handler, data: bytes) -> None:
-    handler.head(data)
+    handler.right_head(data)
     handler.body(bytes(len(data) - handler.start))
 
 
 def no_ranges(handler: Handler, data: bytes) -> None:
-    handler.head(data, length=len(data), status=200)
+    handler.head(200, len(data))
     handler.body(data)
 
 
 def from_another_byte(handler: Handler, data: bytes) -> None:
-    handler.head(data, begins=handler.start - 1)
+    handler.right_head(data, begins=handler.start - 1)
     handler.body(data[handler.start :])
 
 
@@ -192,10 +189,7 @@ def length(count: int, html: bool = False) -> Callable[[Handler, bytes], None]:
     """Lies about the size: says `count` bytes and sends as many."""
 
     def answer(handler: Handler, data: bytes) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(count))
-        handler.send_header("Content-Type", "text/html" if html else "application/octet-stream")
-        handler.end_headers()
+        handler.head(200, count, Content_Type="text/html" if html else "application/octet-stream")
         handler.body((data * 3)[:count])
 
     return answer
@@ -205,9 +199,7 @@ def chunked(count: int) -> Callable[[Handler, bytes], None]:
     """Does not say how much it is, and sends `count` bytes."""
 
     def answer(handler: Handler, data: bytes) -> None:
-        handler.send_response(200)
-        handler.send_header("Transfer-Encoding", "chunked")
-        handler.end_headers()
+        handler.head(200, None, Transfer_Encoding="chunked")
         data = (data * 3)[:count]
         for at in range(0, len(data), STEP):
             piece = data[at : at + STEP]
@@ -218,7 +210,7 @@ def chunked(count: int) -> Callable[[Handler, bytes], None]:
 
 
 def status(code: int, **headers: str) -> Callable[[Handler, bytes], None]:
-    return lambda handler, data: handler.short(code, **headers)
+    return lambda handler, data: handler.head(code, 0, **headers)
 
 
 @contextlib.contextmanager

@@ -303,11 +303,6 @@ def test_a_folder_under_the_files_name(tmp_path):
             load(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_an_empty_file_is_named(tmp_path, name):
-    refused(tmp_path / name, b"", name, LOADERS[name])
-
-
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read(tmp_path):
     for name, load in LOADERS.items():

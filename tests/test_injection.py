@@ -230,12 +230,6 @@ def test_quantised_layers_do_not_tell_their_width():
     assert cross_attention_site("layer", layer).width == 320
 
 
-def test_flux_sites(flux):
-    for denoiser in (flux, layouts.BflFlux(flux)):
-        names = [site.name.split(".") for site in find_sites(denoiser).sites]
-        assert [int(name[-1]) for name in names] == [*range(0, 19, 2), *range(0, 38, 4)]
-
-
 def test_reference_tokens_get_no_identity(flux, flux_adapter):
     """Kontext appends tokens to the image; only the image's own tokens may be touched by the first site."""
     bfl, seen = layouts.BflFlux(flux), []

@@ -61,11 +61,6 @@ def test_two_calls_and_no_more(run):
     assert second[0] == 'install "insightface>=1.0,<3" "timm>=1.0.8,<1.1" --only-binary :all: --no-deps'
 
 
-def test_onnx_for_an_old_protobuf(run):
-    ((command, _),) = run("insightface", "onnx", have={**HAVE, "protobuf": OLD})
-    assert command == 'install "insightface>=1.0,<3" "onnx==1.16.2" --only-binary :all: --no-deps'
-
-
 @pytest.mark.parametrize("name", ["numpy", "protobuf"])
 def test_package_without_metadata_is_not_overwritten(run, name):
     have = {other: version for other, version in HAVE.items() if other != name}
