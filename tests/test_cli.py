@@ -438,11 +438,8 @@ def test_a_licence_that_was_not_accepted(run, hub, tmp_path, monkeypatch, name, 
     [("y\n", True), ("Yes\n", True), ("\n", False), ("n\n", False), ("yup\n", False), ("", False)],
 )
 def test_a_licence_is_asked_for_on_a_terminal(run, hub, tmp_path, monkeypatch, answer, accepted):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     said = run("models", "download", "glintr100.onnx", models=tmp_path / "m")
     assert "non-commercial research purposes only. Accept? [y/N]" in said.out
     assert (said.status, len(hub)) == ((0, 1) if accepted else (1, 0))

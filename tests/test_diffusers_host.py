@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import diffusers
 import numpy as np
@@ -331,14 +331,9 @@ def _unwrapped(base: Base, **options: Any) -> Tensor:
     return draw(base, None, **text(base.family), **options)
 
 
-def _raise_at(call: int) -> Callable[..., None]:
-    count = itertools.count(1)
-
-    def hook(*_: Any) -> None:
-        if next(count) == call:
-            raise Breaking("in the denoiser")
-
-    return hook
+def _raise_at(call: int) -> Mock:
+    """A hook."""
+    return Mock(side_effect=[*[None] * (call - 1), Breaking("in the denoiser")])
 
 
 def test_flux_in_half_precision_with_many_steps(bases, calls, monkeypatch):

@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
 
 from lib_pulid import readings
 from lib_pulid.disk import fingerprint
@@ -40,21 +40,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(folder) -> Encoders:
+    """They answer at once when they are asked the same again."""
     write_tower(folder / "eva.pt")
-    faces = remembering_models(write_face_files(folder))
-    return Encoders(faces, RememberingTower(load_vision_tower(folder / "eva.pt")))
+    tower, seen = load_vision_tower(folder / "eva.pt"), {}
+    forward = tower.forward
 
-
-class RememberingTower(nn.Module):
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        self.tower, self.seen = tower, {}
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def remembered(images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         key = images.numpy().tobytes()
-        if key not in self.seen:
-            self.seen[key] = self.tower(images)
-        return self.seen[key]
+        if key not in seen:
+            seen[key] = forward(images)
+        return seen[key]
+
+    tower.forward = remembered
+    return Encoders(remembering_models(write_face_files(folder)), tower)
 
 
 def write_adapter(path: Path, seed: int) -> Path:
@@ -80,20 +78,10 @@ def png(path: Path, image: np.ndarray) -> Path:
     return path
 
 
-class Counting:
-    """Gives the models and counts how often it was asked."""
-
-    def __init__(self, models: Encoders) -> None:
-        self.models, self.calls = models, 0
-
-    def __call__(self) -> Encoders:
-        self.calls += 1
-        return self.models
-
-
 @pytest.fixture
-def encoders(models) -> Counting:
-    return Counting(models)
+def encoders(models) -> Mock:
+    """Gives the models and counts how often it was asked."""
+    return Mock(return_value=models)
 
 
 @pytest.fixture
@@ -220,7 +208,7 @@ def test_whatever_it_depends_on_makes_a_new_one(make, encoders, folder, adapter,
         ([two_faces()], {"encoders_id": "f"}),
     ]
     made = [make(photos, cache, **changes) for photos, changes in variants]
-    assert encoders.calls == len(variants) == len(list(tmp_path.iterdir()))
+    assert encoders.call_count == len(variants) == len(list(tmp_path.iterdir()))
     for memory in (cache, IdentityCache(tmp_path)):  # and each is found again as itself
         for (photos, changes), identity in zip(variants, made):
             again = make(photos, memory, **{**changes, "encoders": fail})
@@ -256,7 +244,7 @@ def test_a_damaged_cache_file_is_made_again(make, encoders, tmp_path, damage):
     else:
         path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
     again = make([two_faces()], IdentityCache(tmp_path))
-    assert encoders.calls == 2
+    assert encoders.call_count == 2
     assert torch.equal(again.cond, first.cond)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert torch.equal(make([two_faces()], IdentityCache(tmp_path), encoders=fail).cond, first.cond)

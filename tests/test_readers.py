@@ -81,11 +81,8 @@ def test_contrastive_loss_prefers_own_kind():
 
 
 def test_both_spellings_of_recognizer():
-    assert [readers._kind(name) for name in ("recognizer", "recogniser", "judge")] == [
-        "recogniser",
-        "recogniser",
-        "judge",
-    ]
+    kinds = [readers._kind(name) for name in ("recognizer", "recogniser", "judge")]
+    assert kinds == ["recogniser", "recogniser", "judge"]
 
 
 def test_recogniser_runs_in_insightface(tmp_path, faces):

@@ -103,31 +103,24 @@ def test_making_an_identity_needs_no_network(ui, script, one, no_network):
     assert len(ui.generate(script, Generation(), [{"images": [one]}])) == 1
 
 
-class TestTheGridsPhotoFile:
-    """Its axis takes a path, which is for whoever sits at the page; an API caller can run a grid, too."""
-
-    @pytest.fixture
-    def axis(self, ui, library):
-        xyz.add_axes(1, library, ("sdxl",))
-        options = ui.modules.scripts.scripts_data[0].module.axis_options
-        return next(option for option in options if option.label == "[PuLID 1] Photo file")
-
-    def test_the_api_cannot_read_files_by_it(self, ui, axis, tmp_path):
-        """Nor a page that is kept from folders."""
-        path = tmp_path / "photo.png"
-        Image.fromarray(photo((330, 210))).save(path)
-        for file in (path, tmp_path / "gone.png"):  # nor learn whether there is one
-            with pytest.raises(
-                SettingError, match="unit 1, field images: the axis Photo file .* works only in the page"
-            ):
-                axis.confirm(SimpleNamespace(is_api=True), [str(file)])
-            with pytest.raises(PulidError, match="works only in the page"):
-                axis.apply(SimpleNamespace(is_api=True), str(file), [])
-        axis.confirm(SimpleNamespace(is_api=False), [str(path)])
-        axis.apply(SimpleNamespace(is_api=False), str(path), [])
-        ui.modules.shared.cmd_opts.hide_ui_dir_config = True
-        with pytest.raises(SettingError, match="works only in the page"):
-            axis.confirm(SimpleNamespace(is_api=False), [str(tmp_path)])
+def test_the_api_cannot_read_files_by_the_grids_photo_file(ui, library, tmp_path):
+    """An axis that takes a path is for whoever sits at the page; an API caller can run a grid, too. Nor may a page that
+    is kept from folders."""
+    xyz.add_axes(1, library, ("sdxl",))
+    options = ui.modules.scripts.scripts_data[0].module.axis_options
+    axis = next(option for option in options if option.label == "[PuLID 1] Photo file")
+    path, api, page = tmp_path / "photo.png", SimpleNamespace(is_api=True), SimpleNamespace(is_api=False)
+    Image.fromarray(photo((330, 210))).save(path)
+    for file in (path, tmp_path / "gone.png"):  # nor learn whether there is one
+        with pytest.raises(SettingError, match="unit 1, field images: the axis Photo file .* works only in the page"):
+            axis.confirm(api, [str(file)])
+        with pytest.raises(PulidError, match="works only in the page"):
+            axis.apply(api, str(file), [])
+    axis.confirm(page, [str(path)])
+    axis.apply(page, str(path), [])
+    ui.modules.shared.cmd_opts.hide_ui_dir_config = True
+    with pytest.raises(SettingError, match="works only in the page"):
+        axis.confirm(page, [str(tmp_path)])
 
 
 # ---------------------------------------------------------------- routes
