@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -255,10 +256,7 @@ GIVEN = [*(("generate", one) for one in NONSENSE), *(("evaluate", one) for one i
 
 @pytest.mark.parametrize(("command", "given"), GIVEN, ids=lambda it: re.sub(r"\W+", " ", str(it))[:40])
 def test_all_is_checked_before_the_work(run, monkeypatch, tmp_path, command, given):
-    def begun(*_):
-        raise AssertionError("the work has begun")
-
-    monkeypatch.setattr(standalone, "load_base", begun)
+    monkeypatch.setattr(standalone, "load_base", Mock(side_effect=AssertionError("the work has begun")))
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("x")
     real = Path.mkdir
@@ -331,10 +329,7 @@ def test_a_picture_that_cannot_be_written_is_kept(generate, monkeypatch):
 
 
 def test_interrupted(run, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(doctor, "report", interrupt)
+    monkeypatch.setattr(doctor, "report", Mock(side_effect=KeyboardInterrupt))
     said = run("doctor")
     assert (said.status, said.err) == (130, "interrupted\n")
 
@@ -510,12 +505,8 @@ def test_the_default_folder(run, monkeypatch, tmp_path, value, folder):
 
 def test_without_a_home(monkeypatch):
     """A container's user without a name: `~` leads nowhere, and that is no reason to fail."""
-
-    def nowhere(path):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "expanduser", nowhere)
-    monkeypatch.setattr(Path, "home", nowhere)
+    for name in ("expanduser", "home"):
+        monkeypatch.setattr(Path, name, Mock(side_effect=RuntimeError("Could not determine home directory.")))
     for name in ("HF_HUB_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE", "TORCH_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "")
     assert len(catalog.missing("sdxl", Path("nowhere"))) == 6

@@ -23,6 +23,7 @@ from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import constants
@@ -281,9 +282,7 @@ def test_the_last_block_does_not_fit(server, wanted, checksum):
 
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
 def test_a_network_drive_that_cannot_do_everything(server, wanted, monkeypatch, reason):
-    def unsupported(*_: object, **how: object) -> None:
-        raise OSError(reason, os.strerror(reason))
-
+    unsupported = Mock(side_effect=OSError(reason, os.strerror(reason)))
     monkeypatch.setattr("filelock.FileLock.acquire", unsupported)
     monkeypatch.setattr(os, "fsync", unsupported)
     monkeypatch.setattr(shutil, "disk_usage", unsupported)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,17 +312,11 @@ def test_the_loras_strength(unet, face_id):
     assert not effect(unet, [nobody]).any()
 
 
-class Elsewhere:
-    """A tensor on a device that this machine does not have."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.dtype, self.to = tensor.dtype, tensor.to
-
-
 def test_a_lora_on_another_device_than_the_denoiser():
     """As PuLID's own tensors, which go where the layer is; an injection is compiled for the CPU by default."""
     down, up, x = torch.rand(2, 4), torch.rand(4, 2), torch.rand(1, 4)
-    lora = Lora({(0, part): (Elsewhere(down), Elsewhere(up)) for part in PARTS}, "x")
+    elsewhere = [SimpleNamespace(dtype=tensor.dtype, to=tensor.to) for tensor in (down, up)]
+    lora = Lora(dict.fromkeys(((0, part) for part in PARTS), elsewhere), "x")
     parts = {part: torch.nn.Linear(4, 4) for part in PARTS}
     plain = {part: layer(x) for part, layer in parts.items()}
     assert len(list(lora.attach(0, parts, 1.0))) == len(PARTS)

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -185,10 +186,7 @@ def test_pressed_twice_it_downloads_once(library, server, tmp_path):
 
 
 def test_a_fault_of_ours_is_told_too(library, monkeypatch):
-    def fault(*_: object) -> Path:
-        raise ZeroDivisionError("oh")
-
-    monkeypatch.setattr(catalog, "download", fault)
+    monkeypatch.setattr(catalog, "download", Mock(side_effect=ZeroDivisionError("oh")))
     library.downloads.start(catalog.CATALOG[:2])
     problems = finished(library.downloads).problems
     assert problems == tuple(f"{file.name}: ZeroDivisionError: oh" for file in catalog.CATALOG[:2])
