@@ -121,23 +121,19 @@ def kill(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def write_half(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data[: len(data) // 2])
-        file.flush()
+def write(share: float) -> Callable[[Path, bytes], None]:
+    def act(path: Path, data: bytes) -> None:
+        with open(path, "wb") as file:
+            file.write(data[: int(share * len(data))])
         kill()
 
-
-def write_all(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-    kill()
+    return act
 
 
 KILLS = {
     "before a byte is written": (("pathlib.Path.write_bytes",), kill),
-    "half-written": (("pathlib.Path.write_bytes",), write_half),
-    "written, not renamed": (("pathlib.Path.write_bytes",), write_all),
+    "half-written": (("pathlib.Path.write_bytes",), write(0.5)),
+    "written, not renamed": (("pathlib.Path.write_bytes",), write(1)),
     "when it gets its name": (("os.link", "os.replace"), kill),
 }
 

@@ -10,7 +10,6 @@ import os
 import random
 import struct
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from tests.test_checkpoint_header import gguf
 from tests.test_identity import an_identity
 from tests.test_weights import pickled, tower_state
 
+pytestmark = pytest.mark.filterwarnings("ignore")
 TIMES = int(os.environ.get("PULID_FUZZ", "1"))
 SLOWEST = 10.0  # seconds of computing for one file
 MOST_MEMORY = 400  # MB more than before, at the peak; Linux
@@ -92,13 +92,6 @@ def fuzz(corpus: list[tuple[str, bytes]], read: Callable[[Path], None], folder: 
         assert time.process_time() - began < SLOWEST, name
         assert peak() - before < MOST_MEMORY, name
     return refused
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def pictures() -> list[tuple[str, bytes]]:
