@@ -150,22 +150,18 @@ def test_an_archive_that_unpacks_to_much_more(tmp_path, monkeypatch):
         read_state_dict(tmp_path / "x.bin")
 
 
-def test_a_tensor_that_repeats_one_number_without_end(tmp_path):
-    state = {**v11_state(), "id_adapter.latents": torch.zeros(1).expand(1, HARMLESS // 4, 64)}
-    refused(
-        tmp_path / "x.bin", pickled(state), r"x\.bin is refused for safety: its tensors claim more data", megabytes=200
-    )
+ODD = {
+    "one number, repeated without end": lambda: torch.zeros(1).expand(HARMLESS // 4, 64),
+    "meta": lambda: torch.zeros(2, device="meta"), "sparse": lambda: torch.eye(2).to_sparse(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["meta", "sparse", "quantised"])
+@pytest.mark.parametrize("kind", ODD)
 def test_tensors_that_are_no_plain_numbers(tmp_path, kind):
-    odd = {
-        "meta": lambda: torch.zeros(2, device="meta"),
-        "sparse": lambda: torch.eye(2).to_sparse(),
-        "quantised": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
-    }[kind]()
-    content = pickled({**v1_state(), "id_adapter.body.0.bias": odd})
-    refused(tmp_path / "x.bin", content, r"x\.bin is refused for safety: its tensors claim")
+    content = pickled({**v1_state(), "id_adapter.body.0.bias": ODD[kind]()})
+    words = r"x\.bin is refused for safety: its tensors claim more data"
+    refused(tmp_path / "x.bin", content, words, megabytes=200)
 
 
 NUMBERED = {

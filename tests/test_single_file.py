@@ -113,7 +113,8 @@ def full_size() -> dict[str, tuple[int, ...]]:
 PARAMETERS = {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840}
 
 
-def test_the_parts_are_as_large_as_in_the_real_sdxl():
+def test_the_real_sdxl_has_its_own_configuration():
+    """As in stabilityai/stable-diffusion-xl-base-1.0: the numbers of parameters, and what these do not show."""
     import diffusers
     import transformers
 
@@ -128,11 +129,6 @@ def test_the_parts_are_as_large_as_in_the_real_sdxl():
             ),
         }
     assert {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()} == PARAMETERS
-
-
-def test_the_real_sdxl_has_its_own_configuration():
-    """What the numbers of parameters do not show, as in stabilityai/stable-diffusion-xl-base-1.0."""
-    made = single_file.configuration(full_size())
     own = {
         "unet": {"attention_head_dim": [5, 10, 20], "norm_num_groups": 32, "sample_size": 128},
         "vae": {"norm_num_groups": 32, "scaling_factor": 0.13025, "force_upcast": True},
