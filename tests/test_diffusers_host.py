@@ -421,6 +421,12 @@ def test_no_hook_is_left_after_an_exception(base, made):
     assert torch.equal(draw(base), plain)
 
 
+def test_another_denoiser_is_refused():
+    pipeline = SimpleNamespace(unet=torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModelError, match="Linear is neither"), apply(pipeline, []):
+        raise AssertionError
+
+
 def test_several_pictures_in_one_with(base, made, calls):
     """Each as if alone, also with the same number of steps, and with one step only."""
     injection = made(start=0.25)
