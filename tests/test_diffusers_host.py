@@ -336,7 +336,7 @@ def _raise_at(call: int) -> Mock:
     return Mock(side_effect=[*[None] * (call - 1), Breaking("in the denoiser")])
 
 
-def test_flux_in_half_precision_with_many_steps(bases, calls, monkeypatch):
+def test_flux_in_half_precision_with_many_steps(calls, monkeypatch):
     """In bfloat16 neighbouring timesteps become equal; without a negative prompt every call is cond all the same."""
     pipeline, steps = small_base("flux").pipeline, 120
     pipeline.transformer.to(torch.bfloat16)

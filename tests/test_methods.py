@@ -348,7 +348,7 @@ def test_fused_projections_are_refused(face_id):
         effect(unet, [person(face_id)])
 
 
-def test_a_lora_of_another_size(tmp_path, unet, face_id):
+def test_a_lora_of_another_size(tmp_path, unet):
     widths = [site.width for site in find_sites(unet).sites]
     state = small.method_files(widths, official.WIDTH, text_width=32, only=["face_id"])["face_id"]
     other = load_adapter(small.write(tmp_path / "x.bin", state))
@@ -440,8 +440,6 @@ def test_position_ids_of_older_files_and_older_transformers(tmp_path, monkeypatc
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_the_vision_half_of_a_whole_clip(tmp_path, clip, prefix):
     """laion's file of ViT-H has the text encoder, too."""
-    from lib_pulid.clip_vision import load_clip_vision
-
     state = {**small.clip_vision(), "text_model.final_layer_norm.weight": torch.zeros(4), "logit_scale": torch.ones(())}
     torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "clip.bin")
     found = load_clip_vision(tmp_path / "clip.bin").state_dict()

@@ -181,7 +181,7 @@ def test_a_new_process(make, adapter, tmp_path):
     assert printed(IN_A_NEW_PROCESS, *arguments) == [first.short_hash]
 
 
-def test_the_same_pixels_are_the_same_photo(make, encoders, tmp_path):
+def test_the_same_pixels_are_the_same_photo(make, tmp_path):
     """Whatever the file is called and however it is given."""
     cache, image = IdentityCache(), two_faces()
     make([image], cache)
@@ -190,7 +190,7 @@ def test_the_same_pixels_are_the_same_photo(make, encoders, tmp_path):
         make([source], cache, encoders=fail)
 
 
-def test_whatever_it_depends_on_makes_a_new_one(make, encoders, folder, adapter, tmp_path):
+def test_whatever_it_depends_on_makes_a_new_one(make, encoders, folder, tmp_path):
     cache = IdentityCache(tmp_path)
     other = load_adapter(write_adapter(folder / "other.safetensors", seed=2))
     pixel = two_faces()

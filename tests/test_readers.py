@@ -146,7 +146,7 @@ def test_detector_gives_what_scrfd_reads():
     ]
 
 
-def test_placed_faces_lie_where_the_image_shows_them(drawn, faces):
+def test_placed_faces_lie_where_the_image_shows_them():
     """A dot at each landmark is still there after the image was brought to the network's size."""
     for seed in range(8):
         image = np.zeros((128, 128, 3), np.uint8)
