@@ -155,17 +155,22 @@ def large_photo():
     return image
 
 
-def test_equal_to_the_official_flow_bit_for_bit(official, real_models):
-    image = large_photo()
+def read_as_official(official, models, image):
+    """Reads a face with the official embedding and crop, to the bit; returns it and what the official code found."""
     found, embedding, crop, features, vision = official.read(resize_long_edge(image))
-    face = read_face(image, real_models)
+    face = read_face(image, models)
+    np.testing.assert_array_equal(face.embedding, embedding)
+    np.testing.assert_array_equal(face.aligned, crop[:, :, ::-1])
+    return face, found, features, vision
+
+
+def test_equal_to_the_official_flow_bit_for_bit(official, real_models):
+    face, found, features, vision = read_as_official(official, real_models, large_photo())
     assert len(found) == len(face.detections) == 1
     np.testing.assert_array_equal(face.detection.box, found[0].bbox)
     np.testing.assert_array_equal(face.detection.landmarks, found[0].kps)
     assert face.detection.score == pytest.approx(found[0].det_score)
     assert face.embedding.dtype == np.float32 and face.embedding.shape == (512,)
-    np.testing.assert_array_equal(face.embedding, embedding)
-    np.testing.assert_array_equal(face.aligned, crop[:, :, ::-1])
     assert face.features.dtype == torch.float32 and face.features.shape == (1, 3, 512, 512)
     assert torch.equal(face.features, features)
     white = (features == 1).all(dim=1).float().mean()
@@ -178,23 +183,17 @@ def test_largest_face_equal_to_the_official_one_where_it_is_the_central_one(offi
     image = blank(384, 256)
     draw_face(image, (190, 130), 90)
     draw_face(image, (60, 60), 70, shade=5)
-    found, embedding, crop, *_ = official.read(image)
-    face = read_face(image, models)
+    face, found, *_ = read_as_official(official, models, image)
     assert len(found) == len(face.detections) == 2
     for ours, theirs in zip(face.detections, found):
         np.testing.assert_array_equal(ours.box, theirs.bbox)
-    np.testing.assert_array_equal(face.embedding, embedding)
-    np.testing.assert_array_equal(face.aligned, crop[:, :, ::-1])
 
 
 def test_fallback_equal_to_the_official_one(official, models):
     image = blank(320, 256)
     draw_face(image, (140, 120), 90, square=False)  # SCRFD sees nothing
-    found, embedding, crop, *_ = official.read(image)
-    face = read_face(image, models)
+    face, found, *_ = read_as_official(official, models, image)
     assert not found
-    np.testing.assert_array_equal(face.embedding, embedding)
-    np.testing.assert_array_equal(face.aligned, crop[:, :, ::-1])
     assert "only RetinaFace found" in " ".join(face.notes)
     assert len(face.detections) == 1
 
