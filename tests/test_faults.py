@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -213,10 +214,10 @@ def test_a_lack_of_memory_is_recognised(lack):
 
 
 class Gpu:
-    """A device that has no memory left at a stage, seen by where the models are loaded to. tried: number of times."""
+    """A device that has no memory left at a stage, seen by where the models are loaded to."""
 
-    def __init__(self, host: Host, patch: pytest.MonkeyPatch, stage: str, error: Exception) -> None:
-        self._error, self.loaded, self.tried = error, [], 0
+    def __init__(self, patch: pytest.MonkeyPatch, stage: str, error: Exception) -> None:
+        self.fail, self.loaded = Mock(side_effect=error), []
         patch.setattr("lib_pulid.webui.settings.device", lambda: "cuda:0")
         patch.setattr("lib_pulid.face_models.load_face_models", lambda files, device: self._load(stage, device))
         patch.setattr("tests.light_webui.Tower.to", lambda tower, device: self._move(tower, stage, device))
@@ -236,29 +237,25 @@ class Gpu:
             tower.forward = self.fail
         return tower
 
-    def fail(self, *_: Any) -> Any:
-        self.tried += 1
-        raise self._error
-
 
 @pytest.mark.parametrize(
     ("stage", "lack"), [("load", "CUDA, by the driver"), ("detect", "cuBLAS in ONNX Runtime"), ("vision", "CUDA")]
 )
 def test_photos_are_read_on_the_cpu_where_the_gpu_has_no_memory(host, monkeypatch, stage, lack):
     _, faced = expected(host)
-    gpu = Gpu(host, monkeypatch, stage, LACKS[lack]())
+    gpu = Gpu(monkeypatch, stage, LACKS[lack]())
     p = host.processing(batches=2)
     assert same(host.generate(TWO, p=p), faced)
     assert [text.split(":")[0] for text in p.comments if "read on the CPU" in text] == ["PuLID unit 1"]  # told once
-    assert gpu.tried == 1 and gpu.loaded[-2:] == ["cpu", "cpu"]
+    assert gpu.fail.call_count == 1 and gpu.loaded[-2:] == ["cpu", "cpu"]
     assert host.left_behind() == []
     host.forget_photos()
     host.generate(TWO)
-    assert gpu.tried == 2  # the next time the GPU may have room
+    assert gpu.fail.call_count == 2  # the next time the GPU may have room
 
 
 def test_another_fault_of_the_gpu_is_no_reason_to_move(host, monkeypatch):
-    gpu = Gpu(host, monkeypatch, "detect", RuntimeError("CUDA error: device-side assert triggered"))
+    gpu = Gpu(monkeypatch, "detect", RuntimeError("CUDA error: device-side assert triggered"))
     with pytest.raises(RuntimeError, match="device-side"):
         host.generate(TWO)
     assert "cpu" not in gpu.loaded and host.left_behind() == []
@@ -267,7 +264,7 @@ def test_another_fault_of_the_gpu_is_no_reason_to_move(host, monkeypatch):
 def test_previews_tell_it_too(host, monkeypatch):
     from lib_pulid.webui.routes import detect
 
-    Gpu(host, monkeypatch, "detect", LACKS["CUDA"]())
+    Gpu(monkeypatch, "detect", LACKS["CUDA"]())
     assert "read on the CPU" in detect({"images": [PHOTOS["anna"]]}, host.library)["photos"][0]["warnings"][-1]
     images = json.dumps([PHOTOS["anna"]])
     assert "read on the CPU" in host.actions().preview(images, "None", "largest", 0)[1]
