@@ -89,7 +89,7 @@ def family_of(model: str) -> str:
     """Returns a base model's family by its name or folder: a single file is SDXL."""
     if model in miniature.MODELS:
         return miniature.MODELS[model]
-    return "flux" if disk.is_folder(Path(model) / "transformer") else "sdxl"
+    return "flux" if disk.is_folder(disk.user_path(model) / "transformer") else "sdxl"
 
 
 def size_of(arguments: argparse.Namespace) -> int:

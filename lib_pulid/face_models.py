@@ -277,6 +277,10 @@ def _load_errors(path: Path, what: str, library: str) -> Iterator[None]:
     """Raises PulidError, MissingWeightsError or WrongWeightsError if an ONNX file cannot be loaded."""
     _require_file(path, what)
     try:
+        path.open("rb").close()  # the libraries would not say why a file is closed to them
+    except OSError as error:
+        raise WrongWeightsError(disk.why_unreadable(path, error)) from error
+    try:
         yield
     except ImportError as error:
         raise PulidError(f"{library} is needed to read faces, but cannot be imported ({error}).") from error

@@ -321,8 +321,10 @@ def test_a_refusal_to_open_is_told(tmp_path, monkeypatch, reason, words):
     """As above, for whoever runs the tests as root; and that of a network drive, which is not damage."""
     identity = Identity(torch.ones(1, 4, 8)).save(tmp_path / "anna.safetensors")
     (tmp_path / "pulid_v1.bin").write_bytes(pickled(v1_state()))
+    (tmp_path / "detector.onnx").write_bytes(b"onnx")
     monkeypatch.setattr(Path, "open", Mock(side_effect=OSError(reason, os.strerror(reason))))
-    for path, read in (("pulid_v1.bin", load_adapter), ("pulid_v1.bin", fingerprint), (identity.name, Identity.load)):
+    files = ("pulid_v1.bin", load_adapter), ("pulid_v1.bin", fingerprint), (identity.name, Identity.load)
+    for path, read in (*files, ("detector.onnx", InsightFaceDetector)):
         with pytest.raises(
             (WrongWeightsError, IdentityMismatchError), match=rf"^{path} in .* cannot be .*{re.escape(words)}"
         ):

@@ -503,6 +503,12 @@ def test_the_default_folder(run, monkeypatch, tmp_path, value, folder):
     assert f"Weights in {tmp_path / folder}\n" in run("models", "list", models=None).out
 
 
+def test_a_base_model_below_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "flux-dev" / "transformer").mkdir(parents=True)
+    assert cli_checks.family_of("~/flux-dev") == "flux"
+
+
 def test_without_a_home(monkeypatch):
     """A container's user without a name: `~` leads nowhere, and that is no reason to fail."""
     for name in ("expanduser", "home"):

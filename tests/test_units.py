@@ -98,6 +98,11 @@ def test_errors_name_unit_and_field(values, field, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("field", ["weight", "identity_net", "images", "mask", "box"])
+def test_an_emptied_field_is_the_default(field):
+    assert getattr(PulidUnit.from_mapping({field: None}, 1), field) == getattr(PulidUnit(), field)
+
+
 def test_a_tab_that_is_off_is_not_checked():
     args = default_args(2)
     args[0], args[1] = True, False
