@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tests.host.api import Pictures, encoded
-from tests.host.table import Rows, close, differ, equal, expect, more_on_the_left, nothing_left
+from tests.host.table import Rows, differ, equal, expect, more_on_the_left, nothing_left
 from tests.host.webui import Running
 
 rows = Rows()
@@ -95,23 +95,6 @@ def interval(host: Running) -> None:
     equal(whole, host.api.txt2img({**strong, "start": 0.0, "end": 1.0}).image, "0 to 1")
 
 
-@rows.row("A face of several: order and number")
-def which_face(host: Running) -> None:
-    left = host.api.txt2img(person(host, "two", face_order="left-to-right")).image
-    right = host.api.txt2img(person(host, "two", face_order="left-to-right", face_index=1)).image
-    differ(left, right, "left and right face", 0.1)
-    equal(right, host.api.txt2img(person(host, "two", face_order="right-to-left")).image, "right, counted from there")
-
-
-@rows.row("Several photos of one person; fusion")
-def several_photos(host: Running) -> None:
-    both = {"images": [encoded(host.photo(name)) for name in ("anna", "anna-2")]}
-    one = host.api.txt2img(person(host)).image
-    official = host.api.txt2img(both).image
-    differ(one, official, "one and two photos", 0.1)
-    differ(official, host.api.txt2img({**both, "fusion": "average"}).image, "fusions", 0.1)
-
-
 @rows.row("Two persons in two regions: each acts in its own half")
 def regions(host: Running) -> str:
     left = np.zeros((64, 96, 3), np.uint8)
@@ -126,23 +109,6 @@ def regions(host: Running) -> str:
     return f"left region: {more_on_the_left(plain, first)}"
 
 
-@rows.row("A saved identity, by name and by hash")
-def saved(host: Running) -> None:
-    listed = {one["name"]: one["hash"] for one in host.api.get("/pulid/identities")["identities"]}
-    expect("marked A" in listed, f"the list is {listed}")
-    by_name = host.api.txt2img(ANNA)
-    equal(by_name.image, host.api.txt2img({"identity": listed["marked A"]}).image, "name and hash")
-    expect(listed["marked A"] in by_name.parameters[0], f"no hash in: {by_name.parameters[0]}")
-
-
-@rows.row("The identity of a picture made from a photo is found again by its hash")
-def by_hash(host: Running) -> None:
-    made = host.api.txt2img(person(host))
-    found = made.parameters[0].partition("hash: ")[2].partition(",")[0]
-    found = made.parameters[0].partition('PuLID 1: "hash: ')[2].partition(",")[0] or found
-    equal(made.image, host.api.txt2img({"identity": found}).image, "photo and hash")
-
-
 @rows.row("The parameters in the picture: all settings, hash of identity and weights; none when it is off")
 def parameters(host: Running) -> str:
     text = host.api.txt2img(person(host, weight=0.65, start=0.25, preset="style")).parameters[0]
@@ -152,31 +118,3 @@ def parameters(host: Running) -> str:
     off = host.api.txt2img().parameters[0]
     expect("PuLID" not in off, f"without PuLID: {off}")
     return text.partition("PuLID 1: ")[2]
-
-
-@rows.row("The photo's preview over the API: faces, the chosen one, crop, warnings")
-def detect(host: Running) -> str:
-    two = host.api.post("/pulid/detect", {"images": [encoded(host.photo("two"))]})["photos"][0]
-    expect(len(two["faces"]) == 2, f"{len(two['faces'])} faces")
-    expect(bool(two["aligned"]) and bool(two["parsed"]), "no crops")
-    expect(any("2 faces" in note for note in two["warnings"]), f"warnings: {two['warnings']}")
-    small = host.api.post("/pulid/detect", {"images": [encoded(host.photo("small"))]})["photos"][0]
-    expect(any("small" in note for note in small["warnings"]), f"warnings: {small['warnings']}")
-    return "; ".join([*two["warnings"], *small["warnings"]])
-
-
-@rows.row("Routes: models, schema")
-def routes(host: Running) -> str:
-    models = {one["name"]: one["family"] for one in host.api.get("/pulid/models")["models"]}
-    wanted = {"pulid_v1.1.safetensors": "sdxl", "pulid_v1.bin": "sdxl", "pulid_flux_v0.9.1.safetensors": "flux"}
-    expect(wanted.items() <= models.items(), f"models: {models}")
-    schema = host.api.get("/pulid/schema")
-    expect({"enabled", "images", "identity", "weight"} <= set(schema["properties"]), f"schema: {schema}")
-    return ", ".join(schema["properties"])
-
-
-@rows.row("Two units of one person at half weight: nearly one unit at the whole weight (projection none)")
-def adds_up(host: Running) -> str:
-    half = {**ANNA, "weight": 0.25, "preset": "neutral"}
-    whole = host.api.txt2img({**half, "weight": 0.5})
-    return f"{close(host.api.txt2img(half, half).image, whole.image, 'sum'):.3f} of 255"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from typing import Any
 
@@ -11,11 +10,10 @@ import numpy as np
 from tests.host import detector
 from tests.host.page import opened
 from tests.host.rows_adetailer import usual_names
-from tests.host.rows_basics import ANNA, FAINT
-from tests.host.rows_errors import refused
+from tests.host.rows_basics import ANNA
 from tests.host.rows_grid import SMALL, cells, script_info
 from tests.host.rows_works_with import hires
-from tests.host.table import Rows, close, differ, equal, expect, more_on_the_left, nothing_left
+from tests.host.table import Rows, close, differ, equal, expect, nothing_left
 from tests.host.webui import Running
 
 rows = Rows()
@@ -34,14 +32,6 @@ def tag(host: Running) -> str:
     return f"{differ(tagged, host.api.txt2img().image, 'with and without'):.1f} of 255"
 
 
-@rows.row("Prompt: two tags are two units; a tag adds to the units of the request")
-def two(host: Running) -> None:
-    both = host.api.txt2img(*UNITS).image
-    equal(both, host.api.txt2img(prompt=CAT + A + B).image, "two tags")
-    equal(both, host.api.txt2img(UNITS[0], prompt=CAT + B).image, "a unit and a tag")
-    differ(both, host.api.txt2img(UNITS[0]).image, "both and one", FAINT)
-
-
 @rows.row("Prompt: weight 0, a unit off, no tag, and the next run: bit-identical to the baseline")
 def nothing(host: Running) -> None:
     plain = host.api.txt2img().image
@@ -51,28 +41,6 @@ def nothing(host: Running) -> None:
     equal(plain, host.api.txt2img().image, "the next run")
     equal(plain, host.api.txt2img(prompt=CAT + "<pulid:marked A:0>").image, "weight 0")
     equal(plain, host.api.txt2img(prompt=CAT + "<pulid:marked A:enabled=no>").image, "enabled=no")
-
-
-@rows.row("Prompt: an unknown name, a wrong setting and an open tag end the request with a message")
-def wrong(host: Running) -> str:
-    seen = [
-        refused(host, ["tag 1", "field identity", "did you mean marked"], prompt=f"{CAT} <pulid:markd A>"),
-        refused(host, ["tag 2", "field weight", "out of range"], prompt=f"{CAT} {A} <pulid:marked B:77>"),
-        refused(host, ["tag 1", "wieght", "did you mean weight"], prompt=f"{CAT} <pulid:marked A:wieght=1>"),
-        refused(host, ["not complete"], prompt=f"{CAT} <pulid:marked A"),
-    ]
-    host.api.txt2img(prompt=CAT + A)  # afterwards all is well
-    return seen[0]
-
-
-@rows.row("Prompt: the settings of a unit that is off, and a box as the part of the image")
-def unit_and_box(host: Running) -> str:
-    template = {**UNITS[1], "enabled": False, "weight": 1.1, "end": 0.75}
-    taken = host.api.txt2img(template, prompt=CAT + "<pulid:marked A:unit=1>").image
-    equal(taken, host.api.txt2img({**ANNA, "weight": 1.1, "end": 0.75}).image, "the unit's settings")
-    plain = host.api.txt2img().image
-    boxed = host.api.txt2img(prompt=CAT + "<pulid:marked A:0.5:box=0,0,0.5,1>").image
-    return f"left box: {more_on_the_left(plain, boxed)}"
 
 
 @rows.row("Prompt: the parameters keep the tag, with the identity's hash beside it; none without a tag")
@@ -168,23 +136,6 @@ def card(host: Running) -> str:
             "gradioApp().querySelector('#txt2img_prompt textarea').value.includes('<pulid:marked B:0.8>')", "a tag"
         )
         return ", ".join(names)
-
-
-@rows.row("Presets: a saved one in a unit, in a tag and in X/Y/Z; a wrong file is reported")
-def presets(host: Running) -> str:
-    folder = host.identities.with_name("presets")
-    folder.mkdir(exist_ok=True)
-    settings = {"weight": 1.1, "end": 0.75, "num_zero": 4}
-    (folder / "Host row.json").write_text(json.dumps(settings), encoding="utf-8")
-    (folder / "Wrong.json").write_text('{"wieght": 1}', encoding="utf-8")
-    wanted = host.api.txt2img({**ANNA, **settings}).image
-    equal(wanted, host.api.txt2img({**ANNA, "preset": "Host row"}).image, "in a unit")
-    equal(wanted, host.api.txt2img(prompt=CAT + "<pulid:marked A:preset=host row>").image, "in a tag")
-    made = cells(host, 2, [("[PuLID 1] Preset", "fidelity, Host row")], ANNA)
-    equal(made[1], host.api.txt2img({**ANNA, **settings}, **SMALL).image, "in a grid")
-    listed = {one["name"]: one for one in host.api.get("/pulid/presets")["presets"]}
-    expect(listed["Host row"]["settings"] == settings and "problem" in listed["Wrong"], f"the list: {listed}")
-    return refused(host, ["unit 1", "preset", "Wrong.json", "did you mean weight"], {**ANNA, "preset": "Wrong"})
 
 
 @rows.row("Prompt: ADetailer's own prompt has a tag, and its script names do not hold “pulid”")

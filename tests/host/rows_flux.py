@@ -11,7 +11,6 @@ from tests.host import rows_img2img
 from tests.host.api import Pictures, encoded
 from tests.host.rows_basics import off_is_the_baseline, person, photo_acts
 from tests.host.rows_batches import LONG, mirror
-from tests.host.rows_grid import cells
 from tests.host.rows_img2img import from_a_picture, scene
 from tests.host.rows_works_with import alone_and_together, each_pass, stopped, with_lora
 from tests.host.table import Rows, close, differ, equal, expect, more_on_the_left, nothing_left
@@ -112,7 +111,8 @@ def together(host: Running) -> str:
 def uneven(host: Running) -> str:
     long = LONG * 3  # beyond T5's 256 tokens
     calls = sites_of(host, MILD, cfg_scale=3.0, prompt=long)
-    expect([call["rows"] for call in calls] == [1] * 2 * STEPS, f"rows per call: {[call['rows'] for call in calls]}")
+    expect_sites(calls, count=2 * STEPS)
+    expect(all(call["rows"] == 1 for call in calls), f"rows per call: {[call['rows'] for call in calls]}")
     return true_cfg(host, prompt=long)
 
 
@@ -157,15 +157,6 @@ def hires_switch(host: Running) -> str:
 def inpaint(host: Running) -> str:
     body = asked(width=192, height=128)
     return " and ".join(rows_img2img.inpaint(host, only_masked, MILD, **body) for only_masked in (False, True))
-
-
-@rows.row("FLUX: a prompt of 600 words", FORGES)
-def long_prompt(host: Running) -> str:
-    long = LONG * 4
-    plain, face = flux(host, prompt=long).image, flux(host, MILD, prompt=long).image
-    expect_sites(sites_of(host, MILD, prompt=long), count=STEPS)
-    differ(face, flux(host, MILD).image, "the long prompt", FAINT)
-    return f"{differ(plain, face, 'with and without'):.1f}"
 
 
 @rows.row("FLUX: two persons in two regions", FORGES)
@@ -231,19 +222,3 @@ def tiles(host: Running) -> str:
     answer = send(region, **asked(**tiled))
     expect(answer.status == 422 and "MultiDiffusion" in answer.text, f"{answer.status}: {answer.text[:300]}")
     return ", ".join(seen)
-
-
-@rows.row("FLUX: X/Y/Z over the weight: a cell is the picture that is made with its weight alone", FORGES)
-def grid(host: Running) -> str:
-    made = cells(host, 3, [("[PuLID 1] Weight", "0, 0.5, 1.5")], MILD, **asked())
-    for picture, weight in zip(made, (0, 0.5, 1.5)):
-        equal(picture, flux(host, {**MILD, "weight": weight}).image, f"weight {weight}")
-    return f"{differ(made[0], made[2], 'weight 0 and 1.5'):.1f}"
-
-
-@rows.row("FLUX: SDXL in between: each keeps its own person", FORGES)
-def families_in_turn(host: Running) -> None:
-    unit = person(host, weight=1)
-    face, sdxl = flux(host, unit).image, host.api.txt2img(unit).image
-    equal(face, flux(host, unit).image, "FLUX again")
-    equal(sdxl, host.api.txt2img(unit).image, "SDXL again")

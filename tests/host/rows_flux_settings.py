@@ -9,8 +9,7 @@ import numpy as np
 from tests.host import rows_flux, rows_page
 from tests.host.api import encoded
 from tests.host.page import Page, opened
-from tests.host.rows_basics import FAINT, default_unit, person
-from tests.host.rows_errors import refused
+from tests.host.rows_basics import FAINT, person
 from tests.host.table import Rows, close, differ, equal, expect
 from tests.host.webui import FORGES, Running
 
@@ -43,17 +42,6 @@ def start_step(host: Running) -> str:
     for other in half[2:]:
         differ(half[0], other, "img2img, another step", FAINT)
     return "from 1 on, against without: " + ", ".join(seen)
-
-
-@rows.row("FLUX: start step and start: the later one counts; a face that would never act is an error", FORGES)
-def both_starts(host: Running) -> str:
-    late = made(host, person(host, start=4 / STEPS))
-    equal(late, made(host, person(host, start=4 / STEPS, start_step=2)), "start is later")
-    equal(late, made(host, person(host, start=2 / STEPS, start_step=4)), "start step is later")
-    refused(host, ["unit 1, field start:", "never"], person(host, start=0.95), **FLUX)
-    refused(host, ["unit 1, field start", "never"], person(host, start_step=3, end=0.5), **FLUX)
-    equal(made(host), made(host, person(host, start_step=STEPS, weight=0)), "weight 0")
-    return refused(host, ["unit 1, field start_step:", "never"], person(host, start_step=STEPS), **FLUX)
 
 
 @rows.row("FLUX: true CFG from a step on: as the host's own early steps without CFG, and CFG 1 if it is none", FORGES)
@@ -96,38 +84,6 @@ def hires_guidance(host: Running) -> str:
         close(late, without, f"{first:g} and {second:g}, without the negative prompt")
         seen.append(f"{differ(face, late, 'with the negative prompt', FAINT):.1f}")
     return ", ".join(seen)
-
-
-@rows.row("FLUX: presets by family, and weight 1 unless something is said; the parameters tell what was used", FORGES)
-def presets(host: Running) -> str:
-    default = host.api.txt2img(person(host), **FLUX)
-    equal(default.image, made(host, person(host, weight=1.0, start_step=0)), "the default is weight 1")
-    equal(default.image, made(host, person(host, preset="stylized")), "stylized is the default")
-    differ(default.image, made(host, person(host, weight=0.8)), "weights 1 and 0.8", FAINT)
-    real = host.api.txt2img(person(host, preset="realistic"), **FLUX)
-    equal(real.image, made(host, person(host, start_step=4)), "realistic is start step 4")
-    for text, wanted in (
-        (default.parameters[0], ("weight: 1,", "preset: stylized", "start_step: 0", "cfg_start_step: 0")),
-        (real.parameters[0], ("preset: realistic", "start_step: 4")),
-    ):
-        for entry in wanted:
-            expect(entry in text, f"{entry!r} is not in: {text}")
-        expect("projection" not in text and "num_zero" not in text, f"of SDXL: {text}")
-    text = host.api.txt2img(person(host)).parameters[0]
-    expect("weight: 0.8," in text and "preset: v1.1" in text and "start_step" not in text, f"on SDXL: {text}")
-    refused(host, ["unit 1, field preset:", "SDXL"], person(host, preset="realistic"))
-    return refused(host, ["unit 1, field preset:", "FLUX"], person(host, preset="style"), **FLUX)
-
-
-@rows.row("All defaults of the schema, as a dict and as the page's list, on SDXL and on FLUX", FORGES)
-def defaults(host: Running) -> None:
-    photo = {"images": [encoded(host.photo("anna"))]}
-    dict_unit = {**default_unit(host), **photo}
-    shown = {**dict_unit, "preset": "v1.1", "weight": 1.0}
-    listed = [True, *(shown[name] for name in host.api.get("/pulid/schema")["order"])]
-    equal(made(host, photo), made(host, dict_unit), "FLUX, nothing and all")
-    equal(made(host, photo), made(host, *listed), "FLUX, the list")
-    equal(host.api.txt2img(photo).image, host.api.txt2img(dict_unit).image, "SDXL, nothing and all")
 
 
 SDXL_ONLY, FLUX_ONLY = ("projection", "num_zero"), ("start_step", "cfg_start_step")

@@ -75,20 +75,6 @@ def cell(host: Running) -> None:
         equal(picture, host.api.txt2img({**ANNA, "weight": weight}, **SMALL).image, f"weight {weight}")
 
 
-@rows.row("X/Y/Z: a grid of weight x projection encodes the photo once")
-def once(host: Running) -> str:
-    weights = ("[PuLID 1] Weight", "0.3, 0.6, 0.9")
-    projections = ("[PuLID 1] Projection", "none, ortho_v2")
-    before = host.api.get("/host-test/photos")["read"]
-    made = cells(host, 6, [weights, projections], {**person(host, "small"), "num_zero": 3})
-    read = host.api.get("/host-test/photos")["read"] - before
-    expect(read == 1, f"{read} photos were read")
-    for i, one in enumerate(made):
-        for other in made[i + 1 :]:
-            differ(one, other, "two cells", 0.02)
-    return f"{read} photo read for 6 cells"
-
-
 @rows.row("X/Y/Z: across checkpoints")
 def checkpoints(host: Running) -> None:
     made = cells(host, 2, [("Checkpoint name", "tiny-sdxl.safetensors, tiny-sdxl-b.safetensors")], ANNA)

@@ -18,7 +18,7 @@ from tests.host.page import opened
 from tests.host.rows_errors import refused
 from tests.host.rows_grid import grid
 from tests.host.rows_miniature import BODY, unit, workshop
-from tests.host.table import Rows, differ, equal, expect
+from tests.host.table import Rows, equal, expect
 from tests.host.webui import Running
 
 rows = Rows()
@@ -79,14 +79,6 @@ def batch(host: Running) -> str:
     return "; ".join(words)
 
 
-@rows.row("Likeness: two people, in the order of the units")
-def two(host: Running) -> str:
-    with measured(host):
-        words = told(host.api.txt2img(unit(0), unit(1), **BODY, seed=1).parameters[0])
-    expect(words.count(",") == 1, words)
-    return words
-
-
 def requested(host: Running, **changes: Any) -> tuple[Pictures, dict[str, Any]]:
     """Best 2 of 4. Returns the images, and the answer's info."""
     asked = BODY | {"seed": 11, "batch_size": 2, "n_iter": 2} | changes
@@ -129,23 +121,6 @@ def save_two(host: Running) -> None:
         path = host.identities / f"{name}.safetensors"
         if not path.is_file():
             workshop().identity([miniature.portrait(number)]).save(path)
-
-
-@rows.row("Blend: two saved people become a third over the API, who is used like any other")
-def blend(host: Running) -> str:
-    images = {}
-    save_two(host)
-    people = {"blend-anna": 0.7, "blend-ben": 0.3}
-    made = host.api.post("/pulid/blend", {"people": people, "name": "blend-carla"})
-    again = host.api.send("POST", "/pulid/blend", {"people": people, "name": "blend-carla"})
-    expect(again.status == 422 and "already saved" in again.text, f"{again.status} {again.text[:200]}")
-    for name in (*people, "blend-carla"):
-        found = host.api.txt2img({"identity": name, "weight": 1.0}, **BODY, seed=1)
-        images[name] = found.image
-    for name in people:
-        differ(images["blend-carla"], images[name], name, 0.1)
-    (host.identities / "blend-carla.safetensors").unlink()
-    return f"{made}"
 
 
 @rows.row("Blend: on the page; a slider moved by keys sets both shares, and a wrong name loses nothing")

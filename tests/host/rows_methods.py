@@ -9,7 +9,6 @@ from tests.host.models.methods import FILES, NET
 from tests.host.rows_basics import person
 from tests.host.rows_batches import ONE_BY_ONE, WEIGHT, mirror
 from tests.host.rows_controlnet import controls
-from tests.host.rows_errors import refused
 from tests.host.rows_img2img import scene
 from tests.host.table import Rows, Skipped, differ, equal, expect
 from tests.host.webui import Running
@@ -54,22 +53,6 @@ def lora(host: Running) -> str:
     equal(before, host.api.txt2img().image, "the next picture")
     differ(none, half, "strengths 0 and 0.5", SEEN)
     return f"{differ(none, full, 'strengths 0 and 1', SEEN):.1f} of 255"
-
-
-@rows.row("PuLID and InstantID in one picture; the parameters name both files")
-def together(host: Running) -> str:
-    both = host.api.txt2img(person(host), one(host, "instantid", "ben"))
-    differ(both.image, host.api.txt2img(person(host)).image, "with and without InstantID", SEEN)
-    differ(both.image, host.api.txt2img(one(host, "instantid", "ben")).image, "with and without PuLID", SEEN)
-    text = both.parameters[0]
-    for words in ("pulid_v1.1.safetensors", FILES["instantid"], "method: InstantID for SDXL"):
-        expect(words in text, f"{words!r} is not in: {text}")
-    return text.partition("PuLID 2: ")[2]
-
-
-@rows.row("A setting that a method does not have ends the request with a message")
-def settings(host: Running) -> str:
-    return refused(host, ["InstantID for SDXL has no such setting"], one(host, "instantid", projection="ortho"))
 
 
 @rows.row("FaceID in a batch, and with hires fix")
@@ -134,15 +117,6 @@ def beside_controlnet(host: Running) -> str:
     return f"{seen[0]:.1f} and {seen[1]:.1f} of 255"
 
 
-@rows.row("Two units: PuLID's face, IdentityNet's pose (an adapter weight of 0)", WITH_NETS)
-def face_and_pose(host: Running) -> str:
-    controls(host)
-    face, turned = person(host, "ben"), pose(host, weight=0)
-    images = [host.api.txt2img(*units).image for units in ([face], [turned], [face, turned])]
-    seen = differ(images[2], images[0], "the pose added", SEEN), differ(images[2], images[1], "the face added", SEEN)
-    return f"{seen[0]:.1f} and {seen[1]:.1f} of 255"
-
-
 @rows.row("IdentityNet's range: start and end act; in a batch of 2; with hires fix; in img2img", WITH_NETS)
 def identity_net_passes(host: Running) -> str:
     controls(host)
@@ -163,28 +137,6 @@ def identity_net_passes(host: Running) -> str:
     start = {"init_images": [encoded(scene())], "denoising_strength": 0.8}
     differ(host.api.img2img(**start).image, host.api.img2img(pose(host, weight=0), **start).image, "img2img", SEEN)
     return f"second pass {second:.1f} of 255"
-
-
-@rows.row("IdentityNet's errors: its file gone, another file, two persons with a strength; without a strength given, "
-          "the adapter half acts and a note says what is missing", WITH_NETS)  # fmt: skip
-def identity_net_errors(host: Running) -> str:
-    controls(host)
-    path = host.data / "models" / "pulid" / NET
-    away = path.with_suffix(".away")
-    told = [refused(host, ["follow the pose of one person only"], pose(host), pose(host, "ben"))]
-    adapter = host.api.txt2img(pose(host, strength=0)).image
-    path.rename(away)
-    try:
-        told.append(refused(host, ["(IdentityNet) is missing"], pose(host)))
-        left_out = host.api.txt2img(one(host, "instantid"))
-        equal(adapter, left_out.image, "without the file, and the adapter half")
-        expect("identity_net: 0" in left_out.parameters[0], left_out.parameters[0])
-        path.write_bytes(b"not a weight file")
-        told.append(refused(host, ["damaged, or no safetensors file"], pose(host)))
-    finally:
-        path.unlink(missing_ok=True)
-        away.rename(path)
-    return "; ".join(told)
 
 
 @rows.row("InstantID's adapter half where there is no IdentityNet: the picture is made, and the result says so",

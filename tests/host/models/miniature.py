@@ -36,7 +36,7 @@ def write(folder: Path) -> None:
     write_retinaface(folder / "models" / "facexlib" / "detection_Resnet50_Final.pth")
     smiling = world.Scene((world.Placement(expression="smiling", tilt=5.0, turn=0.3),), "dots", "green")
     photos = {"anna": miniature.portrait(0), "anna-2": miniature.portrait(0, smiling), "ben": miniature.portrait(1)}
-    photos |= {"small": miniature.portrait(2, size=96), "two": miniature.group((0, 1))}
+    photos |= {"two": miniature.group((0, 1))}
     photos |= {"nobody": world.draw([], world.Scene((), "hills", "teal"), miniature.REFERENCE_SIZE)}
     for name, image in photos.items():
         Image.fromarray(image).save(folder / "photos" / f"{name}.png")

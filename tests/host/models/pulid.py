@@ -103,7 +103,7 @@ def photo(shade: int = 0, side: int = 200, size: int = 400, faces: int = 1) -> n
 
 def write_photos(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = {"anna": photo(0), "ben": photo(8), "small": photo(2, side=60, size=500), "two": photo(0, faces=2)}
+    kinds = {"anna": photo(0), "ben": photo(8), "two": photo(0, faces=2)}
     kinds |= {"nobody": blank(400, 400), "anna-2": photo(1, side=240)}
     for name, image in kinds.items():
         Image.fromarray(image).save(folder / f"{name}.png")

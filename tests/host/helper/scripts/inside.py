@@ -125,25 +125,6 @@ def optimisations() -> list[str]:
     return [one.title() for one in getattr(sd_hijack, "optimizers", []) if one.is_available()]
 
 
-_read: list[bool] = []
-
-
-def count_photos() -> dict[str, int]:
-    """From the first call on, counts the photos that are read by the face models. Answers with the number so far."""
-    import lib_pulid.photos as photos
-
-    if not hasattr(photos.read_face, "pulid_test"):
-        original = photos.read_face
-
-        def read_face(*args: Any, **kwargs: Any) -> Any:
-            _read.append(True)
-            return original(*args, **kwargs)
-
-        read_face.pulid_test = True
-        photos.read_face = read_face
-    return {"read": len(_read)}
-
-
 def reload_ui() -> dict[str, bool]:
     """What the button "Reload UI" does."""
     shared.state.request_restart()
@@ -151,7 +132,7 @@ def reload_ui() -> dict[str, bool]:
 
 
 def add_routes(demo: Any, app: Any) -> None:
-    routes = {"state": state, "start": start, "photos": count_photos, "optimisations": optimisations}
+    routes = {"state": state, "start": start, "optimisations": optimisations}
     for name, endpoint in routes.items():
         app.add_api_route(f"/host-test/{name}", endpoint, methods=["GET"])
     app.add_api_route("/host-test/reload-ui", reload_ui, methods=["POST"])
