@@ -67,21 +67,6 @@ def default_unit(host: Running) -> dict[str, Any]:
     return {name: field["default"] for name, field in host.api.get("/pulid/schema")["properties"].items()}
 
 
-SETTINGS: dict[str, tuple[Any, Any]] = {
-    "weight": (0.4, 1.5), "preset": ("fidelity", "neutral"), "projection": ("none", "ortho"), "num_zero": (0, 60),
-    "start": (0.0, 0.5), "end": (0.5, 1.0), "model": ("pulid_v1.1.safetensors", "pulid_v1.bin"),
-}  # fmt: skip
-
-
-@rows.row("Each setting acts: weight, preset, projection, num_zero, start, end, model")
-def settings(host: Running) -> str:
-    seen = []
-    for name, (one, other) in SETTINGS.items():
-        pictures = [host.api.txt2img(person(host, **{name: value})).image for value in (one, other)]
-        seen.append(f"{name} {differ(*pictures, name, 0.1):.1f}")
-    return ", ".join(seen)
-
-
 @rows.row("Before start and after end the picture is the one without the face")
 def interval(host: Running) -> None:
     """Each of the four steps alone."""

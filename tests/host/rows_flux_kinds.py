@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from tests.host.rows_basics import person
 from tests.host.rows_errors import refused
 from tests.host.rows_flux import FAINT, MILD, STEPS, asked, expect_sites, flux, sites_of
 from tests.host.table import Rows, Skipped, differ, distance, equal, expect, nothing_left
@@ -47,10 +46,6 @@ rows.add({
         lambda host: kind(host, "tiny-flux-fp8.safetensors", "float8_e4m3fn", pair(host)),
     "FLUX: GGUF, Q4_0": lambda host: kind(host, "tiny-flux-q4.gguf", "gguf", pair(host), override_settings=MODULES),
     "FLUX: schnell, which has no guidance": lambda host: kind(host, "tiny-schnell.safetensors", "float32"),
-    "Refused: Chroma": lambda host: refused_flux(host, "tiny-chroma", ["tiny-chroma", "Chroma"]),
-    "Refused: a FLUX with another number of blocks":
-        lambda host: refused_flux(host, "tiny-flux-37", ["tiny-flux-37", "this model 19 and 37"]),
-    "Refused: a FLUX of another width": lambda host: refused_flux(host, "tiny-flux-wide", ["128", "256"], person(host)),
 }, FORGES)  # fmt: skip
 
 
@@ -123,15 +118,8 @@ def chroma_experiment(host: Running) -> str:
         equal(plain, host.api.txt2img({**MILD, "weight": 0}, **body).image, "weight 0")
     finally:
         host.api.options(pulid_chroma=False)
-    refused(host, ["Chroma", "Settings"], MILD, **body)
+    refused(host, ["tiny-chroma", "Chroma", "Settings"], MILD, **body)
     return f"{differ(plain, made.image, 'with and without', FAINT):.1f}"
-
-
-def refused_flux(host: Running, checkpoint: str, words: list[str], unit: dict[str, Any] = MILD) -> str:
-    """Without PuLID it makes pictures, which depend on the seed."""
-    body = asked(f"{checkpoint}.safetensors")
-    differ(host.api.txt2img(**body).image, host.api.txt2img(**body | {"seed": 2}).image, "it without PuLID", FAINT)
-    return refused(host, words, unit, **body)
 
 
 @rows.row("Refused: FLUX.2 (by the host or by us): no picture", FORGES)

@@ -21,59 +21,44 @@ from safetensors.torch import save_file
 
 from tests.host.models import configs
 from tests.host.models.parts import add_clip, add_flux, add_open_clip, add_t5, add_vae
-from tests.host.models.unet import (
-    Layout,
-    add_controlnet,
-    add_unet,
-    cross_attention_widths,
-    refiner_spec,
-    sd15_spec,
-    sdxl_spec,
-)
+from tests.host.models.unet import REFINER, SD15, SDXL, Layout, add_controlnet, add_unet, cross_attention_widths
 
-CHANNELS = 32
-FLUX_WIDTH = 128
+FLUX_WIDTH = 128  # of its text, too
 LORA_RANK = 4
 CLIP_IMAGE_WIDTH = 64  # of the image embedding that the IP-Adapter reads
 
 
-def sdxl_layout(channels: int = CHANNELS) -> Layout:
+def sdxl_layout() -> Layout:
     out = Layout()
-    add_unet(out, "model.diffusion_model.", sdxl_spec(channels))
+    add_unet(out, "model.diffusion_model.", SDXL)
     add_clip(out, "conditioner.embedders.0.transformer.text_model.", 768)
     add_open_clip(out, "conditioner.embedders.1.model.")
     add_vae(out, "first_stage_model.", latent=4, quant=True)
     return out
 
 
-def refiner_layout(channels: int = CHANNELS) -> Layout:
+def refiner_layout() -> Layout:
     out = Layout()
-    add_unet(out, "model.diffusion_model.", refiner_spec(channels))
+    add_unet(out, "model.diffusion_model.", REFINER)
     add_open_clip(out, "conditioner.embedders.0.model.")
     add_vae(out, "first_stage_model.", latent=4, quant=True)
     return out
 
 
-def sd15_layout(channels: int = CHANNELS) -> Layout:
+def sd15_layout() -> Layout:
     out = Layout()
-    add_unet(out, "model.diffusion_model.", sd15_spec(channels))
+    add_unet(out, "model.diffusion_model.", SD15)
     add_clip(out, "cond_stage_model.transformer.text_model.", 768)
     add_vae(out, "first_stage_model.", latent=4, quant=True)
     return out
 
 
-def flux_layout(hidden: int = FLUX_WIDTH, text: int = 128) -> Layout:
+def flux_layout() -> Layout:
     out = Layout()
-    add_flux(out, "model.diffusion_model.", hidden, text)
-    add_clip(out, "text_encoders.clip_l.transformer.text_model.", text)
-    add_t5(out, "text_encoders.t5xxl.transformer.", text)
+    add_flux(out, "model.diffusion_model.", FLUX_WIDTH, FLUX_WIDTH)
+    add_clip(out, "text_encoders.clip_l.transformer.text_model.", FLUX_WIDTH)
+    add_t5(out, "text_encoders.t5xxl.transformer.", FLUX_WIDTH)
     add_vae(out, "vae.", latent=16, quant=False)
-    return out
-
-
-def controlnet_layout(channels: int = CHANNELS) -> Layout:
-    out = Layout()
-    add_controlnet(out, "control_model.", sdxl_spec(channels))
     return out
 
 
@@ -88,11 +73,11 @@ def lora_on(checkpoint: Layout, *ends: str) -> Layout:
     return out
 
 
-def ip_adapter_layout(channels: int = CHANNELS) -> Layout:
+def ip_adapter_layout() -> Layout:
     out = Layout()
     out.linear("image_proj.proj", CLIP_IMAGE_WIDTH, 4 * 2048)
     out.norm("image_proj.norm", width=2048)
-    for index, width in enumerate(cross_attention_widths(sdxl_layout(channels))):
+    for index, width in enumerate(cross_attention_widths(sdxl_layout())):
         for part in ("to_k_ip", "to_v_ip"):
             out.linear(f"ip_adapter.{2 * index + 1}.{part}", 2048, width, bias=False)
     return out
@@ -135,7 +120,7 @@ def write_configs(folder: Path, bpe: Path) -> None:
     """For A1111, beside the checkpoints. bpe: CLIP's merge table, as in the open_clip package."""
     clip_folder = (folder / configs.CLIP_FOLDER).resolve()
     for name, (_, _, config) in KINDS.items():
-        configs.write_json(folder / f"{name}.yaml", config(CHANNELS, clip_folder))  # JSON is YAML
+        configs.write_json(folder / f"{name}.yaml", config(clip_folder))  # JSON is YAML
     configs.write_clip_folder(clip_folder, bpe, configs.clip_config())
     configs.write_json(folder / f"{configs.OPEN_CLIP_NAME}.json", configs.open_clip_config())
 
@@ -143,5 +128,7 @@ def write_configs(folder: Path, bpe: Path) -> None:
 def write_companions(lora_dir: Path, controlnet_dir: Path) -> None:
     # On everything that PuLID's hooks sit on or read: the queries and outputs of the cross-attentions.
     write(lora_dir / "tiny-lora.safetensors", lora_on(sdxl_layout(), ".attn2.to_q", ".attn2.to_out.0"))
-    write(controlnet_dir / "tiny-controlnet.safetensors", controlnet_layout())
+    controlnet = Layout()
+    add_controlnet(controlnet, "control_model.", SDXL)
+    write(controlnet_dir / "tiny-controlnet.safetensors", controlnet)
     write(controlnet_dir / "tiny-ip-adapter.safetensors", ip_adapter_layout())

@@ -8,7 +8,7 @@ from typing import Any
 
 from lib_pulid.hosts.diffusers_checkpoint import read_merges, write_tokenizer
 from tests.host.models.parts import CLIP_POSITIONS, CLIP_VOCAB, TIME_ROWS, VAE_CHANNELS, VAE_MULT
-from tests.host.models.unet import UNetSpec, refiner_spec, sd15_spec, sdxl_spec
+from tests.host.models.unet import REFINER, RES_BLOCKS, SD15, SDXL, UNetSpec
 
 OPEN_CLIP_NAME, MINIATURE_OPEN_CLIP = "tiny-bigG", "tiny-bigG-miniature"
 CLIP_FOLDER = "tiny-clip-l"
@@ -28,7 +28,7 @@ def unet_params(spec: UNetSpec) -> dict[str, Any]:
     return {
         "in_channels": 4, "out_channels": 4, "model_channels": spec.channels,
         "attention_resolutions": [2**level for level, depth in enumerate(spec.depths) if depth],
-        "num_res_blocks": spec.res_blocks, "channel_mult": list(spec.mult), "use_spatial_transformer": True,
+        "num_res_blocks": RES_BLOCKS, "channel_mult": list(spec.mult), "use_spatial_transformer": True,
         "context_dim": spec.context, "use_checkpoint": False, "legacy": False,
     }  # fmt: skip
 
@@ -51,13 +51,13 @@ def sdxl_conditioner(clip_folder: Path, refiner: bool, layers: int = 2, arch: st
     return node("sgm.modules.GeneralConditioner", emb_models=models)
 
 
-def refiner_config(channels: int, clip_folder: Path) -> dict[str, Any]:
-    sizes = unet_params(refiner_spec(channels)) | {"adm_in_channels": 2560, "transformer_depth": 4}
+def refiner_config(clip_folder: Path) -> dict[str, Any]:
+    sizes = unet_params(REFINER) | {"adm_in_channels": 2560, "transformer_depth": 4}
     return _sgm_config(sizes, sdxl_conditioner(clip_folder, refiner=True))
 
 
-def sdxl_config(channels: int, clip_folder: Path) -> dict[str, Any]:
-    sizes = unet_params(sdxl_spec(channels)) | {"adm_in_channels": 2816, "transformer_depth": [1, 2, 10]}
+def sdxl_config(clip_folder: Path) -> dict[str, Any]:
+    sizes = unet_params(SDXL) | {"adm_in_channels": 2816, "transformer_depth": [1, 2, 10]}
     return _sgm_config(sizes, sdxl_conditioner(clip_folder, refiner=False))
 
 
@@ -98,8 +98,8 @@ def _sgm_config(sizes: dict[str, Any], conditioner: dict[str, Any], predicts: st
     }
 
 
-def sd15_config(channels: int, clip_folder: Path) -> dict[str, Any]:
-    unet = unet_params(sd15_spec(channels)) | {"image_size": 32, "num_heads": 8, "transformer_depth": 1}
+def sd15_config(clip_folder: Path) -> dict[str, Any]:
+    unet = unet_params(SD15) | {"image_size": 32, "num_heads": 8, "transformer_depth": 1}
     return {
         "model": node(
             "ldm.models.diffusion.ddpm.LatentDiffusion",

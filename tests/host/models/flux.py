@@ -4,7 +4,7 @@ tiny-schnell             no guidance embedding
 tiny-flux-fp8            the transformer stored in 8 bits
 tiny-flux-q8, -q4        the transformer alone, as GGUF; text encoders and VAE are in tiny-flux-modules
 tiny-kontext             tiny-flux itself: Forge Neo takes a checkpoint of this name for Kontext
-tiny-chroma, tiny-flux2, tiny-flux-37, tiny-flux-wide    what PuLID refuses
+tiny-chroma, tiny-flux2  what PuLID refuses
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.host.models.checkpoints import FLUX_WIDTH, flux_layout, lora_on, random_tensor, write
+from tests.host.models.checkpoints import FLUX_WIDTH as WIDTH
+from tests.host.models.checkpoints import flux_layout, lora_on, random_tensor, write
 from tests.host.models.gguf import Q4_0, Q8_0, write_gguf
 from tests.host.models.unet import Layout
 
 ROOT = "model.diffusion_model."
-WIDE = 256
 MODULES = "tiny-flux-modules.safetensors"
 CHROMA_LAYERS = 2
 
@@ -34,30 +34,30 @@ def without(layout: Layout, *parts: str) -> Layout:
     return out
 
 
-def chroma_layout(hidden: int = FLUX_WIDTH) -> Layout:
+def chroma_layout() -> Layout:
     """No modulations of its own in any block; one small network makes them all."""
-    out = without(flux_layout(hidden), "_mod.", ".modulation.", "adaLN", "time_in", "vector_in", "guidance_in")
+    out = without(flux_layout(), "_mod.", ".modulation.", "adaLN", "time_in", "vector_in", "guidance_in")
     guidance = f"{ROOT}distilled_guidance_layer."
-    out.linear(f"{guidance}in_proj", 64, hidden)
+    out.linear(f"{guidance}in_proj", 64, WIDTH)
     for index in range(CHROMA_LAYERS):
-        out.linear(f"{guidance}layers.{index}.in_layer", hidden, hidden)
-        out.linear(f"{guidance}layers.{index}.out_layer", hidden, hidden)
-        out.raw(f"{guidance}norms.{index}.scale", hidden)
-    out.linear(f"{guidance}out_proj", hidden, hidden)
+        out.linear(f"{guidance}layers.{index}.in_layer", WIDTH, WIDTH)
+        out.linear(f"{guidance}layers.{index}.out_layer", WIDTH, WIDTH)
+        out.raw(f"{guidance}norms.{index}.scale", WIDTH)
+    out.linear(f"{guidance}out_proj", WIDTH, WIDTH)
     return out
 
 
-def flux2_layout(hidden: int = FLUX_WIDTH) -> Layout:
+def flux2_layout() -> Layout:
     """FLUX.2: one modulation for all blocks of a kind, no pooled text, fewer double and more single blocks."""
-    kept = without(flux_layout(hidden), "_mod.", ".modulation.", "vector_in")
+    kept = without(flux_layout(), "_mod.", ".modulation.", "vector_in")
     out = without(kept, *(f"double_blocks.{index}." for index in range(8, 19)))
     for index in range(38, 48):
-        for name, shape in flux_layout(hidden).shapes.items():
+        for name, shape in flux_layout().shapes.items():
             if ".single_blocks.0." in name and ".modulation." not in name:
                 out.raw(name.replace("single_blocks.0.", f"single_blocks.{index}."), *shape)
     for name, count in (("double_stream_modulation_img", 6), ("double_stream_modulation_txt", 6)):
-        out.linear(f"{ROOT}{name}.lin", hidden, count * hidden, bias=False)
-    out.linear(f"{ROOT}single_stream_modulation.lin", hidden, 3 * hidden, bias=False)
+        out.linear(f"{ROOT}{name}.lin", WIDTH, count * WIDTH, bias=False)
+    out.linear(f"{ROOT}single_stream_modulation.lin", WIDTH, 3 * WIDTH, bias=False)
     return out
 
 
@@ -79,9 +79,7 @@ def write_flux_kinds(checkpoints: Path, lora: Path, modules: Path) -> None:
     kontext.symlink_to("tiny-flux.safetensors")
     both = lora_on(full, ".img_attn.qkv", ".txt_attn.proj", ".linear1", ".linear2")  # attention and MLP
     write(lora / "tiny-flux-lora.safetensors", both)
-    refused = {"tiny-chroma": chroma_layout(), "tiny-flux2": flux2_layout(), "tiny-flux-wide": flux_layout(WIDE)}
-    refused["tiny-flux-37"] = without(full, "single_blocks.37.")
-    for name, layout in refused.items():
+    for name, layout in {"tiny-chroma": chroma_layout(), "tiny-flux2": flux2_layout()}.items():
         write(checkpoints / f"{name}.safetensors", layout, dtype=torch.bfloat16)
 
 

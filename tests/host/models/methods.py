@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from lib_pulid.control import Pose
 from tests import small_models
 from tests.face_standins import write_arcface
-from tests.host.models.checkpoints import CHANNELS, sdxl_layout
+from tests.host.models.checkpoints import sdxl_layout
 from tests.host.models.pulid import as_of_old, write_marked
-from tests.host.models.unet import cross_attention_widths
+from tests.host.models.unet import CHANNELS, cross_attention_widths
 from tests.small_models import methods
 
 FILES = {

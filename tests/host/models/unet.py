@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CHANNELS = 32
+RES_BLOCKS = 2  # of each resolution
+
 
 class Layout:
     """Names and shapes of a checkpoint's tensors."""
@@ -42,23 +45,15 @@ class UNetSpec:
     context: int
     vector: int = 0
     linear_projection: bool = True
-    res_blocks: int = 2
 
     @property
     def embedding(self) -> int:
         return 4 * self.channels
 
 
-def sdxl_spec(channels: int) -> UNetSpec:
-    return UNetSpec(channels, (1, 2, 4), (0, 2, 10), 10, context=2048, vector=2816)
-
-
-def refiner_spec(channels: int) -> UNetSpec:
-    return UNetSpec(channels, (1, 2, 4, 4), (0, 4, 4, 0), 4, context=1280, vector=2560)
-
-
-def sd15_spec(channels: int) -> UNetSpec:
-    return UNetSpec(channels, (1, 2, 4, 4), (1, 1, 1, 0), 1, context=768, linear_projection=False)
+SDXL = UNetSpec(CHANNELS, (1, 2, 4), (0, 2, 10), 10, context=2048, vector=2816)
+REFINER = UNetSpec(CHANNELS, (1, 2, 4, 4), (0, 4, 4, 0), 4, context=1280, vector=2560)
+SD15 = UNetSpec(CHANNELS, (1, 2, 4, 4), (1, 1, 1, 0), 1, context=768, linear_projection=False)
 
 
 def add_res_block(out: Layout, name: str, fan_in: int, fan_out: int, embedding: int) -> None:
@@ -99,7 +94,7 @@ def add_unet_inputs(out: Layout, root: str, spec: UNetSpec) -> list[int]:
     out.conv(f"{root}input_blocks.0.0", 4, spec.channels)
     widths = [spec.channels]
     for level, (mult, depth) in enumerate(zip(spec.mult, spec.depths)):
-        for _ in range(spec.res_blocks):
+        for _ in range(RES_BLOCKS):
             block, width = f"{root}input_blocks.{len(widths)}", spec.channels * mult
             add_res_block(out, f"{block}.0", widths[-1], width, spec.embedding)
             if depth:
@@ -114,22 +109,16 @@ def add_unet_inputs(out: Layout, root: str, spec: UNetSpec) -> list[int]:
 def add_unet_outputs(out: Layout, root: str, spec: UNetSpec, skips: list[int]) -> None:
     width, number = skips[-1], 0
     for level in reversed(range(len(spec.mult))):
-        for index in range(spec.res_blocks + 1):
+        for index in range(RES_BLOCKS + 1):
             block, target = f"{root}output_blocks.{number}", spec.channels * spec.mult[level]
             add_res_block(out, f"{block}.0", width + skips.pop(), target, spec.embedding)
             width, following = target, 1
             if spec.depths[level]:
                 add_transformer(out, f"{block}.1", width, spec.depths[level], spec)
                 following = 2
-            if level and index == spec.res_blocks:
+            if level and index == RES_BLOCKS:
                 out.conv(f"{block}.{following}.conv", width, width)
             number += 1
-
-
-def add_unet_middle(out: Layout, root: str, spec: UNetSpec, width: int) -> None:
-    add_res_block(out, f"{root}middle_block.0", width, width, spec.embedding)
-    add_transformer(out, f"{root}middle_block.1", width, spec.middle_depth, spec)
-    add_res_block(out, f"{root}middle_block.2", width, width, spec.embedding)
 
 
 def add_unet_half(out: Layout, root: str, spec: UNetSpec) -> list[int]:
@@ -140,7 +129,9 @@ def add_unet_half(out: Layout, root: str, spec: UNetSpec) -> list[int]:
         out.linear(f"{root}label_emb.0.0", spec.vector, spec.embedding)
         out.linear(f"{root}label_emb.0.2", spec.embedding, spec.embedding)
     skips = add_unet_inputs(out, root, spec)
-    add_unet_middle(out, root, spec, skips[-1])
+    add_res_block(out, f"{root}middle_block.0", skips[-1], skips[-1], spec.embedding)
+    add_transformer(out, f"{root}middle_block.1", skips[-1], spec.middle_depth, spec)
+    add_res_block(out, f"{root}middle_block.2", skips[-1], skips[-1], spec.embedding)
     return skips
 
 
