@@ -51,19 +51,12 @@ def test_rows(p, together, pictures, ands, lengths, skip_uncond):
         assert changed == [True] * len(conds) + uncond
 
 
-def begin(p, plan: RandomPlan) -> torch.nn.Module:
-    """A pass of two rows has begun. Returns the UNet."""
-    from modules import script_callbacks
-
-    host().start(p, plan)
-    call = {"x": torch.zeros(2, 4, 8, 8), "sigma": torch.ones(1), "text_cond": text(), "text_uncond": None}
-    script_callbacks.cfg_denoiser_callback(SimpleNamespace(**call, denoiser=Denoiser(p, total_steps=1)))
-    return p.sd_model.model.diffusion_model
-
-
-def test_rows_of_tiles_that_repeat_the_stack(p):
+def test_rows_of_tiles_that_repeat_the_stack(p, modules):
     """A tiling extension calls the UNet with [tile 0: cond, uncond, tile 1: cond, uncond]."""
-    seen, unet = [], begin(p, RandomPlan())
+    seen, unet = [], p.sd_model.model.diffusion_model
+    host().start(p, RandomPlan())
+    call = {"x": torch.zeros(2, 4, 8, 8), "sigma": torch.ones(1), "text_cond": text(), "text_uncond": None}
+    modules.script_callbacks.cfg_denoiser_callback(SimpleNamespace(**call, denoiser=Denoiser(p, total_steps=1)))
     spy = unet.first.register_forward_hook(lambda *_: seen.append(host().running[0]._step.is_cond))
     for _ in range(2):
         unet(torch.randn(4, 4, 4, 4), None, torch.randn(4, 77, 2048))

@@ -7,8 +7,11 @@ import gc
 import importlib
 import sys
 import weakref
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,8 @@ from torch import Tensor
 
 from lib_pulid import hosts
 from lib_pulid.errors import UnsupportedModelError
-from tests.fake_modules import installed, kinds
+from lib_pulid.injection import DenoiseStep
+from tests.fake_modules import installed
 from tests.fake_modules.forge import P, sample
 from tests.fake_modules.models import Flux, pack_layers, same, small_unet, text
 from tests.fake_modules.plan import RandomPlan
@@ -24,6 +28,7 @@ from tests.fake_modules.plan import RandomPlan
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 SLOT = "model_function_wrapper"
+FLUX_TEXT = text(256, width=6)
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +47,36 @@ def host():
     return hosts.current()
 
 
-run = kinds.Forge().run
-
-
 def unet(p: P):
     return p.sd_model.forge_objects.unet
+
+
+def run(
+    p: P,
+    plan: RandomPlan | None = None,
+    conds: Sequence[Tensor] = (text(),),
+    unconds: Sequence[Tensor] = (text(seed=2),),
+    before: Callable[[P], Any] = lambda p: None,
+    after: Callable[[P], Any] = lambda p: None,
+    **how: Any,
+) -> list[Tensor]:
+    """A generation. before, after: what another extension does before and after our `before_sampling`."""
+
+    def before_sampling(p: P) -> None:
+        for act in (before, host().before_sampling, after):
+            act(p)
+
+    with nullcontext() if plan is None else host().sampling(p, plan):
+        return sample(p, list(conds), list(unconds), before_sampling=before_sampling, **how)
+
+
+def run_flux(plan: RandomPlan | None, p: P | None = None, **how: Any) -> list[Tensor]:
+    """Without a negative prompt."""
+    return run(p or P(Flux(), "flux-dev"), plan, [FLUX_TEXT], [], **how)
+
+
+def set_wrapper(wrapper: Callable) -> Callable[[P], None]:
+    return lambda p: unet(p).set_model_unet_function_wrapper(wrapper)
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
@@ -58,9 +88,7 @@ def test_rows(p, family, pictures, lengths, guided):
     p, width = (p, 2048) if family == "sdxl" else (P(Flux(), "flux-dev"), 6)
     conds = [text(lengths[0], seed, pictures, width) for seed in (1, 3)]
     unconds = [text(lengths[1], 2, pictures, width)] if guided else []
-    before, after = (
-        run(p, plan, conds=conds, unconds=unconds, steps=1) for plan in (None, RandomPlan(has_uncond=False))
-    )
+    before, after = (run(p, plan, conds, unconds, steps=1) for plan in (None, RandomPlan(has_uncond=False)))
     changed = [not torch.allclose(x, y, atol=1e-3) for x, y in zip(torch.cat(after), torch.cat(before))]
     cond, uncond = [True] * 2 * pictures, [False] * pictures * len(unconds)
     assert changed == (uncond + cond if lengths[0] == lengths[1] else cond + uncond)
@@ -77,43 +105,30 @@ def test_chroma_passes_for_flux_where_it_is_asked_for(modules, monkeypatch):
         host().loaded_model(p)
     settings.opts.data["pulid_chroma"] = True
     assert host().loaded_model(p).family == "flux"
-    before, after = (run(p, plan, unconds=[], **FLUX) for plan in (None, RandomPlan()))
+    before, after = (run_flux(plan, p) for plan in (None, RandomPlan()))
     assert not torch.allclose(after[0], before[0])
-    assert same(before, run(p, RandomPlan(weight=0.0), unconds=[], **FLUX))
-
-
-FLUX = {"conds": [text(256, width=6)], "channels": 4}
-
-
-def flux_steps(plan: RandomPlan | None, steps: int = 4, calls: int = 1, **how) -> list[Tensor]:
-    return run(P(Flux(), "flux-dev"), plan, unconds=[], steps=steps, calls_per_step=calls, **FLUX, **how)
+    assert same(before, run_flux(RandomPlan(weight=0.0), p))
 
 
 @pytest.mark.parametrize("calls", [1, 2])
 def test_start_step(calls):
     """The random latents of these calls do not depend on one another, so each tells whether the face acted."""
-    plan = RandomPlan()
-    plain, whole = flux_steps(None, calls=calls), flux_steps(plan, calls=calls)
+    plan, how = RandomPlan(), {"steps": 4, "calls_per_step": calls}
+    plain, whole = run_flux(None, **how), run_flux(plan, **how)
     assert plan.steps == [4]  # once a pass it is asked whether the face acts in so many steps
     for start in range(4):
-        made = flux_steps(RandomPlan(start_step=start), calls=calls)
+        made = run_flux(RandomPlan(start_step=start), **how)
         for i in range(4 * calls):
             assert torch.equal(made[i], (plain if i // calls < start else whole)[i])
 
 
-def true_cfg(plan: RandomPlan | None, before_sampling=None, **settings) -> list[int]:
+def true_cfg(plan: RandomPlan | None, **settings) -> list[int]:
     """Rows in each step's call with two images: two where the negative prompt is left out, else four."""
     p = P(Flux(), "flux-dev")
     vars(p).update(settings)
-    if plan is not None:
-        host().start(p, plan)
-    try:
-        before = before_sampling or host().before_sampling
-        conds, unconds = [text(256, 1, 2, 6)], [text(256, 2, 2, 6)]
-        return [len(out) for out in sample(p, conds, unconds, before_sampling=before, steps=4)]
-    finally:
-        host().stop()
-        assert unet(p).model_options.get("conditioning_modifiers", []) == []
+    made = run(p, plan, [text(256, 1, 2, 6)], [text(256, 2, 2, 6)], steps=4)
+    assert unet(p).model_options.get("conditioning_modifiers", []) == []
+    return [len(out) for out in made]
 
 
 def test_the_first_steps_without_negative_prompt():
@@ -131,16 +146,13 @@ def test_others_may_change_the_guidance_too():
         seen.append(cond_scale)
         return model, x, timestep, uncond, cond, cond_scale, model_options, seed
 
-    def both(p):
-        unet(p).add_conditioning_modifier(other)
-        host().before_sampling(p)
+    def count(p):
+        assert len(unet(p).model_options["conditioning_modifiers"]) == 2
 
-    p = P(Flux(), "flux-dev")
-    host().start(p, RandomPlan(cfg_from=2))
-    sample(p, [text(256, width=6)], [text(256, 2, width=6)], before_sampling=both, steps=3)
+    p, negative = P(Flux(), "flux-dev"), text(256, 2, width=6)
+    add = lambda p: unet(p).add_conditioning_modifier(other)  # noqa: E731
+    run(p, RandomPlan(cfg_from=2), [FLUX_TEXT], [negative], before=add, after=count, steps=3)
     assert seen == [7.0] * 3
-    assert len(unet(p).model_options["conditioning_modifiers"]) == 2
-    host().stop()
     assert unet(p).model_options["conditioning_modifiers"] == [other]
 
 
@@ -163,18 +175,6 @@ def test_tells_whether_negative_rows_may_come(settings, guided):
     assert plan.guided == [guided]
 
 
-@pytest.mark.parametrize("hw", [(8, 8), (6, 10)])
-def test_reference_tokens_of_kontext_get_no_identity(hw):
-    p, seen = P(Flux(reference=5), "kontext"), []
-    block = unet(p).model.diffusion_model.double_blocks[1]
-    handle = block.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["img"]), with_kwargs=True)
-    for plan in (None, RandomPlan()):
-        run(p, plan, conds=[text(256, width=6)], unconds=[], steps=1, hw=hw)
-    handle.remove()
-    changed = (seen[1] != seen[0]).any(2)[0]
-    assert changed.tolist() == [True] * (hw[0] * hw[1] // 4) + [False] * 5
-
-
 @pytest.mark.parametrize("denoiser, width, family", [(small_unet, 2048, "sdxl"), (Flux, 6, "flux")])
 def test_packed_weights_are_not_taken_for_sizes(small_sdxl, denoiser, width, family):
     """nf4: family and image are those of the same layers in 16 bits; those of GGUF lack in_features."""
@@ -183,7 +183,7 @@ def test_packed_weights_are_not_taken_for_sizes(small_sdxl, denoiser, width, fam
         p = P(denoiser(), "nf4")
         if packed:
             pack_layers(unet(p).model)
-        seen.append(run(p, RandomPlan(), conds=[text(width=width)], unconds=[], steps=1))
+        seen.append(run(p, RandomPlan(), [text(width=width)], [], steps=1))
         assert host().loaded_model(p).family == family
     assert same(*seen)
     p = P(denoiser(), "gguf")
@@ -212,18 +212,10 @@ def test_chains_another_wrapper(p, first):
 
     expected = run(p, RandomPlan())
     for chain in (True, False):
-
-        def both(p, chain=chain):
-            steps = [lambda: host().before_sampling(p), lambda: set_other(p, chain)]
-            for step in steps[::-1] if first else steps:
-                step()
-
-        host().start(p, RandomPlan())
         calls.clear()
-        found = sample(p, [text()], [text(seed=2)], before_sampling=both)
-        assert same(found, expected)
+        turn = {"before" if first else "after": partial(set_other, chain=chain)}
+        assert same(run(p, RandomPlan(), **turn), expected)
         assert len(calls) == 2
-        host().stop()
 
 
 def test_another_wrapper_in_the_place_of_ours_in_every_step_is_refused(p, modules):
@@ -232,60 +224,45 @@ def test_another_wrapper_in_the_place_of_ours_in_every_step_is_refused(p, module
     def other(apply_model, args):
         return apply_model(args["input"], args["timestep"], **args["c"])
 
-    modules.script_callbacks.on_cfg_denoiser(lambda _: unet(p).set_model_unet_function_wrapper(other))
-    plain = run(p, None)
-    for weight, expected in ((0.0, nullcontext()), (1.0, pytest.raises(UnsupportedModelError, match="wrapper"))):
-        with expected, host().sampling(p, RandomPlan(weight=weight)):
-            assert same(sample(p, [text()], [text(seed=2)], before_sampling=host().before_sampling), plain)
+    modules.script_callbacks.on_cfg_denoiser(lambda _: set_wrapper(other)(p))
+    assert same(run(p, RandomPlan(weight=0.0)), run(p))
+    with pytest.raises(UnsupportedModelError, match="wrapper"):
+        run(p, RandomPlan())
 
 
-def tiled(apply_model, args):
-    """As MultiDiffusion, between our wrapper and the denoiser: repeats the stack of rows for each of three tiles."""
-    c = {**args["c"], "c_crossattn": args["c"]["c_crossattn"].repeat(3, 1, 1)}
-    parts = apply_model(args["input"][..., :4].repeat(3, 1, 1, 1), args["timestep"].repeat(3), **c)
-    return torch.cat((parts[:4], parts[4:8]), dim=3)
-
-
-def sample_tiled(p):
-    def before(p):
-        unet(p).set_model_unet_function_wrapper(tiled)
-        host().before_sampling(p)
-
-    sample(p, [text(pictures=2)], [text(seed=2, pictures=2)], before_sampling=before, steps=1)
+def steps_seen(p: P, wrapper: Callable, pictures: int = 1) -> list[DenoiseStep]:
+    """Of each denoiser call, with a wrapper between ours and the denoiser."""
+    seen, first = [], unet(p).model.diffusion_model.first
+    spy = first.register_forward_hook(lambda *_: seen.append(host().running[0]._step))
+    texts = [text(pictures=pictures)], [text(seed=2, pictures=pictures)]
+    run(p, RandomPlan(), *texts, before=set_wrapper(wrapper), steps=1)
+    spy.remove()
+    return seen
 
 
 def test_tiles(p):
-    seen = []
-    host().start(p, RandomPlan())
-    denoiser = unet(p).model.diffusion_model
-    spy = denoiser.first.register_forward_hook(lambda *_: seen.append(host().running[0]._step))
-    sample_tiled(p)
-    spy.remove()
-    del unet(p).model_options[SLOT]
-    assert seen[0].is_cond == [False, False, True, True] * 3
-    assert seen[0].latent_hw == (8, 4)
+    """MultiDiffusion repeats the stack of rows for each of three tiles."""
+
+    def tiled(apply_model, args):
+        c = {**args["c"], "c_crossattn": args["c"]["c_crossattn"].repeat(3, 1, 1)}
+        parts = apply_model(args["input"][..., :4].repeat(3, 1, 1, 1), args["timestep"].repeat(3), **c)
+        return torch.cat((parts[:4], parts[4:8]), dim=3)
+
+    (step,) = steps_seen(p, tiled, pictures=2)
+    assert step.is_cond == [False, False, True, True] * 3
+    assert step.latent_hw == (8, 4)
 
 
-def test_a_guidance_that_calls_with_the_negative_prompt_alone(p, modules):
+def test_a_guidance_that_calls_with_the_negative_prompt_alone(p):
     """Self-attention guidance does so in the prompt's place: those rows are negative ones all the same."""
-    seen, negative = [], text(seed=2)
 
     def guided(apply_model, args):
-        again = {**args["c"], "c_crossattn": negative}
+        again = {**args["c"], "c_crossattn": text(seed=2)}
         again["transformer_options"] = {**args["c"]["transformer_options"], "cond_or_uncond": [0]}
         apply_model(args["input"][:1], args["timestep"][:1], **again)
         return apply_model(args["input"], args["timestep"], **args["c"])
 
-    def before(p):
-        unet(p).set_model_unet_function_wrapper(guided)
-        host().before_sampling(p)
-
-    host().start(p, RandomPlan())
-    layer = unet(p).model.diffusion_model.first
-    spy = layer.register_forward_hook(lambda *_: seen.append(host().running[0]._step.is_cond))
-    sample(p, [text()], [negative], before_sampling=before, steps=1)
-    spy.remove()
-    assert seen == [[False], [False, True]]
+    assert [step.is_cond for step in steps_seen(p, guided)] == [[False], [False, True]]
 
 
 def test_patches_once_a_pass_and_tells_the_memory(p):

@@ -124,7 +124,6 @@ def sample(
     calls_per_step: int = 1,
     before_sampling: Any = None,
     before_step: Any = None,
-    channels: int = 4,
     hw: tuple[int, int] = (8, 8),
 ) -> list[Tensor]:
     """One pass: the denoiser's outputs of each step, in the order of the calls.
@@ -148,7 +147,7 @@ def sample(
         if before_step is not None:
             before_step(step)
         pictures = len(conds[0])
-        x = normal(step, pictures, channels, *hw)
+        x = normal(step, pictures, 4, *hw)
         sigma = torch.full((pictures,), 14.6 / (step + 1))
         texts = {"text_cond": conds[0], "text_uncond": unconds[0] if unconds else None}
         script_callbacks.cfg_denoiser_callback(SimpleNamespace(x=x, sigma=sigma, denoiser=denoiser, **texts))

@@ -160,11 +160,10 @@ class _Single(nn.Module):
 class Flux(nn.Module):
     """Forge's IntegratedFluxTransformer2DModel, as far as an extension sees it."""
 
-    def __init__(self, double: int = 19, single: int = 38, reference: int = 0) -> None:
-        """reference: packs of another picture behind those of its own, as hosts that know Kontext append them."""
+    def __init__(self, double: int = 19, single: int = 38) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.hidden_size, self.reference = WIDTH, reference
+        self.hidden_size = WIDTH
         self.double_blocks = nn.ModuleList(_Double() for _ in range(double))
         self.single_blocks = nn.ModuleList(_Single() for _ in range(single))
         self.img_in, self.txt_in, self.last = nn.Linear(16, WIDTH), nn.Linear(6, WIDTH), nn.Linear(WIDTH, 16)
@@ -174,14 +173,13 @@ class Flux(nn.Module):
         batch, channels, height, width = x.shape
         packs = x.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
         packs = packs.reshape(batch, height * width // 4, channels * 4)
-        own, packs = packs.shape[1], torch.cat((packs, 1 + packs[:, : self.reference]), dim=1)
         img, txt = self.img_in(packs), self.txt_in(context)
         for block in self.double_blocks:
             img, txt = block(img=img, txt=txt, vec=None, pe=None)
         x = torch.cat((txt, img), dim=1)
         for block in self.single_blocks:
             x = block(x, vec=None, pe=None)
-        out = self.last(x[:, txt.shape[1] : txt.shape[1] + own]).view(batch, height // 2, width // 2, channels, 2, 2)
+        out = self.last(x[:, txt.shape[1] :]).view(batch, height // 2, width // 2, channels, 2, 2)
         return out.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
 
 
