@@ -203,40 +203,48 @@ def sampled(denoiser: nn.Module, injections: Sequence[Injection], steps: int = 3
     return made
 
 
-@pytest.mark.parametrize("make", [small_unet, Flux])
-def test_a_cache_of_whole_steps(make: Callable[[], nn.Module]) -> None:
-    """TeaCache: the step that is skipped is the one before it, with the face in it."""
-    denoiser = make()
-    one, whole_forward, cache = face(denoiser), denoiser.forward, []
+def kept(module: nn.Module, meanwhile: Callable[..., Any] = lambda *args: None) -> None:
+    """Puts a cache before the module: what it returns first is returned from then on. meanwhile: what runs instead."""
+    run, cache = module.forward, []
 
-    def forward(*args: Any) -> Tensor:
-        if not cache:
-            cache.append(whole_forward(*args))
+    def forward(*args: Any, **named: Any) -> Any:
+        if cache:
+            meanwhile(*args)
+        else:
+            cache.append(run(*args, **named))
         return cache[0]
 
+    module.forward = forward
+
+
+def first_block_runs(flux: Flux) -> None:
+    """As in Forge's extensions: the blocks behind it are not even called."""
+    first, packed = flux.double_blocks[0], lambda x: flux.img_in(x.flatten(1).view(1, -1, 16))
+    kept(flux, lambda x, _, text: first(img=packed(x), txt=flux.txt_in(text), vec=None, pe=None))
+
+
+CACHES = {
+    "TeaCache, SDXL": (small_unet, kept), "TeaCache, FLUX": (Flux, kept), "first block": (Flux, first_block_runs),
+    "DeepCache": (small_unet, lambda unet: kept(unet.middle_block[0])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "put_cache"), CACHES.values(), ids=CACHES)
+def test_a_cache_of_what_has_the_face(make: Callable[[], nn.Module], put_cache: Callable[[Any], None]) -> None:
+    """Of whole steps or of deep blocks: what is skipped is as in the step before, with the face in it."""
+    denoiser = make()
+    one = face(denoiser)
     expected = with_face(copy.deepcopy(denoiser), [one])
-    denoiser.forward = forward
+    put_cache(denoiser)
     assert all(torch.equal(made, expected) for made in sampled(denoiser, [one]))
+
+
+@pytest.mark.parametrize("make", [small_unet, Flux])
+def test_a_cache_that_began_without_the_face(make: Callable[[], nn.Module]) -> None:
+    denoiser = make()
+    kept(denoiser)
     with pytest.raises(UnsupportedModelError, match="The face was never added: a step cache"):
         sampled(denoiser, [face(make(), start=0.5)])
-
-
-def test_a_cache_that_stops_after_the_first_block() -> None:
-    """As in Forge's extensions: the blocks behind it are not even called."""
-    flux, cache = Flux(), []
-    one, whole_forward = face(flux), flux.forward
-
-    def forward(x: Tensor, *args: Any) -> Tensor:
-        if not cache:
-            cache.append(whole_forward(x, *args))
-        flux.double_blocks[0](
-            img=flux.img_in(x.flatten(1).view(1, -1, 16)), txt=flux.txt_in(args[1]), vec=None, pe=None
-        )
-        return cache[0]
-
-    expected = with_face(copy.deepcopy(flux), [one])
-    flux.forward = forward
-    assert all(torch.equal(made, expected) for made in sampled(flux, [one]))
 
 
 def skip(block: nn.Module) -> None:
@@ -261,19 +269,3 @@ def test_a_cache_that_answers_for_a_block(part: str, number: int) -> None:
         sampled(flux, [face(flux)])
     assert count_hooks(flux) == 0
     sampled(flux, [])
-
-
-def test_a_cache_of_deep_blocks() -> None:
-    """DeepCache: the layers that run get the face, the others' output has it."""
-    unet = small_unet()
-    one, block, cache = face(unet), unet.middle_block[0], []
-    run = block.forward
-
-    def forward(*args: Any) -> Tensor:
-        if not cache:
-            cache.append(run(*args))
-        return cache[0]
-
-    expected = with_face(copy.deepcopy(unet), [one])
-    block.forward = forward
-    assert all(torch.equal(made, expected) for made in sampled(unet, [one]))
