@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -30,23 +31,14 @@ def restless() -> Iterator[None]:
 
 
 def at_once(*works: Callable[[], None]) -> None:
-    """All of them in threads; raises the first thing that went wrong."""
-    wrong: list[BaseException] = []
-
-    def run(work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=run, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(600)  # none of them waits; a busy machine is slow
-    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
-    if wrong:
-        raise wrong[0]
+    """All of them in threads; raises what went wrong."""
+    pool = ThreadPoolExecutor(len(works))
+    ended, hanging = wait(
+        [pool.submit(work) for work in works], timeout=600
+    )  # none of them waits; a busy machine is slow
+    assert not hanging, "a thread hangs"
+    for one in ended:
+        one.result()
 
 
 def test_page_and_api_beside_generations(host, restless):
@@ -194,32 +186,30 @@ def test_reload_ui_while_a_picture_is_made(host):
     assert host.left_behind() == []
 
 
-def test_another_extension_in_the_place_of_sample(host):
-    """Before or after ours, as long as it calls what it found; and one that does not still samples with the face."""
-    expected = host.generate([unit("anna")], batches=2)
-    for keeps in (True, False):
-        p, calls = host.processing(batches=2), []
-
-        def wrap(p: Any = p, keeps: bool = keeps, calls: list = calls) -> None:
-            before = p.sample if keeps else lambda: type(p).sample(p)
-
-            def sample() -> Any:
-                calls.append(keeps)
-                return before()
-
-            p.sample = sample
-
-        wrap()
-        assert same(host.generate([unit("anna")], p=p), expected)
-        assert calls == [keeps] * 2
-        assert host.left_behind() == []
+@pytest.fixture(params=["1.9", "1.8"])
+def since(host, request, monkeypatch) -> str:
+    """A1111 1.8 calls no script between process_batch and the first step."""
+    if request.param == "1.8":
+        if host.kind != "a1111":
+            pytest.skip("A1111 only")
+        for script in (host.ui.modules.scripts.Script, type(host.script).__base__):
+            monkeypatch.delattr(script, "process_before_every_sampling")
+    return request.param
 
 
-@pytest.mark.parametrize("since", ["1.9", "1.8"])
-def test_a_script_after_ours_that_puts_something_else_in_the_place_of_sample(host, monkeypatch, since):
-    """The face is there all the same, and nothing stays."""
-    if since == "1.8":
-        as_in_1_8(host, monkeypatch)
+@pytest.mark.parametrize("calls_ours", [True, False])
+def test_another_extension_in_the_place_of_sample(host, calls_ours):
+    """One that does not call what it found samples with the face all the same."""
+    expected, p, calls = host.generate([unit("anna")], batches=2), host.processing(batches=2), []
+    before = p.sample if calls_ours else lambda: type(p).sample(p)
+    p.sample = lambda: calls.append(1) or before()
+    assert same(host.generate([unit("anna")], p=p), expected)
+    assert calls == [1] * 2
+    assert host.left_behind() == []
+
+
+def test_another_extension_in_the_place_of_ours(host, since):
+    """A script after ours: the face is there all the same, and nothing stays."""
     expected, p, ours = host.generate([unit("anna")]), host.processing(), host.script.process_batch
 
     def process_batch(p: Any, *args: Any, **kwargs: Any) -> None:
@@ -231,19 +221,8 @@ def test_a_script_after_ours_that_puts_something_else_in_the_place_of_sample(hos
     assert host.left_behind() == []
 
 
-def as_in_1_8(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A1111 1.8 calls no script between process_batch and the first step."""
-    if host.kind != "a1111":
-        pytest.skip("A1111 only")
-    monkeypatch.delattr(host.ui.modules.scripts.Script, "process_before_every_sampling")
-    monkeypatch.delattr(type(host.script).__base__, "process_before_every_sampling")
-
-
-@pytest.mark.parametrize("since", ["1.9", "1.8"])
-def test_a_request_that_ends_between_two_stages(host, monkeypatch, since):
+def test_a_request_that_ends_between_two_stages(host, since):
     """The hosts read the prompt after process_batch, and tell nobody when that fails: nothing was put in before."""
-    if since == "1.8":
-        as_in_1_8(host, monkeypatch)
     plain, faced = host.generate([], batches=2), host.generate([unit("anna")], batches=2)
     p, other = host.processing(), host.processing(batches=2)
     for hook in ("process", "process_batch"):
