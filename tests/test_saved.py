@@ -47,6 +47,13 @@ def files(tmp_path_factory) -> small_models.SmallFiles:
     return small_models.write_files(tmp_path_factory.mktemp("files"), [8] * 3, 64)
 
 
+def place(source: Path, *paths: Path, content: bytes | None = None) -> None:
+    """Puts a file, or something else in its place, where nothing need be yet."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source.read_bytes() if content is None else content)
+
+
 # ---------------------------------------------------------------- two programs
 
 
@@ -218,27 +225,23 @@ def closed(monkeypatch):
     """Folders and files that nobody may look into, also for whoever runs the tests as root."""
     shut: list[str] = []
 
-    def refuse(path) -> None:
-        if any(os.fspath(path).startswith(one) for one in shut):
-            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+    def is_shut(path) -> bool:
+        return isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(tuple(shut))
 
-    def guarded(module, name):
-        real = getattr(module, name)
+    def guard(owner, name):
+        real = getattr(owner, name)
 
         def call(path, *args, **kwargs):
-            if isinstance(path, (str, os.PathLike)):
-                refuse(path)
+            if is_shut(path):
+                raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
             return real(path, *args, **kwargs)
 
-        monkeypatch.setattr(module, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    for module, name in ((os, "stat"), (os, "lstat"), (os, "listdir"), (os, "scandir"), (os, "mkdir")):
-        guarded(module, name)
-    real_stat = Path.stat
-    monkeypatch.setattr(Path, "stat", lambda path, **how: (refuse(path), real_stat(path, **how))[1])
-    monkeypatch.setattr(os.path, "isfile", lambda path: not any(os.fspath(path).startswith(s) for s in shut)
-                        and os.path.exists(path) and not os.path.isdir(path))  # fmt: skip
-    monkeypatch.setattr(os, "access", lambda path, mode: not any(os.fspath(path).startswith(s) for s in shut))
+    for name in ("stat", "lstat", "listdir", "scandir", "mkdir"):
+        guard(os, name)
+    guard(Path, "stat")
+    monkeypatch.setattr(os, "access", lambda path, mode: not is_shut(path))
     return shut
 
 
@@ -277,19 +280,18 @@ PLACES = ["", "pulid", "pulid/identities", "pulid/cache", "clip", "clip_vision",
           "insightface", "insightface/models/antelopev2", "GFPGAN"]  # fmt: skip
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_any_folder_may_be_closed(tmp_path, closed, files, place):
+@pytest.mark.parametrize("folder", PLACES)
+def test_any_folder_may_be_closed(library, tmp_path, closed, files, folder):
     (tmp_path / "pulid" / "identities").mkdir(parents=True)
-    (tmp_path / place).mkdir(parents=True, exist_ok=True)
-    save_file(load_file(files.sdxl), tmp_path / "pulid" / "mine.safetensors")
-    library = Library(lambda: Settings(tmp_path))
-    closed.append(str(tmp_path / place))
-    open_still = place not in ("", "pulid")
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    place(files.sdxl, tmp_path / "pulid" / "mine.safetensors")
+    closed.append(str(tmp_path / folder))
+    open_still = folder not in ("", "pulid")
     assert [file.name for file in library.adapters.listed()] == (["mine.safetensors"] if open_still else [])
     assert library.identities.listed() == []
     assert library.identities.find("0123456789") is None
     assert len(catalog.missing("", tmp_path)) == 5
-    if place in ("", "pulid", "pulid/identities"):
+    if folder in ("", "pulid", "pulid/identities"):
         with pytest.raises(StorageError, match="cannot be written"):
             library.identities.save("anna", person())
 
@@ -333,21 +335,16 @@ def test_nobody_looks_for_files_in_another_way():
 # ---------------------------------------------------------------- files of others in the folder
 
 
-def test_auto_passes_over_other_adapters(tmp_path, files):
+def test_auto_passes_over_other_adapters(library, tmp_path, files):
     folder = tmp_path / "pulid"
-    folder.mkdir()
-    save_file(load_file(files.sdxl), folder / "my_pulid.safetensors")
+    place(files.sdxl, folder / "my_pulid.safetensors")
     sites = {"ip_adapter.1.to_k_ip.weight": torch.ones(8, 8), "ip_adapter.1.to_v_ip.weight": torch.ones(8, 8)}
-    for name, encoder in (
-        ("a", "image_proj.proj.weight"),
-        ("b", "image_proj.latents"),
-        ("c", "image_proj.perceiver_resampler.proj_in.weight"),
-    ):
+    encoders = ("proj.weight", "latents", "perceiver_resampler.proj_in.weight")
+    for name, encoder in zip("abc", (f"image_proj.{one}" for one in encoders)):
         save_file({f"image_proj.{encoder}": torch.ones(8, 8), **sites}, folder / f"{name}_ip-adapter.safetensors")
         torch.save({"image_proj": {encoder: torch.ones(8)}, "ip_adapter": {"1.to_k_ip.weight": torch.ones(8)}},
                    folder / f"{name}.bin")  # fmt: skip
     save_file({"double_blocks.0.processor.proj_lora1.down.weight": torch.ones(2, 2)}, folder / "a_lora.safetensors")
-    library = Library(lambda: Settings(tmp_path))
     assert library.adapters.load("auto", "sdxl").path.name == "my_pulid.safetensors"
     with pytest.raises(WrongWeightsError, match=r"a_ip-adapter\.safetensors is an IP-Adapter of an unknown kind"):
         library.adapters.load("a_ip-adapter", "sdxl")
@@ -359,17 +356,10 @@ def test_auto_passes_over_other_adapters(tmp_path, files):
 def test_adapters_below_the_folder(tmp_path, files):
     """People sort their models in folders, and the WebUIs list those, too. A link that leads in a circle ends there."""
     folder, elsewhere = tmp_path / "models" / "pulid", tmp_path / "drive"
-    for path, source in (
-        (folder / "sdxl/v1 é/mine.safetensors", files.sdxl),
-        (folder / "sdxl/model.safetensors", files.sdxl),
-        (folder / "flux/model.safetensors", files.flux),
-        (folder / "identities/no.safetensors", files.sdxl),
-        (folder / ".cache/huggingface/no.safetensors", files.sdxl),
-        (elsewhere / "linked.safetensors", files.sdxl),
-        (folder.parent / "Stable-diffusion/no.safetensors", files.sdxl),
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(source.read_bytes())
+    place(files.flux, folder / "flux/model.safetensors")
+    found, left_out = ("sdxl/v1 é/mine", "sdxl/model"), ("identities/no", ".cache/huggingface/no")
+    place(files.sdxl, *(folder / f"{name}.safetensors" for name in found + left_out))
+    place(files.sdxl, elsewhere / "linked.safetensors", folder.parent / "Stable-diffusion/no.safetensors")
     (folder / "a_link").symlink_to(elsewhere, target_is_directory=True)
     (folder / "sdxl" / "circle").symlink_to(folder, target_is_directory=True)
     (folder / "broken").symlink_to("nowhere")
@@ -380,46 +370,40 @@ def test_adapters_below_the_folder(tmp_path, files):
     for family in ("sdxl", "flux"):
         assert adapters.load("model.safetensors", family).path == folder / family / "model.safetensors"
         assert adapters.load("auto", family).family == family
-    (folder / "mine.safetensors").write_bytes(files.sdxl.read_bytes())
+    place(files.sdxl, folder / "mine.safetensors")
     assert adapters.load("mine", "sdxl").path == folder / "mine.safetensors"
     assert len(adapters.listed()) == 4
 
 
-def test_a_models_folder_with_pulid_files_in_it(tmp_path, files):
+def test_a_models_folder_with_pulid_files_in_it(library, tmp_path, files):
     """All other models are below it."""
-    (tmp_path / "pulid_v1.1.safetensors").write_bytes(files.sdxl.read_bytes())
-    (tmp_path / "Lora").mkdir()
-    (tmp_path / "Lora" / "no.safetensors").write_bytes(files.sdxl.read_bytes())
-    assert Library(lambda: Settings(tmp_path)).adapters.names() == ["pulid_v1.1.safetensors"]
+    place(files.sdxl, tmp_path / "pulid_v1.1.safetensors", tmp_path / "Lora" / "no.safetensors")
+    assert library.adapters.names() == ["pulid_v1.1.safetensors"]
 
 
-def test_one_file_under_two_spellings(tmp_path, files):
+def test_one_file_under_two_spellings(library, tmp_path, files):
     """As where the disk does not tell them apart: it is found under the catalog's, too."""
-    for path in (tmp_path / "pulid" / "PULID_V1.1.safetensors", tmp_path / "clip" / "pulid_v1.1.safetensors"):
-        path.parent.mkdir()
-        path.write_bytes(files.sdxl.read_bytes())
-    assert Library(lambda: Settings(tmp_path)).adapters.names() == ["PULID_V1.1.safetensors"]
+    place(files.sdxl, tmp_path / "pulid" / "PULID_V1.1.safetensors", tmp_path / "clip" / "pulid_v1.1.safetensors")
+    assert library.adapters.names() == ["PULID_V1.1.safetensors"]
 
 
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("content", [b"", b"<!doctype html>", b"version https://git-lfs.github.com/spec/v1\n", "half"])
 @pytest.mark.parametrize("name", ["pulid_v1.1.safetensors", "pulid_v1.bin"])
-def test_auto_names_a_damaged_file(tmp_path, files, name, content, beside):
+def test_auto_names_a_damaged_file(library, tmp_path, files, name, content, beside):
     """It is the one that the user means, so no other file takes its place."""
-    (tmp_path / "pulid").mkdir()
-    (tmp_path / "pulid" / name).write_bytes(files.sdxl.read_bytes()[:1000] if content == "half" else content)
+    half = files.sdxl.read_bytes()[:1000]
+    place(files.sdxl, tmp_path / "pulid" / name, content=half if content == "half" else content)
     if beside:
-        (tmp_path / "pulid" / "mine.safetensors").write_bytes(files.sdxl.read_bytes())
-    adapters = Library(lambda: Settings(tmp_path)).adapters
+        place(files.sdxl, tmp_path / "pulid" / "mine.safetensors")
     with pytest.raises(WrongWeightsError, match=rf"^{re.escape(name)} (is|\()"):
-        adapters.load("auto", "sdxl")
+        library.adapters.load("auto", "sdxl")
 
 
-def test_a_link_to_a_drive_that_is_not_there(tmp_path):
+def test_a_link_to_a_drive_that_is_not_there(library, tmp_path):
     (tmp_path / "pulid").mkdir()
-    adapters = Library(lambda: Settings(tmp_path)).adapters
     for name, ask in (
-        ("pulid_v1.1.safetensors", lambda: adapters.load("auto", "sdxl")),
+        ("pulid_v1.1.safetensors", lambda: library.adapters.load("auto", "sdxl")),
         ("EVA02_CLIP_L_336_psz14_s6B.pt", lambda: catalog.require_encoders(tmp_path)),
     ):
         (tmp_path / "pulid" / name).symlink_to(f"/gone/{name}")
