@@ -83,14 +83,11 @@ BROKEN = [
 class TestNeverAStranger:
     @pytest.mark.parametrize(("args", "kind", "place"), BROKEN, ids=[f"{i} {b[-1]}" for i, b in enumerate(BROKEN)])
     def test_what_is_wrong_ends_the_request(self, ui, script, one, nobody, args, kind, place):
-        pictures = {"ONE": one, "NOBODY": nobody, "BLACK": packed(np.zeros((8, 8, 3), np.uint8))}
-        filled = json.loads(json.dumps(args))
-        for values in filled:
-            values.update({"images": [pictures.get(i, i) for i in values["images"]]} if "images" in values else {})
-            values.update({"mask": pictures.get(values["mask"], values["mask"])} if "mask" in values else {})
-        p = Generation()
+        text, p = json.dumps(args), Generation()
+        for name, picture in {"ONE": one, "NOBODY": nobody, "BLACK": packed(np.zeros((8, 8, 3), np.uint8))}.items():
+            text = text.replace(f'"{name}"', f'"{picture}"')
         with pytest.raises(kind, match=place):
-            ui.generate(script, p, filled)
+            ui.generate(script, p, json.loads(text))
         assert place in p.comments[0]
         assert ui.swallowed == []
         assert ui.modules.shared.state.textinfo is None
@@ -395,7 +392,7 @@ class TestActions:
     def actions(self, library):
         from lib_pulid.webui.actions import Actions
 
-        return Actions(library, lambda name: {"": "sdxl"}.get(name, name))
+        return Actions(library, lambda name: name or "sdxl")
 
     @pytest.fixture
     def save(self, actions, one):
@@ -405,17 +402,12 @@ class TestActions:
         )
 
     def test_photos_come_and_go(self, actions, tmp_path):
-        paths = []
         for name, side in (("a", 100), ("b", 150)):
-            paths.append(tmp_path / f"{name}.png")
-            Image.fromarray(photo((320, side))).save(paths[-1])
-        bad = tmp_path / "bad.png"
-        bad.write_text("no image")
-        emptied, images, ticked, note = actions.add_photos([SimpleNamespace(name=str(p)) for p in (*paths, bad)], "")
-        assert emptied is None
-        assert ticked["value"] is True
-        assert "bad.png" in note
-        assert len(json.loads(images)) == 2
+            Image.fromarray(photo((320, side))).save(tmp_path / f"{name}.png")
+        (tmp_path / "bad.png").write_text("no image")
+        dropped = [SimpleNamespace(name=str(tmp_path / f"{name}.png")) for name in ("a", "b", "bad")]
+        emptied, images, ticked, note = actions.add_photos(dropped, "")
+        assert (emptied, ticked["value"], len(json.loads(images))) == (None, True, 2) and "bad.png" in note
         strip = actions.show_photos(images)
         assert strip.count("<img") == strip.count("<button") == 2
         assert "data-index='1'" in strip
@@ -491,7 +483,7 @@ class TestActions:
     def following(self, library):
         from lib_pulid.webui.following import Following
 
-        return Following(library, lambda name: {"": "sdxl"}.get(name, name))
+        return Following(library, lambda name: name or "sdxl")
 
     def test_presets_and_sliders(self, following):
         assert [update.get("value") for update in following.apply_preset("style")] == ["ortho", 16, None]
