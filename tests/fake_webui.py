@@ -160,6 +160,11 @@ class _Processing:
     def rewrite_prompts(p: Any) -> None:
         """Before_process_batch of another extension, where a test has one."""
 
+    @property
+    def text_width(self) -> int:
+        reads = (layer.attn2.to_k.in_features for layer in self.denoiser.modules() if hasattr(layer, "attn2"))
+        return next(reads, 6)  # FLUX's
+
     def comment(self, text: str) -> None:
         self.comments.append(text)
 
@@ -202,14 +207,6 @@ class Generation(_Processing, a1111.P):
         pictures = self.batch_size
         return a1111.sample(self, cond, uncond, steps=self.steps, pictures=pictures, before_step=before_step)
 
-    @property
-    def text_width(self) -> int:
-        return _text_width(self.sd_model.model.diffusion_model)
-
-
-def _text_width(unet: torch.nn.Module) -> int:
-    return next(layer.attn2.to_k.in_features for layer in unet.modules() if hasattr(layer, "attn2"))
-
 
 class ForgeGeneration(_Processing, forge.P):
     """In Forge, SDXL or FLUX."""
@@ -227,11 +224,6 @@ class ForgeGeneration(_Processing, forge.P):
 
         how = {"before_sampling": before_sampling, "before_step": before_step}
         return forge.sample(self, [cond], [uncond], steps=self.steps, **how)
-
-    @property
-    def text_width(self) -> int:
-        denoiser = self.sd_model.forge_objects.unet.model.diffusion_model
-        return 6 if hasattr(denoiser, "double_blocks") else _text_width(denoiser)
 
 
 class WebUI:

@@ -220,10 +220,8 @@ class TestHires:
         p.enable_hr, first, other = True, p._pass, UNet(2048, (1, 0, 1))
 
         def load_for_second(*args):
-            if p.is_hr_pass and saved.kind == "forge":
+            if p.is_hr_pass:
                 p.load(other, "short")
-            elif p.is_hr_pass:
-                p.sd_model.model.diffusion_model = other
             return first(*args)
 
         p._pass = load_for_second

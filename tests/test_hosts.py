@@ -51,12 +51,12 @@ def test_a_mask_where_only_a_crop_is_inpainted(kind, p):
     for left, part in {64: torch.zeros(8, 8), 0: torch.ones(8, 8), 32: half}.items():
         p.paste_to = (left, 0, 64, 64)
         found = kind.run(p, RandomPlan(mask=mask))
-        assert same(found, kind.run(kind.P(kind.denoiser(p)), RandomPlan(mask=part))), left
+        assert same(found, kind.run(kind.P(p.denoiser), RandomPlan(mask=part))), left
 
 
 def test_masks_in_tiles_are_refused(kind, p):
     """Tiled Diffusion and MultiDiffusion call the denoiser with parts that do not tell where they lie."""
-    first = kind.denoiser(p).register_forward_pre_hook(lambda module, args: (args[0][..., :4], *args[1:]))
+    first = p.denoiser.register_forward_pre_hook(lambda module, args: (args[0][..., :4], *args[1:]))
     with pytest.raises(SettingError, match="Field mask: .*MultiDiffusion, Tiled Diffusion"):
         kind.run(p, RandomPlan(mask=torch.ones(4, 4)))
     first.remove()
@@ -67,7 +67,7 @@ def test_masks_in_tiles_are_refused(kind, p):
 @pytest.mark.parametrize("change", [lambda x: x.repeat(2, 1, 1), lambda x: x[:1]], ids=["couple", "regional"])
 def test_prompts_by_region_that_change_the_rows_of_a_layer_are_refused(kind, p, change):
     """Forge Couple repeats the prompt's rows inside a layer, Regional Prompter calls it with half of them."""
-    layer = kind.denoiser(p).middle_block[0].attn2
+    layer = p.denoiser.middle_block[0].attn2
     forward = type(layer).forward
     layer.forward = lambda x, context: forward(layer, change(x), change(context))[:1].expand(len(x), -1, -1)
     assert kind.run(p)
@@ -78,7 +78,7 @@ def test_prompts_by_region_that_change_the_rows_of_a_layer_are_refused(kind, p, 
 
 def test_the_layers_are_gone_through_once_for_a_model(kind, p, monkeypatch):
     """Not in each step: that takes milliseconds. To the first cross-attention is not far."""
-    unet, walks, named_modules = kind.denoiser(p), [], nn.Module.named_modules
+    unet, walks, named_modules = p.denoiser, [], nn.Module.named_modules
     tops = {unet, *unet.children()}
 
     def counted(module: nn.Module, *args: Any, **how: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -112,7 +112,7 @@ def refiner_unet() -> UNet:
 
 
 def test_follows_a_refiner(kind, p):
-    first, second, plan = kind.denoiser(p), small_unet(seed=3), RandomPlan()
+    first, second, plan = p.denoiser, small_unet(seed=3), RandomPlan()
     before = kind.run(p, before_step=switch(p, second, "refined"))
     p.load(first, "base")
     after = kind.run(p, plan, before_step=switch(p, second, "refined"))
@@ -124,7 +124,7 @@ def test_follows_a_refiner(kind, p):
 def test_sdxls_own_refiner_finishes_what_the_face_began(kind, p):
     """It has no place for a face; its steps are those without one, on what the base model made of the face. At weight 0
     the image is that without PuLID, to the bit."""
-    plan, refiner, first = RandomPlan(), refiner_unet(), kind.denoiser(p)
+    plan, refiner, first = RandomPlan(), refiner_unet(), p.denoiser
     made = []
     for one in (None, RandomPlan(weight=0.0), plan):
         p.load(first, "base")
@@ -136,7 +136,7 @@ def test_sdxls_own_refiner_finishes_what_the_face_began(kind, p):
 
 def test_a_switch_to_a_model_without_a_place_for_the_face_ends_the_generation(kind, p):
     """Before the face began, or to an unsupported model."""
-    first = kind.denoiser(p)
+    first = p.denoiser
     with pytest.raises(SettingError, match="Field start: SDXL's refiner takes over before PuLID starts"):
         kind.run(p, RandomPlan(start=0.5), before_step=switch(p, refiner_unet(), "sd_xl_refiner"))
     p.load(first)
@@ -145,7 +145,7 @@ def test_a_switch_to_a_model_without_a_place_for_the_face_ends_the_generation(ki
 
 
 def test_the_plans_error_comes_out_of_the_denoiser_and_meets_nobody_else(kind, p):
-    other = kind.P(kind.denoiser(p))
+    other = kind.P(p.denoiser)
     hosts.current().start(p, RandomPlan(error=PulidError("unit 2: no")))
     with pytest.raises(PulidError, match="unit 2: no"):
         kind.sample(p)
@@ -157,7 +157,7 @@ def test_the_plans_error_comes_out_of_the_denoiser_and_meets_nobody_else(kind, p
 def test_loaded_model(kind, p):
     model = hosts.current().loaded_model(p)
     assert (model.family, model.name) == ("sdxl", "base")
-    assert model.denoiser is kind.denoiser(p)
+    assert model.denoiser is p.denoiser
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
     with pytest.raises(UnsupportedModelError, match="No checkpoint is loaded"):
         hosts.current().loaded_model(SimpleNamespace(sd_model=None))

@@ -53,7 +53,7 @@ def test_rows(p, together, pictures, ands, lengths, skip_uncond):
 
 def test_rows_of_tiles_that_repeat_the_stack(p, modules):
     """A tiling extension calls the UNet with [tile 0: cond, uncond, tile 1: cond, uncond]."""
-    seen, unet = [], p.sd_model.model.diffusion_model
+    seen, unet = [], p.denoiser
     host().start(p, RandomPlan())
     call = {"x": torch.zeros(2, 4, 8, 8), "sigma": torch.ones(1), "text_cond": text(), "text_uncond": None}
     modules.script_callbacks.cfg_denoiser_callback(SimpleNamespace(**call, denoiser=Denoiser(p, total_steps=1)))
@@ -75,7 +75,7 @@ def test_asks_once_for_each_pass(p):
 
 def test_refuses_when_the_layers_do_not_run(p):
     """TensorRT and the like take the UNet's place."""
-    unet = p.sd_model.model.diffusion_model
+    unet = p.denoiser
     unet.forward = lambda x, *_: x
     host().start(p, RandomPlan())
     with pytest.raises(UnsupportedModelError, match="TensorRT"):
@@ -86,7 +86,7 @@ def test_refuses_when_the_layers_do_not_run(p):
 
 def test_refuses_what_is_not_a_samplers_call(p):
     with host().sampling(p, RandomPlan()), pytest.raises(UnsupportedModelError, match="img2img alternative"):
-        p.sd_model.model.diffusion_model(torch.zeros(2, 4, 8, 8), None, text(77, 1, 2))
+        p.denoiser(torch.zeros(2, 4, 8, 8), None, text(77, 1, 2))
 
 
 @pytest.mark.parametrize("model, message", [

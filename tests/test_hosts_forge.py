@@ -232,7 +232,7 @@ def test_another_wrapper_in_the_place_of_ours_in_every_step_is_refused(p, module
 
 def steps_seen(p: P, wrapper: Callable, pictures: int = 1) -> list[DenoiseStep]:
     """Of each denoiser call, with a wrapper between ours and the denoiser."""
-    seen, first = [], unet(p).model.diffusion_model.first
+    seen, first = [], p.denoiser.first
     spy = first.register_forward_hook(lambda *_: seen.append(host().running[0]._step))
     texts = [text(pictures=pictures)], [text(seed=2, pictures=pictures)]
     run(p, RandomPlan(), *texts, before=set_wrapper(wrapper), steps=1)

@@ -53,6 +53,10 @@ class P:
         info = SimpleNamespace(name_for_extra=name)
         self.sd_model = SimpleNamespace(model=SimpleNamespace(diffusion_model=unet), sd_checkpoint_info=info)
 
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.sd_model.model.diffusion_model
+
 
 def sample(
     p: P,
@@ -80,7 +84,7 @@ def sample(
     for step in range(steps):
         if before_step is not None:
             before_step(step)
-        unet, count = p.sd_model.model.diffusion_model, len(conds) + pictures
+        unet, count = p.denoiser, len(conds) + pictures
         x = normal(step, count, 4, *hw)
         params = SimpleNamespace(
             x=x, sigma=torch.full((pictures,), 14.6 / (step + 1)), text_cond=Cond(crossattn=conds),

@@ -111,6 +111,10 @@ class P:
         info = SimpleNamespace(name_for_extra=name)
         self.sd_model = SimpleNamespace(forge_objects=SimpleNamespace(unet=self._unpatched), sd_checkpoint_info=info)
 
+    @property
+    def denoiser(self) -> nn.Module:
+        return self._unpatched.model.diffusion_model
+
     def forget_patches(self) -> None:
         self.sd_model.forge_objects = SimpleNamespace(unet=self._unpatched)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib_pulid import hosts
 from tests.fake_modules import a1111, forge
@@ -35,12 +35,9 @@ class Kind:
         finally:
             hosts.current().stop()
 
-    def denoiser(self, p: Any) -> nn.Module:
-        raise NotImplementedError
-
     def left(self, p: Any) -> int:
         """Hooks, and runs, that are still there."""
-        return count_hooks(self.denoiser(p)) + len(hosts.current().running)
+        return count_hooks(p.denoiser) + len(hosts.current().running)
 
 
 class A1111(Kind):
@@ -50,9 +47,6 @@ class A1111(Kind):
         p.prompts = [""] * pictures
         return a1111.sample(p, *(prompts or texts(pictures)), pictures=pictures, **how)
 
-    def denoiser(self, p: Any) -> nn.Module:
-        return p.sd_model.model.diffusion_model
-
 
 class Forge(Kind):
     name, P = "forge", forge.P
@@ -61,6 +55,3 @@ class Forge(Kind):
         cond, uncond = texts(pictures)
         conds, unconds = conds or [cond], [uncond] if unconds is None else unconds
         return forge.sample(p, conds, unconds, before_sampling=hosts.current().before_sampling, **how)
-
-    def denoiser(self, p: Any) -> nn.Module:
-        return p.sd_model.forge_objects.unet.model.diffusion_model
