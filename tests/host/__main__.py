@@ -7,7 +7,7 @@ import hashlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -84,30 +84,20 @@ def in_one_run(checkout: Checkout, generated: Path, chosen: list[Row], extension
 
 def generate(folder: Path, checkout: Checkout) -> Path:
     """Checkpoints and the rest, unless they are there already as this program would write them."""
-    models = sorted(Path(__file__).with_name("models").glob("*.py"))
-    large = [path for path in models if path.stem not in ("pulid", "methods", "configs", "flux", "gguf")]
-    kinds = [path for path in models if path.stem in ("flux", "gguf")]
-    small = [*large, ROOT / "tests" / "face_standins.py", *(ROOT / "tests" / "small_models").glob("*.py")]
-    drawn = [*models, *(ROOT / "lib_pulid" / "miniature").iterdir(), *(ROOT / "lib_pulid" / "training").glob("*.py")]
-
-    def checkpoints_and_companions() -> None:
+    tests, package = ROOT / "tests", ROOT / "lib_pulid"
+    places = (tests / "host" / "models", tests / "small_models", package / "miniature", package / "training")
+    stamp = fingerprint([tests / "face_standins.py", *(path for place in places for path in sorted(place.iterdir()))])
+    made = folder / "made.txt"
+    if not made.is_file() or made.read_text(encoding="utf-8") != stamp:
         print(f"Writing small models into {folder} (2 GB) ...", flush=True)
         checkpoints.write_checkpoints(folder / "checkpoints")
         checkpoints.write_companions(folder / "lora", folder / "controlnet")
-
-    def flux_kinds() -> None:
         flux.write_flux_kinds(folder / "checkpoints", folder / "lora", folder / "modules")
-
-    def pulid_and_photos() -> None:
         pulid.write_models(folder / "models")
         methods.write_models(folder / "models")
         pulid.write_photos(folder / "photos")
-
-    unless_made(folder / "large.txt", fingerprint(large), checkpoints_and_companions)
-    unless_made(folder / "flux.txt", fingerprint([*large, *kinds]), flux_kinds)
-    unless_made(folder / "small.txt", fingerprint([*small, *models]), pulid_and_photos)
-    drawn = [path for path in drawn if path.is_file()]
-    unless_made(folder / "miniature.txt", fingerprint(drawn), lambda: miniature.write(folder / "miniature"))
+        miniature.write(folder / "miniature")
+        made.write_text(stamp, encoding="utf-8")
     if (merge_table := checkout.merge_table()) is not None:
         checkpoints.write_configs(folder / "checkpoints", merge_table)
         miniature.write_configs(folder / "miniature", merge_table)
@@ -121,15 +111,9 @@ def write_detector(generated: Path, checkout: Checkout, extensions: list[Path]) 
         subprocess.run([str(checkout.python), detector.__file__, str(target)], stdout=subprocess.DEVNULL, check=True)
 
 
-def unless_made(made: Path, stamp: str, make: Callable[[], None]) -> None:
-    if not made.is_file() or made.read_text(encoding="utf-8") != stamp:
-        make()
-        made.write_text(stamp, encoding="utf-8")
-
-
 def fingerprint(sources: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sources:
+    for path in filter(Path.is_file, sources):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
