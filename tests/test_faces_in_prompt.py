@@ -40,51 +40,46 @@ def rows(images, image, count):
     return [step[image::count] for step in images[0]]
 
 
+SHORT = {"identity": "anna", "weight": 0.6, "end": 0.7}
+TEMPLATES = [unit("ben", weight=0.3, end=0.6, enabled=False), {"enabled": False, "weight": 1.5}]
+AS_UNITS = {
+    "one": ("a photo <pulid:anna:0.6:end=0.7>", OFF, [SHORT]),
+    "two": ("<pulid:anna:0.6:end=0.7> and <PuLID:Ben>", OFF, [SHORT, {"identity": "ben"}]),
+    "twice": ("<pulid:anna:0.6:end=0.7>" * 2, OFF, [SHORT] * 2),
+    "beside the accordion's": ("<pulid:ben>", [SHORT], [SHORT, {"identity": "ben"}]),
+    "box": ("<pulid:anna:box=0,0,0.5,1>", OFF, [{"identity": "anna", "box": [0, 0, 0.5, 1]}]),
+    # Of a unit of the accordion, also one that is switched off; what the tag says itself counts more.
+    "a unit's settings": ("<pulid:anna:unit=1>", TEMPLATES, [{"identity": "anna", "weight": 0.3, "end": 0.6}]),
+    "of a second unit": ("<pulid:ben:0.2:unit=2>", TEMPLATES, [{"identity": "ben", "weight": 0.2}]),
+    "of a list": ("<pulid:anna:unit=2>", [False, *OFF[1:]], [{"identity": "anna"}]),
+}
+NOTHING = {
+    "no tag": {"prompt": "a <lora:x:1> photo"}, "weight 0": {"prompt": "<pulid:anna:0>"},
+    "off": {"prompt": "<pulid:anna:enabled=no>"},
+    "networks off": {"prompt": "<pulid:anna>", "disable_extra_networks": True},
+}  # fmt: skip
+SIZE = {"width": 64, "height": 64}
+
+
 class TestATag:
-    def test_it_is_the_unit(self, saved):
-        plain = saved.generate(OFF)
-        tagged = with_prompt(saved, "a photo <pulid:anna:0.6:end=0.7>")
-        assert same(tagged, saved.generate([{"identity": "anna", "weight": 0.6, "end": 0.7}]))
-        assert not same(tagged, plain)
+    @pytest.mark.parametrize(("prompt", "args", "units"), AS_UNITS.values(), ids=AS_UNITS)
+    def test_it_is_the_unit(self, saved, prompt, args, units):
+        tagged = with_prompt(saved, prompt, args, **SIZE)
         assert saved.ui.modules.extra_networks.swallowed == saved.ui.swallowed == []
         assert saved.left_behind(saved.last) == []
+        assert same(tagged, with_prompt(saved, "", units, **SIZE))
+        assert not same(tagged, saved.generate(OFF))
 
-    def test_two_tags_are_two_units(self, saved):
-        tagged = with_prompt(saved, "<pulid:anna:0.6> and <PuLID:Ben>")
-        assert same(tagged, saved.generate([{"identity": "anna", "weight": 0.6}, {"identity": "ben"}]))
-        twice = with_prompt(saved, "<pulid:anna:0.6><pulid:anna:0.6>")
-        assert same(twice, saved.generate([{"identity": "anna", "weight": 0.6}] * 2))
+    def test_a_box_is_a_part_of_the_image(self, saved):
+        boxed, whole = (with_prompt(saved, f"<pulid:anna{box}>", **SIZE) for box in (":box=0,0,0.5,1", ""))
+        assert not same(boxed, whole)
 
-    def test_it_adds_to_the_accordions(self, saved):
-        both = with_prompt(saved, "<pulid:ben>", [{"identity": "anna"}])
-        assert same(both, saved.generate([{"identity": "anna"}, {"identity": "ben"}]))
-
-    def test_no_tag_weight_0_and_networks_off_change_nothing(self, saved):
+    @pytest.mark.parametrize("how", NOTHING.values(), ids=NOTHING)
+    def test_it_changes_nothing(self, saved, how):
         plain = saved.generate(OFF)
-        assert same(plain, with_prompt(saved, "a <lora:x:1> photo"))
-        assert same(plain, with_prompt(saved, "<pulid:anna:0>"))
-        assert same(plain, with_prompt(saved, "<pulid:anna:enabled=no>"))
-        assert same(plain, with_prompt(saved, "<pulid:anna>", disable_extra_networks=True))
+        assert same(plain, with_prompt(saved, **how))
         with_prompt(saved, "<pulid:anna>")
         assert same(plain, saved.generate(OFF))
-
-    def test_a_box(self, saved):
-        boxed = with_prompt(saved, "<pulid:anna:box=0,0,0.5,1>", width=64, height=64)
-        p = saved.processing()
-        p.width = p.height = 64
-        assert same(boxed, saved.generate([{"identity": "anna", "box": [0, 0, 0.5, 1]}], p=p))
-        assert not same(boxed, with_prompt(saved, "<pulid:anna>"))
-
-    def test_a_unit_of_the_accordion_gives_its_settings(self, saved):
-        """Also one that is switched off; what the tag says itself counts more."""
-        listed = [unit("ben", weight=0.3, end=0.6, enabled=False), {"enabled": False, "weight": 1.5}]
-        tagged = with_prompt(saved, "<pulid:anna:unit=1><pulid:ben:0.2:unit=2>", listed)
-        wanted = [{"identity": "anna", "weight": 0.3, "end": 0.6}, {"identity": "ben", "weight": 0.2}]
-        assert same(tagged, saved.generate(wanted))
-        positions = [False, *OFF[1:]]
-        assert same(with_prompt(saved, "<pulid:anna:unit=2>", positions), saved.generate([{"identity": "anna"}]))
-        with pytest.raises(SettingError, match="tag 1, field unit: there is no unit 4"):
-            with_prompt(saved, "<pulid:anna:unit=4>")
 
 
 class TestNeverAStranger:
@@ -97,6 +92,7 @@ class TestNeverAStranger:
         ("<pulid:anna:start=0.9>", "tag 1, field start: PuLID would never be active"),
         ("<pulid:anna:preset=realistic>", "tag 1, field preset: realistic is for FLUX"),
         ("<pulid:anna>" * 11, "11 people are too many"),
+        ("<pulid:anna:unit=4>", "tag 1, field unit: there is no unit 4"),
     ])  # fmt: skip
     def test_what_is_wrong_ends_the_request(self, saved, prompt, words):
         with pytest.raises(PulidError, match=words):
@@ -188,21 +184,20 @@ class TestBatches:
 
 
 class TestHires:
-    def test_both_passes_have_the_face(self, saved):
-        tagged = with_prompt(saved, "<pulid:anna>", enable_hr=True)
-        assert same(tagged, with_prompt(saved, "", [{"identity": "anna"}], enable_hr=True))
+    @pytest.mark.parametrize(("prompt", "hr_prompt", "units"), [
+        ("<pulid:anna>", "", [{"identity": "anna"}]),
+        ("<pulid:anna>", "larger", [{"identity": "anna", "hires": "first"}]),
+        ("<pulid:anna:hires=second>", "", [{"identity": "anna", "hires": "second"}]),
+        ("<pulid:anna>", "larger <pulid:ben:0.5>",
+         [{"identity": "anna", "hires": "first"}, {"identity": "ben", "weight": 0.5, "hires": "second"}]),
+    ], ids=["both passes", "first", "second", "a prompt of its own"])  # fmt: skip
+    def test_passes(self, saved, prompt, hr_prompt, units):
+        tagged = with_prompt(saved, prompt, hr_prompt=hr_prompt, enable_hr=True)
+        names = [name for name, where in (("PuLID tag 1", prompt), ("PuLID hires tag 1", hr_prompt)) if "<" in where]
+        assert list(saved.last.extra_generation_params) == names
+        assert same(tagged, with_prompt(saved, "", units, enable_hr=True))
 
-    def test_a_prompt_of_its_own_has_tags_of_its_own(self, saved):
-        tagged = with_prompt(saved, "<pulid:anna>", hr_prompt="larger <pulid:ben:0.5>", enable_hr=True)
-        assert list(saved.last.extra_generation_params) == ["PuLID tag 1", "PuLID hires tag 1"]
-        wanted = [{"identity": "anna", "hires": "first"}, {"identity": "ben", "weight": 0.5, "hires": "second"}]
-        assert same(tagged, with_prompt(saved, "", wanted, enable_hr=True))
-        without = with_prompt(saved, "<pulid:anna>", hr_prompt="larger", enable_hr=True)
-        assert same(without, with_prompt(saved, "", wanted[:1], enable_hr=True))
-
-    def test_a_tag_for_one_pass(self, saved):
-        tagged = with_prompt(saved, "<pulid:anna:hires=second>", enable_hr=True)
-        assert same(tagged, with_prompt(saved, "", [{"identity": "anna", "hires": "second"}], enable_hr=True))
+    def test_a_tag_for_one_pass_in_the_prompt_of_the_other(self, saved):
         with pytest.raises(SettingError, match="tag 1, field hires: the tag says second"):
             with_prompt(saved, "<pulid:anna:hires=second>", hr_prompt="larger", enable_hr=True)
 
