@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from torch import Tensor
 
 from lib_pulid.errors import UnsupportedModelError
 from lib_pulid.hosts.diffusers import apply, denoiser_of
@@ -68,31 +68,18 @@ def test_two_threads(base, faces):
     bases, both = [base, with_own_scheduler(base)], threading.Barrier(2)
     for people in ([[], faces[:1]], [faces[:1], faces[1:]]):
         expected = [draw(one, who) for one, who in zip(bases, people)]
-        drawn: list[Tensor | None] = [None, None]
-
-        def work(i: int, people: list[list[Injection]] = people, drawn: list = drawn) -> None:
-            drawn[i] = draw(bases[i], people[i] or None)
-
-        with in_the_middle(base, lambda *_: both.wait(timeout=60) * 0 or None):
-            threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        for found, one in zip(drawn, expected):
-            assert found is not None
-            assert torch.equal(found, one)
+        with in_the_middle(base, lambda *_: both.wait(timeout=60) * 0 or None), ThreadPoolExecutor(2) as pool:
+            drawn = pool.map(draw, bases, [who or None for who in people])
+        assert all(map(torch.equal, drawn, expected))
     assert not torch.equal(*expected)
     assert count_hooks(denoiser_of(base.pipeline)) == 0
 
 
 def test_a_thread_that_runs_the_pipeline_for_us(base, faces):
-    expected, drawn = draw(base, faces), []
-    with apply(base.pipeline, faces):
-        thread = threading.Thread(target=lambda: drawn.append(draw(base, None)))
-        thread.start()
-        thread.join()
-    assert torch.equal(drawn[0], expected)
+    expected = draw(base, faces)
+    with apply(base.pipeline, faces), ThreadPoolExecutor(1) as pool:
+        drawn = pool.submit(draw, base, None).result()
+    assert torch.equal(drawn, expected)
 
 
 def test_a_keyboard_interrupt_and_once_more(base, faces):

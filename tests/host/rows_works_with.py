@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -182,30 +182,27 @@ def with_lora(make: Make, unit: dict[str, Any], prompt: str) -> str:
 
 def while_sampling(host: Running, button: str, steps: int, make: Callable[[], Answer]) -> tuple[Answer, bool]:
     """Starts a generation of so many steps and presses a button in the middle. Whether that was in time."""
-    answers: list[Answer] = []
-    run = threading.Thread(target=lambda: answers.append(make()))
-    run.start()
     pressed = False
-    while run.is_alive() and not pressed:
-        state = host.api.get("/sdapi/v1/progress?skip_current_image=true")["state"]
-        if state["sampling_step"] > 1 and state["sampling_steps"] == steps:
-            host.api.post(f"/sdapi/v1/{button}")
-            pressed = True
-        time.sleep(0.02)
-    run.join(300)
-    return answers[0], pressed
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(make)
+        while not run.done() and not pressed:
+            state = host.api.get("/sdapi/v1/progress?skip_current_image=true")["state"]
+            if state["sampling_step"] > 1 and state["sampling_steps"] == steps:
+                host.api.post(f"/sdapi/v1/{button}")
+                pressed = True
+            time.sleep(0.02)
+    return run.result(), pressed
 
 
 def while_making(host: Running, *units: dict[str, Any], **asked: Any) -> tuple[Answer, list[dict[str, Any]]]:
     """A generation, and what the host's progress route says of it all the while."""
-    answers: list[Answer] = []
     told: list[dict[str, Any]] = []
-    run = threading.Thread(target=lambda: answers.append(host.api.try_txt2img(*units, **asked)))
-    run.start()
-    while run.is_alive():
-        told.append(host.api.get("/sdapi/v1/progress"))
-        time.sleep(0.05)
-    return answers[0], told
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(host.api.try_txt2img, *units, **asked)
+        while not run.done():
+            told.append(host.api.get("/sdapi/v1/progress"))
+            time.sleep(0.05)
+    return run.result(), told
 
 
 @rows.row("The progress line says what PuLID does while a new photo is read")
