@@ -22,10 +22,11 @@ class Detailer:
     def __init__(self, host: Running, names: str, **asked: Any) -> None:
         self._host, self._names, self._asked = host, names, asked
 
-    def __call__(self, *units: dict[str, Any]) -> Pictures:
+    def __call__(self, *units: dict[str, Any], **own: Any) -> Pictures:
+        """own: more settings of ADetailer's."""
         own_size = {"ad_match_inpaint_bbox_size": "Off"}  # ADetailer-Neo repaints at 1024 x 1024 otherwise
         self._host.api.options(ad_script_names=self._names, **own_size)
-        unit = {"ad_model": detector.NAME, "ad_denoising_strength": 0.7, "ad_mask_k": 1, "ad_mask_blur": 0}
+        unit = {"ad_model": detector.NAME, "ad_denoising_strength": 0.7, "ad_mask_k": 1, "ad_mask_blur": 0, **own}
         return self._host.api.txt2img(*units, alwayson_scripts={"ADetailer": {"args": [unit]}}, **self._asked)
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-import numpy as np
-
-from tests.host import detector
 from tests.host.page import opened
-from tests.host.rows_adetailer import usual_names
+from tests.host.rows_adetailer import Detailer, usual_names
 from tests.host.rows_basics import ANNA
 from tests.host.rows_grid import SMALL, cells, script_info
 from tests.host.rows_works_with import hires
@@ -140,13 +137,8 @@ def card(host: Running) -> str:
 
 @rows.row("Prompt: ADetailer's own prompt has a tag, and its script names do not hold “pulid”")
 def adetailer(host: Running) -> str:
-    host.api.options(ad_script_names=usual_names(host))
-    unit = {"ad_model": detector.NAME, "ad_denoising_strength": 0.7, "ad_mask_k": 1, "ad_mask_blur": 0}
-
-    def made(prompt: str) -> np.ndarray:
-        return host.api.txt2img(alwayson_scripts={"ADetailer": {"args": [{**unit, "ad_prompt": prompt}]}}).image
-
-    made(CAT)  # ultralytics sets torch's number of threads at its first use
-    plain, tagged = made(CAT), made(CAT + A)
-    equal(plain, made(CAT), "afterwards, without a tag")
+    detailed = Detailer(host, usual_names(host))
+    detailed(ad_prompt=CAT)  # ultralytics sets torch's number of threads at its first use
+    plain, tagged, again = (detailed(ad_prompt=prompt).image for prompt in (CAT, CAT + A, CAT))
+    equal(plain, again, "afterwards, without a tag")
     return f"{differ(plain, tagged, 'with and without a tag', 0.03):.2f} of 255"
