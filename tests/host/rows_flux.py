@@ -187,22 +187,6 @@ def interrupt(host: Running) -> str:
     return seen
 
 
-@rows.row("FLUX: other function wrappers, one set before ours and one after: all act", FORGES)
-def wrappers(host: Running) -> str:
-    def made(*names: str, face: bool = True) -> np.ndarray:
-        beside = {f"Test wrapper {name}": {"args": [True]} for name in names}
-        return flux(host, *([MILD] if face else []), alwayson_scripts=beside).image
-
-    seen = []
-    for names in (("early",), ("late",), ("early", "late")):
-        face, without = made(*names), made(*names, face=False)
-        seen.append(f"{'+'.join(names)}: face {differ(face, without, f'{names}, face'):.1f}")
-        for fewer in ([], *([[name] for name in names] if len(names) > 1 else [])):
-            differ(face, made(*fewer), f"{names} and {fewer}", 0.3)
-    equal(flux(host).image, made(face=False), "without them")
-    return ", ".join(seen)
-
-
 @rows.row("FLUX: MultiDiffusion beside it; regions, which tiles cannot place, are refused", FORGES)
 def tiles(host: Running) -> str:
     """Tiles of 64 x 96 pixels, four at a time. Neo has them in img2img only."""

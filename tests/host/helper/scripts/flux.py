@@ -1,4 +1,4 @@
-"""Test only, Forge: function wrappers of other extensions, a look at FLUX's blocks, the dtype of its computation."""
+"""Test only, Forge: a look at FLUX's blocks, the dtype of its computation, FLUX.2 Klein, torch.compile."""
 
 from __future__ import annotations
 
@@ -6,59 +6,8 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import gradio as gr
 import torch
-from modules import script_callbacks, scripts, shared
-
-SLOT = "model_function_wrapper"
-
-
-class Wrapper(scripts.Script):
-    """Makes every denoised picture a little stronger. It keeps the wrapper that it finds, as it should."""
-
-    factor = 1.0
-
-    def title(self) -> str:
-        return f"Test wrapper {type(self).__name__.lower()}"
-
-    def show(self, is_img2img: bool) -> Any:
-        return scripts.AlwaysVisible
-
-    def ui(self, is_img2img: bool) -> list[Any]:
-        return [gr.Checkbox(value=False, visible=False, label=self.title())]
-
-    def process_before_every_sampling(self, p: Any, is_on: bool = False, *rest: Any, **kwargs: Any) -> None:
-        if not is_on:
-            return
-        unet, factor = p.sd_model.forge_objects.unet.clone(), self.factor
-        previous = unet.model_options.get(SLOT)
-
-        def wrapper(apply_model: Callable, args: dict) -> torch.Tensor:
-            if previous is not None:
-                return factor * previous(apply_model, args)
-            return factor * apply_model(args["input"], args["timestep"], **args["c"])
-
-        unet.set_model_unet_function_wrapper(wrapper)
-        p.sd_model.forge_objects.unet = unet
-
-
-class Early(Wrapper):
-    """Its turn comes before PuLID's."""
-
-    factor = 1.2
-
-
-class Late(Wrapper):
-    """Its turn comes after PuLID's: this folder is loaded last."""
-
-    factor = 0.85
-
-
-del Wrapper  # the host takes every script class that it finds in a file for a script
-
-
-def early_first() -> None:
-    scripts.scripts_data.sort(key=lambda one: one.script_class.__name__ != "Early")
+from modules import script_callbacks, shared
 
 
 class Watch:
@@ -200,7 +149,4 @@ def add_routes(demo: Any, app: Any) -> None:
 
 
 if importlib.util.find_spec("modules_forge") is not None:
-    script_callbacks.on_before_ui(early_first)
     script_callbacks.on_app_started(add_routes)
-else:
-    del Early, Late
