@@ -128,21 +128,6 @@ class Pipeline:
         return x
 
 
-@pytest.mark.parametrize("how", [whole, in_place, by_block])
-def test_a_pipelines_compiled_denoiser(how: Callable[..., nn.Module]) -> None:
-    plain = Pipeline(small_unet())
-    one = [face(plain.unet)]
-    with apply(plain, one):
-        expected = plain()
-    compiled = Pipeline(how(small_unet()))
-    without = compiled()
-    with apply(compiled, one):
-        assert torch.allclose(compiled(), expected, atol=1e-5)
-    assert torch.equal(compiled(), without)
-    assert (without - expected).abs().max() > 1e-3
-    assert count_hooks(compiled.unet) == 0
-
-
 def test_something_else_in_the_place_of_the_layers() -> None:
     """Of one, whose weights are used while its modules are not called; then of all."""
     unet = small_unet()
