@@ -15,19 +15,15 @@ from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from tests.fake_modules import callbacks
+import torch
 
+from tests.fake_modules import callbacks
+from tests.fake_modules.forge import ControlNetPatcher
+
+COMMON = "modules modules.devices modules.script_callbacks"
 HOSTS = {
-    "a1111": ("modules", "modules.devices", "modules.script_callbacks", "modules.sd_hijack"),
-    "forge": (
-        "modules",
-        "modules.devices",
-        "modules.script_callbacks",
-        "modules_forge",
-        "modules_forge.main_thread",
-        "modules_forge.supported_controlnet",
-        "backend",
-    ),
+    "a1111": f"{COMMON} modules.sd_hijack",
+    "forge": f"{COMMON} modules_forge modules_forge.main_thread modules_forge.supported_controlnet backend",
 }
 
 
@@ -45,17 +41,15 @@ def installed(host: str, cached: bool = True) -> Iterator[ModuleType]:
     for name in before:
         del sys.modules[name]
     try:
-        made = {name: _module(name) for name in HOSTS[host]}
+        made = {name: _module(name) for name in HOSTS[host].split()}
         for name, module in made.items():
             parent, _, child = name.rpartition(".")
             if parent:
                 setattr(made[parent], child, module)
         callbacks.fill(made["modules.script_callbacks"], cached)
         sys.modules.update(made)
-        _devices(made["modules.devices"])
+        vars(made["modules.devices"]).update(device=torch.device("cpu"), dtype_unet=torch.float32)
         if host == "forge":
-            from tests.fake_modules.forge import ControlNetPatcher
-
             made["modules_forge.main_thread"].last_exception = None
             made["modules_forge.supported_controlnet"].ControlNetPatcher = ControlNetPatcher
         for event, callback in hosts.current().callbacks().items():
@@ -75,9 +69,3 @@ def _module(name: str) -> ModuleType:
     module.__spec__ = ModuleSpec(name, None, is_package=True)
     module.__path__ = []
     return module
-
-
-def _devices(module: ModuleType) -> None:
-    import torch
-
-    module.device, module.dtype_unet = torch.device("cpu"), torch.float32
