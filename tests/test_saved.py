@@ -31,6 +31,7 @@ from lib_pulid.webui import routes
 from lib_pulid.webui.library import Library
 from lib_pulid.weights import load_adapter
 from tests import small_models
+from tests.host.models.gguf import BF16, F16, F32, gguf
 
 
 def person(value: float = 1.0, **info: str) -> Identity:
@@ -443,32 +444,17 @@ def test_metadata_with_more_than_text_is_no_damage(tmp_path, files, facts):
 # ---------------------------------------------------------------- .pulidembd
 
 
-def by_hand(values: np.ndarray, kind: int = 1, version: int = 1, architecture: str = "pulid", **more: int) -> bytes:
+def by_hand(values: np.ndarray, kind: int = F16, version: int = 1, architecture: str = "pulid", **more: int) -> bytes:
     """From the format's description: GGUF 3, one tensor `pulid_id`, sizes [D, N], 32 bytes alignment."""
-
-    def text(word: str) -> bytes:
-        return struct.pack("<Q", len(word)) + word.encode()
-
-    entries = text("general.architecture") + struct.pack("<I", 8) + text(architecture)
-    entries += text("pulid.version") + struct.pack("<II", 4, version)
-    for name, value in more.items():
-        entries += text(name.replace("_", ".")) + struct.pack("<II", 4, value)
-    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 2 + len(more)) + entries
-    head += text("pulid_id") + struct.pack("<I", 2) + struct.pack("<QQ", values.shape[1], values.shape[0])
-    head += struct.pack("<IQ", kind, 0)
-    head += bytes(-len(head) % more.get("general_alignment", 32))
-    data = {
-        0: values.astype("<f4"),
-        1: values.astype("<f2"),
-        30: (values.astype("<f4").view("<u4") >> 16).astype("<u2"),
-    }
-    return head + data[kind].tobytes()
+    entries = {"general.architecture": architecture, "pulid.version": version}
+    entries |= {name.replace("_", "."): value for name, value in more.items()}
+    return gguf({"pulid_id": torch.from_numpy(values)}, kind, entries)
 
 
 VALUES = np.random.default_rng(3).integers(-64, 64, (32, 64)).astype(np.float32) / 16  # exact in 16 bits of both kinds
 
 
-@pytest.mark.parametrize("kind", [0, 1, 30])
+@pytest.mark.parametrize("kind", [F32, F16, BF16])
 @pytest.mark.parametrize("more", [{}, {"general_alignment": 64}])
 def test_a_pulidembd_made_by_hand_is_read(library, kind, more):
     library.identities.folder.mkdir(parents=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.host.models.checkpoints import FLUX_WIDTH as WIDTH
 from tests.host.models.checkpoints import flux_layout, lora_on, random_tensor, write
-from tests.host.models.gguf import Q4_0, Q8_0, write_gguf
+from tests.host.models.gguf import Q4_0, Q8_0, gguf
 from tests.host.models.unet import Layout
 
 ROOT = "model.diffusion_model."
@@ -72,8 +72,8 @@ def write_flux_kinds(checkpoints: Path, lora: Path, modules: Path) -> None:
     save_file(rest, modules / MODULES, metadata={"format": "pt"})
     save_file({**rest, **in_8_bits(transformer)}, checkpoints / "tiny-flux-fp8.safetensors", metadata={"format": "pt"})
     bare = {name[len(ROOT) :]: tensor for name, tensor in transformer.items()}
-    write_gguf(checkpoints / "tiny-flux-q8.gguf", bare, Q8_0)
-    write_gguf(checkpoints / "tiny-flux-q4.gguf", bare, Q4_0)
+    for name, kind in (("q8", Q8_0), ("q4", Q4_0)):
+        (checkpoints / f"tiny-flux-{name}.gguf").write_bytes(gguf(bare, kind, {"general.architecture": "flux"}))
     kontext = checkpoints / "tiny-kontext.safetensors"
     kontext.unlink(missing_ok=True)
     kontext.symlink_to("tiny-flux.safetensors")

@@ -1,4 +1,4 @@
-"""Writes GGUF files: version 3 of the format, with the two simplest kinds of quantised blocks.
+"""GGUF files: version 3 of the format, with the two simplest kinds of quantised blocks.
 
 Header: "GGUF", version, number of tensors and of entries, the entries; then for each tensor its name, its dimensions
 (the fastest first), its kind and the place of its data. The data begins at a multiple of 32 bytes, as does each tensor.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-ALIGNMENT = 32
 BLOCK = 32  # values that share a scale
-F32, Q4_0, Q8_0 = 0, 2, 8  # numbers of the kinds
-STRING = 8
+F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # numbers of the kinds
+UINT32, STRING = 4, 8
 
 
 def q8_0(values: np.ndarray) -> np.ndarray:
@@ -35,34 +33,32 @@ def q4_0(values: np.ndarray) -> np.ndarray:
     return np.concatenate([scale.astype("<f2").view(np.uint8), pairs], axis=1)
 
 
-QUANTISERS: dict[int, Callable[[np.ndarray], np.ndarray]] = {Q8_0: q8_0, Q4_0: q4_0}
+QUANTISERS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    F32: lambda values: values.astype("<f4"), F16: lambda values: values.astype("<f2"), Q4_0: q4_0, Q8_0: q8_0,
+    BF16: lambda values: (values.astype("<f4").view("<u4") >> 16).astype("<u2"),
+}  # fmt: skip
 
 
-def write_gguf(path: Path, tensors: Mapping[str, Tensor], kind: int, architecture: str = "flux") -> None:
-    """Matrices are quantised as `kind`, everything else is kept in float32, as in the files that people share."""
-    infos, blobs, offset = bytearray(), [], 0
+def gguf(tensors: Mapping[str, Tensor], kind: int, entries: Mapping[str, str | int]) -> bytes:
+    """Matrices are stored as `kind`, everything else in float32, as in the files that people share."""
+    alignment = int(entries.get("general.alignment", 32))
+
+    def padded(data: bytes) -> bytes:
+        return data + bytes(-len(data) % alignment)
+
+    header, blobs, offset = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries)), [], 0
+    for name, value in entries.items():
+        is_text = isinstance(value, str)
+        header += _text(name) + struct.pack("<I", STRING if is_text else UINT32)
+        header += _text(value) if is_text else struct.pack("<I", value)
     for name, tensor in tensors.items():
-        own_kind, blob = _data(tensor, kind)
-        infos += _text(name) + struct.pack("<I", tensor.ndim)
-        infos += struct.pack(f"<{tensor.ndim}Q", *reversed(tensor.shape)) + struct.pack("<IQ", own_kind, offset)
-        blobs.append(blob)
-        offset += len(blob)
-    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 1)
-    header += _text("general.architecture") + struct.pack("<I", STRING) + _text(architecture)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_padded(header + bytes(infos)) + b"".join(blobs))
-
-
-def _data(tensor: Tensor, kind: int) -> tuple[int, bytes]:
-    values = tensor.float().numpy()
-    if tensor.ndim < 2:
-        return F32, _padded(values.astype("<f4").tobytes())
-    return kind, _padded(QUANTISERS[kind](values.reshape(-1, BLOCK)).tobytes())
+        own_kind, values = (kind if tensor.ndim > 1 else F32), tensor.float().numpy()
+        header += _text(name) + struct.pack("<I", tensor.ndim)
+        header += struct.pack(f"<{tensor.ndim}Q", *reversed(tensor.shape)) + struct.pack("<IQ", own_kind, offset)
+        blobs.append(padded(QUANTISERS[own_kind](values.reshape(-1, BLOCK) if tensor.ndim > 1 else values).tobytes()))
+        offset += len(blobs[-1])
+    return padded(header) + b"".join(blobs)
 
 
 def _text(text: str) -> bytes:
     return struct.pack("<Q", len(text.encode())) + text.encode()
-
-
-def _padded(data: bytes) -> bytes:
-    return data + bytes(-len(data) % ALIGNMENT)
