@@ -17,9 +17,8 @@ from lib_pulid.errors import SettingError
 from lib_pulid.hosts.frame import WHOLE, Frame, frame_of, part_of_mask, remember_images
 
 
-class Processing:
-    def __init__(self, **values: Any) -> None:
-        vars(self).update(values)
+class Processing(SimpleNamespace):
+    __hash__ = object.__hash__
 
 
 def processing(*sizes: tuple[int, int], **values: Any) -> Any:
@@ -70,16 +69,10 @@ def test_images_of_several_sizes() -> None:
         frame_of(processing((200, 100), (100, 100), resize_mode=1), hires=False)
 
 
-class Script:
-    def __init__(self, file: str) -> None:
-        self.filename = str(Path("scripts") / file)
-
-    def title(self) -> str:
-        return self.filename
-
-
 def chosen(file: str, *, replaced: bool, size: tuple[int, int] = (64, 64)) -> Any:
-    p = processing(size, scripts=SimpleNamespace(selectable_scripts=[Script(file)]), script_args=(1,))
+    name = str(Path("scripts") / file)
+    script = SimpleNamespace(filename=name, title=lambda: name)
+    p = processing(size, scripts=SimpleNamespace(selectable_scripts=[script]), script_args=(1,))
     remember_images(p)
     remember_images(p)
     if replaced:
