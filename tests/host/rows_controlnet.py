@@ -26,32 +26,33 @@ def controls(host: Running) -> dict[str, str]:
     return {name.split(" [")[0]: name for name in answer.body["model_list"]}
 
 
-def beside(host: Running, model: str, module: str, **more: Any) -> str:
+def beside(host: Running, ours: dict[str, Any], model: str, module: str, **more: Any) -> str:
+    """ours: a unit of PuLID. more: of the ControlNet's."""
     unit: dict[str, Any] = {"enabled": True, "module": module, "model": controls(host)[model], "weight": 0.7}
     unit |= {"image": encoded(scene()), "pixel_perfect": False, "processor_res": 512, **more}
     script = {"ControlNet": {"args": [unit]}}
-    plain, face = host.api.txt2img().image, host.api.txt2img(MILD).image
-    control, both = host.api.txt2img(alwayson_scripts=script).image, host.api.txt2img(MILD, alwayson_scripts=script)
+    plain, face = host.api.txt2img().image, host.api.txt2img(ours).image
+    control, both = host.api.txt2img(alwayson_scripts=script).image, host.api.txt2img(ours, alwayson_scripts=script)
     seen = [
         f"alone {differ(plain, control, f'{model} alone', 0.3):.1f}",
         f"face {differ(control, both.image, f'{model} with and without the face', 0.3):.1f}",
         f"control {differ(face, both.image, f'the face with and without {model}', 0.3):.1f}",
     ]
-    equal(face, host.api.txt2img(MILD).image, "afterwards, the face alone")
+    equal(face, host.api.txt2img(ours).image, "afterwards, the face alone")
     equal(plain, host.api.txt2img().image, "afterwards, neither")
     return ", ".join(seen)
 
 
 @rows.row("ControlNet beside it")
-def controlnet(host: Running) -> str:
-    return beside(host, "tiny-controlnet", "none" if host.kind == "a1111" else "None")
+def controlnet(host: Running, ours: dict[str, Any] = MILD) -> str:
+    return beside(host, ours, "tiny-controlnet", "none" if host.kind == "a1111" else "None")
 
 
 @rows.row("IP-Adapter beside it")
 def ip_adapter(host: Running) -> str:
     if host.kind == "a1111":
-        return beside(host, "tiny-ip-adapter", "ip-adapter_clip_h", ipadapter_input=[embedding(host)])
-    return beside(host, "tiny-ip-adapter", "test embedding")
+        return beside(host, MILD, "tiny-ip-adapter", "ip-adapter_clip_h", ipadapter_input=[embedding(host)])
+    return beside(host, MILD, "tiny-ip-adapter", "test embedding")
 
 
 def embedding(host: Running) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 from tests.host.api import encoded
 from tests.host.models.methods import FILES, NET
 from tests.host.rows_basics import person
-from tests.host.rows_batches import ONE_BY_ONE, WEIGHT, mirror
-from tests.host.rows_controlnet import controls
+from tests.host.rows_batches import LONG, ONE_BY_ONE, WEIGHT, mirror
+from tests.host.rows_controlnet import controlnet, controls
 from tests.host.rows_img2img import scene
 from tests.host.table import Rows, Skipped, differ, equal, expect
 from tests.host.webui import Running
@@ -38,7 +38,7 @@ def each(host: Running) -> str:
 @rows.row("InstantID, positive and negative rows: one call, a batch of 2, uneven prompts")
 def both_rows(host: Running) -> str:
     people = ("marked I", "marked J")
-    ways: tuple[dict[str, Any], ...] = ({}, {"batch_size": 2}, {"prompt": "a very detailed photo of a cat, " * 20})
+    ways: tuple[dict[str, Any], ...] = ({}, {"batch_size": 2}, {"prompt": LONG})
     settings = {"weight": WEIGHT, "identity_net": 0}
     return "; ".join(mirror(host, people, settings, **way) for way in ways)
 
@@ -57,12 +57,18 @@ def lora(host: Running) -> str:
 
 @rows.row("FaceID in a batch, and with hires fix")
 def passes(host: Running) -> None:
+    in_a_batch_and_with_hires_fix(host, one(host, "face_id"))
+
+
+def in_a_batch_and_with_hires_fix(host: Running, unit: dict[str, Any], **in_hires: Any) -> float:
+    """in_hires: settings of the unit with hires fix. Returns the difference there."""
     plain = host.api.txt2img(batch_size=2)
-    for before, after in zip(plain.images, host.api.txt2img(one(host, "face_id"), batch_size=2).images):
+    for before, after in zip(plain.images, host.api.txt2img(unit, batch_size=2).images):
         differ(before, after, "a batch", SEEN)
     larger = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": host.api.upscaler, "denoising_strength": 0.6}
     larger |= {"hr_additional_modules": ["Use same choices"]} if host.kind != "a1111" else {}
-    differ(host.api.txt2img(**larger).image, host.api.txt2img(one(host, "face_id"), **larger).image, "hires", SEEN)
+    with_unit = host.api.txt2img({**unit, **in_hires}, **larger).image
+    return differ(host.api.txt2img(**larger).image, with_unit, "hires", SEEN)
 
 
 # ---------------------------------------------------------------- InstantID's ControlNet, IdentityNet
@@ -97,8 +103,7 @@ def identity_net(host: Running) -> str:
           WITH_NETS)  # fmt: skip
 def both_rows_of_the_net(host: Running) -> str:
     controls(host)
-    long = "a very detailed photo of a cat, " * 20
-    ways: list[dict[str, Any]] = [{}, {"batch_size": 2}, {"prompt": long}]
+    ways: list[dict[str, Any]] = [{}, {"batch_size": 2}, {"prompt": LONG}]
     ways += [{"batch_size": 2, "override_settings": ONE_BY_ONE}] if host.kind == "a1111" else []
     people, settings = ("marked I", "marked J"), {"weight": 0, "identity_net": 1}
     return "; ".join(mirror(host, people, settings, **way) for way in ways)
@@ -106,15 +111,7 @@ def both_rows_of_the_net(host: Running) -> str:
 
 @rows.row("IdentityNet beside the host's own ControlNet unit: each changes what the other makes", WITH_NETS)
 def beside_controlnet(host: Running) -> str:
-    module = "none" if host.kind == "a1111" else "None"
-    unit: dict[str, Any] = {"enabled": True, "module": module, "model": controls(host)["tiny-controlnet"]}
-    unit |= {"weight": 0.7, "image": encoded(scene()), "pixel_perfect": False, "processor_res": 512}
-    script = {"ControlNet": {"args": [unit]}}
-    ours, theirs = host.api.txt2img(pose(host, weight=0)).image, host.api.txt2img(alwayson_scripts=script).image
-    both = host.api.txt2img(pose(host, weight=0), alwayson_scripts=script).image
-    seen = [differ(one, both, what, SEEN) for one, what in ((ours, "ControlNet added"), (theirs, "IdentityNet added"))]
-    equal(ours, host.api.txt2img(pose(host, weight=0)).image, "afterwards, IdentityNet alone")
-    return f"{seen[0]:.1f} and {seen[1]:.1f} of 255"
+    return controlnet(host, pose(host, weight=0))
 
 
 @rows.row("IdentityNet's range: start and end act; in a batch of 2; with hires fix; in img2img", WITH_NETS)
@@ -123,17 +120,7 @@ def identity_net_passes(host: Running) -> str:
     full = host.api.txt2img(pose(host, weight=0)).image
     for part in ({"end": 0.5}, {"start": 0.5}):
         differ(full, host.api.txt2img(pose(host, weight=0, **part)).image, f"with {part}", 0.05)
-    plain = host.api.txt2img(batch_size=2)
-    for before, after in zip(plain.images, host.api.txt2img(pose(host, weight=0), batch_size=2).images):
-        differ(before, after, "a batch", SEEN)
-    larger = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": host.api.upscaler, "denoising_strength": 0.6}
-    larger |= {"hr_additional_modules": ["Use same choices"]} if host.kind != "a1111" else {}
-    second = differ(
-        host.api.txt2img(**larger).image,
-        host.api.txt2img(pose(host, weight=0, hires="second"), **larger).image,
-        "the second pass alone",
-        SEEN,
-    )
+    second = in_a_batch_and_with_hires_fix(host, pose(host, weight=0), hires="second")
     start = {"init_images": [encoded(scene())], "denoising_strength": 0.8}
     differ(host.api.img2img(**start).image, host.api.img2img(pose(host, weight=0), **start).image, "img2img", SEEN)
     return f"second pass {second:.1f} of 255"
