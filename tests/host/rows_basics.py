@@ -28,6 +28,7 @@ rows.add({
         lambda host: photo_acts(host, host.api.txt2img, 0.3),
     "Weight 0, a unit that is off, the accordion off, and the next run: bit-identical to the baseline":
         lambda host: off_is_the_baseline(host, host.api.txt2img),
+    "No hook, callback or patch is left after a run": lambda host: leaves_nothing(host, host.api.txt2img, ANNA),
 })  # fmt: skip
 
 
@@ -48,10 +49,10 @@ def off_is_the_baseline(host: Running, make: Make) -> None:
         equal(plain, make(*units).image, what)
 
 
-@rows.row("No hook, callback or patch is left after a run")
-def leaves_nothing(host: Running) -> None:
+def leaves_nothing(host: Running, make: Make, unit: dict[str, Any]) -> None:
+    make()  # the checkpoint is loaded now
     before = host.api.state() | {"hooks": 0}
-    host.api.txt2img(ANNA)
+    make(unit)
     nothing_left(host, before)
 
 

@@ -8,12 +8,13 @@ the host cuts the batch. With A in both places the pictures have to differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from tests.host.api import Pictures
 from tests.host.table import Rows, Skipped, close, differ
 from tests.host.webui import NAMES, Running
 
@@ -101,19 +102,19 @@ def without_negative(host: Running) -> None:
     differ(guided, other_guided, "guidance 7, other negative tokens")
 
 
-@rows.row("AND: two equal halves are the whole prompt")
-def composed(host: Running) -> str:
-    unit = {"identity": "marked A", "weight": WEIGHT}
-    whole = host.api.txt2img(unit, prompt="a cat").image
-    halves = host.api.txt2img(unit, prompt="a cat :0.5 AND a cat :0.5").image
-    return f"{close(whole, halves, 'halves'):.3f} of 255"
+UNIT = {"identity": "marked A", "weight": WEIGHT}
+rows.add({"AND: two equal halves are the whole prompt": lambda host: halves(partial(host.api.txt2img, UNIT))})
+
+
+def halves(make: Callable[..., Pictures]) -> str:
+    both = make(prompt="a cat :0.5 AND a cat :0.5").image
+    return f"{close(make(prompt='a cat').image, both, 'halves'):.3f} of 255"
 
 
 @rows.row("AND: rows are right with three parts of uneven length in a batch of 2")
 def composed_uneven(host: Running) -> str:
-    unit = {"identity": "marked A", "weight": WEIGHT}
     parts = [f"{LONG} :0.25", "a cat :0.5", "a cat :0.5"]
-    one = host.api.txt2img(unit, prompt=" AND ".join(parts), batch_size=2)
-    two = host.api.txt2img(unit, prompt=" AND ".join([parts[0], "a cat :1.0"]), batch_size=2)
+    one = host.api.txt2img(UNIT, prompt=" AND ".join(parts), batch_size=2)
+    two = host.api.txt2img(UNIT, prompt=" AND ".join([parts[0], "a cat :1.0"]), batch_size=2)
     found = max(close(a, b, "three and two parts") for a, b in zip(one.images[-2:], two.images[-2:]))
     return f"{found:.3f} of 255"

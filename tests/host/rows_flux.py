@@ -9,11 +9,11 @@ import numpy as np
 
 from tests.host import rows_img2img
 from tests.host.api import Pictures, encoded
-from tests.host.rows_basics import off_is_the_baseline, person, photo_acts
-from tests.host.rows_batches import LONG, mirror
+from tests.host.rows_basics import leaves_nothing, off_is_the_baseline, person, photo_acts
+from tests.host.rows_batches import LONG, halves, mirror
 from tests.host.rows_img2img import from_a_picture, scene
 from tests.host.rows_works_with import alone_and_together, each_pass, stopped, with_lora
-from tests.host.table import Rows, close, differ, equal, expect, more_on_the_left, nothing_left
+from tests.host.table import Rows, close, differ, equal, expect, more_on_the_left
 from tests.host.webui import FORGES, Running
 
 rows = Rows()
@@ -60,6 +60,10 @@ rows.add({
         lambda host: photo_acts(host, partial(flux, host), 0.1, weight=1),
     "FLUX: weight 0, a unit that is off, the accordion off, the next run: bit-identical to the baseline":
         lambda host: off_is_the_baseline(host, partial(flux, host)),
+    "FLUX: no hook, callback or patch is left after a run":
+        lambda host: leaves_nothing(host, partial(flux, host), MILD),
+    "FLUX: AND: two equal halves are the whole prompt":
+        lambda host: halves(partial(flux, host, MILD, cfg_scale=3.0, negative_prompt="blurry")),
     "FLUX: positive and negative rows: batch of 3": lambda host: true_cfg(host, batch_size=3),
     "FLUX: batch count and batch size: each picture is the one made alone":
         lambda host: alone_and_together(partial(flux, host, MILD)),
@@ -69,14 +73,6 @@ rows.add({
     "FLUX: LoRA on double and single blocks: both act; alone, each is what it was, to the bit":
         lambda host: with_lora(partial(flux, host), MILD, "a photo of a cat <lora:tiny-flux-lora:0.3>"),
 }, FORGES)  # fmt: skip
-
-
-@rows.row("FLUX: no hook, callback or patch is left after a run", FORGES)
-def leaves_nothing(host: Running) -> None:
-    flux(host)
-    before = host.api.state() | {"hooks": 0}
-    flux(host, MILD)
-    nothing_left(host, before)
 
 
 @rows.row("FLUX: 10 + 10 injections per forward, after the blocks of the official code, none on the text", FORGES)
@@ -168,15 +164,6 @@ def regions(host: Running) -> str:
     for picture in (first, second):
         differ(both, picture, "both and one", 0.3)
     return f"left: {more_on_the_left(plain, first)}; right: {more_on_the_left(plain, second, sign=-1)}"
-
-
-@rows.row("FLUX: AND: two equal halves are the whole prompt", FORGES)
-def composed(host: Running) -> str:
-    more = {"cfg_scale": 3.0, "negative_prompt": "blurry"}
-    whole = flux(host, MILD, prompt="a cat", **more).image
-    halves = flux(host, MILD, prompt="a cat :0.5 AND a cat :0.5", **more).image
-    differ(whole, flux(host, prompt="a cat", **more).image, "with and without")
-    return f"{close(whole, halves, 'halves'):.3f} of 255"
 
 
 @rows.row("FLUX: interrupt: the host's answer, then the baseline, nothing left", FORGES)
