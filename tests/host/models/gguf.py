@@ -48,9 +48,11 @@ def gguf(tensors: Mapping[str, Tensor], kind: int, entries: Mapping[str, str | i
 
     header, blobs, offset = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries)), [], 0
     for name, value in entries.items():
-        is_text = isinstance(value, str)
-        header += _text(name) + struct.pack("<I", STRING if is_text else UINT32)
-        header += _text(value) if is_text else struct.pack("<I", value)
+        header += _text(name)
+        if isinstance(value, str):
+            header += struct.pack("<I", STRING) + _text(value)
+        else:
+            header += struct.pack("<II", UINT32, value)
     for name, tensor in tensors.items():
         own_kind, values = (kind if tensor.ndim > 1 else F32), tensor.float().numpy()
         header += _text(name) + struct.pack("<I", tensor.ndim)
