@@ -46,8 +46,8 @@ def sites_of(host: Running, *units: Any, **changes: Any) -> list[dict[str, Any]]
     return host.api.get("/host-test/watch")
 
 
-def expect_sites(calls: list[dict[str, Any]], count: int | None = None) -> str:
-    wanted = {"double": [*range(0, 19, 2)], "single": [*range(0, 38, 4)], "text": 0, "missed": 0}
+def expect_sites(calls: list[dict[str, Any]], count: int | None = None, missed: int = 0) -> str:
+    wanted = {"double": [*range(0, 19, 2)], "single": [*range(0, 38, 4)], "text": 0, "missed": missed}
     for call in calls:
         found = {name: call[name] for name in wanted}
         expect(found == wanted, f"{found} instead of {wanted}")
