@@ -28,7 +28,6 @@ from tests.fake_modules.models import SMALL_SITES, small_unet
 from tests.small_models import normal
 
 ROOT = Path(__file__).parents[1]
-ALWAYS_VISIBLE = object()
 
 
 class Widget:
@@ -359,7 +358,7 @@ def _fill(modules: ModuleType, models_dir: Path) -> None:
     pages: list[Any] = []
     add("ui_extra_networks", ExtraNetworksPage=extra_networks.Page, quote_js=json.dumps, extra_pages=pages)
     modules.ui_extra_networks.register_page = pages.append
-    add("scripts", Script=Script, AlwaysVisible=ALWAYS_VISIBLE, scripts_data=[_xyz()])
+    add("scripts", Script=Script, AlwaysVisible=object(), scripts_data=[_xyz()])
     add("ui_components", InputAccordion=type("InputAccordion", (Widget,), {}), ToolButton=type("Tool", (Widget,), {}))
 
 

@@ -22,8 +22,8 @@ from tests.fake_modules.plan import RandomPlan
 
 @pytest.fixture(params=[("a1111", True), ("a1111", False), ("forge", True)], ids=["a1111", "a1111 1.8", "forge"])
 def kind(request, small_sdxl) -> Iterator[Kind]:
-    name, cached = request.param
-    with installed(name, cached), torch.no_grad():
+    name, since_1_9 = request.param
+    with installed(name, since_1_9), torch.no_grad():
         yield {"a1111": A1111, "forge": Forge}[name]()
         hosts.current().stop()
 

@@ -3,8 +3,8 @@
     with installed("a1111"):      # or "forge"
         from modules import script_callbacks
 
-They do what the real ones do where an extension can tell the difference: callbacks' exceptions are swallowed, sorted
-callbacks are cached by their number, UNet rows come in one piece or in several, Forge deep-copies a patcher's options.
+They do what the real ones do where an extension can tell the difference: callbacks' exceptions are swallowed, UNet rows
+come in one piece or in several, Forge deep-copies a patcher's options.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ HOSTS = {
 
 
 @contextmanager
-def installed(host: str, cached: bool = True) -> Iterator[ModuleType]:
+def installed(host: str, since_1_9: bool = True) -> Iterator[ModuleType]:
     """Makes `modules` importable, as if inside that host, and registers our callbacks there. Yields it.
 
     Args:
-        cached: callbacks as from A1111 1.9 on.
+        since_1_9: callbacks as from A1111 1.9 on.
     """
     from lib_pulid import hosts
     from lib_pulid.hosts.base import add_callback
@@ -46,7 +46,7 @@ def installed(host: str, cached: bool = True) -> Iterator[ModuleType]:
             parent, _, child = name.rpartition(".")
             if parent:
                 setattr(made[parent], child, module)
-        callbacks.fill(made["modules.script_callbacks"], cached)
+        callbacks.fill(made["modules.script_callbacks"], since_1_9)
         sys.modules.update(made)
         vars(made["modules.devices"]).update(device=torch.device("cpu"), dtype_unet=torch.float32)
         if host == "forge":

@@ -1,13 +1,15 @@
-"""`modules.script_callbacks`: the three callbacks of the CFGDenoiser."""
+"""`modules.script_callbacks`: lists of callbacks, and the calls of those of the CFGDenoiser."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
-EVENTS = ("cfg_denoiser", "cfg_denoised", "cfg_after_cfg")
+EVENTS = ("cfg_denoiser", "cfg_denoised")
 AT_START = ("app_started", "ui_settings", "before_ui", "script_unloaded", "image_grid")
 
 
@@ -15,55 +17,30 @@ AT_START = ("app_started", "ui_settings", "before_ui", "script_unloaded", "image
 class ScriptCallback:
     script: str
     callback: Callable
-    name: str = "unnamed"
 
 
-def fill(module: ModuleType, cached: bool) -> None:
-    """cached: as from A1111 1.9 on, the sorted list is made anew only when its length changes."""
+def fill(module: ModuleType, since_1_9: bool) -> None:
+    """since_1_9: as in A1111 from that version on, and in Forge."""
     listed: dict[str, list[ScriptCallback]] = {f"callbacks_{event}": [] for event in EVENTS + AT_START}
-    ordered: dict[str, list[ScriptCallback]] = {}
-
-    def in_order(event: str) -> list[ScriptCallback]:
-        callbacks = listed[f"callbacks_{event}"]
-        if not cached:
-            return callbacks
-        if event not in ordered or len(ordered[event]) != len(callbacks):
-            ordered[event] = callbacks.copy()
-        return ordered[event]
-
-    def remove_callbacks_for_function(function: Callable) -> None:
-        for callbacks in listed.values():
-            for callback in [c for c in callbacks if c.callback == function]:
-                callbacks.remove(callback)
-
-    def clear_callbacks() -> None:
-        for callbacks in listed.values():
-            callbacks.clear()
-        ordered.clear()
-
-    def call(event: str) -> Callable[[Any], None]:
-        def run(params: Any) -> None:
-            for callback in in_order(event):
-                try:
-                    callback.callback(params)
-                except Exception as error:
-                    module.reported.append(error)  # the real ones print it
-
-        return run
 
     def add_callback(callbacks: list, function: Callable) -> None:
         callbacks.append(ScriptCallback("test", function))
 
-    def add_callback_from_1_9_on(callbacks: list, fun: Callable, *, name=None, category="", filename=None) -> None:
-        callbacks.append(ScriptCallback(filename, fun, f"{filename}/{category}"))
+    def add_callback_since_1_9(callbacks: list, fun: Callable, *, name=None, category="", filename=None) -> None:
+        callbacks.append(ScriptCallback(filename, fun))
 
-    def on(event: str) -> Callable[[Callable], None]:
-        return lambda function: add_callback(listed[f"callbacks_{event}"], function)
+    def clear_callbacks() -> None:
+        for callbacks in listed.values():
+            callbacks.clear()
 
-    module.callback_map, module.reported, module.ScriptCallback = listed, [], ScriptCallback
-    module.add_callback = add_callback_from_1_9_on if cached else add_callback
-    module.remove_callbacks_for_function = remove_callbacks_for_function
-    module.clear_callbacks = clear_callbacks
+    def call(callbacks: list[ScriptCallback], params: Any) -> None:
+        for one in callbacks:
+            with suppress(Exception):  # the real ones print it
+                one.callback(params)
+
+    module.callback_map, module.ScriptCallback, module.clear_callbacks = listed, ScriptCallback, clear_callbacks
+    module.add_callback = add_callback_since_1_9 if since_1_9 else add_callback
     for event in EVENTS:
-        setattr(module, f"on_{event}", on(event))
-        setattr(module, f"{event}_callback", call(event))
+        callbacks = listed[f"callbacks_{event}"]
+        setattr(module, f"on_{event}", partial(add_callback, callbacks))
+        setattr(module, f"{event}_callback", partial(call, callbacks))
