@@ -62,7 +62,7 @@ def gradio(version: str) -> ModuleType:
     made = ModuleType("gradio")
     made.__version__ = version
     layout, widgets = "Tabs Tab Row Column Accordion", "TextArea File Gallery Number Button Checkbox Radio Image HTML"
-    for name in f"{layout} {widgets} SelectData Dropdown Textbox Slider".split():
+    for name in f"{layout} {widgets} Dropdown Textbox Slider".split():
         setattr(made, name, type(name, (Widget,), {}))
     made.update = lambda **kwargs: {"__type__": "update", **kwargs}
     return made
@@ -110,8 +110,7 @@ class OptionInfo(SimpleNamespace):
 class AxisOption:
     def __init__(self, label: str, type: Any, apply: Any, **kwargs: Any) -> None:
         self.label, self.type, self.apply = label, type, apply
-        self.choices = kwargs.get("choices")
-        self.confirm, self.cost = kwargs.get("confirm"), kwargs.get("cost", 0.0)
+        self.choices, self.confirm = kwargs.get("choices"), kwargs.get("confirm")
 
 
 class Interrupted(BaseException):

@@ -23,13 +23,10 @@ class Cond(dict):
     def shape(self) -> torch.Size:
         return self["crossattn"].shape
 
-    def rows(self, first: int, last: int) -> Tensor:
-        return self["crossattn"][first:last]
-
 
 @dataclass
 class Denoiser:
-    """CFGDenoiser. Args: calls: of the UNet in this pass, as (latent rows, context)."""
+    """CFGDenoiser."""
 
     p: Any
     total_steps: int
@@ -68,7 +65,6 @@ def sample(
     pictures: int = 1,
     skip_uncond: bool = False,
     hw: tuple[int, int] = (8, 8),
-    denoiser: Denoiser | None = None,
     before_step: Any = None,
 ) -> list[Tensor]:
     """CFGDenoiser.forward, `steps` times: the UNet's outputs [R, 4, h, w] of each step.
@@ -79,7 +75,7 @@ def sample(
     """
     from modules import script_callbacks
 
-    denoiser = denoiser or Denoiser(p, total_steps=steps)
+    denoiser = Denoiser(p, total_steps=steps)
     outputs = []
     for step in range(steps):
         if before_step is not None:
