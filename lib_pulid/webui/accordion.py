@@ -26,7 +26,7 @@ from lib_pulid.webui.infotext import PastedField
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.missing import Missing
 from lib_pulid.webui.preset_row import PresetRow
-from lib_pulid.webui.widgets import AT_ONCE, TOOL, UNQUEUED, Unspoken, remembered_answers, silent, tool
+from lib_pulid.webui.widgets import AT_ONCE, TOOL, Unspoken, remembered_answers, silent, tool
 
 # The rows below "Advanced".
 ADVANCED = (
@@ -243,7 +243,7 @@ class _Unit:
         self.refresh.click(act.refresh, [identity], [identity, w["model"]], **AT_ONCE)
         self._wire_preview([images, identity, *face])
         of = [self.name, images, w["model"], *face, w["fusion"], identity]
-        saved = self.save.click(act.save, of, [identity, self.name, self.note], **UNQUEUED)
+        saved = self.save.click(act.save, of, [identity, self.name, self.note], queue=False)
         shown = [identity, self.doomed, self.note]
         self.stored = [saved, self.delete.click(act.delete, [identity, self.doomed], shown, **AT_ONCE)]
         identity.change(lambda: "", [], [self.doomed], **AT_ONCE)
@@ -262,7 +262,7 @@ class _Unit:
         """Shows a preview. of: the widgets that determine it; it disappears when one of them changes."""
         act, shown = self._actions, [self.shown, self.seen]
         self.preview.click(act.asked, of, [self.asked], **AT_ONCE)
-        made = self.preview.click(act.preview, of, shown, **UNQUEUED)
+        made = self.preview.click(act.preview, of, shown, queue=False)
         made.then(act.still_asked, [*of, self.asked], shown, **AT_ONCE)
         for widget in of:
             widget.change(act.no_preview, [], shown, **AT_ONCE)

@@ -13,7 +13,7 @@ from lib_pulid.errors import PulidError, SettingError
 from lib_pulid.fields import NONE
 from lib_pulid.webui.library import Library
 from lib_pulid.webui.notes import bad, good
-from lib_pulid.webui.widgets import AT_ONCE, TOOL, UNQUEUED, silent, tool
+from lib_pulid.webui.widgets import AT_ONCE, TOOL, silent, tool
 
 
 def build(tab: str, lists: Sequence[Any], library: Library) -> None:
@@ -44,7 +44,7 @@ def build(tab: str, lists: Sequence[Any], library: Library) -> None:
     people.change(None, [people], [], _js=f"(people) => Blend.choose('{tab}', people)")
     made, shown = partial(blend, library, len(lists)), [people, name, note, *lists]
     given = f"(people, shares, name) => [people, Blend.shares('{tab}'), name]"
-    stored = save.click(made, [people, shares, name], shown, _js=given, **UNQUEUED)
+    stored = save.click(made, [people, shares, name], shown, _js=given, queue=False)
     for event in (listed, stored):
         # gradio 4 keeps the selected places in the list, where others may be now. The page's own names, since somebody
         # may have been chosen while the server answered.

@@ -14,9 +14,7 @@ from modules.ui_components import ToolButton
 
 # The page bypasses gradio's queue, where a click would wait until the current image is done. Also, gradio 3.41 leaves a
 # queued request open when its page is closed (`Queue.clean_event`), and Reload UI may wait for it.
-# gradio 4 would also make a name for each event, unlike all others in the page, with which programs could call it.
-UNQUEUED: Mapping[str, Any] = {"queue": False, "api_name": False}
-AT_ONCE: Mapping[str, Any] = {**UNQUEUED, "show_progress": False}
+AT_ONCE: Mapping[str, Any] = {"queue": False, "show_progress": False}
 TOOL: Mapping[str, Any] = {"elem_classes": ["pulid-tool"]}  # a small button beside a field
 
 

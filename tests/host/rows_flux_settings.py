@@ -91,8 +91,7 @@ PRESETS = {"sdxl": ["v1.1", "fidelity", "style", "neutral", "custom"], "flux": [
 
 
 def choose(page: Page, checkpoint: str) -> None:
-    page.find(".model_selection input").first.click()
-    page.find("ul[role=listbox] li, .options li").filter(has_text=f"{checkpoint}.safetensors").first.click()
+    page.choose(page.find(".model_selection input").first, f"{checkpoint}.safetensors")
 
 
 def shows(page: Page, family: str, person: int = 1) -> None:

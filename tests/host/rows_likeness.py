@@ -129,8 +129,7 @@ def blend_on_the_page(host: Running) -> str:
     with opened(host, on=True) as page:
         page.part("blend_panel").locator(".label-wrap").first.click()  # the list is read anew
         for name in ("blend-anna", "blend-ben"):
-            page.part("blend_people").locator("input").first.click()
-            page.find(".options li, ul[role=listbox] li").filter(has_text=name).first.click()
+            page.choose(page.part("blend_people").locator("input").first, name)
             page.inner.wait_for_timeout(500)
         page.inner.keyboard.press("Escape")
         before = host.identities / "a person before them.safetensors"

@@ -83,8 +83,7 @@ def temporary(host: Running) -> None:
 @rows.row("Page: the host's presets choose another checkpoint, and the accordion follows", NEO)
 def presets(host: Running) -> None:
     def preset(name: str) -> None:
-        page.find("#forge_ui_preset input").first.click()
-        page.find("ul[role=listbox] li, .options li").filter(has_text=name).first.click()
+        page.choose(page.find("#forge_ui_preset input").first, name)
         page.inner.wait_for_timeout(1000)
 
     with opened(host) as page:

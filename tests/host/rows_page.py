@@ -250,8 +250,7 @@ def identity(host: Running) -> str:
         page.open()
         page.part("1_refresh").click()
         page.inner.wait_for_timeout(1000)
-        page.part("1_identity").locator("input").first.click()
-        page.find(".options li, ul[role=listbox] li").filter(has_text="Ben from the page").first.click()
+        page.choose(page.part("1_identity").locator("input").first, "Ben from the page")
         page.until("(new Pulid('txt2img')).units()[0]?.text.includes('Ben from the page')", "the badge")
         return note
 
