@@ -138,13 +138,16 @@ class _Show:
         found = self.detector.detect(np.ascontiguousarray(image[:, :, ::-1]))
         return sorted(found, key=lambda face: face.box[0])
 
-    def likeness(self, image: np.ndarray, reference: np.ndarray, place: int = 0, of: int = 0) -> float | None:
-        """Compares the face at `place` with the reference's face number `of`; None without such a face."""
-        there, wanted = self.faces(image), self.faces(reference)
-        if place >= len(there):
-            return None
-        one = self.judge.read(image, there[place].landmarks)
-        return one.likeness(self.judge.read(reference, wanted[of].landmarks))
+    def likeness(self, image: np.ndarray, reference: np.ndarray, of: int = 0, half: int | None = None) -> float | None:
+        """Compares the first face, from the left, with the reference's face number `of`; None without one.
+
+        half: of the image, in which the face has to be; 0 is the left one.
+        """
+        for face in self.faces(image):
+            if half is None or half == int(face.box[[0, 2]].mean() > image.shape[1] / 2):
+                wanted = self.judge.read(reference, self.faces(reference)[of].landmarks)
+                return self.judge.read(image, face.landmarks).likeness(wanted)
+        return None
 
     def tile(self, image: Image.Image, reference: np.ndarray, of: int = 0) -> Tile:
         """Makes a tile of an image of one person, with the judge's likeness."""
@@ -201,7 +204,7 @@ def _together(show: _Show) -> Section:
     group, order = miniature.group(PEOPLE[1:4]), FaceChoice("left-to-right", 2)
     chosen = show.workshop.compiled(_identity(show.workshop, group, order), weight=1.0)
     both, neither, alone = show.paint((_two(show, left, right), TWO), ([], TWO), ([chosen], ONE))
-    levels = [show.likeness(np.asarray(both), reference, place) for place, reference in enumerate((left, right))]
+    levels = [show.likeness(np.asarray(both), reference, half=half) for half, reference in enumerate((left, right))]
     said = " · ".join("no face" if level is None else f"{level:.2f}" for level in levels)
     print(f"  painted    two people in halves: {said}; one of a group", flush=True)
     return Section(
