@@ -14,17 +14,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lib_pulid import miniature
+from lib_pulid.faces import Detection
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.miniature import unpack
 from lib_pulid.sites import find_sites
 from lib_pulid.training import adapter as adapters
-from lib_pulid.training import base, checkpoint, flux, losses, readers, sampled_faces, schedule
-from lib_pulid.training.dataset import Drawn
+from lib_pulid.training import autoencoder, base, checkpoint, flux, losses, readers, sampled_faces, schedule
+from lib_pulid.training.crops import ARCFACE_POINTS
+from lib_pulid.training.dataset import SCENES_EACH, Drawn
 from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run
+from lib_pulid.training.photos import Photos
 from lib_pulid.weights import Adapter, load_adapter
 from tests import layouts
 from tests.reference import cases
@@ -319,6 +323,35 @@ class TestFromWhatIsShipped:
             assert adapters.begin_from(fresh, miniature.adapter(family)) == has_sites
             assert torch.equal(fresh.encoder.proj_out, given.encoder.proj_out)
             assert torch.equal(fresh.weights()[5].to_k, given.sites[5].to_k if has_sites else before)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family):
+    """All losses of an adapter, on tensors without content, which say so; none was computed on a real GPU."""
+    people = np.arange(4)
+    photos = Photos(torch.zeros(4, 1280), np.zeros((4, 5, 577, 64), np.float16), people, SCENES_EACH * people)
+    face = Detection(np.array([40.0, 40, 80, 90], np.float32), np.array(ARCFACE_POINTS, np.float32), 1.0)
+    monkeypatch.setattr(sampled_faces.SampledFaces, "_find", lambda self, images, expected: [face] * len(images))
+    monkeypatch.setattr(adapters, "faces_of", lambda data: None)
+    sample = losses.sample_few_steps
+    monkeypatch.setattr(losses, "sample_few_steps", lambda *args, **steps: sample(*args[:3], 1, 1))
+    data = Drawn(tmp_path, len(people))
+    latents = np.zeros((len(data), 4, 16, 16), np.float16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            model = (base.Base() if family == "sdxl" else flux.FluxBase(base.TextEncoders())).requires_grad_(False)
+            recognisers = [readers.Reader(readers.KINDS[name]).eval() for name in readers.RECOGNISERS]
+            reader = sampled_faces.SampledFaces(autoencoder.build(), recognisers, None)
+            adapter, wanted = adapters.fresh_adapter(model, 64, seed=0), torch.zeros(2, 2, 512)
+        monkeypatch.setattr(sampled_faces.SampledFaces, "embed_people", lambda self, faces, who, rng: wanted)
+        trainer = adapters.Trainer(model, adapter, photos, data, latents, reader, adapters.LOSSES)
+        rng = np.random.default_rng(0)
+        with torch.backends.cudnn.flags(enabled=False):  # its grid sampler needs content
+            found = {"diffusion": trainer.diffusion(0, 2, rng), **trainer.lightning(0, 2, rng)}
+            loss = adapters.total(found, family)
+    assert found.keys() >= {"diffusion", "id", "scene", "semantic", "layout"}
+    assert loss.device.type == "cuda" and loss.requires_grad
 
 
 def test_a_run_goes_on_where_it_broke_off(tmp_path):

@@ -58,6 +58,11 @@ class Trainer:
     reader: SampledFaces
     losses: Sequence[str]
 
+    @property
+    def device(self) -> torch.device:
+        """That of all networks; data is drawn and kept on the CPU."""
+        return next(self.adapter.parameters()).device
+
     @cached_property
     def sites(self) -> Sites:
         return find_sites(self.base.denoiser)
@@ -76,10 +81,10 @@ class Trainer:
         """Computes L_diff on other images of the people in the photos; every sixth has two people, each in a half."""
         pair = step % 6 == 5
         index, rows_of_people = self._draw(batch, pair, rng)
-        clean = torch.from_numpy(self.latents[index]).float()
+        clean = torch.from_numpy(self.latents[index]).float().to(self.device)
         prompts = [self._prompt(i, rng) for i in index]
         t = torch.from_numpy(rng.triangular(0, 1000, 1000, batch).astype(np.int64))  # who it is shows in much noise
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step))
+        t, noise = t.to(self.device), self._noise(batch, step)
         with torch.no_grad():
             text = self.base.text(prompts)
         rows = [self._identities(who, rng, half if pair else None) for half, who in enumerate(rows_of_people)]
@@ -111,14 +116,20 @@ class Trainer:
 
     def _identities(self, who: np.ndarray, rng: np.random.Generator, half: int | None = None) -> RowIdentities:
         tokens = self.photos.tokens(who, self.adapter.encoder, rng)
-        dropped = torch.from_numpy(rng.random(len(who)) < ID_DROPOUT)
+        dropped = torch.from_numpy(rng.random(len(who)) < ID_DROPOUT).to(self.device)
         tokens = torch.where(dropped[:, None, None], self.nobody(), tokens)
-        return RowIdentities(tokens, None if half is None else _half(half), num_zero=20)
+        return RowIdentities(tokens, None if half is None else _half(half).to(self.device), num_zero=20)
 
     def nobody(self) -> Tensor:
         """Computes the uncond identity, [1, N, D]: the encoder run on zeros."""
         width = self.photos.hidden.shape[-1]
-        return self.adapter.encoder(torch.zeros(1, 1280), [torch.zeros(1, 2, width)] * SCALES)
+        zeros = [torch.zeros(1, 2, width, device=self.device)] * SCALES
+        return self.adapter.encoder(torch.zeros(1, 1280, device=self.device), zeros)
+
+    def _noise(self, batch: int, seed: int) -> Tensor:
+        """Draws noise for latents, the same numbers on all devices."""
+        noise = torch.randn((batch, *self.latents.shape[1:]), generator=torch.Generator().manual_seed(seed))
+        return noise.to(self.device)
 
     # ------------------------------------------------------------ the contrastive, few-step branch
 
@@ -127,7 +138,7 @@ class Trainer:
         who = rng.choice(len(self.photos), batch, replace=False)
         scenes = [world.sample_scene(rng) for _ in who]
         said = [_some(rng) for _ in who]
-        noise = torch.randn((batch, *self.latents.shape[1:]), generator=torch.Generator().manual_seed(10**6 + step))
+        noise = self._noise(batch, 10**6 + step)
         with torch.no_grad():
             text = self.base.text([world.describe(scene, None, keep) for scene, keep in zip(scenes, said)])
         rows = [RowIdentities(self.photos.tokens(who, self.adapter.encoder, rng))]
@@ -145,7 +156,7 @@ class Trainer:
     def _alignment(self, noise: Tensor, text: tuple, rows: list, rng: np.random.Generator) -> dict[str, Tensor]:
         """Computes the pair of losses at one step of a sampling without the identity."""
         with torch.no_grad():
-            t = torch.full((len(noise),), int(rng.integers(200, 1000)))
+            t = torch.full((len(noise),), int(rng.integers(200, 1000)), device=self.device)
             plain = partial(self.base.predict, context=text[0], pooled=text[1])
             clean = losses.sample_few_steps(plain, noise, self.base.schedule)
             noisy = self.base.schedule.noisy(clean, noise, t)
@@ -194,15 +205,17 @@ def total(found: dict[str, Tensor], family: str) -> Tensor:
 # ---------------------------------------------------------------- the run
 
 
-def load_trainer(folder: Path, family: str, people: int, photos: int, wanted: Sequence[str], seed: int) -> Trainer:
-    """Loads everything that training needs from the files of the earlier steps."""
+def load_trainer(
+    folder: Path, family: str, people: int, photos: int, wanted: Sequence[str], seed: int, device: str = "cpu"
+) -> Trainer:
+    """Loads everything that training needs from the files of the earlier steps; photos are read on the CPU."""
     from lib_pulid.face_models import ArcFaceRecogniser, OnnxParser
     from lib_pulid.faces import FaceModels
     from lib_pulid.training import sampled_faces
     from lib_pulid.vision import load_vision_tower
 
-    base = load_base(family, folder, folder / f"{FILES[family]}.safetensors")
-    made, reader = folder / "miniature", sampled_faces.load(folder)
+    base = load_base(family, folder, folder / f"{FILES[family]}.safetensors").to(device)
+    made, reader = folder / "miniature", sampled_faces.load(folder, device)
     data = Drawn(folder, people)
     models = FaceModels(
         detector=reader.detector,
@@ -211,7 +224,7 @@ def load_trainer(folder: Path, family: str, people: int, photos: int, wanted: Se
         parser=OnnxParser(made / "parser.onnx"),
     )
     tower = load_vision_tower(next(made.glob("tower.*")))
-    adapter = fresh_adapter(base, tower.trunk.embed_dim, seed)  # type: ignore[arg-type]
+    adapter = fresh_adapter(base, tower.trunk.embed_dim, seed).to(device)  # type: ignore[arg-type]
 
     seen = photos_of(folder, data, models, tower, photos)
     return Trainer(base, adapter, seen, data, latents_of(folder, data), reader, wanted)
@@ -238,7 +251,7 @@ def train(args: argparse.Namespace) -> Trainer:
     if "scene" in wanted and "id" not in wanted:
         raise SystemExit('the loss "scene" compares the steps of "id"; name both')
     torch.manual_seed(args.seed)
-    trainer = load_trainer(args.folder, args.family, args.people, args.photos, wanted, args.seed)
+    trainer = load_trainer(args.folder, args.family, args.people, args.photos, wanted, args.seed, args.device)
     has_sites = args.begin is not None and begin_from(trainer.adapter, args.begin)
     first = 0 if has_sites else args.steps // 3 + 1  # step with the losses of a sampled image
     run = Run(
@@ -272,6 +285,7 @@ def main() -> None:
     parser.add_argument("--lightning-batch", type=int, default=6)
     parser.add_argument("--lightning-every", type=int, default=2, help="steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     save_half(args.folder / f"pulid-{_name(args)}.safetensors", train(args).adapter.state())
 

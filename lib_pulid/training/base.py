@@ -203,8 +203,8 @@ def train(args: argparse.Namespace) -> Base | FluxBase:
         name += "-further"
     run = Run(args.folder / name, base.train(), args.steps, rate=args.rate, minutes=args.minutes)
     stream = batches(len(latents), batch, seed=5, start=run.step)
-    people = sampled_faces.PeopleInWords(data, sampled_faces.load(args.folder)) if args.id_batch else None
-    before = load(args.family, args.folder, args.scene) if args.scene else None
+    people = sampled_faces.PeopleInWords(data, sampled_faces.load(args.folder, device)) if args.id_batch else None
+    before = load(args.family, args.folder, args.scene).to(device) if args.scene else None
     if args.compile:
         for block in (block for model in (base, before) if model is not None for block in model.blocks()):
             block.compile(dynamic=False)  # its parameters keep their names
@@ -236,7 +236,7 @@ def main() -> None:
     parser = arguments(__doc__, steps=10000, batch=32, rate=1e-3)
     parser.add_argument("--family", choices=FILES, default="sdxl")
     parser.add_argument("--begin", type=Path, help="a trained base, whose denoiser to train further")
-    parser.add_argument("--id-batch", type=int, default=0, help="images with an ID loss, on the CPU; 0: none")
+    parser.add_argument("--id-batch", type=int, default=0, help="images with an ID loss; 0: none")
     parser.add_argument("--scene", type=Path, help="with --id-batch: a base whose images are to stay outside the head")
     parser.add_argument("--compile", action="store_true", help="compile the blocks; takes two minutes, needs g++")
     parser.add_argument("--device", default="cpu")

@@ -44,8 +44,9 @@ class Photos:
     def tokens(self, rows: np.ndarray, encoder: nn.Module, rng: np.random.Generator) -> Tensor:
         """Computes identity tokens [B, N, D] of photos [B], with gradients, from a random part of the patches."""
         chosen = np.concatenate(([0], 1 + np.sort(rng.choice(576, PATCHES, replace=False))))
-        hidden = torch.from_numpy(self.hidden[rows][:, :, chosen].astype(np.float32))
-        return encoder(self.id_cond[rows], [hidden[:, scale] for scale in range(SCALES)])
+        device = next(encoder.parameters()).device
+        hidden = torch.from_numpy(self.hidden[rows][:, :, chosen].astype(np.float32)).to(device)
+        return encoder(self.id_cond[rows].to(device), [hidden[:, scale] for scale in range(SCALES)])
 
 
 def photos_of(folder: Path, data: Drawn, models: FaceModels, tower: VisionTower, count: int) -> Photos:

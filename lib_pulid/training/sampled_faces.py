@@ -50,6 +50,11 @@ class SampledFaces:
     recognisers: Sequence[Reader]
     detector: Any
 
+    @property
+    def device(self) -> torch.device:
+        """Where images are decoded and read; faces are found on the CPU."""
+        return next(self.vae.parameters()).device
+
     def losses(
         self,
         predict: Predict,
@@ -65,8 +70,8 @@ class SampledFaces:
         all steps of the sampling.
 
         Args:
-            wanted: embeddings [B, R, 512]. expected: where the face should be, [B]; it stands for one that is not
-                found, of which a base that draws poorly would learn nothing.
+            noise, wanted: on `device`; wanted are embeddings [B, R, 512]. expected: where the face should be, [B]; it
+                stands for one that is not found, of which a base that draws poorly would learn nothing.
         """
         calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -77,15 +82,15 @@ class SampledFaces:
 
         clean = losses.sample_few_steps(noted, noise, schedule, STEPS, gradient_steps=STEPS)
         images = self.vae.decode(clean / SCALE).sample.clamp(-1, 1)
-        pixels = ((images.detach() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        faces: list[Any] = [self._largest(image) or other for image, other in zip_longest(pixels, expected)]
+        faces = self._find(images.detach(), expected)
         seen = [row for row, face in enumerate(faces) if face is not None]
-        found = {"id": torch.zeros(())}
+        found = {"id": torch.zeros((), device=self.device)}
         if seen:
-            landmarks = torch.from_numpy(np.stack([faces[row].landmarks for row in seen])).float()
+            landmarks = torch.from_numpy(np.stack([faces[row].landmarks for row in seen])).float().to(self.device)
             found["id"] = losses.id_loss(self.embed(images[seen], landmarks), wanted[seen])
         if scene is not None:
             outside = torch.from_numpy(np.stack([_outside(face, noise.shape[-1]) for face in faces]))[:, None]
+            outside = outside.to(self.device)
             with torch.no_grad():
                 before = [scene(x, t) for x, t, _ in calls]
             kept = [losses.diffusion_loss(v * outside, was * outside) for (_, _, v), was in zip(calls, before)]
@@ -97,7 +102,7 @@ class SampledFaces:
         recognizers: [B, R, 512]."""
         found = []
         for one in self.recognisers:
-            points = torch.from_numpy(one.kind.points)
+            points = torch.from_numpy(one.kind.points).to(images.device)
             found.append(one.embed(losses.align_faces(images, landmarks, points, one.kind.size)))
         return torch.stack(found, 1)
 
@@ -105,8 +110,13 @@ class SampledFaces:
     def embed_people(self, faces: Faces, who: np.ndarray, rng: np.random.Generator) -> Tensor:
         """Embeds a drawn face of each of the people `who` [B]: [B, R, 512]."""
         rows = [int(rng.choice(np.flatnonzero(faces.identity == number))) for number in who]
-        images = to_input(faces.images[faces.image[rows]])
-        return self.embed(images, torch.from_numpy(faces.landmarks[rows]).float())
+        images = to_input(faces.images[faces.image[rows]]).to(self.device)
+        return self.embed(images, torch.from_numpy(faces.landmarks[rows]).float().to(self.device))
+
+    def _find(self, images: Tensor, expected: Sequence[Detection | None]) -> list[Any]:
+        """Finds the largest face of each image, [B, 3, H, W] in -1..1, or else returns the expected one, or None."""
+        pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [self._largest(image) or other for image, other in zip_longest(pixels, expected)]
 
     def _largest(self, image: np.ndarray) -> Any:
         """Finds the largest face of an image, uint8 RGB [H, W, 3], or None."""
@@ -124,13 +134,13 @@ def _outside(face: Any, side: int) -> np.ndarray:
     return mask
 
 
-def load(folder: Path) -> SampledFaces:
-    """Loads autoencoder, recognizers and detector from a training folder, with frozen weights."""
+def load(folder: Path, device: str = "cpu") -> SampledFaces:
+    """Loads autoencoder, recognizers and detector (on the CPU) from a training folder, with frozen weights."""
     from lib_pulid.face_models import InsightFaceDetector
 
     made = folder / "miniature"
-    vae = load_autoencoder(folder / FILE).eval().requires_grad_(False)
-    recognisers = [load_recogniser(made, name) for name in RECOGNISERS]
+    vae = load_autoencoder(folder / FILE).eval().requires_grad_(False).to(device)
+    recognisers = [load_recogniser(made, name).to(device) for name in RECOGNISERS]
     return SampledFaces(vae, recognisers, InsightFaceDetector(made / "detector.onnx"))
 
 
@@ -155,6 +165,7 @@ class PeopleInWords:
         prompts, wanted, expected = self.sample(batch, np.random.default_rng([26, step]))
         text = base.text(prompts)
         noise = torch.randn(batch, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(10**7 + step))
+        noise = noise.to(self.reader.device)
         scene = None if before is None else lambda x, t: before.predict(x, t, *text)
         return self.reader.losses(lambda x, t: base.predict(x, t, *text), noise, base.schedule, wanted, scene, expected)
 
