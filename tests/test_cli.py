@@ -510,7 +510,7 @@ def test_a_base_model_below_the_home_folder(monkeypatch, tmp_path):
 
 
 def test_without_a_home(monkeypatch):
-    """A container's user without a name: `~` leads nowhere, and that is no reason to fail."""
+    """In a container the user may have no home folder, which must not be an error."""
     for name in ("expanduser", "home"):
         monkeypatch.setattr(Path, name, Mock(side_effect=RuntimeError("Could not determine home directory.")))
     for name in ("HF_HUB_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE", "TORCH_HOME", "XDG_CACHE_HOME"):

@@ -106,15 +106,15 @@ class Page:
         self.part("1_photos").locator("img").first.wait_for(state="visible", timeout=PATIENCE)
 
     def choose(self, field: Any, text: str) -> None:
-        """Selects an option of a list. field: its input. What the page is told meanwhile closes the list, so that it is
-        opened again."""
+        """Selects an option of a dropdown. field: its input. An update from the server may close the dropdown; then it
+        is opened again."""
         option = self.find(".options li, ul[role=listbox] li").filter(has_text=text).first
         for _ in range(20):
             field.evaluate("(input) => input.blur()")
             field.click()
             with contextlib.suppress(Exception):  # playwright's, after the five seconds
                 return option.click(timeout=5000)
-        raise Failed(f"there is no option {text}")
+        raise Failed(f"the dropdown has no option {text}")
 
     def set_number(self, name: str, value: float) -> None:
         field = self.part(name).locator("input[type=number]").first
