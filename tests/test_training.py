@@ -243,6 +243,12 @@ class TestFaces:
         assert losses.id_loss(a, 3 * a).item() == pytest.approx(0, abs=1e-6)
         assert losses.id_loss(a, -a).item() == pytest.approx(2, abs=1e-6)
 
+    def test_traits_loss(self):
+        """KL divergence in nats: 0 for the same odds, and (.9 against .5) .9 ln 1.8 + .1 ln .2; a mean over traits."""
+        wanted, even = torch.tensor([[0.9, 0.1]]).log(), torch.zeros(1, 2)
+        assert losses.traits_loss([wanted + 3], [wanted]).item() == pytest.approx(0, abs=1e-6)
+        assert losses.traits_loss([even, wanted], [wanted, wanted]).item() == pytest.approx(0.36806 / 2, abs=1e-5)
+
 
 class TestFromWhatIsShipped:
     @pytest.fixture(scope="class")
@@ -308,6 +314,22 @@ class TestFromWhatIsShipped:
         added[row, column] = 0.5
         assert self.sampled(blind(head), added)[1] == pytest.approx(counts * 0.5**2 / 16**2, rel=1e-4)
 
+    def test_traits_are_those_that_the_wide_recognizer_names(self, blind, head):
+        """The loss is 0 where the wanted embedding is the image's own, and grows with what that recognizer says."""
+        noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        faces = blind(head)
+        images = faces.vae.decode(
+            losses.sample_few_steps(lambda x, t: 0.1 * x, noise, base.Base.schedule) / autoencoder.SCALE
+        )
+        own = faces.embed(images.sample.clamp(-1, 1), torch.from_numpy(head.landmarks).float().expand(2, 5, 2))
+        narrow, wide = (own + 9 * cases.normal(2, 1, 2, 512) * torch.tensor(on)[:, None] for on in ([1, 0], [0, 1]))
+        same, by_narrow, by_wide = (
+            faces.losses(lambda x, t: 0.1 * x, noise, base.Base.schedule, wanted)["traits"].item()
+            for wanted in (own, narrow, wide)
+        )
+        assert same == by_narrow == pytest.approx(0, abs=1e-6)
+        assert by_wide > 0.01
+
     def test_a_face_that_is_not_found_is_looked_for_where_it_should_be(self, blind, head):
         everywhere = torch.full((16, 16), 0.5)
         assert self.sampled(blind(), everywhere) == (0, 0.25)
@@ -350,7 +372,7 @@ def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family):
         with torch.backends.cudnn.flags(enabled=False):  # its grid sampler needs content
             found = {"diffusion": trainer.diffusion(0, 2, rng), **trainer.lightning(0, 2, rng)}
             loss = adapters.total(found, family)
-    assert found.keys() >= {"diffusion", "id", "scene", "semantic", "layout"}
+    assert found.keys() == {"diffusion", "id", "traits", "scene", "semantic", "layout"}
     assert loss.device.type == "cuda" and loss.requires_grad
 
 

@@ -43,7 +43,8 @@ ID_DROPOUT = 0.1
 ID_WEIGHT = 1.0
 SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 40.0, 8.0  # of losses relative to the activations' power, see docs/training.md
 SCENE_WEIGHT = {"sdxl": 120.0, "flux": 15.0}
-LOSSES = ("diffusion", "id", "alignment", "scene")
+TRAITS_WEIGHT = 2.0
+LOSSES = ("diffusion", "id", "alignment", "scene", "traits")
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ class Trainer:
             predict, wanted = partial(self._predict, text, rows), self.reader.embed_people(self._faces, people, rng)
             plain = partial(self.base.predict, context=text[0], pooled=text[1]) if "scene" in self.losses else None
             expected = [expected_face(self.data.person(one), *asked) for one, asked in zip(people, zip(scenes, said))]
-            found |= self.reader.losses(predict, noise, self.base.schedule, wanted, plain, expected)
+            seen = self.reader.losses(predict, noise, self.base.schedule, wanted, plain, expected)
+            found |= {name: loss for name, loss in seen.items() if name in self.losses}
         return found
 
     def _alignment(self, noise: Tensor, text: tuple, rows: list, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -197,7 +199,7 @@ def fresh_adapter(base: Base | FluxBase, vit_width: int, seed: int) -> SDXLAdapt
 
 def total(found: dict[str, Tensor], family: str) -> Tensor:
     """Computes L_diff + L_align + L_id and the loss that keeps the scene, weighted."""
-    weights = {"diffusion": 1.0, "id": ID_WEIGHT, "scene": SCENE_WEIGHT[family]}
+    weights = {"diffusion": 1.0, "id": ID_WEIGHT, "scene": SCENE_WEIGHT[family], "traits": TRAITS_WEIGHT}
     weights |= {"semantic": SEMANTIC_WEIGHT, "layout": LAYOUT_WEIGHT}
     return torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
 
@@ -248,8 +250,8 @@ def train(args: argparse.Namespace) -> Trainer:
     wanted = args.losses.split(",")
     if unknown := set(wanted) - set(LOSSES):
         raise SystemExit(f"unknown losses: {', '.join(sorted(unknown))}; there are {', '.join(LOSSES)}")
-    if "scene" in wanted and "id" not in wanted:
-        raise SystemExit('the loss "scene" compares the steps of "id"; name both')
+    if {"scene", "traits"} & set(wanted) and "id" not in wanted:
+        raise SystemExit('the losses "scene" and "traits" are read off the images of "id"; name it, too')
     torch.manual_seed(args.seed)
     trainer = load_trainer(args.folder, args.family, args.people, args.photos, wanted, args.seed, args.device)
     has_sites = args.begin is not None and begin_from(trainer.adapter, args.begin)

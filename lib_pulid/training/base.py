@@ -224,7 +224,7 @@ def train(args: argparse.Namespace) -> Base | FluxBase:
             return loss, {}
         found = {"diffusion": loss, **people.losses(base, args.id_batch, step, before)}
         weights = {"diffusion": 1.0, "id": ID_WEIGHT[args.family], "scene": SCENE_WEIGHT}
-        weighted = torch.stack([weights[name] * value for name, value in found.items()])
+        weighted = torch.stack([weight * found[name] for name, weight in weights.items() if name in found])
         return weighted.sum(), {name: value.item() for name, value in found.items()}
 
     run.train(loss_of)

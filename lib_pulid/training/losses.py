@@ -11,7 +11,7 @@ The whole objective is L_diff + L_align + L_id. They serve at full size as well:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,6 +128,15 @@ def sample_few_steps(
 def id_loss(embedding: Tensor, wanted: Tensor) -> Tensor:
     """Computes 1 - cosine of face embeddings [B, 512], mean over the rows."""
     return 1 - F.cosine_similarity(embedding.float(), wanted.float(), dim=-1).mean()
+
+
+def traits_loss(logits: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Computes the Kullback-Leibler divergence of named traits, [B, values] each, mean over rows and traits.
+
+    Not the paper's. 0 where classifiers of faces (hair style, skin, ...) say the same of both.
+    """
+    pairs = [(a.float().log_softmax(-1), b.float().log_softmax(-1)) for a, b in zip(logits, wanted, strict=True)]
+    return torch.stack([F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in pairs]).mean()
 
 
 def align_faces(images: Tensor, landmarks: Tensor, template: Tensor, size: int) -> Tensor:

@@ -3,9 +3,9 @@ compare the faces in them with those that were wanted. There are two: the adapte
 the hair.
 
 An adapter is trained with it on people in photos. A base model is trained with it on people described in words, so that
-it learns to draw a face exactly, which the diffusion loss alone teaches slowly. Beside it, and not in the paper, stands
-a loss that keeps the scene: outside the head, each of the few steps has to predict what another denoiser does (a base:
-as it was before; an adapter: the base without the identity).
+it learns to draw a face exactly, which the diffusion loss alone teaches slowly. Beside it, and not in the paper, stand
+a loss on the traits that the wider recognizer names, and one that keeps the scene: outside the head, each of the few
+steps has to predict what another denoiser does (a base: as it was before; an adapter: the base without the identity).
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class SampledFaces:
         scene: Predict | None = None,
         expected: Sequence[Detection | None] = (),
     ) -> dict[str, Tensor]:
-        """Computes "id", the mean of 1 - cosine over the images in which a face is found; 0 if there is none.
+        """Computes "id", the mean of 1 - cosine over the images in which a face is found, and "traits", how far the
+        traits that the last recognizer names are from those wanted; 0 without a face.
 
         With `scene`, also "scene": the mean squared difference between the predictions of both, outside the heads, at
         all steps of the sampling.
@@ -84,10 +85,12 @@ class SampledFaces:
         images = self.vae.decode(clean / SCALE).sample.clamp(-1, 1)
         faces = self._find(images.detach(), expected)
         seen = [row for row, face in enumerate(faces) if face is not None]
-        found = {"id": torch.zeros((), device=self.device)}
+        found = dict.fromkeys(("id", "traits"), torch.zeros((), device=self.device))
         if seen:
             landmarks = torch.from_numpy(np.stack([faces[row].landmarks for row in seen])).float().to(self.device)
-            found["id"] = losses.id_loss(self.embed(images[seen], landmarks), wanted[seen])
+            embeddings = self.embed(images[seen], landmarks)
+            found["id"] = losses.id_loss(embeddings, wanted[seen])
+            found["traits"] = losses.traits_loss(self.traits(embeddings), self.traits(wanted[seen]))
         if scene is not None:
             outside = torch.from_numpy(np.stack([_outside(face, noise.shape[-1]) for face in faces]))[:, None]
             outside = outside.to(self.device)
@@ -105,6 +108,10 @@ class SampledFaces:
             points = torch.from_numpy(one.kind.points).to(images.device)
             found.append(one.embed(losses.align_faces(images, landmarks, points, one.kind.size)))
         return torch.stack(found, 1)
+
+    def traits(self, embeddings: Tensor) -> list[Tensor]:
+        """Computes logits [B, values] of each trait from embeddings [B, R, 512], by the last recognizer's heads."""
+        return [head(embeddings[:, -1]) for head in self.recognisers[-1].heads.values()]
 
     @torch.no_grad()
     def embed_people(self, faces: Faces, who: np.ndarray, rng: np.random.Generator) -> Tensor:
