@@ -174,7 +174,14 @@ def test_the_page_follows_the_model(host, files):
     from lib_pulid.webui.following import FOLLOWING, Following
 
     following = Following(host.library, lambda name: "sdxl")
-    values = {"weight": 0.8, "fusion": "id_mix", "projection": "ortho_v2", "num_zero": 20, "start_step": 0}
+    values = {
+        "weight": 0.8,
+        "preset": "custom",
+        "fusion": "id_mix",
+        "projection": "ortho_v2",
+        "num_zero": 20,
+        "start_step": 0,
+    }
 
     def follow(model: str, **changed: Any) -> list[Any]:
         given = {**values, "model": model, **changed}

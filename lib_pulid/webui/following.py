@@ -31,7 +31,8 @@ from lib_pulid.webui.presets import SAVED
 PRESET_FIELDS = ("projection", "num_zero", "start_step")  # the fields that presets set
 # The first settings of the rows that only some methods have.
 ROWS = ("projection", "start_step", "lora_weight", "identity_net")
-FOLLOWING = ("weight", "fusion", *PRESET_FIELDS, "model")  # what is read when the checkpoint or the model changes
+# What is read when the checkpoint or the model changes.
+FOLLOWING = ("weight", "preset", "fusion", *PRESET_FIELDS, "model")
 
 
 class Following:
@@ -139,14 +140,16 @@ class Following:
         return self._library.adapters.method_of(model) or (usual(family) if family else None)
 
 
-def _for_method(family: str, method: Method | None, fusion: str, *values: Any) -> list[Any]:
-    """method: see `Following._method`."""
+def _for_method(family: str, method: Method | None, preset: str, fusion: str, *values: Any) -> list[Any]:
+    """method: see `Following._method`. A value that stays is not sent: it may have changed on the page meanwhile."""
     fusions = [one for one in FIELD["fusion"].choices if one != "id_mix" or method is None or _may_mix(method)]
     has_preset = method is None or has(method, "preset")
-    preset = {"value": _preset_name(family, values), "info": PRESET_TIPS[family]} if family and has_preset else {}
+    shown: dict[str, Any] = {"info": PRESET_TIPS[family]} if family and has_preset else {}
+    if shown and (name := _preset_name(family, values)) != preset:
+        shown["value"] = name
     return [
-        gr.update(choices=preset_choices(family), visible=has_preset, **preset),
-        gr.update(choices=fusions, value=fusion if fusion in fusions else FIELD["fusion"].default),
+        gr.update(choices=preset_choices(family), visible=has_preset, **shown),
+        gr.update(choices=fusions, **({} if fusion in fusions else {"value": FIELD["fusion"].default})),
         *(gr.update(visible=is_shown(name, family, method)) for name in ROWS),
     ]
 
