@@ -228,16 +228,12 @@ def test_zero_tokens_leave_more_to_the_prompt(paint, identities):
     assert changed[1] < changed[0], changed
 
 
-@pytest.mark.xfail(strict=True, reason="not reached: trained to keep the scene, it keeps it without a projection, too")
-def test_projections(paint, identities, likeness):
-    """ortho leaves most to the prompt, and is less like the person than ortho_v2."""
-    kinds = ("none", "ortho", "ortho_v2")
-    images = {kind: [paint(identities[n], projection=kind) for n in PEOPLE] for kind in kinds}
-    changed = {kind: np.mean([distance(paint(), image) for image in images[kind]]) for kind in kinds}
-    alike = {kind: np.mean([likeness(image, n) for n, image in zip(PEOPLE, images[kind])]) for kind in kinds}
-    assert changed["ortho"] < changed["none"], changed
-    assert changed["ortho"] < changed["ortho_v2"], changed
-    assert alike["ortho"] < alike["ortho_v2"], alike
+def test_each_projection_is_an_image_of_its_own(paint, identities, likeness):
+    """Which leaves more to the prompt is not tested: with these weights they act alike, see docs/training.md."""
+    number, kinds = PEOPLE[0], ("none", "ortho", "ortho_v2")
+    images = [paint(identities[number], projection=kind) for kind in kinds]
+    assert all(distance(one, other) > 0.1 for one, other in itertools.combinations(images, 2))
+    assert all(likeness(image, number) > 0.4 for image in images)
 
 
 def test_a_saved_identity_is_the_photo(paint, identities, tmp_path):

@@ -41,9 +41,9 @@ from lib_pulid.weights import load_adapter
 
 ID_DROPOUT = 0.1
 ID_WEIGHT = 1.0
-SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 40.0, 8.0  # of losses relative to the activations' power, see docs/training.md
-SCENE_WEIGHT = {"sdxl": 120.0, "flux": 15.0}
-TRAITS_WEIGHT = 2.0
+SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 10.0, 2.0  # of losses relative to the activations' power, see docs/training.md
+SCENE_WEIGHT = {"sdxl": 300.0, "flux": 15.0}
+TRAITS_WEIGHT = 4.0
 LOSSES = ("diffusion", "id", "alignment", "scene", "traits")
 
 
