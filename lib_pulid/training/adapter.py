@@ -3,7 +3,7 @@
     python -m lib_pulid.training.adapter --folder .training --losses diffusion            the base of the ablation
     python -m lib_pulid.training.adapter --folder .training --losses diffusion,id
     python -m lib_pulid.training.adapter --folder .training --losses diffusion,id,alignment
-    python -m lib_pulid.training.adapter --folder .training --losses diffusion,id,alignment,scene    not in the paper
+    python -m lib_pulid.training.adapter --folder .training --losses diffusion,id,traits,scene    the last two not in it
     python -m lib_pulid.training.adapter --folder .training --family flux --begin PULID_FILE_FOR_SDXL
 
 Each step shows one photo of a person to the encoders and asks for another image of the same person, whose prompt says
@@ -198,7 +198,7 @@ def fresh_adapter(base: Base | FluxBase, vit_width: int, seed: int) -> SDXLAdapt
 
 
 def total(found: dict[str, Tensor], family: str) -> Tensor:
-    """Computes L_diff + L_align + L_id and the loss that keeps the scene, weighted."""
+    """Computes L_diff + L_align + L_id and the losses on traits and scene, weighted."""
     weights = {"diffusion": 1.0, "id": ID_WEIGHT, "scene": SCENE_WEIGHT[family], "traits": TRAITS_WEIGHT}
     weights |= {"semantic": SEMANTIC_WEIGHT, "layout": LAYOUT_WEIGHT}
     return torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
@@ -251,7 +251,7 @@ def train(args: argparse.Namespace) -> Trainer:
     if unknown := set(wanted) - set(LOSSES):
         raise SystemExit(f"unknown losses: {', '.join(sorted(unknown))}; there are {', '.join(LOSSES)}")
     if {"scene", "traits"} & set(wanted) and "id" not in wanted:
-        raise SystemExit('the losses "scene" and "traits" are read off the images of "id"; name it, too')
+        raise SystemExit('the losses "scene" and "traits" need the images of "id"; name it, too')
     torch.manual_seed(args.seed)
     trainer = load_trainer(args.folder, args.family, args.people, args.photos, wanted, args.seed, args.device)
     has_sites = args.begin is not None and begin_from(trainer.adapter, args.begin)
