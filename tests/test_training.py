@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lib_pulid import miniature
-from lib_pulid.faces import Detection
+from lib_pulid.faces import CROP_SIZE, Detection
 from lib_pulid.identity import Identity
 from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.miniature import unpack
@@ -281,11 +281,13 @@ class TestFromWhatIsShipped:
 
     @pytest.fixture(scope="class")
     def blind(self, folder):
-        """Reads sampled images in which it finds the faces that it is given."""
-        faces = sampled_faces.load(folder)
+        """Reads sampled images with the faces that it is given; their heads are the inner quarter of the crop."""
+        faces, labels = sampled_faces.load(folder), np.zeros((CROP_SIZE, CROP_SIZE), int)
+        labels[128:384, 128:384] = 1
 
         def finding(*found: Any) -> sampled_faces.SampledFaces:
-            return replace(faces, detector=SimpleNamespace(detect=lambda image: list(found)))
+            detector = SimpleNamespace(detect=lambda image: list(found))
+            return replace(faces, detector=detector, parser=SimpleNamespace(labels=lambda crop: labels))
 
         return finding
 
@@ -308,11 +310,20 @@ class TestFromWhatIsShipped:
 
     @pytest.mark.parametrize(("row", "column", "counts"), [(0, 0, 1), (12, 0, 1), (8, 8, 0)])
     def test_the_scene_is_compared_outside_the_head(self, blind, head, row, column, counts):
-        """The other denoiser differs in one latent."""
+        """The other denoiser differs in one latent; without a face, all of the image is the scene."""
         added = torch.zeros(16, 16)
         assert self.sampled(blind(head), added)[1] == 0
         added[row, column] = 0.5
-        assert self.sampled(blind(head), added)[1] == pytest.approx(counts * 0.5**2 / 16**2, rel=1e-4)
+        everywhere = self.sampled(blind(), added)[1]
+        assert self.sampled(blind(head), added)[1] == pytest.approx(counts * everywhere, rel=1e-4)
+        assert everywhere > 0
+
+    def test_the_scene_is_compared_as_clean_latents(self, blind, monkeypatch):
+        """In one step from noise alone: they differ by sigma times what the predictions do."""
+        monkeypatch.setattr(sampled_faces, "STEPS", 1)
+        sigma = base.Base.schedule.sigmas[-1].item()
+        found = self.sampled(blind(), torch.full((16, 16), 0.5))[1]
+        assert found == pytest.approx((0.5 * sigma) ** 2, rel=1e-4)
 
     def test_traits_are_those_that_the_wide_recognizer_names(self, blind, head):
         """The loss is 0 where the wanted embedding is the image's own, and grows with what that recognizer says."""
@@ -332,7 +343,7 @@ class TestFromWhatIsShipped:
 
     def test_a_face_that_is_not_found_is_looked_for_where_it_should_be(self, blind, head):
         everywhere = torch.full((16, 16), 0.5)
-        assert self.sampled(blind(), everywhere) == (0, 0.25)
+        assert self.sampled(blind(), everywhere)[0] == 0
         one, both = (self.sampled(blind(), everywhere, expected) for expected in ([None, head], [head, head]))
         assert one[0] > 0
         assert both == self.sampled(blind(head), everywhere, [None, None]) != one
@@ -355,6 +366,7 @@ def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family):
     photos = Photos(torch.zeros(4, 1280), np.zeros((4, 5, 577, 64), np.float16), people, SCENES_EACH * people)
     face = Detection(np.array([40.0, 40, 80, 90], np.float32), np.array(ARCFACE_POINTS, np.float32), 1.0)
     monkeypatch.setattr(sampled_faces.SampledFaces, "_find", lambda self, images, expected: [face] * len(images))
+    monkeypatch.setattr(sampled_faces.SampledFaces, "_heads", lambda self, images, faces: images[:, 0] > 0)
     monkeypatch.setattr(adapters, "faces_of", lambda data: None)
     sample = losses.sample_few_steps
     monkeypatch.setattr(losses, "sample_few_steps", lambda *args, **steps: sample(*args[:3], 1, 1))
@@ -364,7 +376,7 @@ def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family):
         with torch.device("cuda"):
             model = (base.Base() if family == "sdxl" else flux.FluxBase(base.TextEncoders())).requires_grad_(False)
             recognisers = [readers.Reader(readers.KINDS[name]).eval() for name in readers.RECOGNISERS]
-            reader = sampled_faces.SampledFaces(autoencoder.build(), recognisers, None)
+            reader = sampled_faces.SampledFaces(autoencoder.build(), recognisers, None, None)
             adapter, wanted = adapters.fresh_adapter(model, 64, seed=0), torch.zeros(2, 2, 512)
         monkeypatch.setattr(sampled_faces.SampledFaces, "embed_people", lambda self, faces, who, rng: wanted)
         trainer = adapters.Trainer(model, adapter, photos, data, latents, reader, adapters.LOSSES)

@@ -14,18 +14,15 @@ from lib_pulid.evaluate.clip import Clip
 from lib_pulid.evaluate.judges import FaceJudge
 from lib_pulid.evaluate.measures import change, copy_paste, cosine, kept, mean, pose
 from lib_pulid.evaluate.subjects import Prompt, Subject
-from lib_pulid.faces import CROP_BORDER_BGR, CROP_LANDMARKS, CROP_SIZE, Detection, FaceModels, order_faces
+from lib_pulid.faces import Detection, FaceModels, order_faces
+from lib_pulid.head import head_mask
 from lib_pulid.images import resize_long_edge
 from lib_pulid.injection import Injection
-from lib_pulid.judge import Judge, Reading, similarity
+from lib_pulid.judge import Judge, Reading
 from lib_pulid.standalone import Workshop
 from lib_pulid.weights import Adapter
 
 WITHOUT = "without"
-NOT_HEAD = (0, 16)  # BiSeNet's background and cloth
-# The parser's own crop cuts off long or high hair; a wider crop labels the rest.
-ZOOMS = (0.75, 1.0)
-MARGIN = 3 / 128  # of the image's long edge, around a head
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,23 +75,10 @@ class Panel:
 
     def head(self, look: Look) -> np.ndarray:
         """Finds the head with hair, neck and a small margin: bool [H, W]; all False without a face."""
-        import cv2
-
-        height, width = look.image.shape[:2]
         if look.face is None:
-            return np.zeros((height, width), bool)
+            return np.zeros(look.image.shape[:2], bool)
         assert self.models.parser is not None, "PuLID has one"
-        head = np.zeros((height, width), np.uint8)
-        crop, border = (CROP_SIZE, CROP_SIZE), CROP_BORDER_BGR[::-1]
-        flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
-        for zoom in ZOOMS:
-            matrix = similarity(look.face.landmarks, (CROP_LANDMARKS - CROP_SIZE / 2) * zoom + CROP_SIZE / 2)
-            labels = self.models.parser.labels(cv2.warpAffine(look.image, matrix, crop, borderValue=border))
-            shown = 1 + (~np.isin(labels, NOT_HEAD)).astype(np.uint8)  # 0 is outside the crop
-            back = cv2.warpAffine(shown, matrix, (width, height), flags=flags)
-            head[back > 0] = back[back > 0] - 1
-        margin = 2 * round(MARGIN * max(height, width)) + 1
-        return cv2.dilate(head, np.ones((margin, margin), np.uint8)) > 0
+        return head_mask(look.image, look.face.landmarks, self.models.parser)
 
 
 @dataclass(frozen=True)

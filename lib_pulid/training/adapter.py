@@ -211,7 +211,7 @@ def load_trainer(
     folder: Path, family: str, people: int, photos: int, wanted: Sequence[str], seed: int, device: str = "cpu"
 ) -> Trainer:
     """Loads everything that training needs from the files of the earlier steps; photos are read on the CPU."""
-    from lib_pulid.face_models import ArcFaceRecogniser, OnnxParser
+    from lib_pulid.face_models import ArcFaceRecogniser
     from lib_pulid.faces import FaceModels
     from lib_pulid.training import sampled_faces
     from lib_pulid.vision import load_vision_tower
@@ -223,7 +223,7 @@ def load_trainer(
         detector=reader.detector,
         recogniser=ArcFaceRecogniser(made / "recogniser.onnx"),
         landmarker=None,
-        parser=OnnxParser(made / "parser.onnx"),
+        parser=reader.parser,
     )
     tower = load_vision_tower(next(made.glob("tower.*")))
     adapter = fresh_adapter(base, tower.trunk.embed_dim, seed).to(device)  # type: ignore[arg-type]

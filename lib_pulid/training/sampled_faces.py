@@ -4,8 +4,9 @@ the hair.
 
 An adapter is trained with it on people in photos. A base model is trained with it on people described in words, so that
 it learns to draw a face exactly, which the diffusion loss alone teaches slowly. Beside it, and not in the paper, stand
-a loss on the traits that the wider recognizer names, and one that keeps the scene: outside the head, each of the few
-steps has to predict what another denoiser does (a base: as it was before; an adapter: the base without the identity).
+a loss on the traits that the wider recognizer names, and one that keeps the scene: outside the head, the image has to
+be that of another denoiser (a base: as it was before; an adapter: the base without the identity), from the first of the
+few steps to the last.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lib_pulid.faces import Detection
+from lib_pulid.faces import Detection, Detector, Parser
+from lib_pulid.head import head_mask
 from lib_pulid.training import losses, world
 from lib_pulid.training.autoencoder import FILE, SCALE
 from lib_pulid.training.autoencoder import load as load_autoencoder
@@ -32,8 +35,6 @@ from lib_pulid.training.readers import RECOGNISERS, Reader, load_recogniser
 from lib_pulid.training.schedule import Schedule
 
 STEPS = 4
-# How far a head with hair and neck reaches beyond the face's box, in parts of its width and height: x0, y0, x1, y1.
-AROUND_FACE = (-0.4, -0.5, 0.4, 0.35)
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, C, h, w], steps t [B]) -> v
 
@@ -43,12 +44,14 @@ class SampledFaces:
     """What reads the sampled images.
 
     Args:
-        vae: the autoencoder. recognisers: differentiable, with the crops that they take. detector: `faces.Detector`.
+        vae: the autoencoder. recognisers: differentiable, with the crops that they take. parser: tells heads from the
+            scene.
     """
 
     vae: Any
     recognisers: Sequence[Reader]
-    detector: Any
+    detector: Detector
+    parser: Parser
 
     @property
     def device(self) -> torch.device:
@@ -67,23 +70,16 @@ class SampledFaces:
         """Computes "id", the mean of 1 - cosine over the images in which a face is found, and "traits", how far the
         traits that the last recognizer names are from those wanted; 0 without a face.
 
-        With `scene`, also "scene": the mean squared difference between the predictions of both, outside the heads, at
-        all steps of the sampling.
+        With `scene`, also "scene": it samples from the same noise, and the loss is the mean squared difference between
+        the clean latents that both expect, outside the heads in both images, at all steps.
 
         Args:
             noise, wanted: on `device`; wanted are embeddings [B, R, 512]. expected: where the face should be, [B]; it
                 stands for one that is not found, of which a base that draws poorly would learn nothing.
         """
-        calls: list[tuple[Tensor, Tensor, Tensor]] = []
-
-        def noted(x: Tensor, t: Tensor) -> Tensor:
-            v = predict(x, t)
-            calls.append((x.detach(), t, v))
-            return v
-
-        clean = losses.sample_few_steps(noted, noise, schedule, STEPS, gradient_steps=STEPS)
-        images = self.vae.decode(clean / SCALE).sample.clamp(-1, 1)
-        faces = self._find(images.detach(), expected)
+        estimates = _estimates(predict, noise, schedule)
+        images = self._decode(estimates[-1])
+        faces = self._find(images, expected)
         seen = [row for row, face in enumerate(faces) if face is not None]
         found = dict.fromkeys(("id", "traits"), torch.zeros((), device=self.device))
         if seen:
@@ -92,11 +88,12 @@ class SampledFaces:
             found["id"] = losses.id_loss(embeddings, wanted[seen])
             found["traits"] = losses.traits_loss(self.traits(embeddings), self.traits(wanted[seen]))
         if scene is not None:
-            outside = torch.from_numpy(np.stack([_outside(face, noise.shape[-1]) for face in faces]))[:, None]
-            outside = outside.to(self.device)
             with torch.no_grad():
-                before = [scene(x, t) for x, t, _ in calls]
-            kept = [losses.diffusion_loss(v * outside, was * outside) for (_, _, v), was in zip(calls, before)]
+                before = _estimates(scene, noise, schedule)
+                plain = self._decode(before[-1])
+            heads = self._heads(images, faces) | self._heads(plain, self._find(plain, expected))
+            outside = 1 - F.avg_pool2d(heads[:, None].float(), images.shape[-1] // noise.shape[-1])
+            kept = [losses.diffusion_loss(a * outside, b * outside) for a, b in zip(estimates, before)]
             found["scene"] = torch.stack(kept).mean()
         return found
 
@@ -120,10 +117,20 @@ class SampledFaces:
         images = to_input(faces.images[faces.image[rows]]).to(self.device)
         return self.embed(images, torch.from_numpy(faces.landmarks[rows]).float().to(self.device))
 
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents / SCALE).sample.clamp(-1, 1)
+
     def _find(self, images: Tensor, expected: Sequence[Detection | None]) -> list[Any]:
         """Finds the largest face of each image, [B, 3, H, W] in -1..1, or else returns the expected one, or None."""
-        pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return [self._largest(image) or other for image, other in zip_longest(pixels, expected)]
+        return [self._largest(image) or other for image, other in zip_longest(_pixels(images), expected)]
+
+    def _heads(self, images: Tensor, faces: Sequence[Detection | None]) -> Tensor:
+        """Finds the heads that belong to faces: bool [B, H, W], on the images' device."""
+        masks = [
+            np.zeros(image.shape[:2], bool) if face is None else head_mask(image, face.landmarks, self.parser)
+            for image, face in zip(_pixels(images), faces, strict=True)
+        ]
+        return torch.from_numpy(np.stack(masks)).to(images.device)
 
     def _largest(self, image: np.ndarray) -> Any:
         """Finds the largest face of an image, uint8 RGB [H, W, 3], or None."""
@@ -131,24 +138,34 @@ class SampledFaces:
         return max(found, key=lambda face: float(np.prod(face.box[2:] - face.box[:2])), default=None)
 
 
-def _outside(face: Any, side: int) -> np.ndarray:
-    """Makes a mask of latents, float32 [side, side]: 0 on the head with hair and neck, 1 elsewhere."""
-    mask = np.ones((side, side), np.float32)
-    if face is not None:
-        span = np.tile(face.box[2:] - face.box[:2], 2)
-        x0, y0, x1, y1 = ((face.box + span * AROUND_FACE) * side / SIZE).round().astype(int).clip(0, side)
-        mask[y0:y1, x0:x1] = 0
-    return mask
+def _estimates(predict: Predict, noise: Tensor, schedule: Schedule) -> list[Tensor]:
+    """Samples in a few steps: the clean latents [B, C, h, w] that each of them expects; the last are the image's."""
+    found = []
+
+    def noted(x: Tensor, t: Tensor) -> Tensor:
+        v = predict(x, t)
+        found.append(schedule.split(x, v, t)[0])
+        return v
+
+    losses.sample_few_steps(noted, noise, schedule, STEPS, gradient_steps=STEPS)
+    return found
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    """Turns images [B, 3, H, W] in -1..1 into uint8 RGB [B, H, W, 3]."""
+    return ((images.detach() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def load(folder: Path, device: str = "cpu") -> SampledFaces:
-    """Loads autoencoder, recognizers and detector (on the CPU) from a training folder, with frozen weights."""
-    from lib_pulid.face_models import InsightFaceDetector
+    """Loads autoencoder, recognizers, and detector and parser (both on the CPU) from a training folder, with frozen
+    weights."""
+    from lib_pulid.face_models import InsightFaceDetector, OnnxParser
 
     made = folder / "miniature"
     vae = load_autoencoder(folder / FILE).eval().requires_grad_(False).to(device)
     recognisers = [load_recogniser(made, name).to(device) for name in RECOGNISERS]
-    return SampledFaces(vae, recognisers, InsightFaceDetector(made / "detector.onnx"))
+    detector, parser = InsightFaceDetector(made / "detector.onnx"), OnnxParser(made / "parser.onnx")
+    return SampledFaces(vae, recognisers, detector, parser)
 
 
 def expected_face(person: world.Person, scene: world.Scene, said: Collection[str]) -> Detection | None:
