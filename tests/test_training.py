@@ -250,6 +250,13 @@ class TestFaces:
         assert losses.traits_loss([even, wanted], [wanted, wanted]).item() == pytest.approx(0.36806 / 2, abs=1e-5)
 
 
+def wanted(embeddings: Tensor, heads: Any = None, landmarks: Any = ARCFACE_POINTS) -> sampled_faces.Wanted:
+    """People with embeddings [B, R, 512]; without heads, bool [B, 128, 128], unless they are given."""
+    rows = len(embeddings)
+    heads = np.zeros((rows, 128, 128), bool) if heads is None else heads
+    return sampled_faces.Wanted(embeddings, heads, np.broadcast_to(landmarks, (rows, 5, 2)))
+
+
 class TestFromWhatIsShipped:
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory):
@@ -299,12 +306,14 @@ class TestFromWhatIsShipped:
         return found
 
     @staticmethod
-    def sampled(faces: sampled_faces.SampledFaces, added: Tensor, expected: Sequence = ()) -> tuple[float, float]:
+    def sampled(
+        faces: sampled_faces.SampledFaces, added: Tensor, expected: Sequence = (), asked: Any = None
+    ) -> tuple[float, float]:
         """The losses "id" and "scene", where the other denoiser's predictions differ by `added`."""
         noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-        wanted = torch.ones(2, 2, 512)
+        asked = asked or wanted(torch.ones(2, 2, 512))
         made = faces.losses(
-            lambda x, t: 0.1 * x, noise, base.Base.schedule, wanted, lambda x, t: 0.1 * x + added, expected
+            lambda x, t: 0.1 * x, noise, base.Base.schedule, asked, lambda x, t: 0.1 * x + added, expected
         )
         return made["id"].item(), made["scene"].item()
 
@@ -317,6 +326,14 @@ class TestFromWhatIsShipped:
         everywhere = self.sampled(blind(), added)[1]
         assert self.sampled(blind(head), added)[1] == pytest.approx(counts * everywhere, rel=1e-4)
         assert everywhere > 0
+
+    def test_a_head_may_grow_to_that_of_the_person_wanted(self, blind, head):
+        """In the other image the face is a quarter higher, and there is hair in the corner below."""
+        added, hair = torch.zeros(16, 16), np.zeros((2, 128, 128), bool)
+        added[13, 1], hair[:, 72:88, :24] = 0.5, True
+        higher = wanted(torch.ones(2, 2, 512), hair, head.landmarks - (0, 32))
+        assert self.sampled(blind(head), added)[1] > 0
+        assert self.sampled(blind(head), added, asked=higher)[1] == 0
 
     def test_the_scene_is_compared_as_clean_latents(self, blind, monkeypatch):
         """In one step from noise alone: they differ by sigma times what the predictions do."""
@@ -335,8 +352,8 @@ class TestFromWhatIsShipped:
         own = faces.embed(images.sample.clamp(-1, 1), torch.from_numpy(head.landmarks).float().expand(2, 5, 2))
         narrow, wide = (own + 9 * cases.normal(2, 1, 2, 512) * torch.tensor(on)[:, None] for on in ([1, 0], [0, 1]))
         same, by_narrow, by_wide = (
-            faces.losses(lambda x, t: 0.1 * x, noise, base.Base.schedule, wanted)["traits"].item()
-            for wanted in (own, narrow, wide)
+            faces.losses(lambda x, t: 0.1 * x, noise, base.Base.schedule, wanted(seen))["traits"].item()
+            for seen in (own, narrow, wide)
         )
         assert same == by_narrow == pytest.approx(0, abs=1e-6)
         assert by_wide > 0.01
@@ -366,7 +383,9 @@ def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family):
     photos = Photos(torch.zeros(4, 1280), np.zeros((4, 5, 577, 64), np.float16), people, SCENES_EACH * people)
     face = Detection(np.array([40.0, 40, 80, 90], np.float32), np.array(ARCFACE_POINTS, np.float32), 1.0)
     monkeypatch.setattr(sampled_faces.SampledFaces, "_find", lambda self, images, expected: [face] * len(images))
-    monkeypatch.setattr(sampled_faces.SampledFaces, "_heads", lambda self, images, faces: images[:, 0] > 0)
+    monkeypatch.setattr(
+        sampled_faces.SampledFaces, "_heads", lambda self, images, faces: np.ones((len(images), 128, 128), bool)
+    )
     monkeypatch.setattr(adapters, "faces_of", lambda data: None)
     sample = losses.sample_few_steps
     monkeypatch.setattr(losses, "sample_few_steps", lambda *args, **steps: sample(*args[:3], 1, 1))
@@ -377,8 +396,8 @@ def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family):
             model = (base.Base() if family == "sdxl" else flux.FluxBase(base.TextEncoders())).requires_grad_(False)
             recognisers = [readers.Reader(readers.KINDS[name]).eval() for name in readers.RECOGNISERS]
             reader = sampled_faces.SampledFaces(autoencoder.build(), recognisers, None, None)
-            adapter, wanted = adapters.fresh_adapter(model, 64, seed=0), torch.zeros(2, 2, 512)
-        monkeypatch.setattr(sampled_faces.SampledFaces, "embed_people", lambda self, faces, who, rng: wanted)
+            adapter, asked = adapters.fresh_adapter(model, 64, seed=0), wanted(torch.zeros(2, 2, 512))
+        monkeypatch.setattr(sampled_faces.SampledFaces, "read_people", lambda self, faces, who, rng: asked)
         trainer = adapters.Trainer(model, adapter, photos, data, latents, reader, adapters.LOSSES)
         rng = np.random.default_rng(0)
         with torch.backends.cudnn.flags(enabled=False):  # its grid sampler needs content

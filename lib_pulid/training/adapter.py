@@ -148,7 +148,7 @@ class Trainer:
             found |= self._alignment(noise, text, rows, rng)
         if "id" in self.losses:
             people = self.photos.person[who]
-            predict, wanted = partial(self._predict, text, rows), self.reader.embed_people(self._faces, people, rng)
+            predict, wanted = partial(self._predict, text, rows), self.reader.read_people(self._faces, people, rng)
             plain = partial(self.base.predict, context=text[0], pooled=text[1]) if "scene" in self.losses else None
             expected = [expected_face(self.data.person(one), *asked) for one, asked in zip(people, zip(scenes, said))]
             seen = self.reader.losses(predict, noise, self.base.schedule, wanted, plain, expected)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lib_pulid.faces import Detection, Detector, Parser
 from lib_pulid.head import head_mask
+from lib_pulid.judge import similarity
 from lib_pulid.training import losses, world
 from lib_pulid.training.autoencoder import FILE, SCALE
 from lib_pulid.training.autoencoder import load as load_autoencoder
@@ -37,6 +38,27 @@ from lib_pulid.training.schedule import Schedule
 STEPS = 4
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, C, h, w], steps t [B]) -> v
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The people asked for, as they are seen in another image of each.
+
+    Args:
+        embeddings: [B, R, 512], by each of the recognizers. heads: `head.head_mask`, bool [B, H, W]. landmarks: of the
+            faces, [B, 5, 2] in pixels.
+    """
+
+    embeddings: Tensor
+    heads: np.ndarray
+    landmarks: np.ndarray
+
+    def head_on(self, row: int, landmarks: np.ndarray, side: int) -> np.ndarray:
+        """Moves a person's head onto a face with other landmarks [5, 2]: bool [side, side]."""
+        import cv2
+
+        moved = similarity(self.landmarks[row], landmarks)
+        return cv2.warpAffine(self.heads[row].astype(np.uint8), moved, (side, side), flags=cv2.INTER_NEAREST) > 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +85,7 @@ class SampledFaces:
         predict: Predict,
         noise: Tensor,
         schedule: Schedule,
-        wanted: Tensor,
+        wanted: Wanted,
         scene: Predict | None = None,
         expected: Sequence[Detection | None] = (),
     ) -> dict[str, Tensor]:
@@ -71,10 +93,11 @@ class SampledFaces:
         traits that the last recognizer names are from those wanted; 0 without a face.
 
         With `scene`, also "scene": it samples from the same noise, and the loss is the mean squared difference between
-        the clean latents that both expect, outside the heads in both images, at all steps.
+        the clean latents that both expect, at all steps; outside the heads in both images, and outside the head that
+        the person should have, so that it may grow to it.
 
         Args:
-            noise, wanted: on `device`; wanted are embeddings [B, R, 512]. expected: where the face should be, [B]; it
+            noise, wanted: on `device`. expected: where the face should be, [B]; it
                 stands for one that is not found, of which a base that draws poorly would learn nothing.
         """
         estimates = _estimates(predict, noise, schedule)
@@ -84,15 +107,19 @@ class SampledFaces:
         found = dict.fromkeys(("id", "traits"), torch.zeros((), device=self.device))
         if seen:
             landmarks = torch.from_numpy(np.stack([faces[row].landmarks for row in seen])).float().to(self.device)
-            embeddings = self.embed(images[seen], landmarks)
-            found["id"] = losses.id_loss(embeddings, wanted[seen])
-            found["traits"] = losses.traits_loss(self.traits(embeddings), self.traits(wanted[seen]))
+            embeddings, asked = self.embed(images[seen], landmarks), wanted.embeddings[seen]
+            found["id"] = losses.id_loss(embeddings, asked)
+            found["traits"] = losses.traits_loss(self.traits(embeddings), self.traits(asked))
         if scene is not None:
             with torch.no_grad():
                 before = _estimates(scene, noise, schedule)
                 plain = self._decode(before[-1])
+            side = images.shape[-1]
             heads = self._heads(images, faces) | self._heads(plain, self._find(plain, expected))
-            outside = 1 - F.avg_pool2d(heads[:, None].float(), images.shape[-1] // noise.shape[-1])
+            for row in seen:
+                heads[row] |= wanted.head_on(row, faces[row].landmarks, side)
+            shown = torch.from_numpy(heads[:, None]).float().to(self.device)
+            outside = 1 - F.avg_pool2d(shown, side // noise.shape[-1])
             kept = [losses.diffusion_loss(a * outside, b * outside) for a, b in zip(estimates, before)]
             found["scene"] = torch.stack(kept).mean()
         return found
@@ -111,11 +138,13 @@ class SampledFaces:
         return [head(embeddings[:, -1]) for head in self.recognisers[-1].heads.values()]
 
     @torch.no_grad()
-    def embed_people(self, faces: Faces, who: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """Embeds a drawn face of each of the people `who` [B]: [B, R, 512]."""
+    def read_people(self, faces: Faces, who: np.ndarray, rng: np.random.Generator) -> Wanted:
+        """Reads a drawn face of each of the people `who` [B]."""
         rows = [int(rng.choice(np.flatnonzero(faces.identity == number))) for number in who]
-        images = to_input(faces.images[faces.image[rows]]).to(self.device)
-        return self.embed(images, torch.from_numpy(faces.landmarks[rows]).float().to(self.device))
+        images, landmarks = faces.images[faces.image[rows]], faces.landmarks[rows]
+        embeddings = self.embed(to_input(images).to(self.device), torch.from_numpy(landmarks).float().to(self.device))
+        heads = [head_mask(image, points, self.parser) for image, points in zip(images, landmarks)]
+        return Wanted(embeddings, np.stack(heads), landmarks)
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents / SCALE).sample.clamp(-1, 1)
@@ -124,13 +153,14 @@ class SampledFaces:
         """Finds the largest face of each image, [B, 3, H, W] in -1..1, or else returns the expected one, or None."""
         return [self._largest(image) or other for image, other in zip_longest(_pixels(images), expected)]
 
-    def _heads(self, images: Tensor, faces: Sequence[Detection | None]) -> Tensor:
-        """Finds the heads that belong to faces: bool [B, H, W], on the images' device."""
-        masks = [
-            np.zeros(image.shape[:2], bool) if face is None else head_mask(image, face.landmarks, self.parser)
-            for image, face in zip(_pixels(images), faces, strict=True)
-        ]
-        return torch.from_numpy(np.stack(masks)).to(images.device)
+    def _heads(self, images: Tensor, faces: Sequence[Detection | None]) -> np.ndarray:
+        """Finds the heads that belong to faces in images, [B, 3, H, W] in -1..1: bool [B, H, W]."""
+        return np.stack(
+            [
+                np.zeros(image.shape[:2], bool) if face is None else head_mask(image, face.landmarks, self.parser)
+                for image, face in zip(_pixels(images), faces, strict=True)
+            ]
+        )
 
     def _largest(self, image: np.ndarray) -> Any:
         """Finds the largest face of an image, uint8 RGB [H, W, 3], or None."""
@@ -197,9 +227,9 @@ class PeopleInWords:
     def _faces(self) -> Faces:
         return faces_of(self.data)
 
-    def sample(self, batch: int, rng: np.random.Generator) -> tuple[list[str], Tensor, list[Detection | None]]:
-        """Samples prompts [B], half of which say all of the scene, embeddings [B, R, 512] of a drawn face of each,
-        and where the faces are expected."""
+    def sample(self, batch: int, rng: np.random.Generator) -> tuple[list[str], Wanted, list[Detection | None]]:
+        """Samples prompts [B], half of which say all of the scene, the people in them, and where the faces are
+        expected."""
         who = rng.choice(self.data.people, batch, replace=False)
         prompts, expected = [], []
         for number in who:
@@ -208,4 +238,4 @@ class PeopleInWords:
             person = self.data.person(int(number))
             prompts.append(world.describe(scene, [person], keep))
             expected.append(expected_face(person, scene, keep))
-        return prompts, self.reader.embed_people(self._faces, who, rng), expected
+        return prompts, self.reader.read_people(self._faces, who, rng), expected
