@@ -43,7 +43,7 @@ ID_DROPOUT = 0.1
 ID_WEIGHT = 1.0
 SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 10.0, 2.0  # of losses relative to the activations' power, see docs/training.md
 SCENE_WEIGHT = {"sdxl": 300.0, "flux": 15.0}
-TRAITS_WEIGHT = 4.0
+TRAITS_WEIGHT = 8.0
 LOSSES = ("diffusion", "id", "alignment", "scene", "traits")
 
 
