@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("weights", "faces", "masks", "watch"),
     ("vision", "clip_vision", "face_models", "attention", "likeness"),
     ("readings", "judge"),
-    ("identity",),
+    ("identity", "head"),
     ("photos", "injection", "blend"),
     ("fields",),
     ("units", "tags", "bench_cases"),
