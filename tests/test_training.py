@@ -327,6 +327,14 @@ class TestFromWhatIsShipped:
         assert self.sampled(blind(head), added)[1] == pytest.approx(counts * everywhere, rel=1e-4)
         assert everywhere > 0
 
+    def test_the_head_without_the_identity_is_no_scene(self, blind, head):
+        """In both images without, the face is 40 pixels higher and further left than with the identity."""
+        added, there = torch.zeros(16, 16), replace(head, landmarks=head.landmarks - 40)
+        added[2, 2] = 0.5
+        places = iter([head, head, there, there])
+        moving = replace(blind(), detector=SimpleNamespace(detect=lambda image: [next(places)]))
+        assert self.sampled(moving, added)[1] == 0 < self.sampled(blind(head), added)[1]
+
     def test_a_head_may_grow_to_that_of_the_person_wanted(self, blind, head):
         """In the other image the face is a quarter higher, and there is hair in the corner below."""
         added, hair = torch.zeros(16, 16), np.zeros((2, 128, 128), bool)
