@@ -23,7 +23,7 @@ from lib_pulid.injection import DenoiseStep, compile_injection, inject
 from lib_pulid.miniature import unpack
 from lib_pulid.sites import find_sites
 from lib_pulid.training import adapter as adapters
-from lib_pulid.training import autoencoder, base, checkpoint, flux, losses, readers, sampled_faces, schedule
+from lib_pulid.training import autoencoder, base, checkpoint, flux, losses, readers, sampled_faces, schedule, world
 from lib_pulid.training.crops import ARCFACE_POINTS
 from lib_pulid.training.dataset import SCENES_EACH, Drawn
 from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
@@ -366,6 +366,46 @@ class TestFromWhatIsShipped:
         assert same == by_narrow == pytest.approx(0, abs=1e-6)
         assert by_wide > 0.01
 
+    @pytest.fixture(scope="class")
+    def narrow(self, head):
+        """That face as one of two people, half as large, in the middle of their half of the image."""
+        return replace(head, landmarks=head.landmarks / 2 + (0, 32), box=head.box / 2 + (0, 32, 0, 32))
+
+    def test_of_two_people_each_is_compared_with_their_half(self, blind, narrow):
+        """One image; the losses are 0 where the wanted embeddings are those of its left and right half, in turn."""
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        faces, points = blind(narrow), torch.from_numpy(narrow.landmarks).float()
+        clean = losses.sample_few_steps(lambda x, t: 0.1 * x, noise, base.Base.schedule)
+        image = faces.vae.decode(clean / autoencoder.SCALE).sample.clamp(-1, 1)
+        own = faces.embed(torch.cat([image[..., :64], image[..., 64:]]), points.expand(2, 5, 2))
+        same, swapped = (
+            faces.losses(lambda x, t: 0.1 * x, noise, base.Base.schedule, wanted(asked)) for asked in (own, own.flip(0))
+        )
+        for name, least in (("id", 1e-3), ("traits", 1e-6)):
+            assert same[name].item() == pytest.approx(0, abs=least / 10), name
+            assert swapped[name].item() > least, name
+
+    @pytest.mark.parametrize(("row", "column", "counts"), [(8, 3, 0), (8, 11, 0), (8, 0, 1), (8, 7, 1), (8, 8, 1)])
+    def test_the_scene_of_two_people_is_what_lies_outside_both_heads(self, blind, narrow, row, column, counts):
+        added = torch.zeros(16, 16)
+        added[row, column] = 0.5
+        four = wanted(torch.ones(4, 2, 512))
+        everywhere = self.sampled(blind(), added, asked=four)[1]
+        assert self.sampled(blind(narrow), added, asked=four)[1] == pytest.approx(counts * everywhere, rel=1e-4)
+        assert everywhere > 0
+
+    def test_where_a_face_is_expected_in_its_share_of_the_image(self):
+        """Alone, if the prompt says where; of two people, at the same place of either half."""
+        person, place = miniature.person(0), world.Placement(x=0.25, scale=0.4)
+        alone, two = world.Scene((place,)), world.Scene((place, replace(place, x=0.75)))
+        assert sampled_faces.expected_face(person, alone, {"size"}) is None
+        there = sampled_faces.expected_face(person, alone, {"size", "position"})
+        assert np.array_equal(there.landmarks, world.landmarks(person, place))
+        for number in (0, 1):
+            share = sampled_faces.expected_face(person, two, (), number)
+            assert np.allclose(share.landmarks, there.landmarks, atol=1e-4)
+            assert np.allclose(share.box, there.box, atol=1e-4)
+
     def test_a_face_that_is_not_found_is_looked_for_where_it_should_be(self, blind, head):
         everywhere = torch.full((16, 16), 0.5)
         assert self.sampled(blind(), everywhere)[0] == 0
@@ -383,16 +423,17 @@ class TestFromWhatIsShipped:
             assert torch.equal(fresh.weights()[5].to_k, given.sites[5].to_k if has_sites else before)
 
 
-@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.parametrize(("family", "step"), [("sdxl", 0), ("sdxl", 2), ("flux", 0), ("flux", 2)])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family):
-    """All losses of an adapter, on tensors without content, which say so; none was computed on a real GPU."""
+def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family, step):
+    """All losses of an adapter, on tensors without content, which say so; none was computed on a real GPU. In step 0
+    for one person in each image, in step 2 for two."""
     people = np.arange(4)
     photos = Photos(torch.zeros(4, 1280), np.zeros((4, 5, 577, 64), np.float16), people, SCENES_EACH * people)
     face = Detection(np.array([40.0, 40, 80, 90], np.float32), np.array(ARCFACE_POINTS, np.float32), 1.0)
     monkeypatch.setattr(sampled_faces.SampledFaces, "_find", lambda self, images, expected: [face] * len(images))
     monkeypatch.setattr(
-        sampled_faces.SampledFaces, "_heads", lambda self, images, faces: np.ones((len(images), 128, 128), bool)
+        sampled_faces.SampledFaces, "_heads", lambda self, images, faces: np.ones(images[:, 0].shape, bool)
     )
     monkeypatch.setattr(adapters, "faces_of", lambda data: None)
     sample = losses.sample_few_steps
@@ -404,12 +445,13 @@ def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family):
             model = (base.Base() if family == "sdxl" else flux.FluxBase(base.TextEncoders())).requires_grad_(False)
             recognisers = [readers.Reader(readers.KINDS[name]).eval() for name in readers.RECOGNISERS]
             reader = sampled_faces.SampledFaces(autoencoder.build(), recognisers, None, None)
-            adapter, asked = adapters.fresh_adapter(model, 64, seed=0), wanted(torch.zeros(2, 2, 512))
+            adapter = adapters.fresh_adapter(model, 64, seed=0)
+            asked = wanted(torch.zeros(2 if step == 0 else 4, 2, 512))
         monkeypatch.setattr(sampled_faces.SampledFaces, "read_people", lambda self, faces, who, rng: asked)
         trainer = adapters.Trainer(model, adapter, photos, data, latents, reader, adapters.LOSSES)
         rng = np.random.default_rng(0)
         with torch.backends.cudnn.flags(enabled=False):  # its grid sampler needs content
-            found = {"diffusion": trainer.diffusion(0, 2, rng), **trainer.lightning(0, 2, rng)}
+            found = {"diffusion": trainer.diffusion(step, 2, rng), **trainer.lightning(step, 2, rng)}
             loss = adapters.total(found, family)
     assert found.keys() == {"diffusion", "id", "traits", "scene", "semantic", "layout"}
     assert loss.device.type == "cuda" and loss.requires_grad

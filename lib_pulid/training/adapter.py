@@ -79,7 +79,7 @@ class Trainer:
     # ------------------------------------------------------------ the standard branch
 
     def diffusion(self, step: int, batch: int, rng: np.random.Generator) -> Tensor:
-        """Computes L_diff on other images of the people in the photos; every sixth has two people, each in a half."""
+        """Computes L_diff on other images of the people in the photos; at every sixth step of two in each."""
         pair = step % 6 == 5
         index, rows_of_people = self._draw(batch, pair, rng)
         clean = torch.from_numpy(self.latents[index]).float().to(self.device)
@@ -135,22 +135,35 @@ class Trainer:
     # ------------------------------------------------------------ the contrastive, few-step branch
 
     def lightning(self, step: int, batch: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Computes L_align and L_id from pure noise under a new prompt, with and without the identity."""
-        who = rng.choice(len(self.photos), batch, replace=False)
-        scenes = [world.sample_scene(rng) for _ in who]
-        said = [_some(rng) for _ in who]
+        """Computes L_align and L_id from pure noise under a new prompt, with and without the identity; at every third
+        step for two people in each image."""
+        count = 2 if step % 3 == 2 else 1
+        who = rng.choice(len(self.photos), (count, batch), replace=False)
+        scenes = [world.sample_scene(rng, count) for _ in range(batch)]
+        said = [_some(rng) for _ in scenes]
         noise = self._noise(batch, 10**6 + step)
         with torch.no_grad():
             text = self.base.text([world.describe(scene, None, keep) for scene, keep in zip(scenes, said)])
-        rows = [RowIdentities(self.photos.tokens(who, self.adapter.encoder, rng))]
+        rows = [
+            RowIdentities(
+                self.photos.tokens(people, self.adapter.encoder, rng),
+                _half(half).to(self.device) if count == 2 else None,
+            )
+            for half, people in enumerate(who)
+        ]
         found: dict[str, Tensor] = {}
         if "alignment" in self.losses:
             found |= self._alignment(noise, text, rows, rng)
         if "id" in self.losses:
             people = self.photos.person[who]
-            predict, wanted = partial(self._predict, text, rows), self.reader.read_people(self._faces, people, rng)
+            predict = partial(self._predict, text, rows)
+            wanted = self.reader.read_people(self._faces, people.flatten(), rng)
             plain = partial(self.base.predict, context=text[0], pooled=text[1]) if "scene" in self.losses else None
-            expected = [expected_face(self.data.person(one), *asked) for one, asked in zip(people, zip(scenes, said))]
+            expected = [
+                expected_face(self.data.person(one), *asked, half)
+                for half, row in enumerate(people)
+                for one, asked in zip(row, zip(scenes, said))
+            ]
             seen = self.reader.losses(predict, noise, self.base.schedule, wanted, plain, expected)
             found |= {name: loss for name, loss in seen.items() if name in self.losses}
         return found

@@ -42,23 +42,24 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, C, h, w], ste
 
 @dataclass(frozen=True)
 class Wanted:
-    """The people asked for, as they are seen in another image of each.
+    """The people asked for, as they are seen in another image of each: P in B images, side by side in each, first all
+    that stand on the left.
 
     Args:
-        embeddings: [B, R, 512], by each of the recognizers. heads: `head.head_mask`, bool [B, H, W]. landmarks: of the
-            faces, [B, 5, 2] in pixels.
+        embeddings: [P, R, 512], by each of the recognizers. heads: `head.head_mask`, bool [P, H, W]. landmarks: of the
+            faces, [P, 5, 2] in pixels.
     """
 
     embeddings: Tensor
     heads: np.ndarray
     landmarks: np.ndarray
 
-    def head_on(self, row: int, landmarks: np.ndarray, side: int) -> np.ndarray:
-        """Moves a person's head onto a face with other landmarks [5, 2]: bool [side, side]."""
+    def head_on(self, row: int, landmarks: np.ndarray, height: int, width: int) -> np.ndarray:
+        """Moves a person's head onto a face with other landmarks [5, 2]: bool [height, width]."""
         import cv2
 
         moved = similarity(self.landmarks[row], landmarks)
-        return cv2.warpAffine(self.heads[row].astype(np.uint8), moved, (side, side), flags=cv2.INTER_NEAREST) > 0
+        return cv2.warpAffine(self.heads[row].astype(np.uint8), moved, (width, height), flags=cv2.INTER_NEAREST) > 0
 
 
 @dataclass(frozen=True)
@@ -89,19 +90,24 @@ class SampledFaces:
         scene: Predict | None = None,
         expected: Sequence[Detection | None] = (),
     ) -> dict[str, Tensor]:
-        """Computes "id", the mean of 1 - cosine over the images in which a face is found, and "traits", how far the
-        traits that the last recognizer names are from those wanted; 0 without a face.
+        """Computes "id", the mean of 1 - cosine over the people of whom a face is found, and "traits", how far the
+        traits that the last recognizer names are from those wanted; 0 without a face. Of two people in an image, each
+        is looked for in their half.
 
         With `scene`, also "scene": it samples from the same noise, and the loss is the mean squared difference between
         the clean latents that both expect, at all steps; outside the heads in both images, and outside the head that
         the person should have, so that it may grow to it.
 
         Args:
-            noise, wanted: on `device`. expected: where the face should be, [B]; it
+            noise, wanted: on `device`. expected: where the face should be in the person's share of the image, [P]; it
                 stands for one that is not found, of which a base that draws poorly would learn nothing.
         """
+
+        def shares(x: Tensor) -> Tensor:  # [B, C, h, w] -> [P, C, h, w * B / P]
+            return torch.cat(x.chunk(len(wanted.embeddings) // len(noise), -1))
+
         estimates = _estimates(predict, noise, schedule)
-        images = self._decode(estimates[-1])
+        images = shares(self._decode(estimates[-1]))
         faces = self._find(images, expected)
         seen = [row for row, face in enumerate(faces) if face is not None]
         found = dict.fromkeys(("id", "traits"), torch.zeros((), device=self.device))
@@ -113,14 +119,13 @@ class SampledFaces:
         if scene is not None:
             with torch.no_grad():
                 before = _estimates(scene, noise, schedule)
-                plain = self._decode(before[-1])
-            side = images.shape[-1]
+                plain = shares(self._decode(before[-1]))
             heads = self._heads(images, faces) | self._heads(plain, self._find(plain, expected))
             for row in seen:
-                heads[row] |= wanted.head_on(row, faces[row].landmarks, side)
+                heads[row] |= wanted.head_on(row, faces[row].landmarks, *heads.shape[1:])
             shown = torch.from_numpy(heads[:, None]).float().to(self.device)
-            outside = 1 - F.avg_pool2d(shown, side // noise.shape[-1])
-            kept = [losses.diffusion_loss(a * outside, b * outside) for a, b in zip(estimates, before)]
+            outside = 1 - F.avg_pool2d(shown, images.shape[-2] // noise.shape[-2])
+            kept = [losses.diffusion_loss(shares(a) * outside, shares(b) * outside) for a, b in zip(estimates, before)]
             found["scene"] = torch.stack(kept).mean()
         return found
 
@@ -198,13 +203,15 @@ def load(folder: Path, device: str = "cpu") -> SampledFaces:
     return SampledFaces(vae, recognisers, detector, parser)
 
 
-def expected_face(person: world.Person, scene: world.Scene, said: Collection[str]) -> Detection | None:
-    """Returns where a face would be drawn; None if the prompt, which says these attributes of the scene, leaves it
-    open."""
-    if not {"size", "position"} <= set(said):
+def expected_face(person: world.Person, scene: world.Scene, said: Collection[str], number: int = 0) -> Detection | None:
+    """Returns where a face would be drawn in its share of the image; None if the prompt, which says these attributes of
+    the scene, leaves it open. number: of the person, from left to right; a prompt always says where several stand."""
+    people = len(scene.placements)
+    if people == 1 and not {"size", "position"} <= set(said):
         return None
-    place = scene.placements[0]
-    return Detection(world.face_box(person, place), world.landmarks(person, place), 0.0)
+    place, left = scene.placements[number], np.float32(number * SIZE // people)
+    landmarks, box = world.landmarks(person, place), world.face_box(person, place)
+    return Detection(box - (left, 0, left, 0), landmarks - (left, 0), 0.0)
 
 
 @dataclass(frozen=True)
