@@ -28,7 +28,7 @@ from lib_pulid.training.crops import ARCFACE_POINTS
 from lib_pulid.training.dataset import SCENES_EACH, Drawn
 from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run
-from lib_pulid.training.photos import Photos
+from lib_pulid.training.photos import Photos, photos_of
 from lib_pulid.weights import Adapter, load_adapter
 from tests import layouts
 from tests.reference import cases
@@ -413,6 +413,24 @@ class TestFromWhatIsShipped:
         assert one[0] > 0
         assert both == self.sampled(blind(head), everywhere, [None, None]) != one
 
+    def test_photos_are_up_to_so_many_of_each_person(self, folder):
+        """Four people, each alone in three or four images; read once, then from the disk."""
+        data = Drawn(folder, 4)
+        alone = [i for i in range(len(data)) if len(data.numbers(i)) == 1]
+        wanted = [i for person in range(4) for i in [i for i in alone if i // SCENES_EACH == person][:2]]
+        encoders = miniature.encoders()
+        found = photos_of(folder, data, encoders.faces, encoders.tower, 4, 2)
+        again = photos_of(folder, data, None, None, 4, 2)
+        for photos in (found, again):
+            assert photos.image.tolist() == wanted
+            assert photos.person.tolist() == [i // SCENES_EACH for i in wanted]
+            assert photos.hidden.shape == (len(wanted), 5, 577, 64)
+        assert torch.equal(found.id_cond, again.id_cond) and np.array_equal(found.hidden, again.hidden)
+        rng = np.random.default_rng(0)
+        for person in range(4):
+            rows = {found.row_of(person, rng) for _ in range(20)}
+            assert rows == set(np.flatnonzero(found.person == person).tolist())
+
     def test_an_adapter_begins_with_the_encoder_and_the_sites_of_its_family(self, folder):
         model = base.load("sdxl", folder, folder / "base.safetensors")
         for family, has_sites in (("sdxl", True), ("flux", False)):
@@ -487,3 +505,11 @@ def test_rounded_numbers_are_near_and_short():
     assert not (short.view(torch.int16) & 7).any()
     assert ((short.float() - numbers.float()).abs() <= numbers.float().abs() * 2**-8 + 2**-22).all()
     assert torch.equal(checkpoint.rounded(short), short)
+
+
+def test_the_mean_of_several_trainings():
+    low, high = {"a": torch.tensor([1.0, 3.0]).half()}, {"a": torch.tensor([2.0, 7.0])}
+    assert torch.equal(checkpoint.mean_weights([low, high])["a"], torch.tensor([1.5, 5.0]))
+    assert torch.equal(checkpoint.mean_weights([low])["a"], low["a"].float())
+    with pytest.raises(ValueError, match="different layouts"):
+        checkpoint.mean_weights([low, {"b": high["a"]}])

@@ -95,20 +95,21 @@ class Trainer:
 
     def _draw(self, batch: int, pair: bool, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
         """Images [B], and for each person in them the rows of `photos` [B]; the photos themselves are left out."""
-        index, rows = self._pools[int(pair)]
-        chosen = rng.choice(len(index), min(batch, len(index)), replace=False)
-        return index[chosen], list(rows[chosen].T)
+        pool = self._pools[int(pair)]
+        chosen = rng.choice(pool, min(batch, len(pool)), replace=False)
+        rows = [[self.photos.row_of(number, rng) for number in self.data.numbers(index)] for index in chosen]
+        return chosen, list(np.array(rows).T)
 
     @cached_property
-    def _pools(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Returns images of one person and of two, all with photos, and the rows of these: [N] and [N, 1 or 2]."""
-        photos, pools = set(self.photos.image.tolist()), ([], [])  # type: ignore[var-annotated]
+    def _pools(self) -> tuple[list[int], list[int]]:
+        """Returns images of one person and of two, of all of whom there are photos."""
+        photos, people = set(self.photos.image.tolist()), set(self.photos.person.tolist())
+        pools: tuple[list[int], list[int]] = ([], [])
         for index in range(len(self.data)):
             numbers = self.data.numbers(index)
-            rows = [self.photos.row_of(number) for number in numbers]
-            if index not in photos and min(rows) >= 0:
-                pools[len(numbers) - 1].append((index, rows))
-        return tuple((np.array([i for i, _ in pool]), np.array([rows for _, rows in pool])) for pool in pools)
+            if index not in photos and people.issuperset(numbers):
+                pools[len(numbers) - 1].append(index)
+        return pools
 
     def _prompt(self, index: int, rng: np.random.Generator) -> str:
         if rng.random() < 0.1:
@@ -221,9 +222,16 @@ def total(found: dict[str, Tensor], family: str) -> Tensor:
 
 
 def load_trainer(
-    folder: Path, family: str, people: int, photos: int, wanted: Sequence[str], seed: int, device: str = "cpu"
+    folder: Path,
+    family: str,
+    people: int,
+    photos: tuple[int, int],
+    wanted: Sequence[str],
+    seed: int,
+    device: str = "cpu",
 ) -> Trainer:
-    """Loads everything that training needs from the files of the earlier steps; photos are read on the CPU."""
+    """Loads everything that training needs from the files of the earlier steps; photos, of so many people and so many
+    of each, are read on the CPU."""
     from lib_pulid.face_models import ArcFaceRecogniser
     from lib_pulid.faces import FaceModels
     from lib_pulid.training import sampled_faces
@@ -241,7 +249,7 @@ def load_trainer(
     tower = load_vision_tower(next(made.glob("tower.*")))
     adapter = fresh_adapter(base, tower.trunk.embed_dim, seed).to(device)  # type: ignore[arg-type]
 
-    seen = photos_of(folder, data, models, tower, photos)
+    seen = photos_of(folder, data, models, tower, *photos)
     return Trainer(base, adapter, seen, data, latents_of(folder, data), reader, wanted)
 
 
@@ -266,7 +274,8 @@ def train(args: argparse.Namespace) -> Trainer:
     if {"scene", "traits"} & set(wanted) and "id" not in wanted:
         raise SystemExit('the losses "scene" and "traits" need the images of "id"; name it, too')
     torch.manual_seed(args.seed)
-    trainer = load_trainer(args.folder, args.family, args.people, args.photos, wanted, args.seed, args.device)
+    photos = args.photos, args.photos_each
+    trainer = load_trainer(args.folder, args.family, args.people, photos, wanted, args.seed, args.device)
     has_sites = args.begin is not None and begin_from(trainer.adapter, args.begin)
     first = 0 if has_sites else args.steps // 3 + 1  # step with the losses of a sampled image
     run = Run(
@@ -296,6 +305,7 @@ def main() -> None:
     parser.add_argument("--family", choices=FILES, default="sdxl")
     parser.add_argument("--losses", default="diffusion,id,alignment", help="some of " + ", ".join(LOSSES))
     parser.add_argument("--photos", type=int, default=1500, help="number of people with a photo")
+    parser.add_argument("--photos-each", type=int, default=1, help="photos of each of them, at most")
     parser.add_argument("--begin", type=Path, help="a PuLID file of the miniature; of the other family: its encoder")
     parser.add_argument("--lightning-batch", type=int, default=6)
     parser.add_argument("--lightning-every", type=int, default=2, help="steps")

@@ -5,7 +5,7 @@
 
 The base becomes a single-file checkpoint with the names of SDXL's own code (sgm, open_clip), which diffusers, A1111 and
 Forge read; FLUX's transformer keeps diffusers' names. The adapter is in the layout of pulid_v1.1.safetensors, or of
-pulid_flux_v0.9.1.safetensors, already.
+pulid_flux_v0.9.1.safetensors, already; of several files, the mean of the weights is written.
 """
 
 from __future__ import annotations
@@ -157,6 +157,17 @@ def pack(path: Path) -> None:
     print(f"{packed}: {packed.stat().st_size / 1e6:.1f} MB")
 
 
+def mean_weights(states: Sequence[State]) -> State:
+    """Averages the weights of several trainings that began with the same ones, float32 (arXiv 2203.05482).
+
+    Raises:
+        ValueError: their names differ.
+    """
+    if any(state.keys() != states[0].keys() for state in states):
+        raise ValueError("files of different layouts have no mean")
+    return {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
+
+
 def main() -> None:
     """Runs the command line."""
     from safetensors.torch import load_file
@@ -167,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(".training"), help="with base and autoencoder")
     parser.add_argument("--family", choices=FILES, default="sdxl")
-    parser.add_argument("--pulid", type=Path, help="what training.adapter has written")
+    parser.add_argument("--pulid", type=Path, nargs="+", help="what training.adapter has written; of several, the mean")
     parser.add_argument("--out", type=Path, default=Path("lib_pulid/miniature"))
     parser.add_argument("--pack", action="store_true", help="write FAMILY.safetensors.xz instead")
     args = parser.parse_args()
@@ -183,7 +194,7 @@ def main() -> None:
     if args.pack:
         pack(path)
     if args.pulid:
-        save_half(args.out / f"pulid_{args.family}.safetensors", load_file(args.pulid))
+        save_half(args.out / f"pulid_{args.family}.safetensors", mean_weights([load_file(one) for one in args.pulid]))
 
 
 if __name__ == "__main__":

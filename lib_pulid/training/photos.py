@@ -21,11 +21,11 @@ PATCHES = 96  # of the vision tower's 576 that a training step reads
 
 @dataclass(frozen=True)
 class Photos:
-    """One photo of each person in whose images a face was found.
+    """Photos of people, in which a face was found.
 
     Args:
         id_cond: [P, 1280]. hidden: float16 [P, 5, 577, width], a memory map.
-        person: [P], number in the data set. image: [P], index of the photo in the data set.
+        person: [P], number in the data set, ascending. image: [P], index of the photo in the data set.
     """
 
     id_cond: Tensor
@@ -36,10 +36,10 @@ class Photos:
     def __len__(self) -> int:
         return len(self.person)
 
-    def row_of(self, person: int) -> int:
-        """Returns the row of a person's photo, or -1."""
-        row = int(np.searchsorted(self.person, person))
-        return row if row < len(self) and self.person[row] == person else -1
+    def row_of(self, person: int, rng: np.random.Generator) -> int:
+        """Chooses one of a person's photos: its row."""
+        first, end = (np.searchsorted(self.person, person, side) for side in ("left", "right"))
+        return int(rng.integers(first, end))
 
     def tokens(self, rows: np.ndarray, encoder: nn.Module, rng: np.random.Generator) -> Tensor:
         """Computes identity tokens [B, N, D] of photos [B], with gradients, from a random part of the patches."""
@@ -49,39 +49,41 @@ class Photos:
         return encoder(self.id_cond[rows].to(device), [hidden[:, scale] for scale in range(SCALES)])
 
 
-def photos_of(folder: Path, data: Drawn, models: FaceModels, tower: VisionTower, count: int) -> Photos:
-    """Loads the photos of the first `count` people, computed on first use (about .3 s each) and kept in `folder`."""
-    facts, hidden = folder / f"photos-{count}.npz", folder / f"photos-{count}.npy"
+def photos_of(folder: Path, data: Drawn, models: FaceModels, tower: VisionTower, count: int, each: int) -> Photos:
+    """Loads up to `each` photos of each of the first `count` people, computed on first use (.2 to .3 s each) and kept
+    in `folder`."""
+    facts, hidden = (folder / f"photos-{count}-{each}{end}" for end in (".npz", ".npy"))
     if not facts.is_file():
-        _compute(facts, hidden, data, models, tower, count)
+        _compute(facts, hidden, data, models, tower, count, each)
     found = np.load(facts)
     size = (len(found["person"]), *found["shape"])
     mapped = np.lib.format.open_memmap(hidden, "r")[: size[0]]
     return Photos(torch.from_numpy(found["id_cond"]), mapped, found["person"], found["image"])
 
 
-def _compute(facts: Path, hidden: Path, data: Drawn, models: FaceModels, tower: VisionTower, count: int) -> None:
+def _compute(
+    facts: Path, hidden: Path, data: Drawn, models: FaceModels, tower: VisionTower, count: int, each: int
+) -> None:
     from tqdm import tqdm
 
     images = data.images()
     width = tower.trunk.embed_dim
-    out = np.lib.format.open_memmap(hidden, "w+", np.float16, (count, SCALES, 577, width))
+    out = np.lib.format.open_memmap(hidden, "w+", np.float16, (count * each, SCALES, 577, width))
     conds: list[np.ndarray] = []
     people: list[int] = []
     indices: list[int] = []
     for person in tqdm(range(count), desc="photos", mininterval=10):
         alone = [i for i in range(SCENES_EACH * person, SCENES_EACH * (person + 1)) if len(data.numbers(i)) == 1]
-        if not alone:
-            continue
-        try:
-            face = read_face(np.asarray(images[alone[0]]), models)
-        except NoFaceError:
-            continue
-        features = face_features([face], tower)[0]
-        assert features.id_cond is not None
-        out[len(people)] = torch.cat(features.vit_hidden).half().numpy()
-        conds.append(features.id_cond[0].numpy())
-        people.append(person)
-        indices.append(alone[0])
+        for index in alone[:each]:
+            try:
+                face = read_face(np.asarray(images[index]), models)
+            except NoFaceError:
+                continue
+            features = face_features([face], tower)[0]
+            assert features.id_cond is not None
+            out[len(people)] = torch.cat(features.vit_hidden).half().numpy()
+            conds.append(features.id_cond[0].numpy())
+            people.append(person)
+            indices.append(index)
     out.flush()
     np.savez(facts, id_cond=np.stack(conds), person=people, image=indices, shape=out.shape[1:])
