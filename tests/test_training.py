@@ -441,6 +441,52 @@ class TestFromWhatIsShipped:
             assert torch.equal(fresh.weights()[5].to_k, given.sites[5].to_k if has_sites else before)
 
 
+class Twenty(SimpleNamespace):
+    """Photos of the people 10 to 29, whose tokens are the people's numbers."""
+
+    person = 10 + np.arange(20)
+
+    def __len__(self) -> int:
+        return len(self.person)
+
+    def tokens(self, rows: np.ndarray, encoder: None, rng: np.random.Generator) -> np.ndarray:
+        return self.person[rows]
+
+
+@pytest.mark.parametrize(("step", "count"), [(0, 1), (1, 1), (2, 2), (3, 1), (5, 2)])
+def test_every_third_step_asks_for_two_people_each_in_their_half(step, count):
+    """Prompts, tokens, masks, the people compared with and the places of faces, all in the same order."""
+    seen: dict[str, Any] = {}
+
+    def read(predict: Any, noise: Any, schedule: Any, wanted: Any, scene: Any, expected: Any) -> dict[str, Tensor]:
+        seen.update(rows=predict.args[1], prompts=predict.args[0], wanted=wanted, expected=expected)
+        return {}
+
+    stub = SimpleNamespace(
+        photos=Twenty(),
+        data=Drawn(Path(), 30),
+        base=SimpleNamespace(text=lambda prompts: prompts, schedule=None),
+        adapter=SimpleNamespace(encoder=None),
+        reader=SimpleNamespace(read_people=lambda faces, who, rng: who, losses=read),
+        losses=("id",),
+        device="cpu",
+        _faces=None,
+        _noise=lambda batch, seed: None,
+        _predict=lambda *args: None,
+    )
+    adapters.Trainer.lightning(stub, step, 3, np.random.default_rng(0))  # type: ignore[arg-type]
+    assert [prompt.startswith("two people") for prompt in seen["prompts"]] == [count == 2] * 3
+    assert np.array_equal(np.concatenate([row.tokens for row in seen["rows"]]), seen["wanted"])
+    assert len(seen["wanted"]) == len(seen["expected"]) == 3 * count
+    if count == 1:
+        assert seen["rows"][0].mask is None
+        return
+    left, right = (row.mask for row in seen["rows"])
+    assert left[:, :8].min() == right[:, 8:].min() == 1
+    assert left[:, 8:].max() == right[:, :8].max() == 0
+    assert all(0 < face.landmarks[:, 0].mean() < 64 for face in seen["expected"])
+
+
 @pytest.mark.parametrize(("family", "step"), [("sdxl", 0), ("sdxl", 2), ("flux", 0), ("flux", 2)])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family, step):
