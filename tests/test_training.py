@@ -453,8 +453,10 @@ class Twenty(SimpleNamespace):
         return self.person[rows]
 
 
-@pytest.mark.parametrize(("step", "count"), [(0, 1), (1, 1), (2, 2), (3, 1), (5, 2)])
-def test_every_third_step_asks_for_two_people_each_in_their_half(step, count):
+@pytest.mark.parametrize(
+    ("every", "step", "count"), [(3, 0, 1), (3, 1, 1), (3, 2, 2), (3, 3, 1), (3, 5, 2), (8, 2, 1), (8, 7, 2), (0, 2, 1)]
+)
+def test_every_so_many_steps_ask_for_two_people_each_in_their_half(every, step, count):
     """Prompts, tokens, masks, the people compared with and the places of faces, all in the same order."""
     seen: dict[str, Any] = {}
 
@@ -469,6 +471,7 @@ def test_every_third_step_asks_for_two_people_each_in_their_half(step, count):
         adapter=SimpleNamespace(encoder=None),
         reader=SimpleNamespace(read_people=lambda faces, who, rng: who, losses=read),
         losses=("id",),
+        pairs_every=every,
         device="cpu",
         _faces=None,
         _noise=lambda batch, seed: None,
@@ -512,7 +515,7 @@ def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family, step):
             adapter = adapters.fresh_adapter(model, 64, seed=0)
             asked = wanted(torch.zeros(2 if step == 0 else 4, 2, 512))
         monkeypatch.setattr(sampled_faces.SampledFaces, "read_people", lambda self, faces, who, rng: asked)
-        trainer = adapters.Trainer(model, adapter, photos, data, latents, reader, adapters.LOSSES)
+        trainer = adapters.Trainer(model, adapter, photos, data, latents, reader, adapters.LOSSES, pairs_every=3)
         rng = np.random.default_rng(0)
         with torch.backends.cudnn.flags(enabled=False):  # its grid sampler needs content
             found = {"diffusion": trainer.diffusion(step, 2, rng), **trainer.lightning(step, 2, rng)}

@@ -58,6 +58,7 @@ class Trainer:
     latents: np.ndarray
     reader: SampledFaces
     losses: Sequence[str]
+    pairs_every: int = 0  # steps of the few-step branch with two people in each image; 0: none
 
     @property
     def device(self) -> torch.device:
@@ -136,9 +137,9 @@ class Trainer:
     # ------------------------------------------------------------ the contrastive, few-step branch
 
     def lightning(self, step: int, batch: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Computes L_align and L_id from pure noise under a new prompt, with and without the identity; at every third
-        step for two people in each image."""
-        count = 2 if step % 3 == 2 else 1
+        """Computes L_align and L_id from pure noise under a new prompt, with and without the identity; at every
+        `pairs_every`-th step for two people in each image."""
+        count = 2 if self.pairs_every and step % self.pairs_every == self.pairs_every - 1 else 1
         who = rng.choice(len(self.photos), (count, batch), replace=False)
         scenes = [world.sample_scene(rng, count) for _ in range(batch)]
         said = [_some(rng) for _ in scenes]
@@ -229,6 +230,7 @@ def load_trainer(
     wanted: Sequence[str],
     seed: int,
     device: str = "cpu",
+    pairs_every: int = 0,
 ) -> Trainer:
     """Loads everything that training needs from the files of the earlier steps; photos, of so many people and so many
     of each, are read on the CPU."""
@@ -250,7 +252,7 @@ def load_trainer(
     adapter = fresh_adapter(base, tower.trunk.embed_dim, seed).to(device)  # type: ignore[arg-type]
 
     seen = photos_of(folder, data, models, tower, *photos)
-    return Trainer(base, adapter, seen, data, latents_of(folder, data), reader, wanted)
+    return Trainer(base, adapter, seen, data, latents_of(folder, data), reader, wanted, pairs_every)
 
 
 def begin_from(adapter: SDXLAdapter | FluxAdapter, path: Path) -> bool:
@@ -274,8 +276,16 @@ def train(args: argparse.Namespace) -> Trainer:
     if {"scene", "traits"} & set(wanted) and "id" not in wanted:
         raise SystemExit('the losses "scene" and "traits" need the images of "id"; name it, too')
     torch.manual_seed(args.seed)
-    photos = args.photos, args.photos_each
-    trainer = load_trainer(args.folder, args.family, args.people, photos, wanted, args.seed, args.device)
+    trainer = load_trainer(
+        args.folder,
+        args.family,
+        args.people,
+        (args.photos, args.photos_each),
+        wanted,
+        args.seed,
+        args.device,
+        args.pairs_every,
+    )
     has_sites = args.begin is not None and begin_from(trainer.adapter, args.begin)
     first = 0 if has_sites else args.steps // 3 + 1  # step with the losses of a sampled image
     run = Run(
@@ -309,6 +319,7 @@ def main() -> None:
     parser.add_argument("--begin", type=Path, help="a PuLID file of the miniature; of the other family: its encoder")
     parser.add_argument("--lightning-batch", type=int, default=6)
     parser.add_argument("--lightning-every", type=int, default=2, help="steps")
+    parser.add_argument("--pairs-every", type=int, default=0, help="steps with two people in an image; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
