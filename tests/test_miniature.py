@@ -20,6 +20,7 @@ from lib_pulid.attention import PROJECTIONS
 from lib_pulid.blend import blend
 from lib_pulid.errors import MissingWeightsError, NoFaceError, WrongWeightsError
 from lib_pulid.evaluate.measures import pose, slope
+from lib_pulid.evaluate.subjects import drawn_people
 from lib_pulid.identity import Identity
 from lib_pulid.injection import Injection, compile_injection
 from lib_pulid.likeness import Recognizer
@@ -118,6 +119,23 @@ def test_nobody_elses_image_is_as_like_the_person(paint, identities, likeness):
 def test_it_is_that_person_and_not_another(paint, identities, likeness):
     seen = np.array([[likeness(paint(identities[n]), other) for other in PEOPLE] for n in PEOPLE])
     assert (seen.argmax(1) == np.arange(len(PEOPLE))).all(), seen
+
+
+def test_the_judge_knows_drawn_people(shop, judge):
+    """Of 40 people that no network saw, in two drawings each: their traits, and the limits of what users are told."""
+    from lib_pulid.likeness import MINIATURE
+
+    detector = shop.encoders().faces.detector
+    people = drawn_people(40, 1, lambda image: bool(detector.detect(bgr(image))))
+    pairs = [(someone.reference, someone.targets[0]) for someone in people]
+    read = [[judge.read(image, detector.detect(bgr(image))[0].landmarks) for image in pair] for pair in pairs]
+    for trait in ("skin", "hair_color", "hair_style", "glasses", "beard"):
+        right = [one.named[trait] == someone.traits[trait] for someone, pair in zip(people, read) for one in pair]
+        assert np.mean(right) >= 0.95, (trait, np.mean(right))
+    told = np.array([[photo.likeness(other) for _, other in read] for photo, _ in read])
+    strangers = ~np.eye(len(people), dtype=bool)
+    assert (told.diagonal() >= MINIATURE.same).mean() >= 0.97
+    assert (told[strangers] < MINIATURE.close).mean() >= 0.97
 
 
 def test_the_likeness_that_users_are_told(shop, paint, identities, likeness):
