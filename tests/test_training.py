@@ -453,10 +453,13 @@ class Twenty(SimpleNamespace):
         return self.person[rows]
 
 
-@pytest.mark.parametrize(
-    ("every", "step", "count"), [(3, 0, 1), (3, 1, 1), (3, 2, 2), (3, 3, 1), (3, 5, 2), (8, 2, 1), (8, 7, 2), (0, 2, 1)]
-)
-def test_every_so_many_steps_ask_for_two_people_each_in_their_half(every, step, count):
+def test_how_often_two_people_are_in_a_sampled_image():
+    steps = {every: [step for step in range(9) if adapters.people_at(step, every) == 2] for every in (0, 1, 3, 8)}
+    assert steps == {0: [], 1: [*range(9)], 3: [2, 5, 8], 8: [7]}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_people_of_an_image_are_in_one_order_throughout(count):
     """Prompts, tokens, masks, the people compared with and the places of faces, all in the same order."""
     seen: dict[str, Any] = {}
 
@@ -471,13 +474,12 @@ def test_every_so_many_steps_ask_for_two_people_each_in_their_half(every, step, 
         adapter=SimpleNamespace(encoder=None),
         reader=SimpleNamespace(read_people=lambda faces, who, rng: who, losses=read),
         losses=("id",),
-        pairs_every=every,
         device="cpu",
         _faces=None,
         _noise=lambda batch, seed: None,
         _predict=lambda *args: None,
     )
-    adapters.Trainer.lightning(stub, step, 3, np.random.default_rng(0))  # type: ignore[arg-type]
+    adapters.Trainer.lightning(stub, 2, 3, np.random.default_rng(0), count)  # type: ignore[arg-type]
     assert [prompt.startswith("two people") for prompt in seen["prompts"]] == [count == 2] * 3
     assert np.array_equal(np.concatenate([row.tokens for row in seen["rows"]]), seen["wanted"])
     assert len(seen["wanted"]) == len(seen["expected"]) == 3 * count
@@ -515,10 +517,13 @@ def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family, step):
             adapter = adapters.fresh_adapter(model, 64, seed=0)
             asked = wanted(torch.zeros(2 if step == 0 else 4, 2, 512))
         monkeypatch.setattr(sampled_faces.SampledFaces, "read_people", lambda self, faces, who, rng: asked)
-        trainer = adapters.Trainer(model, adapter, photos, data, latents, reader, adapters.LOSSES, pairs_every=3)
+        trainer = adapters.Trainer(model, adapter, photos, data, latents, reader, adapters.LOSSES)
         rng = np.random.default_rng(0)
         with torch.backends.cudnn.flags(enabled=False):  # its grid sampler needs content
-            found = {"diffusion": trainer.diffusion(step, 2, rng), **trainer.lightning(step, 2, rng)}
+            found = {
+                "diffusion": trainer.diffusion(step, 2, rng),
+                **trainer.lightning(step, 2, rng, adapters.people_at(step, 3)),
+            }
             loss = adapters.total(found, family)
     assert found.keys() == {"diffusion", "id", "traits", "scene", "semantic", "layout"}
     assert loss.device.type == "cuda" and loss.requires_grad

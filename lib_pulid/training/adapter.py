@@ -58,7 +58,6 @@ class Trainer:
     latents: np.ndarray
     reader: SampledFaces
     losses: Sequence[str]
-    pairs_every: int = 0  # steps of the few-step branch with two people in each image; 0: none
 
     @property
     def device(self) -> torch.device:
@@ -136,10 +135,9 @@ class Trainer:
 
     # ------------------------------------------------------------ the contrastive, few-step branch
 
-    def lightning(self, step: int, batch: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Computes L_align and L_id from pure noise under a new prompt, with and without the identity; at every
-        `pairs_every`-th step for two people in each image."""
-        count = 2 if self.pairs_every and step % self.pairs_every == self.pairs_every - 1 else 1
+    def lightning(self, step: int, batch: int, rng: np.random.Generator, count: int = 1) -> dict[str, Tensor]:
+        """Computes L_align and L_id from pure noise under a new prompt, with and without the identity. count: of people
+        in each image, 1 or 2."""
         who = rng.choice(len(self.photos), (count, batch), replace=False)
         scenes = [world.sample_scene(rng, count) for _ in range(batch)]
         said = [_some(rng) for _ in scenes]
@@ -230,7 +228,6 @@ def load_trainer(
     wanted: Sequence[str],
     seed: int,
     device: str = "cpu",
-    pairs_every: int = 0,
 ) -> Trainer:
     """Loads everything that training needs from the files of the earlier steps; photos, of so many people and so many
     of each, are read on the CPU."""
@@ -252,7 +249,7 @@ def load_trainer(
     adapter = fresh_adapter(base, tower.trunk.embed_dim, seed).to(device)  # type: ignore[arg-type]
 
     seen = photos_of(folder, data, models, tower, *photos)
-    return Trainer(base, adapter, seen, data, latents_of(folder, data), reader, wanted, pairs_every)
+    return Trainer(base, adapter, seen, data, latents_of(folder, data), reader, wanted)
 
 
 def begin_from(adapter: SDXLAdapter | FluxAdapter, path: Path) -> bool:
@@ -276,16 +273,8 @@ def train(args: argparse.Namespace) -> Trainer:
     if {"scene", "traits"} & set(wanted) and "id" not in wanted:
         raise SystemExit('the losses "scene" and "traits" need the images of "id"; name it, too')
     torch.manual_seed(args.seed)
-    trainer = load_trainer(
-        args.folder,
-        args.family,
-        args.people,
-        (args.photos, args.photos_each),
-        wanted,
-        args.seed,
-        args.device,
-        args.pairs_every,
-    )
+    photos = args.photos, args.photos_each
+    trainer = load_trainer(args.folder, args.family, args.people, photos, wanted, args.seed, args.device)
     has_sites = args.begin is not None and begin_from(trainer.adapter, args.begin)
     first = 0 if has_sites else args.steps // 3 + 1  # step with the losses of a sampled image
     run = Run(
@@ -296,12 +285,17 @@ def train(args: argparse.Namespace) -> Trainer:
         rng = np.random.default_rng([7, args.seed, step])
         found = {"diffusion": trainer.diffusion(step, args.batch, rng)}
         if len(wanted) > 1 and step >= first and step % args.lightning_every == 0:
-            found |= trainer.lightning(step, args.lightning_batch, rng)
+            found |= trainer.lightning(step, args.lightning_batch, rng, people_at(step, args.pairs_every))
         return total(found, args.family), {key: value.item() for key, value in found.items()}
 
     run.train(loss_of)
     run.finish()
     return trainer
+
+
+def people_at(step: int, pairs_every: int) -> int:
+    """Returns how many people are in each sampled image of a step: two at every so many steps (0: never), or one."""
+    return 2 if pairs_every and step % pairs_every == pairs_every - 1 else 1
 
 
 def _name(args: argparse.Namespace) -> str:
