@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -453,9 +454,36 @@ class Twenty(SimpleNamespace):
         return self.person[rows]
 
 
-def test_how_often_two_people_are_in_a_sampled_image():
-    steps = {every: [step for step in range(9) if adapters.people_at(step, every) == 2] for every in (0, 1, 3, 8)}
-    assert steps == {0: [], 1: [*range(9)], 3: [2, 5, 8], 8: [7]}
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        ({}, {4: 1, 5: 1, 6: 1, 7: 1, 8: 1}),  # from the first third on
+        ({"pairs_every": 3}, {4: 1, 5: 2, 6: 1, 7: 1, 8: 2}),
+        ({"pairs_every": 8}, {4: 1, 5: 1, 6: 1, 7: 2, 8: 1}),
+        ({"pairs_every": 1, "lightning_every": 2}, {4: 2, 6: 2, 8: 2}),
+    ],
+)
+def test_how_often_images_are_sampled_and_of_two_people(tmp_path, monkeypatch, settings, counts):
+    asked, adapter = {}, torch.nn.Linear(2, 2)
+
+    def lightning(step: int, batch: int, rng: np.random.Generator, count: int) -> dict[str, Tensor]:
+        asked[step] = count
+        return {"id": adapter.weight.sum()}
+
+    stub = SimpleNamespace(adapter=adapter, lightning=lightning, diffusion=lambda *args: adapter.weight.sum())
+    monkeypatch.setattr(adapters, "load_trainer", lambda *args: stub)
+    asking = {
+        "folder": tmp_path,
+        "family": "sdxl",
+        "people": 3,
+        "photos": 3,
+        "photos_each": 1,
+        "losses": "diffusion,id",
+    }
+    asking |= {"seed": 0, "device": "cpu", "begin": None, "steps": 9, "batch": 2, "rate": 1e-3, "minutes": None}
+    asking |= {"lightning_batch": 2, "lightning_every": 1, "pairs_every": 0}
+    adapters.train(Namespace(**asking | settings))
+    assert asked == counts
 
 
 @pytest.mark.parametrize("count", [1, 2])
