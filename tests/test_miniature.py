@@ -23,7 +23,7 @@ from lib_pulid.evaluate.measures import pose, slope
 from lib_pulid.evaluate.subjects import drawn_people
 from lib_pulid.identity import Identity
 from lib_pulid.injection import Injection, compile_injection
-from lib_pulid.likeness import Recognizer
+from lib_pulid.likeness import INSIGHTFACE, MINIATURE, Recognizer
 from lib_pulid.standalone import Workshop, open_workshop
 from lib_pulid.training import checkpoint, world
 from tests.small_models.shops import miniature_shop
@@ -122,9 +122,8 @@ def test_it_is_that_person_and_not_another(paint, identities, likeness):
 
 
 def test_the_judge_knows_drawn_people(shop, judge):
-    """Of 40 people that no network saw, in two drawings each: their traits, and the limits of what users are told."""
-    from lib_pulid.likeness import MINIATURE
-
+    """On two drawings each of 40 people not seen in training: it names their traits, and the thresholds that users
+    are told separate one person from another."""
     detector = shop.encoders().faces.detector
     people = drawn_people(40, 1, lambda image: bool(detector.detect(bgr(image))))
     pairs = [(someone.reference, someone.targets[0]) for someone in people]
@@ -132,16 +131,14 @@ def test_the_judge_knows_drawn_people(shop, judge):
     for trait in ("skin", "hair_color", "hair_style", "glasses", "beard"):
         right = [one.named[trait] == someone.traits[trait] for someone, pair in zip(people, read) for one in pair]
         assert np.mean(right) >= 0.95, (trait, np.mean(right))
-    told = np.array([[photo.likeness(other) for _, other in read] for photo, _ in read])
+    cosines = np.array([[first.likeness(second) for _, second in read] for first, _ in read])
     strangers = ~np.eye(len(people), dtype=bool)
-    assert (told.diagonal() >= MINIATURE.same).mean() >= 0.97
-    assert (told[strangers] < MINIATURE.close).mean() >= 0.97
+    assert (cosines.diagonal() >= MINIATURE.same).mean() >= 0.97
+    assert (cosines[strangers] < MINIATURE.close).mean() >= 0.97
 
 
 def test_the_likeness_that_users_are_told(shop, paint, identities, likeness):
     """As `generate --likeness` prints it; and by the adapter's own recognizer, as in a WebUI without another one."""
-    from lib_pulid.likeness import INSIGHTFACE, MINIATURE
-
     told: dict[float, list[float]] = {0.0: [], 1.0: []}
     for number, weight in itertools.product(PEOPLE, told):
         words = shop.likeness(Image.fromarray(paint(identities[number], weight=weight)), identities[number])

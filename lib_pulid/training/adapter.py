@@ -135,7 +135,7 @@ class Trainer:
 
     # ------------------------------------------------------------ the contrastive, few-step branch
 
-    def lightning(self, step: int, batch: int, rng: np.random.Generator, count: int = 1) -> dict[str, Tensor]:
+    def lightning(self, step: int, batch: int, rng: np.random.Generator, count: int) -> dict[str, Tensor]:
         """Computes L_align and L_id from pure noise under a new prompt, with and without the identity. count: of people
         in each image, 1 or 2."""
         who = rng.choice(len(self.photos), (count, batch), replace=False)
