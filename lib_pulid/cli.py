@@ -129,9 +129,9 @@ def _add_generate(commands) -> None:
     region = "region of the face, as fractions of the image"
     add("--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"), help=region)
     add("--seed", type=int, default=0, help="0 or more; the same seed gives the same image")
-    add("--steps", type=int, help="denoising steps (default: 20, miniature 12)")
+    add("--steps", type=int, help="denoising steps (default: 20, miniature 12, miniature-flux 4)")
     add("--size", type=int, help="side in pixels (default: 1024, miniature 128)")
-    guidance = "CFG on SDXL (default 7, miniature 1.5), distilled guidance on FLUX (default 4)"
+    guidance = "CFG on SDXL (default: 7, miniature 1.2), guidance on FLUX (default: 4, miniature-flux 1.5)"
     add("--guidance", type=float, help=guidance)
     add("--likeness", action="store_true", help="measure how like the person the image is")
     add("-o", "--out", type=_path, default=Path("outputs/picture.png"), help="file to write")

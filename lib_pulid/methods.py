@@ -41,7 +41,7 @@ class Method:
         name: for users. family: of the denoisers it was made for, "sdxl" or "flux". version: or "".
         inputs: what its encoder is given of a photo, in order; fields of `readings.FaceFeatures`.
         reads: roles of the models that read photos, see `catalog.WeightFile`.
-        view: what an image encoder sees: "photo", "face" (its box) or "aligned" (224 pixels, by the landmarks).
+        view: what an image encoder sees: "photo", "face" (its crop) or "aligned" (224 pixels, by the landmarks).
         longest: pixels that a photo's long edge is shrunk to; 0: as it is.
         several: how the official code makes one identity of several photos: "together" in the encoder, all tokens of
             the first and the "first" ones of the others, tokens "joined"; "" if it has no way.

@@ -2,7 +2,8 @@
 
     python -m lib_pulid.miniature.unpack --folder .training
 
-The folder is then as after the trainings in docs/training.md up to the adapter's, with weights of 16 bits.
+The folder is then as after the trainings in docs/training.md up to the adapter's, with weights of 16 bits and
+without the wide recognizer, which is not shipped.
 """
 
 from __future__ import annotations
