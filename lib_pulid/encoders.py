@@ -144,8 +144,7 @@ class IDFormer(nn.Module):
         super().__init__()
         self.dim, self.num_queries, self.output_dim = dim, num_queries, output_dim
         self.layers_per_scale, rest = divmod(depth, SCALES)
-        self.num_id_token, id_rest = divmod(id_mapping[-1], dim)
-        if rest or id_rest:
+        if rest or id_mapping[-1] % dim:
             raise ValueError(f"depth {depth} or the id mapping's width {id_mapping[-1]} does not fit IDFormer")
         self.latents = nn.Parameter(torch.empty(1, num_queries, dim))
         self.proj_out = nn.Parameter(torch.empty(dim, output_dim))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lib_pulid import __version__, disk
 from lib_pulid.control import Pose
-from lib_pulid.encoders import IDFormer
+from lib_pulid.encoders import SCALES, IDFormer
 from lib_pulid.errors import IdentityMismatchError, SettingError, WrongWeightsError
 from lib_pulid.files import pulidembd
 from lib_pulid.files.state_dict import read_safetensors
@@ -286,5 +286,5 @@ def with_uncond(identity: Identity, adapter: Adapter) -> Identity:
         adapter.encoder.get_parameter(f"{name}.0.weight").shape[1] for name in ("id_embedding_mapping", "mapping_0")
     )
     id_cond, hidden = like.new_zeros(1, id_width), like.new_zeros(1, HIDDEN_TOKENS, hidden_width)
-    uncond = adapter.encoder(id_cond, [hidden] * 5).cpu().float()
+    uncond = adapter.encoder(id_cond, [hidden] * SCALES).cpu().float()
     return replace(identity, uncond=uncond) if uncond.shape == identity.cond.shape else identity

@@ -26,7 +26,7 @@ from lib_pulid.sites import find_sites
 from lib_pulid.training import adapter as adapters
 from lib_pulid.training import autoencoder, base, checkpoint, flux, losses, readers, sampled_faces, schedule, world
 from lib_pulid.training.crops import ARCFACE_POINTS
-from lib_pulid.training.dataset import SCENES_EACH, Drawn
+from lib_pulid.training.dataset import SCENES_EACH, Drawn, made_once
 from lib_pulid.training.injection import FluxAdapter, RowIdentities, SDXLAdapter, id_former, inject_rows
 from lib_pulid.training.loop import Run
 from lib_pulid.training.photos import Photos, photos_of
@@ -578,6 +578,29 @@ def test_a_run_goes_on_where_it_broke_off(tmp_path):
 
     whole, broken = run("whole", None), run("broken", 4)
     assert torch.equal(whole.weight, broken.weight)
+
+
+def test_a_run_that_has_ended_says_so(tmp_path, capsys):
+    """Otherwise the same folder for another training would look like one that was run."""
+    for said in ("", f"{tmp_path} has its 2 steps. To train anew, move it away.\n"):
+        run = Run(tmp_path, nn.Linear(1, 1), 2, rate=1e-3)
+        run.train(lambda step, run=run: (run.module(torch.ones(1, 1)).sum(), {}))
+        assert "".join(line for line in capsys.readouterr().err.splitlines(True) if "anew" in line) == said
+
+
+def test_a_file_that_was_broken_off_is_made_again(tmp_path):
+    """It is named as wanted once it is whole."""
+
+    def fails(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made_once(tmp_path / "faces.npz", fails)
+    path = made_once(tmp_path / "faces.npz", lambda part: part.write_bytes(b"whole"))
+    assert (path.name, path.read_bytes()) == ("faces.npz", b"whole")
+    assert made_once(path, fails) == path
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_rounded_numbers_are_near_and_short():

@@ -45,17 +45,10 @@ def write(folder: Path) -> None:
     sdxl.unet.load_state_dict(pipeline.unet.state_dict())
     sdxl.text.first.load_state_dict(pipeline.text_encoder.state_dict())
     sdxl.text.second.load_state_dict(pipeline.text_encoder_2.state_dict())
-    _save(folder, "sdxl", sdxl)
+    base.save("sdxl", folder, sdxl)
     flux = base.build("flux", folder)
     flux.denoiser.load_state_dict(read_state_dict(miniature.checkpoint("flux")))
-    _save(folder, "flux", flux)
-
-
-def _save(folder: Path, family: str, model: nn.Module) -> None:
-    from safetensors.torch import save_file
-
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / f"{base.FILES[family]}.safetensors")
+    base.save("flux", folder, flux)
 
 
 def recogniser(path: Path) -> Reader:

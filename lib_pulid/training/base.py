@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib_pulid import disk
 from lib_pulid.training import sampled_faces, schedule, world
 from lib_pulid.training.autoencoder import FILE, NORM_GROUPS, SCALE
 from lib_pulid.training.autoencoder import load as load_autoencoder
-from lib_pulid.training.dataset import SIZE, Drawn, batches
+from lib_pulid.training.dataset import SIZE, Drawn, batches, made_once
 from lib_pulid.training.layers import to_input
 from lib_pulid.training.loop import Run, arguments
 from lib_pulid.training.losses import diffusion_loss
@@ -153,8 +154,8 @@ def sample_prompt(people: Sequence[world.Person], scene: world.Scene, rng: np.ra
 @torch.no_grad()
 def latents_of(folder: Path, data: Drawn) -> np.ndarray:
     """Encodes latents, float16 [N, 4, 16, 16], once, and keeps them beside the images; scaled for the UNet."""
-    path = folder / f"latents-{data.seed}-{data.people}.npy"
-    if not path.is_file():
+
+    def write(path: Path) -> None:
         from tqdm import tqdm
 
         vae, images = load_autoencoder(folder / FILE), data.images()
@@ -162,7 +163,8 @@ def latents_of(folder: Path, data: Drawn) -> np.ndarray:
         for i in tqdm(range(0, len(images), 32), desc="encoding", mininterval=10):
             out[i : i + 32] = (vae.encode(to_input(images[i : i + 32])).latent_dist.mean * SCALE).numpy()
         np.save(path, out)
-    return np.load(path)
+
+    return np.load(made_once(folder / f"latents-{data.seed}-{data.people}.npy", write))
 
 
 def build(family: str, folder: Path) -> Base | FluxBase:
@@ -186,6 +188,14 @@ def load(family: str, folder: Path, path: Path) -> Base | FluxBase:
     base = build(family, folder)
     base.load_state_dict(load_file(path))
     return base.eval().requires_grad_(False)
+
+
+def save(family: str, folder: Path, base: nn.Module) -> None:
+    """Writes a base as training reads it: all weights, whole or not at all."""
+    from safetensors.torch import save as to_bytes
+
+    state = {name: tensor.contiguous().cpu() for name, tensor in base.state_dict().items()}
+    disk.write(folder / f"{FILES[family]}.safetensors", to_bytes(state), replace=True)
 
 
 def train(args: argparse.Namespace) -> Base | FluxBase:
@@ -241,13 +251,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the blocks; takes two minutes, needs g++")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    base = train(args)
-    from safetensors.torch import save_file
-
-    save_file(
-        {k: v.contiguous().cpu() for k, v in base.state_dict().items()},
-        args.folder / f"{FILES[args.family]}.safetensors",
-    )
+    save(args.family, args.folder, train(args))
 
 
 if __name__ == "__main__":

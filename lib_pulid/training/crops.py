@@ -11,7 +11,7 @@ import numpy as np
 
 from lib_pulid.judge import cut
 from lib_pulid.training import world
-from lib_pulid.training.dataset import Drawn
+from lib_pulid.training.dataset import Drawn, made_once
 
 # Where eyes, nose and mouth corners come to lie: ArcFace's 112 x 112 crop (insightface, utils/face_align.py), and a
 # wider one of 128 x 128 that shows all of the hair.
@@ -88,11 +88,7 @@ def _color_matrix(rng: np.random.Generator) -> np.ndarray:
 def faces_of(drawn: Drawn, sharp: int = 0) -> Faces:
     """Collects the faces of a data set; sharp: how many of its images to draw at SHARP pixels as well."""
     path = drawn.folder / f"faces-{drawn.seed}-{drawn.people}.npz"
-    if not path.is_file():
-        part = path.with_suffix(".part.npz")
-        np.savez(part, **_list_faces(drawn))  # type: ignore[arg-type]
-        part.rename(path)
-    with np.load(path) as rows:
+    with np.load(made_once(path, lambda part: np.savez(part, **_list_faces(drawn)))) as rows:  # type: ignore[arg-type]
         return Faces(drawn.images(), _sharp_images(drawn, sharp), **{name: rows[name] for name in rows.files})
 
 
@@ -112,11 +108,12 @@ def _list_faces(drawn: Drawn) -> dict[str, np.ndarray]:
 
 
 def _sharp_images(drawn: Drawn, count: int) -> np.ndarray:
-    path: Path = drawn.folder / f"sharp-{drawn.seed}-{drawn.people}-{count}.npy"
-    if not path.is_file():
+    def write(path: Path) -> None:
         images = [world.draw(*drawn.example(index), SHARP) for index in range(count)]
         np.save(path, np.array(images, np.uint8).reshape(-1, SHARP, SHARP, 3))
-    return np.load(path, mmap_mode="r")
+
+    name = f"sharp-{drawn.seed}-{drawn.people}-{count}.npy"
+    return np.load(made_once(drawn.folder / name, write), mmap_mode="r")
 
 
 def pairs(faces: Faces, people: int, seed: int, start: int = 0, among: int | None = None) -> Iterator[np.ndarray]:

@@ -6,7 +6,7 @@ person stands beside. People and scenes are functions of seed and index, so only
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,17 +54,24 @@ class Drawn:
     def images(self) -> np.ndarray:
         """Maps the images, uint8 RGB [N, SIZE, SIZE, 3], from a file; draws missing ones (7 ms each)."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"drawn-{self.seed}-{self.people}.npy"
-        if not path.is_file():
-            from tqdm import tqdm
+        return np.load(made_once(self.folder / f"drawn-{self.seed}-{self.people}.npy", self._draw), mmap_mode="r")
 
-            part = path.with_suffix(".part.npy")
-            out = np.lib.format.open_memmap(part, "w+", np.uint8, (len(self), SIZE, SIZE, 3))
-            for index in tqdm(range(len(self)), desc="drawing"):
-                out[index] = world.draw(*self.example(index))
-            out.flush()
-            part.rename(path)
-        return np.load(path, mmap_mode="r")
+    def _draw(self, path: Path) -> None:
+        from tqdm import tqdm
+
+        out = np.lib.format.open_memmap(path, "w+", np.uint8, (len(self), SIZE, SIZE, 3))
+        for index in tqdm(range(len(self)), desc="drawing"):
+            out[index] = world.draw(*self.example(index))
+        out.flush()
+
+
+def made_once(path: Path, write: Callable[[Path], None]) -> Path:
+    """Returns the path of a file, written first if it is not there: under another name, so that it is whole."""
+    if not path.is_file():
+        part = path.with_name(f"{path.stem}.part{path.suffix}")
+        write(part)
+        part.replace(path)
+    return path
 
 
 def batches(count: int, batch: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:

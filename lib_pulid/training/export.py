@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lib_pulid import disk
 
 OPSET = 17
 KEPT_WHOLE = 1024  # initializers up to so many numbers (biases, norms, shapes) stay as they are
@@ -46,7 +47,7 @@ def save_onnx(
     for name, value in (facts or {}).items():
         model.metadata_props.add(key=name, value=json.dumps(value))
     onnx.checker.check_model(model)
-    replace_file(path, model.SerializeToString())
+    disk.write(path, model.SerializeToString(), replace=True)
 
 
 def _halve(model) -> None:
@@ -70,7 +71,8 @@ def save_half(path: Path, state: Mapping[str, Tensor]) -> None:
     """Writes weights as a safetensors file in float16, whole or not at all. Raises: ValueError: one does not fit."""
     from safetensors.torch import save
 
-    replace_file(path, save({name: halved(name, tensor) for name, tensor in state.items()}, metadata={"format": "pt"}))
+    content = save({name: halved(name, tensor) for name, tensor in state.items()}, metadata={"format": "pt"})
+    disk.write(path, content, replace=True)
     print(f"{path}: {len(state)} tensors, {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -80,11 +82,3 @@ def halved(name: str, tensor: Tensor) -> Tensor:
     if not made.isfinite().all():
         raise ValueError(f"{name} does not fit 16 bits")
     return made
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)

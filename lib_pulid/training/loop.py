@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib_pulid.training.export import replace_file
+from lib_pulid import disk
 from lib_pulid.training.muon import optimizers
 
 
@@ -38,7 +39,7 @@ def report(folder: Path, figures: Mapping[str, Any]) -> None:
     """Prints the figures of a trained network, and keeps them in the folder of its run."""
     text = json.dumps(figures, indent=1)
     print(text)
-    replace_file(folder / "figures.json", text.encode())
+    disk.write(folder / "figures.json", text.encode(), replace=True)
 
 
 @dataclass
@@ -102,6 +103,8 @@ class Run:
         """Runs to the end, or until the minutes are over. loss_of: step -> loss and figures for the log."""
         from tqdm import tqdm
 
+        if self.step >= self.steps:
+            print(f"{self.folder} has its {self.step} steps. To train anew, move it away.", file=sys.stderr)
         began = saved = time.monotonic()
         bar = tqdm(total=self.steps, initial=self.step, desc=self.folder.name, mininterval=10)
         while self.step < self.steps:

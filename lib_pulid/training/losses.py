@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from lib_pulid.training.schedule import Schedule
 
-SEMANTIC_WEIGHT, LAYOUT_WEIGHT = 0.6, 0.1  # the paper's lambda_sem and lambda_layout
-
 
 def diffusion_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Computes the mean squared error of the denoiser's prediction (noise, v or velocity), both [B, C, h, w]."""

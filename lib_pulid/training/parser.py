@@ -15,17 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_pulid.face_models import PARSER_MEAN, PARSER_STD
+from lib_pulid.face_models import PARSER_CLASSES, PARSER_MEAN, PARSER_STD
 from lib_pulid.faces import CROP_BORDER_BGR, CROP_LANDMARKS, CROP_SIZE, WHITE_LABELS, normalise
 from lib_pulid.judge import similarity
 from lib_pulid.training import world
 from lib_pulid.training.crops import SHARP, SHARP_IMAGES, Faces, faces_of, spoiled
-from lib_pulid.training.dataset import HELD_OUT, SIZE, Drawn
+from lib_pulid.training.dataset import HELD_OUT, SIZE, Drawn, made_once
 from lib_pulid.training.export import save_onnx
 from lib_pulid.training.layers import Block, conv, settle_norms
 from lib_pulid.training.loop import Run, arguments, report
 
-CLASSES = 19
 INNER = 128
 LABELED = 2000  # images whose labels are drawn
 
@@ -42,7 +41,7 @@ class ParserNet(nn.Module):
         )
         self.lateral = nn.ModuleList(nn.Conv2d(width, neck, 1) for width in widths)
         self.smooth = nn.ModuleList(Block(neck, separable=True) for _ in widths[1:])
-        self.head = nn.Sequential(nn.Conv2d(neck, 4 * CLASSES, 1), nn.PixelShuffle(2))
+        self.head = nn.Sequential(nn.Conv2d(neck, 4 * PARSER_CLASSES, 1), nn.PixelShuffle(2))
 
     def inner(self, x: Tensor) -> Tensor:
         """Computes scores [B, 19, 128, 128] of [B, 3, 128, 128]."""
@@ -88,10 +87,11 @@ class Labeled:
 
 
 def _labels(drawn: Drawn, count: int) -> np.ndarray:
-    path = drawn.folder / f"labels-{drawn.seed}-{drawn.people}-{count}.npy"
-    if not path.is_file():
+    def write(path: Path) -> None:
         np.save(path, np.stack([world.labels(*drawn.example(index)) for index in range(count)]))
-    return np.load(path, mmap_mode="r")
+
+    name = f"labels-{drawn.seed}-{drawn.people}-{count}.npy"
+    return np.load(made_once(drawn.folder / name, write), mmap_mode="r")
 
 
 def to_input(crops: np.ndarray) -> Tensor:

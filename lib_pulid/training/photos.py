@@ -13,7 +13,7 @@ from lib_pulid.encoders import SCALES
 from lib_pulid.errors import NoFaceError
 from lib_pulid.faces import FaceModels, read_face
 from lib_pulid.readings import face_features
-from lib_pulid.training.dataset import SCENES_EACH, Drawn
+from lib_pulid.training.dataset import SCENES_EACH, Drawn, made_once
 from lib_pulid.vision import VisionTower
 
 PATCHES = 96  # of the vision tower's 576 that a training step reads
@@ -53,9 +53,7 @@ def photos_of(folder: Path, data: Drawn, models: FaceModels, tower: VisionTower,
     """Loads up to `each` photos of each of the first `count` people, computed on first use (.2 to .3 s each) and kept
     in `folder`."""
     facts, hidden = (folder / f"photos-{count}-{each}{end}" for end in (".npz", ".npy"))
-    if not facts.is_file():
-        _compute(facts, hidden, data, models, tower, count, each)
-    found = np.load(facts)
+    found = np.load(made_once(facts, lambda part: _compute(part, hidden, data, models, tower, count, each)))
     size = (len(found["person"]), *found["shape"])
     mapped = np.lib.format.open_memmap(hidden, "r")[: size[0]]
     return Photos(torch.from_numpy(found["id_cond"]), mapped, found["person"], found["image"])

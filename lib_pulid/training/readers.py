@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib_pulid import disk
 from lib_pulid.training import world
 from lib_pulid.training.crops import ARCFACE_POINTS, SHARP_IMAGES, WIDE_POINTS, Faces, faces_of, pairs, spoiled
 from lib_pulid.training.dataset import HELD_OUT, SIZE, Drawn, batches
-from lib_pulid.training.export import replace_file, save_onnx
+from lib_pulid.training.export import save_onnx
 from lib_pulid.training.layers import Block, conv, settle_norms, to_input
 from lib_pulid.training.loop import Run, arguments, report
 
@@ -244,7 +245,7 @@ def save(name: str, reader: Reader, folder: Path) -> None:
         from safetensors.torch import save as to_bytes
 
         state = {k: v.half() if v.is_floating_point() else v for k, v in reader.state_dict().items()}
-        replace_file(folder / f"{name}.safetensors", to_bytes(state))
+        disk.write(folder / f"{name}.safetensors", to_bytes(state), replace=True)
         if name == "recogniser":
             save_onnx(_Embed(reader), example, folder / f"{name}.onnx", ["embedding"])
         return

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib_pulid.face_models import PARSER_CLASSES
 from lib_pulid.faces import CLIP_MEAN, CLIP_STD, VISION_SIZE, WHITE_LABELS, normalise
 from lib_pulid.training import world
 from lib_pulid.training.crops import pairs
 from lib_pulid.training.dataset import HELD_OUT, Drawn
 from lib_pulid.training.export import save_half
 from lib_pulid.training.loop import Run, arguments, report
-from lib_pulid.training.parser import CLASSES, Labeled
+from lib_pulid.training.parser import Labeled
 from lib_pulid.training.readers import contrastive_loss, heads_loss
 from lib_pulid.vision import BLOCKS, VisionTower, _build, load_vision_tower, tower_shapes
 
@@ -82,7 +83,7 @@ class Lesson(nn.Module):
         self.tower = tower
         self.who = nn.ModuleDict({name: nn.Linear(OUTPUT, len(v)) for name, v in world.ATTRIBUTES.items()})
         self.numbers = nn.Linear(OUTPUT, numbers)
-        self.probes = nn.ModuleList(nn.Linear(WIDTH, CLASSES) for _ in BLOCKS)
+        self.probes = nn.ModuleList(nn.Linear(WIDTH, PARSER_CLASSES) for _ in BLOCKS)
         self.named = nn.ModuleList(
             nn.ModuleDict({name: nn.Linear(WIDTH, len(v)) for name, v in world.ATTRIBUTES.items()}) for _ in BLOCKS
         )

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from lib_pulid.training.backdrops import draw_background, finish
 from lib_pulid.training.clothes import draw_body, draw_collar
 from lib_pulid.training.drawing import BACKGROUND as NOTHING
-from lib_pulid.training.drawing import CLOTH, FINE, Face, Pen, Sketch
+from lib_pulid.training.drawing import FINE, Face, Pen, Sketch
 from lib_pulid.training.heads import draw_head
 from lib_pulid.training.people import ATTRIBUTES, Person, sample_person
 from lib_pulid.training.scenes import (
@@ -36,7 +36,6 @@ __all__ = [
     "describe",
     "draw",
     "face_box",
-    "head_mask",
     "labels",
     "landmarks",
     "sample_person",
@@ -81,14 +80,6 @@ def _people(pen: Pen, persons: Sequence[Person], scene: Scene) -> None:
         draw_body(sketch)
     for sketch in sketches:
         draw_head(sketch, draw_collar)
-
-
-def head_mask(persons: Sequence[Person], scene: Scene, size: int = 128) -> np.ndarray:
-    """Masks the heads with hair, neck and a small margin: bool [size, size]."""
-    classes = labels(persons, scene, size)
-    head = Image.fromarray(np.uint8(255) * ((classes != NOTHING) & (classes != CLOTH)))
-    margin = round(3 * size / 128)
-    return np.asarray(head.filter(ImageFilter.MaxFilter(2 * margin + 1))) > 0
 
 
 def landmarks(person: Person, placement: Placement, size: int = 128) -> np.ndarray:
