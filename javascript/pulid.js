@@ -203,8 +203,9 @@ class Pulid {
         this.answer.observe(note, {childList: true, characterData: true, subtree: true});
     }
 
+    /** Lists the images among dropped or pasted files; those without a type may be HEIC or a camera's, which the server reads. */
     static pictures(transfer) {
-        return [...(transfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+        return [...(transfer?.files ?? [])].filter((file) => !file.type || file.type.startsWith("image/"));
     }
 
     /** Passes files to gradio's own file input, as if they had been chosen there. */

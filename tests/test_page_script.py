@@ -41,6 +41,14 @@ def run() -> Any:
     return run
 
 
+def test_dropped_files_of_an_unknown_type_are_given_to_the_server(run):
+    """A browser knows no type of HEIC, or of a camera's raw file, where the system does not."""
+    files = {"a.png": "image/png", "b.DNG": "", "c.mp4": "video/mp4", "d.txt": "text/plain"}
+    dropped = json.dumps([{"name": name, "type": kind} for name, kind in files.items()])
+    assert run(f"return Pulid.pictures({{files: {dropped}}}).map((file) => file.name);") == ["a.png", "b.DNG"]
+    assert run("return Pulid.pictures(undefined);") == []
+
+
 INPAINTED = """
 page["#img2img_image img"] = [image("other", 400, 300, false)];
 page["#img2maskimg img"] = [image("icon", 16, 16), image("input", 1536, 1024)];
