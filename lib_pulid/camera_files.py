@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-LONGEST_SIDE = 1000  # pixels: a preview of this size is as good as the photo, which is shrunk to 1024 anyway
+LONGEST_SIDE = 1000  # pixels: a preview of this size is as good as the photo, which PuLID shrinks to 1024
 SHORTEST_SIDE = 512  # of a preview, if the photo's size is not known
 _MOST_PAGES, _MOST_STREAMS, _TRIED = 64, 4096, 3
 

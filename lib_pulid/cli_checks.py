@@ -102,7 +102,7 @@ def steps_of(arguments: argparse.Namespace) -> int:
 
 
 def write_picture(picture: Image.Image, path: Path, really: bool = True) -> None:
-    """Writes an image. really: if False, only checks that it could be written."""
+    """Writes an image. really: if False, only checks that it could be written. Raises: SettingError, StorageError."""
     buffer = io.BytesIO()
     try:
         picture.save(buffer, Image.registered_extensions()[path.suffix.lower()])

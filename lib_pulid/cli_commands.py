@@ -179,7 +179,7 @@ def _likeness(workshop, picture, identity) -> str:
 
 
 def read_region(path: Path | None, box: Sequence[float] | None) -> Tensor | None:
-    """Reads the region of the face, [H, W] float32; None: everywhere."""
+    """Reads the region of the face, [H, W] float32; None: everywhere. Raises: SettingError, ImageError."""
     import torch
 
     from lib_pulid.boxes import read_box, within

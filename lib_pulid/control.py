@@ -96,6 +96,9 @@ def draw_points(landmarks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     Returns:
         uint8 RGB [height, width, 3]: a limb from each point to the nose in the point's dimmed color, then the points.
+
+    Raises:
+        SettingError: these are not five finite points.
     """
     import cv2
 

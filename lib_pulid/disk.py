@@ -89,6 +89,7 @@ def no_progress(done: int, total: int, note: str) -> None:
 
 
 def sha256_of(path: Path, progress: ProgressCallback = no_progress) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal digits. Raises: OSError: it cannot be read."""
     digest, done, size = hashlib.sha256(), 0, path.stat().st_size
     with path.open("rb") as file:
         while block := file.read(1 << 22):

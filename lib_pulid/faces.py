@@ -154,6 +154,9 @@ def align(image_bgr: np.ndarray, landmarks: np.ndarray, name: str = "image") -> 
     """Aligns a face of an image, uint8 BGR [H, W, 3], by landmarks [5, 2] in pixels: uint8 BGR [512, 512, 3].
 
     Makes the same calls as FaceRestoreHelper.align_warp_face (facexlib 0.3.0, utils/face_restoration_helper.py).
+
+    Raises:
+        NoFaceError: the landmarks do not span a face.
     """
     import cv2
 

@@ -224,6 +224,10 @@ def encode_identity(
             "id_mix" (v1 only): all tokens of all photos, to blend two people. "average": the mean of each photo's own
             tokens, which is no method's official way.
         thumbnail, embeddings, pose: stored with the identity.
+
+    Raises:
+        SettingError: there is no photo, or the fusion is not one of this method or for so many photos.
+        WrongWeightsError: the encoder returns NaN or infinity.
     """
     check_fusion(fusion, adapter, len(photos))
     if not photos:

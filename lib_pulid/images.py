@@ -275,6 +275,7 @@ def _to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def check_size(width: int, height: int, name: str) -> None:
+    """Checks the size of an image, in pixels. Raises: ImageError: it has none, or more than MAX_PIXELS."""
     if width < 1 or height < 1:
         raise ImageError(f"{name}: the image has no pixels ({width} x {height}).")
     if width * height > MAX_PIXELS:

@@ -289,7 +289,11 @@ def _identities(
 
 
 def identity_rows(injection: Injection, step: DenoiseStep, batch: int) -> list[int | None]:
-    """Returns each row's identity in the compiled tensors, or None for a row that gets none."""
+    """Returns each row's identity in the compiled tensors, or None for a row that gets none.
+
+    Raises:
+        SettingError: the batch's images have different faces, and it is not known which row is whose.
+    """
     rows = [0 if cond else 1 if injection.has_uncond else None for cond in _rows(step, batch)]
     if injection.images is None:
         return rows

@@ -29,6 +29,8 @@ CARD_IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "avif")  # what the hosts sa
 
 @dataclass(frozen=True)
 class SavedIdentity:
+    """A saved identity. adapter: the label of what it was made with, such as "PuLID v1.1 for SDXL"."""
+
     name: str
     short_hash: str
     adapter: str
