@@ -32,8 +32,7 @@ def show(files: Sequence[WeightFile], models_dir: Path, verify: bool = False) ->
     print(f"Weights in {models_dir}")
     found = []
     for file in files:
-        with _bar(file.name) if verify else nullcontext() as progress:
-            found.append(one := catalog.status(file, models_dir, progress))
+        found.append(one := _status(file, models_dir, verify))
         state = one.state
         if verify and state == "there":
             state = "verified" if file.sha256 else "no checksum"
@@ -48,11 +47,11 @@ def show(files: Sequence[WeightFile], models_dir: Path, verify: bool = False) ->
 def download(files: Sequence[WeightFile], models_dir: Path, accept_license: bool, replace: Sequence[str]) -> int:
     """Downloads files one after another; one that fails does not stop the others.
 
-    replace: names of files that are downloaded again if they are wrong.
+    replace: names of files whose bytes are verified, and that are downloaded again if they are wrong.
     """
     status = 0
     for file in files:
-        one = catalog.status(file, models_dir)
+        one = _status(file, models_dir, verify=file.name in replace)
         if one.state == "there":
             print(f"{file.name}: {one.path}")
             continue
@@ -70,6 +69,12 @@ def download(files: Sequence[WeightFile], models_dir: Path, accept_license: bool
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             status = 1
     return status
+
+
+def _status(file: WeightFile, models_dir: Path, verify: bool) -> Status:
+    """Looks for a file. verify: reads every byte, with a bar."""
+    with _bar(file.name) if verify else nullcontext() as progress:
+        return catalog.status(file, models_dir, progress)
 
 
 def _chosen(names: Sequence[str], models_dir: Path) -> list[WeightFile]:

@@ -25,6 +25,7 @@ from lib_pulid import cli, cli_checks, demo, disk, doctor, miniature, standalone
 from lib_pulid.contact_sheet import MARGIN, Section, Tile, contact_sheet
 from lib_pulid.errors import DownloadError, SettingError, StorageError
 from lib_pulid.files import catalog, download
+from lib_pulid.files.catalog import WeightFile
 from lib_pulid.identity import Identity
 from lib_pulid.sites import find_sites
 from tests.small_models.bases import TEXT_WIDTH, open_small_workshop, small_parts
@@ -478,9 +479,27 @@ def test_a_file_of_another_size_is_replaced_when_it_is_named(run, hub, tmp_path)
     assert (said.status, list(hub)) == (0, ["pulid_v1.1.safetensors", path.name])
 
 
-def test_verify(run, hub, tmp_path, monkeypatch):
-    empty = replace(catalog.named("pulid_v1.1.safetensors"), size=10, sha256=hashlib.sha256(bytes(10)).hexdigest())
-    monkeypatch.setattr(catalog, "CATALOG", (empty, catalog.named("pulid_v1.bin"), catalog.named("glintr100.onnx")))
+@pytest.fixture
+def empty(monkeypatch) -> WeightFile:
+    """A file of ten zeros, as `hub` makes them, in a small catalog."""
+    file = replace(catalog.named("pulid_v1.1.safetensors"), size=10, sha256=hashlib.sha256(bytes(10)).hexdigest())
+    monkeypatch.setattr(catalog, "CATALOG", (file, catalog.named("pulid_v1.bin"), catalog.named("glintr100.onnx")))
+    return file
+
+
+def test_a_damaged_file_is_replaced_when_it_is_named(run, hub, empty, tmp_path):
+    """It has the right size, so that only its bytes tell."""
+    put(tmp_path, empty.name)
+    path = tmp_path / "pulid" / empty.name
+    path.write_bytes(b"123456789?")
+    said = run("models", "download", empty.name, models=tmp_path)
+    assert (said.status, list(hub), path.read_bytes()) == (0, [empty.name], bytes(10))
+    hub.clear()
+    assert run("models", "download", empty.name, models=tmp_path).out == f"{empty.name}: {path}\n"
+    assert hub == {}
+
+
+def test_verify(run, hub, empty, tmp_path):
     put(tmp_path, empty.name, "pulid_v1.bin")
     said = run("models", "verify", models=tmp_path)
     assert said.status == 0

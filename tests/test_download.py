@@ -555,8 +555,11 @@ def test_damage_shows_when_a_file_is_read(one, tmp_path):
     path = put(tmp_path / "a.bin", DATA)
     assert catalog.fingerprint({"recogniser": path}, start_of_sum) == SUM[:16]
     put(path, DATA[:-1] + b"?")
-    with pytest.raises(WrongWeightsError, match="is damaged.*models download a.bin"):
+    with pytest.raises(WrongWeightsError, match=r"is damaged.*Delete it and.*models download a\.bin"):
         catalog.fingerprint({"recogniser": path}, start_of_sum)
+    assert catalog.missing("", tmp_path) == ()  # so the page offers no download, unless it is deleted
+    path.unlink()
+    assert catalog.missing("", tmp_path) == (one,)
     put(path, b"a stand-in")  # another size: what it is shows when it is loaded
     assert catalog.fingerprint({"recogniser": path}, start_of_sum) == start_of_sum(path)
 

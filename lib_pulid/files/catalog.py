@@ -242,7 +242,7 @@ def check_bytes(file: WeightFile, path: Path, found: str) -> None:
         WrongWeightsError: it has other bytes: it is damaged.
     """
     if file.size == disk.size_of(path) and (wrong := _damage(file, path, found)):
-        raise WrongWeightsError(f"{wrong}. Download it again. {how_to_get([file])}")
+        raise WrongWeightsError(f"{wrong}. Delete it and download it again. {how_to_get([file])}")
 
 
 def by_hand(files: Iterable[WeightFile], models_dir: Path) -> str:
