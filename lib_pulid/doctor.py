@@ -33,22 +33,32 @@ def report(models_dir: Path) -> int:
     _device()
     print()
     found = cli_files.show(catalog.CATALOG, models_dir)
-    lacking = [one.file for one in found if one.path is None and one.file.group == "encoders"]
-    problems += [f"{one.problem}: {DOWNLOAD} {one.file.name}" for one in found if one.problem]
-    problems += [f"{DOWNLOAD} {file.name}   ({file.licence})" for file in lacking]
-    able = [family for family in catalog.FAMILIES if any(one.path and one.file.group == family for one in found)]
+    encoders = [one for one in found if one.file.group == "encoders"]
+    problems += [_again(one) for one in encoders if one.problem]
+    problems += [f"{DOWNLOAD} {one.file.name}   ({one.file.licence})" for one in encoders if one.path is None]
+    there = [one for one in found if one.path and one.file.group in catalog.FAMILIES]
+    used = {one.file.group: one for one in reversed(there)}  # the first of a family, as `auto` takes it
+    able = [family for family in catalog.FAMILIES if family in used and not used[family].problem]
     adapters = []
     for family in (one for one in catalog.FAMILIES if one not in able):
         first, *others = (file.name for file in catalog.in_group(family))
-        adapters.append(f"for {family.upper()}: {DOWNLOAD} {first}   (or {', '.join(others)})")
+        new = f"{DOWNLOAD} {first}   (or {', '.join(others)})"
+        adapters.append(f"for {family.upper()}: {_again(used[family]) if family in used else new}")
     print()
     for problem in (*problems, *_of_methods(models_dir), *adapters):
         print(f"to do: {problem}")
+    for one in found:
+        if one.problem and one not in (*encoders, *used.values()):
+            print(f"note: {one.problem}; to replace it: {DOWNLOAD} {one.file.name}")
     if able and not problems:
         print(f"Ready for {' and '.join(map(str.upper, able))}.")
         return 0
     print("Until then there is only the miniature: python -m lib_pulid demo")
     return 1
+
+
+def _again(one: catalog.Status) -> str:
+    return f"{one.problem}: {DOWNLOAD} {one.file.name}"
 
 
 def _of_methods(models_dir: Path) -> list[str]:

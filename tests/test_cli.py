@@ -592,6 +592,22 @@ def test_doctor_sees_a_truncated_file(run, hub, tmp_path):
     assert said.out.count("to do") == said.out.count("differs") == 1
 
 
+def test_doctor_notes_what_is_not_needed(run, hub, tmp_path):
+    """Files of other sizes, such as copies in half precision, are allowed; only those that images need count."""
+    put(tmp_path, *ENCODERS, V1, "pulid_v1.bin", FLUX, "ip-adapter_instant_id_sdxl.bin")
+    pulid = tmp_path / "pulid"
+    (pulid / "ip-adapter_instant_id_sdxl.bin").write_bytes(b"half")
+    said = run("doctor", models=tmp_path)
+    assert (said.status, said.out.splitlines()[-1]) == (0, "Ready for SDXL and FLUX.")
+    assert re.search(r"note: .*ip-adapter_instant_id_sdxl\.bin has 4 bytes, not .*; to replace it: python -m", said.out)
+    (pulid / V1).write_bytes(b"half")  # goes before pulid_v1.bin
+    said = run("doctor", models=tmp_path)
+    assert (said.status, said.out.splitlines()[-1]) == (0, "Ready for FLUX.")
+    assert f"to do: for SDXL: {pulid / V1} has 4 bytes, not 984,405,232: python -m lib_pulid models d" in said.out
+    (pulid / FLUX).write_bytes(b"half")
+    assert run("doctor", models=tmp_path).status == 1
+
+
 def test_doctor_sees_missing_packages(run, monkeypatch):
     bringing, is_there = doctor._bringing, doctor._is_there
     monkeypatch.setattr(doctor, "_bringing", lambda module, *rest: [] if module == "timm" else bringing(module, *rest))
