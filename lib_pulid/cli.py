@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib_pulid import __version__, cli_commands, disk
-from lib_pulid.errors import PulidError
+from lib_pulid.errors import PulidError, is_out_of_memory
 from lib_pulid.files import catalog
 
 MODEL = "single-file SDXL checkpoint, diffusers folder (SDXL or FLUX), miniature or miniature-flux (of drawn people)"
@@ -27,8 +27,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Returns the exit status: 0 for success, 1 for an error (shown on stderr)."""
     _be_quiet()
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         status = arguments.run(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -36,12 +36,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads the output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         return 141
-    except (PulidError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not (words := _in_words(error)):
+            raise
+        print(words, file=sys.stderr)
+        return 1
+
+
+def _in_words(error: Exception) -> str:
+    """Says what happened and what to do; "" for a bug of ours, whose traceback is needed."""
+    name, reason = type(error).__name__, str(error)
+    if is_out_of_memory(error):
+        return (
+            f"OutOfMemoryError: not enough memory ({reason[:300] or name}). "
+            "Try a smaller --size, fewer people, --device cpu, or closing other programs."
+        )
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "lib_pulid":
+        return f"{name}: {reason}. Run: pip install -r requirements-standalone.txt"
+    return f"{name}: {reason}" if isinstance(error, (PulidError, OSError)) else ""
 
 
 def _be_quiet() -> None:

@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 
 from lib_pulid import cli, cli_checks, demo, disk, doctor, miniature, standalone
 from lib_pulid.contact_sheet import MARGIN, Section, Tile, contact_sheet
-from lib_pulid.errors import DownloadError, SettingError, StorageError
+from lib_pulid.errors import DownloadError, SettingError, StorageError, WrongWeightsError
 from lib_pulid.files import catalog, download
 from lib_pulid.files.catalog import WeightFile
+from lib_pulid.hosts import diffusers_base
 from lib_pulid.identity import Identity
 from lib_pulid.sites import find_sites
 from tests.small_models.bases import TEXT_WIDTH, open_small_workshop, small_parts
@@ -333,6 +334,41 @@ def test_interrupted(run, monkeypatch):
     monkeypatch.setattr(doctor, "report", Mock(side_effect=KeyboardInterrupt))
     said = run("doctor")
     assert (said.status, said.err) == (130, "interrupted\n")
+
+
+INSTALL = "Run: pip install -r requirements-standalone.txt\n"
+WRAPPED = WrongWeightsError("x.safetensors cannot be opened")
+WRAPPED.__cause__ = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (ModuleNotFoundError("No module named 'timm'", name="timm"), rf"ModuleNotFoundError: No module .*'\. {INSTALL}"),
+    (ImportError("it needs transformers"), rf"ImportError: it needs transformers\. {INSTALL}"),
+    (WRAPPED.__cause__, r"OutOfMemoryError: not enough memory \(CUDA out .*\)\. Try a smaller --size, .*--device cpu"),
+    (WRAPPED, r"OutOfMemoryError: not enough memory \(x\.safe"), (MemoryError(), r".* memory \(MemoryError\)\. Try"),
+], ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "")  # fmt: skip
+def test_a_missing_package_and_a_lack_of_memory(run, monkeypatch, error, said):
+    monkeypatch.setattr(doctor, "report", Mock(side_effect=error))
+    status, _, words = run("doctor")
+    assert status == 1 and re.match(said, words)
+
+
+@pytest.mark.parametrize("bug", [ValueError("out of range"), ImportError("no gone in it", name="lib_pulid.disk")])
+def test_a_bug_of_ours_keeps_its_traceback(run, monkeypatch, bug):
+    monkeypatch.setattr(doctor, "report", Mock(side_effect=bug))
+    with pytest.raises(type(bug)):
+        run("doctor")
+
+
+def test_a_missing_package_is_not_taken_for_a_wrong_model(run, monkeypatch):
+    """Whether our import fails, or one of diffusers' own while it reads the model."""
+    Image.new("RGB", (8, 8)).save("x.png")
+    given = ("generate", "--prompt", "x", "--face", GROUP, "--model", "x.png")
+    inner = ModuleNotFoundError("No module named 'transformers'", name="transformers")
+    monkeypatch.setattr(diffusers_base, "load_sdxl", Mock(side_effect=inner))
+    assert run(*given).err == f"ModuleNotFoundError: No module named 'transformers'. {INSTALL}"
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert re.match(f"ModuleNotFoundError: .*diffusers.*{INSTALL}", run(*given).err)
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(("models", "list"), 141), (("doctor", "--help"), 0)])

@@ -45,7 +45,7 @@ def open_clip_model(source: str, device: str = "cpu") -> Clip:
         )
     try:
         return _open_clip(architecture, path, device) if file else _transformers(path, device)
-    except PulidError:
+    except (PulidError, ImportError):
         raise
     except Exception as error:  # both libraries raise many kinds
         raise WrongWeightsError(f"{path.name} cannot be opened as CLIP: {error}") from error

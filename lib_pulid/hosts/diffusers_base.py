@@ -62,7 +62,7 @@ def load_base(path: str | Path, device: str = "cpu") -> Base:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
         else:
             pipeline = load_sdxl(path, dtype)
-    except PulidError:
+    except (PulidError, ImportError):  # a missing package is not the file's fault
         raise
     except Exception as error:  # diffusers raises many kinds
         raise WrongWeightsError(f"{path.name} cannot be opened as an SDXL or FLUX model: {error}") from error
