@@ -178,7 +178,7 @@ def _add_evaluate(commands) -> None:
     text = "measure likeness and side effects, by weight and method"
     where = f"{text}; docs/evaluate.md explains the results"
     parser = _command(commands, "evaluate", cli_commands.run_evaluate, text, where)
-    add_arguments(parser)
+    add_arguments(parser, _path)
     _add_device(parser)
 
 
@@ -206,6 +206,6 @@ def _add_bench(commands) -> None:
     add("--runs", type=int, default=7, help="number of runs; the median is reported")
     add("--threads", type=int, default=1, help="CPU threads; 0: torch's default")
     add("--small", action="store_true", help="steps: use a narrow model")
-    add("--face", type=Path, help="photos: your photo (default: a sample photo from insightface)")
-    add("--official", type=Path, help="counts: a checkout of ToTheBeginning/PuLID to compare with")
+    add("--face", type=_path, help="photos: your photo (default: a sample photo from insightface)")
+    add("--official", type=_path, help="counts: a checkout of ToTheBeginning/PuLID to compare with")
     add("--json", action="store_true", help="print JSON")

@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lib_pulid import cli, cli_checks, demo, disk, doctor, miniature, standalone
+from lib_pulid import bench, cli, cli_checks, demo, disk, doctor, miniature, standalone
 from lib_pulid.contact_sheet import MARGIN, Section, Tile, contact_sheet
 from lib_pulid.errors import DownloadError, SettingError, StorageError, WrongWeightsError
+from lib_pulid.evaluate import command as evaluate
 from lib_pulid.files import catalog, download
 from lib_pulid.files.catalog import WeightFile
 from lib_pulid.hosts import diffusers_base
@@ -562,6 +563,20 @@ def test_a_base_model_below_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "flux-dev" / "transformer").mkdir(parents=True)
     assert cli_checks.family_of("~/flux-dev") == "flux"
+
+
+@pytest.mark.parametrize(("command", "option"), [
+    ("evaluate", "faces"), ("evaluate", "prompts"), ("evaluate", "out"), ("bench", "face"), ("bench", "official"),
+])  # fmt: skip
+def test_a_path_below_the_home_folder(monkeypatch, tmp_path, command, option):
+    """Shells leave --out=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(bench, "run", lambda arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr(evaluate, "run", lambda arguments, device: seen.append(arguments) or 0)
+    seen: list = []
+    assert cli.main([command, f"--{option}=~/x"]) == 0
+    assert getattr(seen[0], option) == tmp_path / "x"
+    leaves(2, command, f"--{option}", "")
 
 
 def test_without_a_home(monkeypatch):

@@ -503,12 +503,13 @@ def test_another_recogniser_is_a_judge_and_the_own_one_is_refused(tmp_path):
 
 def test_a_judge_that_is_not_there_or_none(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert open_judges([], None, tmp_path, "cpu") == []
     with pytest.raises(MissingWeightsError, match="No judge at .*buffalo_l"):
         open_judges([str(tmp_path / "gone.onnx")], None, tmp_path, "cpu")
     (tmp_path / "wrong.onnx").write_bytes(b"no network")
     with pytest.raises(WrongWeightsError):
-        open_judges([str(tmp_path / "wrong.onnx")], None, tmp_path, "cpu")
+        open_judges(["~/wrong.onnx"], None, tmp_path, "cpu")
     with pytest.raises((MissingWeightsError, PulidError), match="vggface2|facenet-pytorch"):
         open_judges(["facenet"], None, tmp_path, "cpu")
 
@@ -516,12 +517,19 @@ def test_a_judge_that_is_not_there_or_none(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- arguments
 
 
-def test_variants_and_files():
+def test_variants_and_files(tmp_path, monkeypatch):
     assert options.variant("loose:projection=ortho,num_zero=16") == ("loose", {"projection": "ortho", "num_zero": 16})
     assert options.variant("fid:preset=fidelity") == ("fid", {"projection": "ortho_v2", "num_zero": 8})
     assert options.variant("late:start=0.25") == ("late", {"start": 0.25})
     assert options.named_file("plain=x/a.bin") == ("plain", Path("x/a.bin"))
     assert options.named_file("x/a.bin") == ("a", Path("x/a.bin"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert options.named_file("plain=~/a.bin") == ("plain", tmp_path / "a.bin")
+    (tmp_path / "b=c.bin").touch()
+    assert options.named_file("~/b=c.bin") == ("b=c", tmp_path / "b=c.bin")
+    for empty in ("", " ", "plain="):
+        with pytest.raises(SettingError, match="it has to be FILE or NAME=FILE"):
+            options.named_file(empty)
 
 
 @pytest.mark.parametrize(("text", "words"), [
@@ -598,10 +606,11 @@ def test_clip_figures_of_a_trial(panel, clip_folder):
 
 @pytest.mark.parametrize(("source", "error", "words"), [
     ("{tmp}/gone", MissingWeightsError, "--clip: nothing found at"), ("{tmp}/file.pt", SettingError, "ViT-L-14=FILE"),
-    ("ViT-L-14={tmp}", SettingError, "ViT-L-14=FILE"), ("ViT-Q={tmp}/file.pt", SettingError, "no architecture ViT-Q"),
+    ("ViT-L-14={tmp}", SettingError, "ViT-L-14=FILE"), ("ViT-Q=~/file.pt", SettingError, "no architecture ViT-Q"),
     ("{tmp}", WrongWeightsError, "cannot be opened as CLIP"),
 ])  # fmt: skip
-def test_a_clip_that_cannot_be_opened(tmp_path, source, error, words):
+def test_a_clip_that_cannot_be_opened(tmp_path, monkeypatch, source, error, words):
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file.pt").write_bytes(b"nothing")
     with pytest.raises(error, match=words):
         open_clip_model(source.format(tmp=tmp_path))

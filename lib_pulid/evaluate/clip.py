@@ -36,7 +36,7 @@ def open_clip_model(source: str, device: str = "cpu") -> Clip:
         SettingError, MissingWeightsError, WrongWeightsError.
     """
     architecture, _, file = source.partition("=")
-    path = Path(file or source)
+    path = disk.user_path(file or source)
     if not (disk.is_file(path) or disk.is_folder(path)):
         raise MissingWeightsError(f"--clip: nothing found at {path}. Give a folder of transformers, or ViT-L-14=FILE.")
     if disk.is_folder(path) == bool(file):

@@ -93,11 +93,11 @@ def open_judges(names: Sequence[str], own: Path | None, models_dir: Path, device
 def _open(name: str, own: Path | None, models_dir: Path, device: str) -> FaceJudge:
     kind, _, file = name.partition("=")
     if kind == "facenet":
-        path = Path(file) if file else find_judge(FACENET, models_dir)
+        path = disk.user_path(file) if file else find_judge(FACENET, models_dir)
         if path is None:
             raise MissingWeightsError(f"{FACENET} was not found in any of its usual folders. {HOW_TO_GET}")
         return open_facenet(path, device)
-    path = Path(name)
+    path = disk.user_path(name)
     if not disk.is_file(path):
         raise MissingWeightsError(f"No judge at {path}. {HOW_TO_GET}")
     if own is not None and fingerprint(path) == fingerprint(own):

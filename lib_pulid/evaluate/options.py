@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from lib_pulid.errors import SettingError
 OF_A_METHOD = ("preset", "projection", "num_zero", "start", "end", "start_step")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments, besides --models-dir and --device."""
+def add_arguments(parser: argparse.ArgumentParser, path: Callable[[str], Path]) -> None:
+    """Adds the command's arguments, besides --models-dir and --device. path: reads a path."""
     add = parser.add_argument
     add("--model", default="miniature", help="SDXL checkpoint, diffusers folder, miniature or miniature-flux")
     files = (
@@ -28,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder with one photo, or a subfolder of photos, per person; in a subfolder, the first photo is the "
         "reference (default with the miniature: drawn people not seen in training)"
     )
-    add("--faces", type=Path, help=faces)
+    add("--faces", type=path, help=faces)
     add("--people", type=int, default=64, help="number of drawn people, without --faces")
-    add("--prompts", type=Path, help="text file with one prompt per line (default: a built-in list, or new scenes)")
+    add("--prompts", type=path, help="text file with one prompt per line (default: a built-in list, or new scenes)")
     add("--each", type=int, help="prompts per person, in turn (default: 4, or 1 for drawn people)")
     add("--weights", default="0.4,0.8,1,1.2", help="weights, separated by commas; images without PuLID are always made")
     add("--seeds", type=int, default=3, help="number of noise seeds: 0, 1, ...")
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clip", help="for CLIP-T and CLIP-I: a transformers folder, or open_clip's ViT-L-14=FILE")
     add("--save-images", action="store_true", help="also write all images to the folder")
     add("--json", action="store_true", help="print the results as JSON instead of tables")
-    add("-o", "--out", type=Path, default=Path("outputs/evaluate"), help="folder for table.md, results.json, plot.png")
+    add("-o", "--out", type=path, default=Path("outputs/evaluate"), help="folder for table.md, results.json, plot.png")
 
 
 def check(arguments: argparse.Namespace) -> list[float]:
@@ -69,9 +70,14 @@ def check(arguments: argparse.Namespace) -> list[float]:
 
 
 def named_file(text: str) -> tuple[str, Path]:
-    """Parses NAME=FILE or FILE."""
+    """Parses NAME=FILE or FILE. Raises: SettingError: there is no file."""
     name, equals, file = text.partition("=")
-    return (name, Path(file)) if equals and not disk.is_file(text) else (Path(text).stem, Path(text))
+    if not equals or disk.is_file(disk.user_path(text)):
+        name, file = "", text
+    if not file.strip():
+        raise SettingError(f"--pulid is {text!r}; it has to be FILE or NAME=FILE.")
+    path = disk.user_path(file)
+    return name or path.stem, path
 
 
 def variant(text: str) -> tuple[str, dict[str, Any]]:
