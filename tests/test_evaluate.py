@@ -668,6 +668,15 @@ def test_the_command(evaluate, tmp_path):
     assert len(list((out / "images").iterdir())) == len(found["images"]) == 6
 
 
+def test_one_photo_of_one_person(evaluate, tmp_path):
+    """There are no two photos whose likeness could say what the figures mean."""
+    (tmp_path / "p").mkdir()
+    Image.fromarray(picture(10)).save(tmp_path / "p" / "ben.png")
+    status, said, notes = evaluate("--faces", tmp_path / "p", "-o", tmp_path / "out")
+    assert status == 0, notes
+    assert "Means over" in said and "two photos of one person" not in said
+
+
 def test_methods_compared(evaluate, workshop, tmp_path):
     """A row for each file, whatever its method; each reads photos in its own way."""
     widths = [site.width for site in find_sites(denoiser_of(workshop.base.pipeline)).sites]

@@ -86,8 +86,8 @@ def _words(results: Mapping[str, Any], lines: Sequence[Line]) -> str:
     parts = [table(lines, judges), f"Means over {len(results['people'])} people; ± is the {_over(lines)}."]
     for judge in results["judges"]:
         same, different = (judge[key] for key in ("same_person", "different_people"))
-        ranges = [f"two photos of one person {same:.3f}"] * (same is not None)
-        ranges += [f"photos of different people {different:.3f}"] * (different is not None)
+        found = {"two photos of one person": same, "photos of different people": different}
+        ranges = [f"{whom} {value:.3f}" for whom, value in found.items() if value is not None]
         if ranges:
             parts.append(f"By {judge['name']}{' recognizer' * (judge['name'] == OWN)}: {', '.join(ranges)}.")
     parts += [" ".join(results["equal_likeness"]), traits_table(lines, results["traits_on_photos"])]
