@@ -677,6 +677,21 @@ def test_one_photo_of_one_person(evaluate, tmp_path):
     assert "Means over" in said and "two photos of one person" not in said
 
 
+def test_no_image_replaces_another(evaluate, tmp_path):
+    """Prompts that begin alike, and people whose names differ in what a file name leaves out."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a portrait of a person in front of a wall in {color}\n" for color in ("red", "blue")))
+    for name in ("a b.png", "a-b.png"):
+        (tmp_path / "p").mkdir(exist_ok=True)
+        Image.fromarray(picture(10)).save(tmp_path / "p" / name)
+    given = ("--faces", tmp_path / "p", "--prompts", prompts, "--each", 2, "-o", tmp_path / "out", "--save-images")
+    status, said, notes = evaluate(*given, "--json")
+    assert status == 0, notes
+    rows, names = json.loads(said)["images"], sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
+    assert len(names) == len(rows) == 8
+    assert ["without" in name for name in names] == [row["method"] == "without" for row in rows]
+
+
 def test_methods_compared(evaluate, workshop, tmp_path):
     """A row for each file, whatever its method; each reads photos in its own way."""
     widths = [site.width for site in find_sites(denoiser_of(workshop.base.pipeline)).sites]

@@ -110,11 +110,11 @@ def _watched(workshop, panel, methods, sitters, weights, arguments: argparse.Nam
     settings = {"steps": arguments.steps, "size": arguments.size, "guidance": arguments.guidance}
     made = run_trial(workshop, panel, methods, sitters, weights, arguments.seeds, **settings)
     total, rows = count_images(sitters, methods, weights, arguments.seeds), []
-    for row, image in tqdm(made, total=total, desc="generating", unit="image"):
+    for number, (row, image) in enumerate(tqdm(made, total=total, desc="generating", unit="image")):
         rows.append(row)
-        if arguments.save_images:
+        if arguments.save_images:  # the number in results.json goes first: prompts may begin alike
             words = (row.person, row.method, row.file, f"{row.weight:g}", row.prompt[:40], str(row.seed))
             name = re.sub(r"[^\w.,]+", "-", "_".join(filter(None, words)))
             (arguments.out / "images").mkdir(exist_ok=True)
-            Image.fromarray(image).save(arguments.out / "images" / f"{name}.png")
+            Image.fromarray(image).save(arguments.out / "images" / f"{number:04}_{name}.png")
     return rows
