@@ -576,7 +576,9 @@ def test_where_the_source_fails_the_origin_is_asked(one, server, tmp_path):
     file = replace(one, source=server.url("gone.bin"), origin=server.url("a.bin"))
     assert catalog.download(file, tmp_path).read_bytes() == DATA
     (tmp_path / one.folder / "a.bin").unlink()
+    server.misbehave(other_bytes)
     with pytest.raises(DownloadError) as failed:
-        catalog.download(replace(file, origin=server.url("also-gone.bin")), tmp_path)
+        catalog.download(file, tmp_path)
     for words in ("a.bin could not be downloaded", "404", str(tmp_path / one.folder), server.url("gone.bin")):
         assert words in str(failed.value)
+    assert "; from its origin: what was received is not the file" in str(failed.value)

@@ -292,5 +292,6 @@ def download(
             return target
         except DownloadError as error:
             errors.append(error)
-    raise DownloadError(f"{file.name} could not be downloaded: {errors[0]}.\n"
+    reasons = "; from its origin: ".join(dict.fromkeys(map(str, errors)))
+    raise DownloadError(f"{file.name} could not be downloaded: {reasons}.\n"
                         f"By hand:\n{by_hand([file], models_dir)}") from errors[0]  # fmt: skip
