@@ -520,6 +520,19 @@ def test_people_of_an_image_are_in_one_order_throughout(count):
     assert all(0 < face.landmarks[:, 0].mean() < 64 for face in seen["expected"])
 
 
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_batch_is_full_however_few_people_there_are(pair):
+    people = np.arange(5)
+    photos = Photos(torch.zeros(5, 1280), np.zeros((5, 5, 577, 64), np.float16), people, SCENES_EACH * people)
+    nothing: Any = None
+    trainer = adapters.Trainer(nothing, nothing, photos, Drawn(Path(), len(people)), nothing, nothing, ())
+    chosen, rows = trainer._draw(24, pair, np.random.default_rng(0))
+    assert len(chosen) == 24 and [len(row) for row in rows] == [24] * (1 + pair)
+    assert not set(chosen) & set(photos.image)
+    few, _ = trainer._draw(2, pair, np.random.default_rng(0))
+    assert len(set(few)) == 2  # where there are enough, none twice
+
+
 @pytest.mark.parametrize(("family", "step"), [("sdxl", 0), ("sdxl", 2), ("flux", 0), ("flux", 2)])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family, step):

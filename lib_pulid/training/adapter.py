@@ -94,9 +94,10 @@ class Trainer:
         return losses.diffusion_loss(v, self.base.schedule.target(clean, noise, t))
 
     def _draw(self, batch: int, pair: bool, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Images [B], and for each person in them the rows of `photos` [B]; the photos themselves are left out."""
+        """Images [B], and for each person in them the rows of `photos` [B]; the photos themselves are left out.
+        Where there are fewer images than B, some are drawn more than once."""
         pool = self._pools[int(pair)]
-        chosen = rng.choice(pool, min(batch, len(pool)), replace=False)
+        chosen = rng.choice(pool, batch, replace=len(pool) < batch)
         rows = [[self.photos.row_of(number, rng) for number in self.data.numbers(index)] for index in chosen]
         return chosen, list(np.array(rows).T)
 
