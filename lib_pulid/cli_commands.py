@@ -151,7 +151,8 @@ def _identity(workshop, arguments: argparse.Namespace):
 
     choice = FaceChoice(arguments.face_order, arguments.face_index)
     judge = workshop.judges[0] if getattr(arguments, "likeness", False) and workshop.judges else None
-    return workshop.identity(arguments.face, choice, fusion=arguments.fusion, on_face=tell, judge=judge)
+    settings = {"on_face": tell, "judge": judge, "warn": lambda text: print(f"note: {text}")}
+    return workshop.identity(arguments.face, choice, fusion=arguments.fusion, **settings)
 
 
 def _control_net(workshop, identity, injection, unit, arguments: argparse.Namespace):

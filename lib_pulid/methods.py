@@ -70,6 +70,11 @@ class Method:
         """The name for users: "PuLID v1.1 for SDXL"."""
         return " ".join(filter(None, (self.name, self.version, "for", self.family.upper())))
 
+    @property
+    def reads_faces(self) -> bool:
+        """Whether it looks for a face in the photo; else there is nothing to measure likeness by."""
+        return "detector" in self.reads
+
 
 _SDXL = {"family": "sdxl", "settings": ("preset", "projection", "num_zero"), "projection": "ortho_v2", "num_zero": 20}
 PULID_V1 = Method("PuLID", version="v1", several="first", weight=0.8, **_SDXL)  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,6 +99,7 @@ def make_identity(
     on_face: Callable[[str, Face], None] = lambda name, face: None,
     recognizer: str = "",
     judge: Recognizer | None = None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Identity:
     """Makes the identity of one person, or takes it from the cache.
 
@@ -111,7 +111,8 @@ def make_identity(
         on_face: called with each photo's name and face as it is read.
         recognizer: the hash of the models' recognizer's file, under which its embedding is kept; "": not at all.
         judge: the recognizer that likeness will be measured with; a cached identity without its embedding gets it, as
-            it gets its pose where the method has a use for it.
+            it gets its pose where the method has a use for it. Without effect for a method that reads no faces.
+        warn: called with notes for the user.
 
     Raises:
         ImageError, NoFaceError: the message names the photo.
@@ -121,7 +122,9 @@ def make_identity(
     images = [load_image(photo, name) for photo, name in zip(photos, names)]
     key = identity_key(images, adapter, encoders_id=encoders_id, choice=choice, fusion=fusion)
     known, wants_pose = cache.get(key), bool(adapter.method.control)
-    if known is not None and (known.pose or not wants_pose) and (judge is None or judge.key in known.embeddings):
+    if judge is not None and (not adapter.method.reads_faces or (known is not None and judge.key in known.embeddings)):
+        judge = None  # it has nothing to do
+    if known is not None and (known.pose or not wants_pose) and (judge is None or _judged(judge, (), warn) is None):
         return known
     models = encoders()
     faces: list[Face] = []
@@ -131,7 +134,7 @@ def make_identity(
             on_face(name, faces[-1])
     embeddings = {recognizer: mean_embedding([face.embedding for face in faces])} if recognizer and faces else {}
     if judge is not None and judge.key not in embeddings and faces:
-        embeddings |= _judged(faces, judge)
+        embeddings |= _judged(judge, faces, warn) or {}
     pose = _pose(faces[0]) if faces and wants_pose else None
     if known is not None:
         identity = replace(known, embeddings={**known.embeddings, **embeddings}, pose=pose)
@@ -153,14 +156,16 @@ def _pose(face: Face) -> Pose:
     return Pose(np.asarray(face.detection.landmarks, dtype=np.float32), (width, height))
 
 
-def _judged(faces: Sequence[Face], judge: Recognizer) -> dict[str, np.ndarray]:
-    """Embeds the photos' faces with the judge. A judge that fails costs its number, and not the person."""
+def _judged(judge: Recognizer, faces: Sequence[Face], warn: Callable[[str], None]) -> dict[str, np.ndarray] | None:
+    """Embeds the photos' faces with the judge; without faces, only loads it. None: it failed, which costs its number,
+    and not the person."""
     try:
         recogniser = judge.load()
-        return {judge.key: mean_embedding([recogniser.embed(face.photo_bgr, face.detection) for face in faces])}
+        each = [recogniser.embed(face.photo_bgr, face.detection) for face in faces]
+        return {judge.key: mean_embedding(each)} if each else {}
     except Exception as error:  # a damaged file, a lack of memory, anything of onnxruntime
-        logging.getLogger(__name__).warning("PuLID: %s cannot be used to measure likeness (%s)", judge.name, error)
-        return {}
+        warn(f"{judge.name} cannot be used to measure likeness ({error}).")
+        return None
 
 
 def _checked(photos: list[FaceFeatures], adapter: Adapter) -> list[FaceFeatures]:

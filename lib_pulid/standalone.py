@@ -85,7 +85,7 @@ class Workshop:
         return f"{self.adapter.label} on {self.base.family.upper()} ({name})"
 
     def identity(self, photos: Sequence[ImageSource], choice: FaceChoice = LARGEST, **settings: Any) -> Identity:
-        """See `photos.make_identity`. settings: fusion, on_face and judge."""
+        """See `photos.make_identity`. settings: fusion, on_face, judge and warn."""
         encoders, encoders_id = self.readers(self.adapter.method)
         try:
             return make_identity(
@@ -154,6 +154,8 @@ class Workshop:
 
     def likeness(self, image: Image.Image, identity: Identity) -> str:
         """Measures how like a person the face in an image is, in words for the user."""
+        if not self.adapter.method.reads_faces:
+            return f"unknown: {self.adapter.label} reads no face."
         judge = choose_judge(self.judges, [identity.embeddings])
         if judge is None or self.detector is None:
             return "unknown: the identity has no face embedding. Make it from the photo again."

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lib_pulid import likeness
+from lib_pulid.faces import read_face
 from lib_pulid.identity import Identity
 from lib_pulid.likeness import UNKNOWN, Person, Recognizer, SeenFace, best, cosine, mean_embedding, measure, text
 from lib_pulid.webui.pictures import decode
@@ -300,10 +302,17 @@ def test_another_recognizer_is_the_judge(host, options, buffalo, monkeypatch):
 
 
 def test_a_judge_that_is_broken_costs_its_number_only(host, options, buffalo, monkeypatch):
+    """The user is told why each time, but the photo is read once."""
     judge_file(monkeypatch, fail, buffalo)
-    made = generate(host, [unit("anna")], [color("anna")])
-    assert number(made.infotexts[0]) == "1.00"
-    assert "the adapter's own recognizer" in made.comments
+    for times in (1, 0):
+        read = Mock(wraps=read_face)
+        monkeypatch.setattr("lib_pulid.photos.read_face", read)
+        made = generate(host, [unit("anna")], [color("anna")])
+        assert number(made.infotexts[0]) == "1.00"
+        assert "the adapter's own recognizer" in made.comments
+        assert "PuLID unit 1: w600k_r50 cannot be used to measure likeness (the detector broke)." in made.comments
+        assert "Give the photo" not in made.comments
+        assert read.call_count == times
 
 
 def test_a_grid_shows_the_number_of_each_cell(host, options, monkeypatch):

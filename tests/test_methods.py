@@ -34,6 +34,7 @@ from lib_pulid.photos import Encoders, IdentityCache, make_identity
 from lib_pulid.projectors import FaceProjection, ImageProjection, Resampler
 from lib_pulid.readings import FaceFeatures, read_features
 from lib_pulid.sites import find_sites
+from lib_pulid.standalone import Workshop
 from lib_pulid.weights import Adapter, load_adapter
 from tests import layouts
 from tests.fake_modules.models import count_hooks
@@ -498,6 +499,8 @@ def test_ip_adapter_needs_no_face(adapters, clip):
     identity = made_of(adapters["plus"], [COLOURS], clip)
     assert identity.cond.shape == (1, 16, TOKEN_WIDTH)
     assert identity.thumbnail.shape == (96, 128, 3)
+    shop = Workshop(base=None, adapter=adapters["plus"], readers=None, cache=IdentityCache())
+    assert shop.likeness(Image.fromarray(COLOURS), identity) == "unknown: IP-Adapter Plus for SDXL reads no face."
 
 
 def test_another_image_encoder_is_refused(tmp_path, adapters):

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lib_pulid import methods
+from lib_pulid import clip_vision, methods
+from lib_pulid.disk import fingerprint
 from lib_pulid.errors import MissingWeightsError, SettingError, UnsupportedModelError
 from lib_pulid.files import catalog
 from lib_pulid.units import PulidUnit
@@ -217,6 +220,37 @@ def test_parameters_have_the_methods_own_settings(host, files):
     assert entries["method"] == "InstantID for SDXL"
     assert (entries["weight"], entries["model"]) == ("0.8", FILES["instantid"])
     assert not {"projection", "num_zero", "preset", "lora_weight"} & set(entries)
+
+
+def measured(host: Any, model: str) -> str:
+    """Returns the notes below an image whose likeness is measured."""
+    p = host.processing("sdxl")
+    image = Image.new("RGB", (8, 8))
+    host.ui.generate(host.script, p, [unit("anna", model=model)], decode=lambda batch: [image])
+    return p.processed.comments
+
+
+def test_likeness_of_a_method_that_reads_no_face(host, files, monkeypatch):
+    """The photo is read once all the same, and the note says why there is no number."""
+    monkeypatch.setitem(host.ui.modules.shared.opts.data, "pulid_likeness", True)
+    load = Mock(wraps=clip_vision.load_clip_vision)
+    monkeypatch.setattr(clip_vision, "load_clip_vision", load)
+    for _ in range(2):
+        why = "person 1 is unknown, since IP-Adapter Plus for SDXL reads no face."
+        assert measured(host, FILES["plus"]) == f"PuLID likeness: {why}\n"
+    assert load.call_count == 1
+
+
+def test_likeness_of_a_method_whose_only_judge_fails(host, files, monkeypatch):
+    """Plus Face has no recognizer of its own."""
+    monkeypatch.setitem(host.ui.modules.shared.opts.data, "pulid_likeness", True)
+    monkeypatch.setattr(methods, "_PLUS_FACE", fingerprint(files["plus"])[:8])
+    monkeypatch.setattr("lib_pulid.face_models.ArcFaceRecogniser", Mock(side_effect=OSError("truncated")))
+    for _ in range(2):
+        assert measured(host, FILES["plus"]) == (
+            "PuLID unit 1: w600k_r50 cannot be used to measure likeness (truncated).\n"
+            "PuLID likeness: person 1 is unknown, since w600k_r50 failed.\n"
+        )
 
 
 def test_missing_files_are_pulids_all_the_same(host, files):

@@ -110,6 +110,7 @@ class EncoderPool:
                 encoders_id=catalog.fingerprint(files, self._folder.fingerprint),
                 on_face=lambda name, face: tell(f"{name} read"),
                 recognizer=self._folder.fingerprint(files["recogniser"]) if "recogniser" in files else "",
+                warn=warn,
             ),
             warn,
         )

@@ -32,6 +32,7 @@ from lib_pulid.likeness import (
     measure,
     text,
 )
+from lib_pulid.methods import maker_of
 from lib_pulid.webui import grid_numbers
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Meter:
     keep: int = 0
     images: list[Measured] = field(default_factory=list)
     _people: dict[Number, Identity] = field(default_factory=dict)
+    _saved: set[Number] = field(default_factory=set)  # those whose photos were not given
     _reasons: dict[str, None] = field(default_factory=dict)  # ordered, each once
     _seconds: list[float] = field(default_factory=list)
 
@@ -129,6 +131,7 @@ class Meter:
 
     def _measure(self, plan: UnitPlan, people: Sequence[Number], p: Any, image: Any) -> tuple[float | None, ...] | None:
         self._people |= {number: plan.people[number] for number in people}
+        self._saved |= {number for number, unit in plan.units if unit.identity}
         judge = self.judge
         if judge is None or (plan.listener.stop and plan.listener.stop()):  # an interrupt is answered at once
             return None
@@ -180,15 +183,21 @@ class Meter:
         judge, lines = self.judge or self.judges[-1], []
         for number, identity in self._people.items():
             if judge.key not in identity.embeddings:
-                lines.append(
-                    f"PuLID likeness: {_called(number)} is unknown, since the saved identity has no face embedding. "
-                    "Give the photo once."
-                )
-            elif self.judges[0].key not in identity.embeddings:
+                why = self._why_unknown(identity, number in self._saved)
+                lines.append(f"PuLID likeness: {_called(number)} is unknown, since {why}")
+            elif self.judges[0].key not in identity.embeddings and number in self._saved:
                 lines.append(
                     f"PuLID likeness: {self.judges[0].name} does not know {_called(number)} yet. Give the photo once."
                 )
         return lines
+
+    def _why_unknown(self, identity: Identity, is_saved: bool) -> str:
+        method = maker_of(identity.info.get("adapter", ""), identity.family)
+        if not method.reads_faces:
+            return f"{method.label} reads no face."
+        if is_saved:
+            return "the saved identity has no face embedding. Give the photo once."
+        return f"{self.judges[0].name} failed."  # the reason was told when the photo was read
 
     def _keep(self, processed: Any) -> str:
         """Leaves the best images in the host's result, the best first; moves the others' files. Returns a note."""
