@@ -127,6 +127,12 @@ def maker_of(label: str, family: str) -> Method:
     return next((method for method in METHODS if method.label == label), usual(family))
 
 
+def may_be(listed: Method, method: Method) -> bool:
+    """Whether a file listed with one method, from its header alone, may be of another in any version."""
+    alike = {IP_ADAPTER_PLUS.name, IP_ADAPTER_PLUS_FACE.name}  # the same tensors
+    return (listed.name, listed.family) == (method.name, method.family) or {listed.name, method.name} == alike
+
+
 def has(method: Method, field: str) -> bool:
     """Whether a unit's field is of use in a method."""
     return field not in SPECIAL or field in method.settings

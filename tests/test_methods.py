@@ -23,7 +23,7 @@ from torch import Tensor
 from lib_pulid import methods
 from lib_pulid.clip_vision import clip_input, load_clip_vision
 from lib_pulid.control import draw_points
-from lib_pulid.errors import SettingError, UnsupportedModelError, WrongWeightsError
+from lib_pulid.errors import MissingWeightsError, SettingError, UnsupportedModelError, WrongWeightsError
 from lib_pulid.files.pickle_header import read_pickle_header
 from lib_pulid.hosts.diffusers import apply
 from lib_pulid.hosts.diffusers_control import identity_net, load_identity_net
@@ -35,6 +35,8 @@ from lib_pulid.projectors import FaceProjection, ImageProjection, Resampler
 from lib_pulid.readings import FaceFeatures, read_features
 from lib_pulid.sites import find_sites
 from lib_pulid.standalone import Workshop
+from lib_pulid.stores.adapters import Adapters
+from lib_pulid.stores.folder import ModelsFolder, Settings
 from lib_pulid.weights import Adapter, load_adapter
 from tests import layouts
 from tests.fake_modules.models import count_hooks
@@ -93,6 +95,21 @@ def test_big_g_by_the_width_of_its_embedding_plus_face_by_its_checksum(write, mo
     assert load_adapter(path).method == methods.IP_ADAPTER_PLUS
     monkeypatch.setattr(methods, "_PLUS_FACE", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
     assert load_adapter(path).method == methods.IP_ADAPTER_PLUS_FACE
+
+
+def test_plus_face_in_a_folder(tmp_path, monkeypatch):
+    """A list, which reads no checksum, goes by the name in the catalog; an identity finds its file under any name."""
+    folder = Adapters(ModelsFolder(lambda: Settings(tmp_path)))
+    (tmp_path / "pulid").mkdir()
+    path = small.write(tmp_path / "pulid" / "ip-adapter-plus-face_sdxl_vit-h.safetensors", FILES["plus"])
+    assert folder.method_of(path.name) == methods.IP_ADAPTER_PLUS_FACE
+    path = path.rename(path.with_name("face.safetensors"))
+    monkeypatch.setattr(methods, "_PLUS_FACE", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    assert folder.method_of(path.name) == methods.IP_ADAPTER_PLUS
+    plus_face, plus = methods.IP_ADAPTER_PLUS_FACE.label, methods.IP_ADAPTER_PLUS.label
+    assert folder.load("auto", "sdxl", made_for=plus_face).label == plus_face
+    with pytest.raises(MissingWeightsError, match=f"was made with {plus}, which is not in"):
+        folder.load("auto", "sdxl", made_for=plus)
 
 
 def test_no_program_of_a_pickle_runs(tmp_path):

@@ -14,7 +14,7 @@ from lib_pulid.fields import AUTO
 from lib_pulid.files import catalog
 from lib_pulid.files.checkpoint_header import read_tensors, unwrapped
 from lib_pulid.files.pickle_header import read_pickle_header
-from lib_pulid.methods import Header, Method, maker_of, method_of, usual
+from lib_pulid.methods import Header, Method, maker_of, may_be, method_of, usual
 from lib_pulid.stores.folder import ModelsFolder
 
 if TYPE_CHECKING:
@@ -102,10 +102,7 @@ class Adapters:
 
     def _of_method(self, method: Method, encoder: str, left_out: list[str]) -> Iterator[Adapter]:
         """Loads the files of a method, whatever their version."""
-        wanted = (method.name, method.family)
-        files = [
-            file for file in self.listed() if file.method is None or (file.method.name, file.method.family) == wanted
-        ]
+        files = [file for file in self.listed() if file.method is None or may_be(file.method, method)]
         if self._loaded is not None and encoder:  # the loaded file is checked at no cost
             loaded = self._loaded[1].path
             files.sort(key=lambda file: file.path != loaded)
@@ -117,7 +114,7 @@ class Adapters:
                     raise  # its header or its name says that it is a PuLID file: damaged
                 left_out.append(str(error))  # some other file in the folder
                 continue
-            if (adapter.method.name, adapter.family) == wanted:
+            if (adapter.method.name, adapter.family) == (method.name, method.family):
                 yield adapter
 
     def path(self, name: str, family: str = "") -> Path:
@@ -152,14 +149,15 @@ class Adapters:
 
 
 def _adapter_file(path: Path) -> AdapterFile | None:
-    """Tells an adapter's method by the names, shapes and dtypes of its tensors; None for another kind of file."""
+    """Tells an adapter's method by the names, shapes and dtypes of its tensors; None for another kind of file. Where
+    only the checksum would tell, its name does, until it is loaded."""
+    file = catalog.named(path.name)
     is_pickle = path.suffix.lower() not in (".safetensors", ".sft")
     header: Header = unwrapped(read_tensors(path) or read_pickle_header(path))
     if not header:  # damaged, or written by an older torch: its name tells, and loading it reports what is wrong
-        file = catalog.named(path.name)
         return AdapterFile(path, usual(file.group) if file is not None and file.group in catalog.FAMILIES else None)
     try:
-        method = method_of(header, path.name)
+        method = method_of(header, path.name, lambda: "" if file is None else file.sha256)
     except WrongWeightsError:
         return AdapterFile(path) if is_pickle else None
     return AdapterFile(path, method) if is_pickle or method is not None else None
