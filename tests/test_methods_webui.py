@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ from lib_pulid.files import catalog
 from lib_pulid.units import PulidUnit
 from lib_pulid.webui import infotext, routes
 from tests.fake_modules.models import SMALL_SITES, WIDTH, CrossAttention, count_hooks, same, small_unet
-from tests.light_webui import unit
+from tests.light_webui import PHOTOS, unit
 from tests.small_models import methods as small
 
 FILES = {
@@ -139,6 +141,30 @@ def test_auto_is_pulid_and_knows_who_made_an_identity(host, files):
     host.library.identities.save("Anna", saved)
     images = host.generate([{"identity": "Anna"}], "sdxl")
     assert same(images, host.generate([unit("anna", model=FILES["instantid"])], "sdxl"))
+
+
+def test_a_model_in_another_spelling(host, files):
+    """The page knows the file that generating finds; of several that fit, none."""
+    from lib_pulid.webui.actions import Actions
+
+    adapters, family = host.library.adapters, Mock(return_value="")  # no checkpoint is loaded
+    for name in (FILES["instantid"].upper(), "IP-Adapter_Instant_ID_SDXL"):
+        assert adapters.path(name) == files["instantid"]
+        assert adapters.method_of(name) == methods.INSTANTID
+        photos = json.dumps([PHOTOS["anna"]])
+        *_, note = Actions(host.library, family).save(f"Anna {len(name)}", photos, name, "largest", 0, "official")
+        assert "for InstantID for SDXL" in note
+    assert adapters.method_of("auto") is adapters.method_of("") is adapters.method_of("gone") is None
+    other = host.folder / "pulid" / "more" / FILES["instantid"].upper()
+    other.parent.mkdir()
+    shutil.copy(files["instantid"], other)
+    try:
+        assert adapters.method_of(FILES["instantid"]) == methods.INSTANTID
+        assert adapters.method_of(FILES["instantid"].title()) is None
+        with pytest.raises(SettingError, match="could be"):
+            adapters.path(FILES["instantid"].title())
+    finally:
+        shutil.rmtree(other.parent)
 
 
 @contextmanager

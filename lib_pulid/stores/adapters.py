@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib_pulid import disk, names
-from lib_pulid.errors import MissingWeightsError, UnsupportedModelError, WrongWeightsError
+from lib_pulid.errors import MissingWeightsError, SettingError, UnsupportedModelError, WrongWeightsError
 from lib_pulid.fields import AUTO
 from lib_pulid.files import catalog
 from lib_pulid.files.checkpoint_header import read_tensors, unwrapped
@@ -64,8 +64,13 @@ class Adapters:
         return list(dict.fromkeys(file.name for file in self.listed()))
 
     def method_of(self, name: str) -> Method | None:
-        """Returns the method of a file by name, from its header; None with "auto", and where that does not tell."""
-        return next((file.method for file in self.listed() if name in (file.name, file.path.stem)), None)
+        """Returns the method of a file by name (see `path`), from its header; None with "auto", and where that does not
+        tell or the name fits several."""
+        try:
+            found = self._named(name) if name and name != AUTO else None
+        except SettingError:
+            return None
+        return None if found is None else found.method
 
     def load(self, name: str, family: str, encoder: str = "", made_for: str = "") -> Adapter:
         """Loads a PuLID file, or one of another method. name: of the file, with or without its suffix, or "auto".
@@ -124,16 +129,22 @@ class Adapters:
         Raises:
             MissingWeightsError. SettingError: the name fits several.
         """
-        listed = sorted(self.listed(), key=lambda file: file.family != family)
-        paths = [*(file.path for file in listed), *self._files()]
-        for spelled in (lambda path: path.name, lambda path: path.stem):
-            by_name: dict[str, Path] = {}
-            for path in paths:
-                by_name.setdefault(spelled(path), path)
-            if (found := names.find(name, by_name)) is not None:
-                return found
+        if (found := self._named(name, family)) is not None:
+            return found.path
         known = ", ".join(self.names()) or "none"
         raise MissingWeightsError(f"{name} is not in {self._folder.path}. PuLID files there: {known}.")
+
+    def _named(self, name: str, family: str = "") -> AdapterFile | None:
+        """Finds a file by name, in any spelling, with or without its suffix. family, Raises: as `path`."""
+        listed = sorted(self.listed(), key=lambda file: file.family != family if family else not file.family)
+        files = [*listed, *map(AdapterFile, self._files())]
+        for spelled in (lambda file: file.name, lambda file: file.path.stem):
+            by_name: dict[str, AdapterFile] = {}
+            for file in files:
+                by_name.setdefault(spelled(file), file)
+            if (found := names.find(name, by_name)) is not None:
+                return found
+        return None
 
     def _files(self) -> list[Path]:
         return [path for folder in self._folder.folders for path in disk.listed(folder, SUFFIXES)]

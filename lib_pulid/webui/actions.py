@@ -225,11 +225,10 @@ class Actions:
 
     def _family_for(self, model: str) -> str:
         """Returns the family of a named file; with auto the checkpoint's, or the only one with files."""
-        files = self._library.adapters.listed()
-        named = [file.family for file in files if model in (file.name, file.path.stem) and file.family]
-        family = named[0] if named else self.family("")
+        method = self._library.adapters.method_of(model)
+        family = self.family("") if method is None else method.family
         if not family:
-            families = {file.family for file in files if file.family} or {"sdxl"}
+            families = {file.family for file in self._library.adapters.listed() if file.family} or {"sdxl"}
             if len(families) > 1:
                 raise SettingError("Select a PuLID model first: an identity is saved either for SDXL or for FLUX.")
             family = families.pop()
