@@ -147,7 +147,8 @@ class Workshop:
         if identity.pose is None:
             name = control_nets.file_of(role).purpose
             raise IdentityMismatchError(f"{name} needs to know where the face is. Give the photo with --face.")
-        path = control_nets.require(role, self.models_dir / "pulid", self.models_dir, identity.cond.shape[-1])
+        folder = ModelsFolder(lambda: Settings(self.models_dir)).path
+        path = control_nets.require(role, folder, self.models_dir, identity.cond.shape[-1])
         net, points = load_identity_net(path, self.base.pipeline), identity.pose.drawn((size, size))
         place: dict[str, Any] = {"start": injection.start, "end": injection.end, "mask": injection.mask}
         return identity_net(self.base.pipeline, net, identity, points, weight=strength, **place)
@@ -176,11 +177,11 @@ def open_workshop(model: str, models_dir: Path, pulid: Path | None = None, devic
     Raises:
         MissingWeightsError, WrongWeightsError.
     """
-    cache = IdentityCache(models_dir / "pulid" / "cache")
+    folder = ModelsFolder(lambda: Settings(models_dir))
+    cache = IdentityCache(folder.path / "cache")
     if model in miniature.MODELS:
         return _miniature(miniature.MODELS[model], pulid, cache, device)
     base = load_base(model, device)
-    folder = ModelsFolder(lambda: Settings(models_dir))
     adapter = _fitting(load_adapter(pulid) if pulid else Adapters(folder).load(AUTO, base.family), base)
     files = catalog.require_encoders(models_dir, adapter.method.reads)
     readers = partial(_readers, folder, device)

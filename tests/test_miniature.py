@@ -25,6 +25,8 @@ from lib_pulid.identity import Identity
 from lib_pulid.injection import Injection, compile_injection
 from lib_pulid.likeness import INSIGHTFACE, MINIATURE, Recognizer
 from lib_pulid.standalone import Workshop, open_workshop
+from lib_pulid.stores.folder import ModelsFolder, Settings
+from lib_pulid.stores.identities import Identities
 from lib_pulid.training import checkpoint, world
 from tests.small_models.shops import miniature_shop
 
@@ -393,6 +395,15 @@ def test_a_packed_file(copy, monkeypatch, tmp_path):
     (copy / "sdxl.safetensors.xz").write_bytes((copy / "sdxl.safetensors.xz").read_bytes()[:-20])
     with pytest.raises(WrongWeightsError, match=r"sdxl.safetensors.xz in .* is damaged"):
         miniature.checkpoint("sdxl")
+
+
+def test_the_cache_lies_where_identities_are_saved(tmp_path, identities):
+    """With the weight files in the models folder itself: a new folder `pulid` would hide what is saved beside them."""
+    (tmp_path / "pulid_v1.1.safetensors").touch()
+    saved = Identities(ModelsFolder(lambda: Settings(tmp_path)))
+    saved.save("anna", identities[PEOPLE[0]])
+    open_workshop("miniature", tmp_path).identity([miniature.portrait(PEOPLE[0])])
+    assert (saved.names(), len(list(saved.folder.with_name("cache").iterdir()))) == (["anna"], 1)
 
 
 def test_all_of_it_is_small():
