@@ -8,7 +8,9 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from lib_pulid.methods import METHODS
 from lib_pulid.tags import find_tags, parse_tag
+from lib_pulid.units import PulidUnit
 from tests.fake_modules.extra_networks import UserMetadataEditor
 
 
@@ -82,9 +84,12 @@ class TestCards:
         assert page.create_item("Anna", enable_filter=False)["name"] == "Anna"
         assert page.create_item("gone", enable_filter=False) is None
 
-    def test_the_weight_of_flux(self, saved):
+    def test_the_weight_is_the_methods(self, saved):
+        """As in a tag without one; that of PuLID where the method is not known."""
         from lib_pulid.webui.cards import default_weight
 
+        for method in METHODS:
+            assert default_weight({"adapter": method.label}) == PulidUnit().on(method.family, method).weight
         assert default_weight({"adapter": "PuLID for FLUX"}) == 1.0 and default_weight({}) == 0.8
 
     def test_opening_the_tab_lists_those_saved_since(self, saved, page):

@@ -12,8 +12,9 @@ from typing import Any
 import gradio as gr
 from modules import shared, ui_extra_networks, ui_extra_networks_user_metadata
 
-from lib_pulid.fields import FIELD, WEIGHTS
+from lib_pulid.fields import FIELD
 from lib_pulid.injection import MOST
+from lib_pulid.methods import maker_of
 from lib_pulid.stores.identities import SavedIdentity
 from lib_pulid.tags import NAMES
 from lib_pulid.webui import pictures
@@ -114,8 +115,9 @@ def preferred_weight(metadata: dict[str, Any]) -> float:
 
 
 def default_weight(info: Mapping[str, str]) -> float:
-    """Returns the default weight of the family that an identity was made for."""
-    return WEIGHTS.get(info.get("adapter", "").rpartition(" for ")[2].lower(), WEIGHTS["sdxl"])
+    """Returns the default weight of the method that made an identity."""
+    label = info.get("adapter", "")
+    return maker_of(label, label.rpartition(" for ")[2].lower()).weight
 
 
 def register(library: Library) -> None:
