@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -148,6 +149,22 @@ def test_every_image_has_its_own_photo(allowed):
         assert alone == [name]
         assert same([image], [made])
         assert same(allowed.generate([unit(name[:-4])]), [made])  # as with the photo itself
+
+
+def test_it_is_read_as_the_photo_itself(allowed, folder, monkeypatch):
+    """One larger than what is kept of a photo, and nothing is encoded on the way."""
+    for name in NAMES:
+        (folder / name).unlink()
+    Image.new("RGB", (4200, 48), (200, 80, 60)).save(folder / "large.png")
+    allowed.forget_photos()
+    with monkeypatch.context() as patch:
+        patch.setattr("lib_pulid.webui.pictures.encode", Mock(side_effect=AssertionError))
+        p = allowed.processing()
+        made = allowed.generate([{"draw": "random"}], p=p)
+    assert "photo: large.png, photos: 1" in p.extra_generation_params["PuLID 1"]
+    text = base64.b64encode((folder / "large.png").read_bytes()).decode()
+    assert same(allowed.generate([{"images": [text]}]), made)
+    assert len(list((allowed.library.folder.path / "cache").iterdir())) == 1
 
 
 def test_turns_go_on(allowed):

@@ -18,6 +18,7 @@ from PIL import Image
 from lib_pulid import hosts
 from lib_pulid.errors import ImageError, MissingWeightsError, NoFaceError, PulidError, SettingError
 from lib_pulid.fields import FAMILIES, FIELDS, MOST_PHOTOS, PRESETS
+from lib_pulid.images import load_image
 from lib_pulid.sites import Sites
 from lib_pulid.stores.encoders import Listener
 from lib_pulid.units import PulidUnit, default_args
@@ -365,6 +366,17 @@ class TestXYZ:
         assert len({picture.sum().item() for picture in pictures.values()}) == 1 + 2 * len(PRESETS["sdxl"])
         assert not hasattr(p, "pulid_changes")
         assert ui.swallowed == []
+
+    def test_a_cells_photo_has_the_files_pixels(self, ui, library, tmp_path):
+        """Shrunk like every photo, and quickly encoded."""
+        path = tmp_path / "large.png"
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 5000, 3), np.uint8)).save(path)
+        p = SimpleNamespace()
+        self.axes(ui, library)["[PuLID 1] Photo file"].apply(p, str(path), [])
+        (text,) = p.pulid_changes[1]["images"]
+        assert text.startswith("data:image/bmp;")
+        key = library.photos.add(load_image(path))
+        assert np.array_equal(library.photos.read(text, "photo"), library.photos.read(key, "photo"))
 
     def test_slips_show_before_the_grid_begins(self, ui, library):
         axes = self.axes(ui, library)

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from pathlib import Path
 
 import numpy as np
 
 from lib_pulid.errors import ImageError
-from lib_pulid.images import resize_long_edge
+from lib_pulid.images import load_image, resize_long_edge
 from lib_pulid.webui import pictures
 
 HASH = "sha256:"  # begins a hash, and no base64 or data URI
 MOST = 2_000_000_000  # bytes; more than a person's 50 photos of 12 megapixels
 THUMBNAIL = 192  # pixels
 LONGEST = 4096  # pixels; each method shrinks a photo to its own size, so only what is far larger is shrunk here
+
+
+def load_photo(path: Path) -> np.ndarray:
+    """Loads a photo as `DroppedPhotos.read` returns it. Raises: ImageError."""
+    return resize_long_edge(load_image(path), LONGEST)
 
 
 class DroppedPhotos:

@@ -52,8 +52,8 @@ def write(unit: PulidUnit, family: str, facts: Mapping[str, str]) -> str:
         del entries["draw"]
     others = ("file", "method", "identity_net", "net", "left out", "experiment", "photo")
     entries |= {name: facts[name] for name in others if name in facts}
-    if unit.images:
-        entries["photos"] = str(len(unit.images))
+    if photos := len(unit.images) + ("photo" in facts):
+        entries["photos"] = str(photos)
     if unit.mask:
         entries["region"] = hashlib.sha256(unit.mask.encode()).hexdigest()[:10]
     return ", ".join(f"{name}: {value.translate(_ESCAPES)}" for name, value in entries.items() if value != "")

@@ -54,7 +54,7 @@ def decode(text: str, name: str, read: Callable[[bytes, str], np.ndarray] = load
 
 
 def encode(image: np.ndarray, kind: str = "PNG", **how: int) -> str:
-    """Encodes an image, uint8 RGB [H, W, 3], as the data URI of a PNG, or of a JPEG. how: Pillow's options."""
+    """Encodes an image, uint8 RGB [H, W, 3], as the data URI of a PNG, JPEG or BMP. how: Pillow's options."""
     from PIL import Image
 
     buffer = io.BytesIO()

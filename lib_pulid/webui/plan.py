@@ -13,16 +13,17 @@ from lib_pulid.disk import stamp
 from lib_pulid.errors import SettingError
 from lib_pulid.fields import NOT_DRAWN, Number, place, spoken
 from lib_pulid.identity import check_fusion, with_uncond
-from lib_pulid.images import load_image
 from lib_pulid.injection import Injection
 from lib_pulid.methods import usual
 from lib_pulid.sites import is_chroma
 from lib_pulid.stores.encoders import NOBODY, Listener
 from lib_pulid.units import PulidUnit, at_unit
 from lib_pulid.webui.control import control_for, left_out
-from lib_pulid.webui.pictures import packed, region
+from lib_pulid.webui.dropped import load_photo
+from lib_pulid.webui.pictures import region
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from lib_pulid.hosts import LoadedModel
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
     from lib_pulid.likeness import Recognizer
     from lib_pulid.webui.library import Library
     from lib_pulid.weights import Adapter
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A photo that was drawn. name: of its file. photo: uint8 RGB [H, W, 3]."""
+
+    name: str
+    photo: np.ndarray
 
 
 @dataclass
@@ -53,7 +62,7 @@ class UnitPlan:
     places: Mapping[Number, str] = field(default_factory=dict)
     judge: Recognizer | None = None
     people: dict[Number, Identity] = field(default_factory=dict)
-    drawn: dict[Number, Path] = field(default_factory=dict)
+    drawn: dict[Number, Drawn] = field(default_factory=dict)
     batch: int | None = None
     masks: dict[Number, Tensor] = field(default_factory=dict)
     _is_experiment: bool = False
@@ -96,10 +105,7 @@ class UnitPlan:
         for rank, (number, unit) in enumerate(wanted):
             with at_unit(number, "draw"):
                 path = draw(number, rank, unit.draw)
-                photos = (packed(load_image(path)),)
-            self.drawn[number] = path
-            units = {**dict(self.units), number: replace(unit, images=photos)}
-            self.units = list(units.items())
+                self.drawn[number] = Drawn(path.name, load_photo(path))
             for key in [key for key in self._known if key[0] == number]:
                 del self._known[key]  # of the batch before
         return bool(wanted)
@@ -212,16 +218,17 @@ class UnitPlan:
                 adapter = self.library.adapters.load(unit.model, family, encoder, made_for)
             unit.check_method(adapter.method, number)
             return identity, adapter
-        if not unit.images:
+        drawn = self.drawn.get(number)
+        if not unit.images and drawn is None:
             raise SettingError(place(number, "images") + "add a photo, choose a saved identity, or disable this unit.")
         with at_unit(number, "model"):
             adapter = self.library.adapters.load(unit.model, family)
         unit.check_method(adapter.method, number)
         with at_unit(number, "fusion"):
             check_fusion(unit.fusion, adapter, len(unit.images))
-        drawn = self.drawn[number].name if number in self.drawn else ""
-        with at_unit(number, "draw" if drawn else "images", drawn):
-            photos = [self.library.photos.read(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
+        with at_unit(number, "draw", drawn.name) if drawn else at_unit(number, "images"):
+            given = [self.library.photos.read(image, f"photo {i}") for i, image in enumerate(unit.images, 1)]
+            photos = [drawn.photo] if drawn else given
             listener = Listener(
                 lambda text: self.listener.tell(f"PuLID: {spoken(number)}, {text}"),
                 lambda text: self.listener.warn(f"PuLID {spoken(number)}: {text}"),

@@ -15,8 +15,9 @@ from lib_pulid.errors import SettingError
 from lib_pulid.fields import AUTO, BOOLS, FIELD, FIELDS, Field, check, place
 from lib_pulid.images import load_image
 from lib_pulid.units import at_unit
+from lib_pulid.webui.dropped import load_photo
 from lib_pulid.webui.library import Library
-from lib_pulid.webui.pictures import packed
+from lib_pulid.webui.pictures import encode
 
 CHANGES = "pulid_changes"  # attribute of a cell's StableDiffusionProcessing
 LOADING = 0.5  # "cost" of loading a model or photo: the grid changes costly axes least often
@@ -68,7 +69,8 @@ def _unit_axes(option: type, number: int, library: Library, fields: Sequence[Fie
 
 
 def _set_photo(number: int, p: Any, value: str, values: Any) -> None:
-    _change(p, number, "images", (packed(load_image(_path(p, value, number))),))
+    photo = load_photo(_path(p, value, number))
+    _change(p, number, "images", (encode(photo, "BMP"),))  # in each cell anew: a PNG would take seconds
 
 
 def _confirm_photos(number: int, p: Any, values: list[str]) -> None:
