@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -23,6 +24,7 @@ from lib_pulid.identity import Identity, encode_identity
 from lib_pulid.images import thumbnail
 from lib_pulid.photos import Encoders, IdentityCache, identity_key, make_identity
 from lib_pulid.readings import face_features
+from lib_pulid.stores.folder import ModelsFolder, Settings
 from lib_pulid.vision import load_vision_tower
 from lib_pulid.weights import load_adapter
 from tests.face_standins import blank, draw_face, remembering_models, write_face_files
@@ -298,3 +300,22 @@ def test_fingerprint(tmp_path):
     assert fingerprint(path.rename(tmp_path / "b")) == name
     (tmp_path / "b").write_bytes(b"onE" * 3_000_000)
     assert fingerprint(tmp_path / "b") != name
+
+
+def test_what_was_read_of_a_file_is_remembered_until_it_changes(tmp_path):
+    """And then forgotten; what others read of it is not mixed up with it."""
+
+    class Content:
+        def __init__(self, path: Path) -> None:
+            self.text = path.read_text()
+
+    folder, path = ModelsFolder(lambda: Settings(tmp_path)), tmp_path / "a"
+    path.write_text("one")
+    first = folder.remembered(path, Content)
+    assert folder.remembered(path, Content) is first
+    assert folder.remembered(path, Path.read_text) == first.text == "one"
+    gone = weakref.ref(first)
+    path.write_text("another")
+    del first
+    assert folder.remembered(path, Content).text == "another"
+    assert gone() is None

@@ -37,7 +37,7 @@ class ModelsFolder:
 
     def __init__(self, ask: Callable[[], Settings]) -> None:
         self._ask = ask
-        self._read: dict[Any, Any] = {}  # by the reader, and the file's stamp
+        self._read: dict[Any, tuple[Any, Any]] = {}  # by the reader and the path: the file's stamp, and what was read
 
     @property
     def settings(self) -> Settings:
@@ -63,10 +63,11 @@ class ModelsFolder:
 
     def remembered(self, path: Path, read: Callable[[Path], Any]) -> Any:
         """Returns `read(path)`, called once until the file changes."""
-        key = (read.__qualname__, stamp(path))
-        if key not in self._read:
-            self._read[key] = read(path)
-        return self._read[key]
+        key, now = (read, str(path)), stamp(path)
+        known = self._read.get(key)
+        if known is None or known[0] != now:
+            known = self._read[key] = now, read(path)
+        return known[1]
 
     def fingerprint(self, path: Path) -> str:
         """Returns a hash of a file's content, see `disk.fingerprint`."""
