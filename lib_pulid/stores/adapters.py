@@ -79,7 +79,7 @@ class Adapters:
         adapter; else auto is PuLID.
 
         Raises:
-            MissingWeightsError, WrongWeightsError, UnsupportedModelError.
+            MissingWeightsError, WrongWeightsError, UnsupportedModelError. SettingError: the name fits several.
         """
         with self._lock:
             if name == AUTO:

@@ -138,13 +138,19 @@ class EncoderPool:
             return self._where_memory_suffices(lambda: read_face(photo, self._face_models(files), choice, name), warn)
 
     def judges(self) -> list[Recognizer]:
-        """Returns what likeness can be measured with, see `recognizers`; loads nothing."""
+        """Returns what likeness can be measured with, see `recognizers`. Loads no model, but hashes up to 435 MB the
+        first time.
+
+        Raises:
+            MissingWeightsError, WrongWeightsError: PuLID's encoders are not all there, or a recognizer cannot be read.
+        """
         with self._lock:
             own = catalog.require_encoders(self._folder.models_dir)["recogniser"]
             return recognizers(own, self._folder, self._recogniser)
 
     def judge(self) -> Recognizer | None:
-        """Returns the best judge, whose embedding a new identity gets; None if likeness is not measured."""
+        """Returns the best judge, whose embedding a new identity gets; None if likeness is not measured. Raises: as
+        `judges`."""
         return self.judges()[0] if self._folder.settings.likeness else None
 
     def see(
@@ -191,7 +197,7 @@ class EncoderPool:
                 raise
         # Outside of the `except`: the exception keeps tensors alive.
         self._forget()
-        _free_memory()
+        _empty_caches()
         self._moved = True
         warn(MOVED)
         return work()
@@ -248,7 +254,7 @@ def recognizers(own: Path | None, folder: ModelsFolder, load: Callable[[Path], R
     return [Recognizer(key, path.stem, path == own, partial(load, path)) for key, path in keys.items()]
 
 
-def _free_memory() -> None:
+def _empty_caches() -> None:
     import torch
 
     gc.collect()

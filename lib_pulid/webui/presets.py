@@ -59,7 +59,11 @@ class Presets:
             ) from error
 
     def named(self, name: str, number: Number = 0) -> Path:
-        """Returns a preset's file. Raises: SettingError: there is none; the message has the nearest names."""
+        """Returns a preset's file, to load or to delete it.
+
+        Raises:
+            SettingError: there is none (the message has the nearest names), or the preset comes with PuLID.
+        """
         path = names.find(name, self._files())
         if path is not None:
             return path
