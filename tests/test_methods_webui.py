@@ -279,6 +279,23 @@ def test_likeness_of_a_method_whose_only_judge_fails(host, files, monkeypatch):
         )
 
 
+@pytest.mark.parametrize(("gone", "noted"), [("EVA02_CLIP_L_336_psz14_s6B.pt", ""), ("glintr100.onnx", "not measured")])
+def test_an_identity_is_saved_without_pulids_own_files(host, files, monkeypatch, gone, noted):
+    """Its likeness would be measured with antelopev2, without which it is saved all the same."""
+    from lib_pulid.webui.actions import Actions
+
+    monkeypatch.setitem(host.ui.modules.shared.opts.data, "pulid_likeness", True)
+    photos, name = json.dumps([PHOTOS["anna"]]), f"Anna without {gone[:4]}"
+    lost = [*host.folder.rglob(gone), *(host.folder.rglob("w600k_r50.onnx") if noted else ())]
+    with away(*lost):
+        host.forget_photos()
+        *_, note = Actions(host.library, Mock(return_value="sdxl")).save(
+            name, photos, FILES["plus"], "largest", 0, "official"
+        )
+    assert f"Saved {name}" in note and (noted or "Saved") in note
+    assert bool(noted) == ("likeness" in note)
+
+
 def test_missing_files_are_pulids_all_the_same(host, files):
     """InstantID's file does not count as a PuLID file."""
     from lib_pulid.webui.missing import Missing

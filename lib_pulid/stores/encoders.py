@@ -142,16 +142,11 @@ class EncoderPool:
         first time.
 
         Raises:
-            MissingWeightsError, WrongWeightsError: PuLID's encoders are not all there, or a recognizer cannot be read.
+            MissingWeightsError, WrongWeightsError: antelopev2 is not there, or a recognizer cannot be read.
         """
         with self._lock:
-            own = catalog.require_encoders(self._folder.models_dir)["recogniser"]
+            own = catalog.require_encoders(self._folder.models_dir, ("detector", "recogniser"))["recogniser"]
             return recognizers(own, self._folder, self._recogniser)
-
-    def judge(self) -> Recognizer | None:
-        """Returns the best judge, whose embedding a new identity gets; None if likeness is not measured. Raises: as
-        `judges`."""
-        return self.judges()[0] if self._folder.settings.likeness else None
 
     def see(
         self, image: np.ndarray, judge: Recognizer, warn: Callable[[str], None] = lambda text: None
@@ -237,7 +232,7 @@ class EncoderPool:
 
         if "faces" in self._models:
             return self._models["faces"][1].detector
-        path = catalog.require_encoders(self._folder.models_dir)["detector"]
+        path = catalog.require_encoders(self._folder.models_dir, ("detector",))["detector"]
         return self._kept("detector", path, lambda: InsightFaceDetector(path, self._place()))
 
     def _recogniser(self, path: Path) -> Recogniser:

@@ -19,6 +19,7 @@ from lib_pulid.images import load_image
 from lib_pulid.stores.encoders import Listener
 from lib_pulid.webui import pictures
 from lib_pulid.webui.library import Library
+from lib_pulid.webui.likeness import judges_of
 from lib_pulid.webui.notes import bad, good, warn
 
 if TYPE_CHECKING:
@@ -220,8 +221,8 @@ class Actions:
             raise SettingError("No photo to save: drop one above.")
         adapter = self._library.adapters.load(model or AUTO, self._family_for(model))
         listener = Listener(warn=lambda text: told.append(warn(text)))
-        encoders = self._library.encoders
-        return encoders.encode(photos, adapter, choice, fusion, encoders.judge(), listener)
+        judges = judges_of(self._library, listener.warn) if self._library.folder.settings.likeness else ()
+        return self._library.encoders.encode(photos, adapter, choice, fusion, next(iter(judges), None), listener)
 
     def _family_for(self, model: str) -> str:
         """Returns the family of a named file; with auto the checkpoint's, or the only one with files."""
