@@ -91,7 +91,7 @@ def generate(host: Running) -> str:
         ready(page)
         plain = page.generate()
         page.open()
-        page.drop("anna")
+        page.drop("ben")
         face = page.generate()
         text = page.parameters()
         page.keep(SCREENSHOTS, "generated")
