@@ -630,6 +630,7 @@ def workshop():
 @pytest.fixture
 def evaluate(workshop, tmp_path, monkeypatch, capsys):
     """Runs `evaluate` on the small model; gives status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)  # the default of --out lies there
     monkeypatch.setattr(command, "open_workshop", lambda *args: workshop)
     models = tmp_path / "models"
     for file in catalog.in_group("encoders"):

@@ -533,7 +533,7 @@ def test_a_batch_is_full_however_few_people_there_are(pair):
     assert len(set(few)) == 2  # where there are enough, none twice
 
 
-@pytest.mark.parametrize(("family", "step"), [("sdxl", 0), ("sdxl", 2), ("flux", 0), ("flux", 2)])
+@pytest.mark.parametrize(("family", "step"), [("sdxl", 2), ("flux", 0)])  # with two people in an image, and one
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_step_on_a_gpu_mixes_no_devices(tmp_path, monkeypatch, family, step):
     """All losses of an adapter, on tensors without content, which say so; none was computed on a real GPU. In step 0
