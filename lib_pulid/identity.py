@@ -226,7 +226,7 @@ def encode_identity(
         thumbnail, embeddings, pose: stored with the identity.
 
     Raises:
-        SettingError: there is no photo, or the fusion is not one of this method or for so many photos.
+        SettingError: there is no photo, or the method does not support this fusion with this number of photos.
         WrongWeightsError: the encoder returns NaN or infinity.
     """
     check_fusion(fusion, adapter, len(photos))

@@ -670,7 +670,7 @@ def test_the_command(evaluate, tmp_path):
 
 
 def test_one_photo_of_one_person(evaluate, tmp_path):
-    """There are no two photos whose likeness could say what the figures mean."""
+    """Without two photos of anybody, the line on what the figures mean is left out."""
     (tmp_path / "p").mkdir()
     Image.fromarray(picture(10)).save(tmp_path / "p" / "ben.png")
     status, said, notes = evaluate("--faces", tmp_path / "p", "-o", tmp_path / "out")

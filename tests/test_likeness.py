@@ -302,7 +302,7 @@ def test_another_recognizer_is_the_judge(host, options, buffalo, monkeypatch):
 
 
 def test_a_judge_that_is_broken_costs_its_number_only(host, options, buffalo, monkeypatch):
-    """The user is told why each time, but the photo is read once."""
+    """The user is told why each time, but the photo is read only once."""
     judge_file(monkeypatch, fail, buffalo)
     for times in (1, 0):
         read = Mock(wraps=read_face)

@@ -257,7 +257,7 @@ def measured(host: Any, model: str) -> str:
 
 
 def test_likeness_of_a_method_that_reads_no_face(host, files, monkeypatch):
-    """The photo is read once all the same, and the note says why there is no number."""
+    """The photo is read only once, and the note says why the likeness is unknown."""
     monkeypatch.setitem(host.ui.modules.shared.opts.data, "pulid_likeness", True)
     load = Mock(wraps=clip_vision.load_clip_vision)
     monkeypatch.setattr(clip_vision, "load_clip_vision", load)

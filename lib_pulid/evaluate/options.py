@@ -70,7 +70,7 @@ def check(arguments: argparse.Namespace) -> list[float]:
 
 
 def named_file(text: str) -> tuple[str, Path]:
-    """Parses NAME=FILE or FILE. Raises: SettingError: there is no file."""
+    """Parses NAME=FILE or FILE. Raises: SettingError: FILE is empty."""
     name, equals, file = text.partition("=")
     if not equals or disk.is_file(disk.user_path(text)):
         name, file = "", text

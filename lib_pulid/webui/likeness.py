@@ -197,7 +197,7 @@ class Meter:
             return f"{method.label} reads no face."
         if is_saved:
             return "the saved identity has no face embedding. Give the photo once."
-        return f"{self.judges[0].name} failed."  # the reason was told when the photo was read
+        return f"{self.judges[0].name} failed."  # a warning has said why
 
     def _keep(self, processed: Any) -> str:
         """Leaves the best images in the host's result, the best first; moves the others' files. Returns a note."""
